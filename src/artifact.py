@@ -1,0 +1,290 @@
+"""Artifacts: finished results, each a folder whose manifest.json is written last and which is then renamed into place.
+
+"Has a manifest" means "is finished". An artifact's key is the sha256 of (stage, stage version, settings, parents' keys), so equal work has an equal
+name wherever it is done. A manifest also carries its ancestors' keys and settings: a bundle copied to a board still tells where it came from.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.errors import BadData, Busy, MissingInput, Tampered, WrongKind
+from src.log import say
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes", "gptqmodel", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One input or result: a finished artifact of this project, or an outside file or folder known by its hashes.
+
+    kind: dataset, adapter, model, quantized, report, bundle; or file, for a raw input.
+    manifest: None for an outside input.
+    files: {relative path: {"sha256", "size"}}.
+    """
+
+    path: Path
+    kind: str
+    key: str
+    manifest: dict | None
+    files: dict
+
+    @property
+    def stage(self) -> str:
+        return self.manifest["stage"] if self.manifest else "outside"
+
+    @property
+    def settings(self) -> dict:
+        return self.manifest["settings"] if self.manifest else {}
+
+    @property
+    def metrics(self) -> dict:
+        return self.manifest["metrics"] if self.manifest else {}
+
+    def parent(self, role: str) -> dict | None:
+        """The manifest's record of the parent in this role, or None."""
+        return next((p for p in (self.manifest or {}).get("parents", []) if p["role"] == role), None)
+
+
+def canonical(value) -> bytes:
+    """JSON with one spelling: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def key_of(stage: str, version: int, settings: dict, parents: dict[str, str]) -> str:
+    """sha256 hex over stage, its version, its settings and {role: parent key}."""
+    return hashlib.sha256(canonical({"stage": stage, "version": version, "settings": settings, "parents": parents})).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(root: Path, cache: Path | None = None) -> dict:
+    """{relative path: {"sha256", "size"}} of every regular file under root (or of root itself, a file), sorted.
+
+    cache: a JSON file of earlier hashes, reused while path, size, modification time and inode all stay the same.
+    Hidden files and folders and Python's caches are not content.
+    """
+    known = _load_cache(cache)
+    fresh = dict(known)
+    found = {}
+    for path in [root] if root.is_file() else _walk(root):
+        stat = path.stat()
+        mark = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+        digest = known.get(mark) or sha256(path)
+        fresh[mark] = digest
+        found[path.name if path == root else path.relative_to(root).as_posix()] = {"sha256": digest, "size": stat.st_size}
+    if cache and fresh != known:
+        write_json(cache, fresh)
+    return found
+
+
+def _walk(root: Path) -> list[Path]:
+    paths = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+        paths += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    return [path for path in paths if path.is_file()]
+
+
+def _load_cache(cache: Path | None) -> dict:
+    if cache is None or not cache.is_file():
+        return {}
+    try:
+        return json.loads(cache.read_text())
+    except ValueError:
+        return {}  # a damaged cache costs time, nothing else
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False, sort_keys=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def outside(path: Path, kind: str, cache: Path | None = None) -> Artifact:
+    """A file or folder this project did not make, named by the hashes of its content."""
+    files = hash_files(path, cache)
+    if not files:
+        raise MissingInput("the folder is empty", where=str(path))
+    key = hashlib.sha256(canonical({name: entry["sha256"] for name, entry in files.items()})).hexdigest()
+    return Artifact(path, kind, key, None, files)
+
+
+def kind_of_folder(path: Path) -> str:
+    """adapter, quantized or model, told by the configuration files of a Hugging Face folder."""
+    if (path / "adapter_config.json").is_file():
+        return "adapter"
+    config = path / "config.json"
+    if config.is_file():
+        return "quantized" if read_json(config).get("quantization_config") else "model"
+    raise WrongKind("not an artifact of this project and not a Hugging Face folder (no manifest.json, adapter_config.json or config.json)", where=str(path))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; damaged content is the user's error, named with its place."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingInput("no such file", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise BadData(f"not UTF-8 at byte {error.start}", where=str(path)) from None
+    except (ValueError, RecursionError) as error:
+        raise BadData(f"not valid JSON: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise BadData(f"expected a JSON object, found {type(value).__name__}", where=str(path))
+    return value
+
+
+def is_finished(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def open_artifact(path: Path) -> Artifact:
+    """A finished artifact. Its manifest is checked against its own seal, its files by name and size (their bytes: see `verify`)."""
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("schema") != SCHEMA or manifest.get("seal") != seal_of(manifest):
+        raise Tampered(
+            "the manifest was changed after it was written, or by another version",
+            where=str(path / MANIFEST),
+            fix="make the artifact again with force=true",
+        )
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["size"]:
+            raise Tampered(f"'{name}' is missing or has another size than the manifest says", where=str(path), fix="make the artifact again with force=true")
+    return Artifact(path, manifest["kind"], manifest["key"], manifest, manifest["files"])
+
+
+def open_any(path: Path, cache: Path | None = None) -> Artifact:
+    """A finished artifact, or any complete Hugging Face folder as an outside input."""
+    if not path.is_dir():
+        raise MissingInput("no such folder", where=str(path))
+    return open_artifact(path) if is_finished(path) else outside(path, kind_of_folder(path), cache)
+
+
+def seal_of(manifest: dict) -> str:
+    return hashlib.sha256(canonical({k: v for k, v in manifest.items() if k != "seal"})).hexdigest()
+
+
+def verify(artifact: Artifact) -> list[str]:
+    """Recompute every hash; returns one line per difference, none when all is as it was sealed.
+
+    A file beside the listed ones is a difference too: a board would load it.
+    """
+    actual = hash_files(artifact.path)
+    actual.pop(MANIFEST, None)
+    faults = [f"{name}: missing" for name in artifact.files.keys() - actual.keys()]
+    faults += [f"{name}: not in the manifest" for name in actual.keys() - artifact.files.keys()]
+    faults += [f"{name}: bytes differ" for name in artifact.files.keys() & actual.keys() if artifact.files[name] != actual[name]]
+    if artifact.manifest:
+        m = artifact.manifest
+        if key_of(m["stage"], m["version"], m["settings"], {p["role"]: p["key"] for p in m["parents"]}) != m["key"]:
+            faults.append(f"{MANIFEST}: the key does not follow from stage, settings and parents")
+    return sorted(faults)
+
+
+def seal(out: Path, *, stage: str, kind: str, version: int, settings: dict, inputs: dict[str, Artifact], metrics: dict, seconds: float) -> None:
+    """Write manifest.json, the last file of an artifact, into the folder `out`."""
+    parents, ancestors = [], {}
+    for role, artifact in inputs.items():
+        parent = {"role": role, "key": artifact.key, "kind": artifact.kind, "stage": artifact.stage, "path": _relative(artifact.path, out.parent)}
+        if artifact.manifest is None:
+            parent["files"] = artifact.files
+        else:
+            ancestors |= artifact.manifest["ancestors"]
+            ancestors[artifact.key] = {k: artifact.manifest[k] for k in ("stage", "kind", "version", "settings", "parents")}
+        parents.append(parent)
+    manifest = {
+        "schema": SCHEMA,
+        "stage": stage,
+        "kind": kind,
+        "version": version,
+        "key": key_of(stage, version, settings, {role: a.key for role, a in inputs.items()}),
+        "settings": settings,
+        "parents": parents,
+        "metrics": metrics,
+        "seconds": round(seconds, 2),
+        "git": git_revision(),
+        "packages": package_versions(),
+        "files": hash_files(out),
+        "ancestors": ancestors,
+    }
+    manifest["seal"] = seal_of(manifest)
+    write_json(out / MANIFEST, manifest)
+
+
+def _relative(path: Path, start: Path) -> str:
+    """Paths beside the run are kept relative, so that a moved outputs folder keeps its chain."""
+    path, start = path.resolve(), start.resolve()
+    return os.path.relpath(path, start) if path.is_relative_to(start.parent) else str(path)
+
+
+def package_versions() -> dict[str, str]:
+    return {d: importlib.metadata.version(d) for d in PACKAGES if importlib.util.find_spec(d)}
+
+
+def git_revision() -> str | None:
+    """Commit of this checkout, with -dirty when files differ from it; None outside git."""
+    root = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+@contextlib.contextmanager
+def building(path: Path, key: str, *, resumes: bool) -> Iterator[Path]:
+    """A folder `<name>.partial` to build in, held by one process; when the block ends well it is renamed to `path`.
+
+    A partial folder left by a crash is continued if the stage resumes and its key is the same; else it is cleared, and that is said.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    note = path.with_name(f".{path.name}.partial.key")
+    with _lock(path.with_name(f".{path.name}.lock"), path):
+        if partial.exists() and not (resumes and note.is_file() and note.read_text() == key):
+            say(f"clearing an unfinished {partial.name} of an earlier run")
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        note.write_text(key)
+        yield partial
+        if not is_finished(partial):
+            raise RuntimeError(f"{partial} was left without a manifest")
+        replaced = path.with_name(f".{path.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(partial, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        note.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _lock(lock: Path, path: Path) -> Iterator[None]:
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy("another process is making this artifact", where=str(path), fix=["wait for it", "choose another run=NAME"]) from None
+        yield

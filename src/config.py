@@ -1,0 +1,289 @@
+"""Every setting's type, rule and meaning. Defaults live in configs/, so no field here has one.
+
+A string under a field is its documentation and its line in `--help`. A field marked `Unkeyed` changes where or how a stage runs, not what
+it makes, so it takes no part in an artifact's key.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+Unkeyed = Field(exclude=True)
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, protected_namespaces=())
+
+
+class Verb(Settings):
+    run: Annotated[str, Field(exclude=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """name of the run; its artifacts live in <outputs>/<run>/"""
+    outputs: Annotated[str, Unkeyed]
+    """folder that holds all runs"""
+    force: Annotated[bool, Unkeyed]
+    """make the artifact again even if one is there"""
+    dry_run: Annotated[bool, Unkeyed]
+    """check everything, print the plan, make nothing"""
+
+
+class SourcedVerb(Verb):
+    source: Annotated[str | None, Unkeyed]
+    """artifact or Hugging Face folder to work on; null: the run's own"""
+
+
+class Data(Settings):
+    path: Annotated[str, Unkeyed]
+    """JSON or JSON Lines file of conversations"""
+    format: Literal["auto", "qwen", "sharegpt", "openai", "alpaca"]
+    """layout of the records; auto detects it and says which"""
+    on_fault: Literal["error", "drop"]
+    """malformed records: fail and list the first ten, or drop and count them"""
+    val: Fraction
+    """share of records held out for evaluation"""
+    calib: Fraction
+    """share of records held out to calibrate quantization"""
+    split_seed: int
+    """seed of the hash that gives each record its split"""
+
+    @model_validator(mode="after")
+    def _leaves_train(self):
+        if self.val + self.calib >= 1:
+            raise ValueError("val + calib must stay below 1, or nothing is left to train on")
+        return self
+
+
+class DataVerb(Verb):
+    data: Data
+
+
+class Model(Settings):
+    path: Annotated[str, Unkeyed]
+    """Hugging Face folder, or the id of a model on the hub"""
+    revision: Annotated[str | None, Unkeyed]
+    """commit, tag or branch on the hub; null: its default"""
+    trust_remote_code: bool
+    """run Python code that comes with the model"""
+    allow_pickle: bool
+    """load pytorch_model.bin where there are no safetensors; a pickle can run any code"""
+
+
+class Optimizer(Settings):
+    learning_rate: PositiveFloat
+    """peak learning rate"""
+
+
+class FullTuner(Optimizer):
+    kind: Literal["full"]
+    """every weight is trained"""
+
+
+class LoraTuner(Optimizer):
+    kind: Literal["lora"]
+    """low-rank adapters on a frozen base (Hu et al. 2021, arXiv:2106.09685)"""
+    rank: PositiveInt
+    """rank of the update matrices"""
+    alpha: PositiveFloat
+    """the update is scaled by alpha / rank"""
+    dropout: Fraction
+    """dropout on the adapter's input"""
+    target_modules: Literal["all-linear"] | list[str]
+    """names of the linear layers that get adapters; all-linear: every one but the output layer"""
+
+
+class QloraTuner(LoraTuner):
+    kind: Literal["qlora"]
+    """low-rank adapters on a 4-bit base (Dettmers et al. 2023, arXiv:2305.14314)"""
+    double_quant: bool
+    """quantize the NF4 scales too; unused when the base is a GPTQ folder"""
+
+
+Tuner = Annotated[FullTuner | LoraTuner | QloraTuner, Field(discriminator="kind")]
+
+
+class Deepspeed(Settings):
+    stage: Literal[0, 2, 3]
+    """ZeRO stage; 0: plain data parallel without DeepSpeed"""
+    offload: bool
+    """keep optimizer states (and under ZeRO-3 parameters) in host memory"""
+    bucket_size: PositiveInt
+    """elements per reduce or all-gather bucket"""
+    config: str | None
+    """a DeepSpeed JSON file merged over these settings; optimizer and scheduler blocks in it are refused"""
+
+
+class Train(Settings):
+    epochs: PositiveFloat
+    """passes over the training split"""
+    max_steps: PositiveInt | None
+    """stop after this many optimizer steps; null: as many as the epochs take"""
+    global_batch_size: PositiveInt
+    """conversations per optimizer step over all processes"""
+    micro_batch_size: Annotated[PositiveInt | Literal["auto"], Unkeyed]
+    """conversations per forward pass and process; accumulation makes up the global batch; auto: up to 4"""
+    max_length: PositiveInt
+    """tokens per conversation; longer ones are dropped and counted"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """auto: bf16 on GPUs that have it, fp32 on CPU"""
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    """shape of the learning rate over the run"""
+    warmup: Fraction
+    """share of the steps over which the rate rises to its peak"""
+    weight_decay: NonNegativeFloat
+    """decoupled weight decay"""
+    adam_beta1: Fraction
+    """first-moment decay of AdamW"""
+    adam_beta2: Fraction
+    """second-moment decay of AdamW"""
+    max_grad_norm: NonNegativeFloat
+    """gradients are clipped to this norm; 0: never"""
+    gradient_checkpointing: bool
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    eval_steps: PositiveInt | None
+    """evaluate every so many steps; null: at the end of each epoch"""
+    checkpoint_steps: PositiveInt
+    """save a resumable state every so many steps"""
+    log_steps: PositiveInt
+    """report every so many steps"""
+    seed: int
+    """seed of initialisation, order and dropout"""
+
+
+class Wandb(Settings):
+    kind: Literal["wandb"]
+    project: str
+    """wandb project"""
+    mode: Literal["auto", "online", "offline"]
+    """auto: online where WANDB_API_KEY is set, else offline"""
+
+
+class Tensorboard(Settings):
+    kind: Literal["tensorboard"]
+
+
+Tracker = Annotated[Wandb | Tensorboard, Field(discriminator="kind")]
+
+
+class Launch(Settings):
+    nproc_per_node: PositiveInt | Literal["auto"]
+    """processes on this machine; auto: one per GPU, one on a machine without"""
+    nnodes: PositiveInt
+    """machines taking part"""
+    node_rank: NonNegativeInt
+    """number of this machine, from 0"""
+    master_addr: str
+    """address of machine 0"""
+    master_port: Annotated[int, Field(ge=0, lt=65536)]
+    """port on machine 0; 0: a free one (one machine only)"""
+
+    @model_validator(mode="after")
+    def _rank_in_range(self):
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank {self.node_rank} needs nnodes above it, not {self.nnodes}")
+        if self.nnodes > 1 and self.master_port == 0:
+            raise ValueError("several machines need a master_port they all know")
+        return self
+
+
+class FinetuneVerb(SourcedVerb):
+    model: Model
+    tuner: Tuner
+    deepspeed: Deepspeed
+    train: Train
+    legacy_mask: Literal["none", "qwen"]
+    """none: train on the assistant's text and its <|im_end|>; qwen: the labels of Qwen's finetune.py, turn markers included"""
+    train_new_tokens: Literal["auto", "never"]
+    """auto: rows of ChatML tokens found untrained are trained beside the adapter"""
+    tracker: Annotated[dict[str, Tracker], Unkeyed]
+    """where curves go besides the terminal and the manifest"""
+    launch: Annotated[Launch, Unkeyed]
+
+
+class MergeVerb(SourcedVerb):
+    base: Annotated[str | None, Unkeyed]
+    """base model folder; null: the one the adapter was trained on"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    """dtype of the merged weights; auto: as the base stores each"""
+    tolerance: Literal["auto"] | PositiveFloat
+    """largest relative logit difference between adapter-on-base and the merged folder; auto: what rounding to its dtype explains"""
+    shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[MG]B$")]
+    """largest weight file, such as 5GB"""
+
+
+class AuxFilesVerb(Verb):
+    source: Annotated[str, Unkeyed]
+    """folder with the tokenizer and auxiliary files"""
+    target: Annotated[str, Unkeyed]
+    """model folder made elsewhere that lacks them"""
+
+
+class GptqQuantizer(Settings):
+    kind: Literal["gptq"]
+    """Frantar et al. 2022, arXiv:2210.17323"""
+    bits: Literal[4, 8]
+    """bits per weight"""
+    group_size: Literal[-1, 16, 32, 64, 128]
+    """weights that share a scale; -1: a whole column"""
+    act_order: bool
+    """quantize columns by falling activation (desc_act); NPU compilers want false"""
+    damp: Annotated[float, Field(gt=0, lt=1)]
+    """share of the mean Hessian diagonal added for stability"""
+
+
+class Calibration(Settings):
+    rows: PositiveInt
+    """conversations used at most"""
+    max_length: PositiveInt
+    """tokens per conversation; longer ones are cut, and counted"""
+    batch_size: PositiveInt
+    """conversations per calibration pass"""
+
+
+class QuantizeVerb(SourcedVerb):
+    quantizer: GptqQuantizer
+    calibration: Calibration
+    dataset: Annotated[str | None, Unkeyed]
+    """dataset artifact to calibrate on; null: the run's own"""
+
+
+class Evaluation(Settings):
+    batch_size: PositiveInt
+    """conversations per forward pass"""
+    max_length: PositiveInt
+    """tokens per conversation; longer ones are left out, and counted"""
+    rows: PositiveInt | None
+    """conversations of the validation split used at most; null: all"""
+    samples: NonNegativeInt
+    """prompts answered greedily"""
+    max_new_tokens: PositiveInt
+    """tokens per answer at most"""
+    prompts: list[str] | None
+    """prompts to answer; null: first user turns of the validation split"""
+    expect: str | None
+    """regular expression that prompt, newline and answer together must match whole; answers that do not end their turn count as wrong"""
+
+
+class EvaluateVerb(SourcedVerb):
+    dataset: Annotated[str | None, Unkeyed]
+    """dataset artifact to evaluate on; null: the run's own"""
+    parent: Annotated[str | None, Unkeyed]
+    """model to compare with; null: the one this one was made from"""
+    evaluation: Evaluation
+
+
+class Llama2c(Settings):
+    kind: Literal["llama2c"]
+    """a CPU bundle in the formats of karpathy/llama2.c with a C program to run it"""
+    format: Literal["fp32_v0", "fp32_v1", "int8_v2"]
+    """weight file: what llama2.c's run reads (fp32_v0), its newer header (fp32_v1), or what its runq reads (int8_v2)"""
+    group_size: PositiveInt
+    """int8 weights that share a scale; halved until it divides the model's sizes"""
+
+
+class DeployVerb(SourcedVerb):
+    target: Llama2c
+
+
+class LineageVerb(Settings):
+    path: str
+    verify: bool

@@ -1,0 +1,108 @@
+"""Errors that a user can mend. Each has its own exit code and prints what, where and what to do, without a traceback.
+
+Anything else that escapes a stage is a bug: it keeps its traceback and Python's exit code 1.
+"""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Something the user can mend.
+
+    what: one sentence, the fault itself.
+    where: the file, key, record or command it concerns.
+    fix: ways out, most likely first.
+    """
+
+    exit_code = 2
+    title = "error"
+
+    def __init__(self, what: str, *, where: str = "", fix: str | Sequence[str] = ()):
+        self.what = what
+        self.where = where
+        self.fix = [fix] if isinstance(fix, str) else list(fix)
+        super().__init__(self.what)
+
+    def __str__(self) -> str:
+        lines = [f"{self.title}: {self.what}"]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        lines += [f"  {'fix:  ' if i == 0 else 'or:   '} {way}" for i, way in enumerate(self.fix)]
+        return "\n".join(lines)
+
+    def __reduce__(self):
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def _rebuild(cls, what, where, fix):
+    return cls(what, where=where, fix=fix)
+
+
+class ConfigError(UserError):
+    """A setting is unknown, malformed or contradicts another. `what` may hold several lines, one per fault."""
+
+    exit_code = 2
+    title = "configuration error"
+
+
+class MissingInput(UserError):
+    """A run, artifact, model folder or file that a stage needs is not there."""
+
+    exit_code = 3
+    title = "missing input"
+
+
+class WrongKind(UserError):
+    """An artifact or model of a kind this stage does not take."""
+
+    exit_code = 4
+    title = "wrong kind of input"
+
+
+class Moved(UserError):
+    """A finished artifact was made with other settings or from other parents than the ones asked for now."""
+
+    exit_code = 5
+    title = "would overwrite"
+
+
+class BadData(UserError):
+    """The content of an input file is damaged, malformed or hostile."""
+
+    exit_code = 6
+    title = "bad input data"
+
+
+class MissingTool(UserError):
+    """A program, device or package that the stage needs is not installed."""
+
+    exit_code = 7
+    title = "missing tool"
+
+
+class ProofFailed(UserError):
+    """A stage checked its own result and the check did not hold; nothing was published."""
+
+    exit_code = 8
+    title = "self-check failed"
+
+
+class Tampered(UserError):
+    """Bytes on disk differ from what a manifest says."""
+
+    exit_code = 9
+    title = "verification failed"
+
+
+class NoRoom(UserError):
+    """The disk is full, or a folder cannot be written or read."""
+
+    exit_code = 10
+    title = "cannot write"
+
+
+class Busy(UserError):
+    """Another process is working on the same artifact."""
+
+    exit_code = 11
+    title = "already running"

@@ -1,0 +1,218 @@
+"""Measure a model, adapter or quantized model on the validation split: loss and perplexity over the assistant's tokens, agreement with the model it
+was made from, and greedy answers to a few prompts. Without source=, every model of the run is measured in turn.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from src import stage
+from src.artifact import Artifact
+from src.config import EvaluateVerb
+from src.errors import BadData, ConfigError, MissingInput
+from src.log import progress, say, warn
+from src.modeling import base_of
+
+MEASURED = ("finetune", "merge", "quantize")
+KINDS = {"adapter", "model", "quantized"}
+
+
+def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
+    """One evaluation for the source given, else for every finished model of the run."""
+    if cfg.source:
+        return iter([cfg])
+    names = [name for name in MEASURED if run.has(name)]
+    if not names:
+        run.open(MEASURED[0])
+    return (cfg.model_copy(update={"source": str(run.folder / name)}) for name in names)
+
+
+def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
+    model = run.source(cfg.source, kinds=KINDS)
+    inputs = {"model": model, "dataset": run.source(cfg.dataset, "data", kinds={"dataset"})}
+    if parent := cfg.parent or parent_path(model):
+        inputs["parent"] = run.source(str(parent), kinds=KINDS)
+    return inputs
+
+
+def parent_path(model: Artifact) -> Path | None:
+    """The model this one was made from, by its manifest: the base of an adapter or a full fine-tune, the adapter of a merge, the model of a
+    quantization; None for a folder made elsewhere."""
+    if model.kind == "adapter":
+        return base_of(model)
+    record = model.parent("adapter") or model.parent("model")
+    if record is None:
+        return None
+    path = Path(record["path"])
+    path = path if path.is_absolute() else model.path.parent / path
+    return path if path.is_dir() else None
+
+
+def name(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
+    """evaluate-merge for the run's merge; evaluate-<folder> for a model made elsewhere."""
+    folder = re.sub(r"[^A-Za-z0-9._-]+", "-", inputs["model"].path.resolve().name)
+    return f"evaluate-{folder}"
+
+
+def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
+    if cfg.evaluation.expect is not None:
+        try:
+            re.compile(cfg.evaluation.expect)
+        except re.error as error:
+            raise ConfigError(f"evaluation.expect is not a regular expression: {error}", where=cfg.evaluation.expect) from None
+    if not inputs["dataset"].files["val.jsonl"]["size"]:
+        raise MissingInput("the validation split is empty", where=str(inputs["dataset"].path), fix="python -m src.data data.val=0.1")
+    parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
+    return [f"{inputs['model'].path} ({inputs['model'].kind}){parent}"]
+
+
+def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    """Writes report.json and answers.jsonl."""
+    from src import chatml, modeling
+
+    device = modeling.device()
+    records = [json.loads(line) for line in open(inputs["dataset"].path / "val.jsonl", encoding="utf-8")][: cfg.evaluation.rows]
+    prompts = asked(cfg, records)
+    subjects = {role: inputs[role] for role in ("parent", "model") if role in inputs}
+    measured, answers, top = {}, {}, {}
+    # The parent is read with the child's tokenizer and template, so that both see the same tokens.
+    tokenizer = None
+    for role in ("model", *(["parent"] if "parent" in subjects else [])):
+        model, own = modeling.load_any(subjects[role], dtype=compute_dtype(device), device=device)
+        if tokenizer is None:
+            tokenizer = own
+            chatml.ensure_chat(tokenizer)
+            end = chatml.turn_end(tokenizer)
+            rows = encode_all(records, tokenizer, end, cfg.evaluation.max_length)
+        else:
+            modeling.grow_vocabulary(model, len(tokenizer))
+        say(f"evaluate: {role} {subjects[role].path}")
+        measured[role], top[role] = measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, role)
+        answers[role] = answer(model, tokenizer, prompts, cfg, end)
+        del model
+    metrics = {**measured["model"], "rows": len(rows), "prompts": len(prompts)}
+    if "parent" in subjects:
+        metrics |= {f"parent_{k}": v for k, v in measured["parent"].items()}
+        metrics["agreement"] = sum(int((a == b).sum()) for a, b in zip(top["model"], top["parent"])) / max(metrics["tokens"], 1)
+    if cfg.evaluation.expect is not None:
+        metrics |= {("" if role == "model" else "parent_") + "expected": sum(a["as_expected"] for a in answers[role]) for role in answers}
+    write(out, metrics, answers)
+    show(metrics, answers)
+    return metrics
+
+
+def asked(cfg: EvaluateVerb, records: list[dict]) -> list[list[dict]]:
+    """Prompts as conversations: the ones given, else the openings of the first validation records."""
+    if cfg.evaluation.prompts is not None:
+        return [[{"role": "user", "content": text}] for text in cfg.evaluation.prompts]
+    found = []
+    for record in records:
+        cut = next(i for i, m in enumerate(record["messages"]) if m["role"] == "assistant")
+        if cut and len(found) < cfg.evaluation.samples:
+            found.append(record["messages"][:cut])
+    return found
+
+
+def compute_dtype(device: str) -> str:
+    """fp32 on a CPU, where it is the fastest and exact; on a GPU the stored dtype."""
+    return "auto" if device == "cuda" else "float32"
+
+
+def encode_all(records: list[dict], tokenizer, end: int, max_length: int) -> list:
+    from src import chatml
+
+    rows, long = [], 0
+    for record in records:
+        try:
+            encoded = chatml.encode(tokenizer, record["messages"], record.get("tools"), end=end)
+        except BadData as error:
+            raise BadData(error.what, where=f"record '{record['id']}'") from None
+        if len(encoded.input_ids) > max_length:
+            long += 1
+        else:
+            rows.append(encoded)
+    if long:
+        warn(f"left out {long} of {len(records)} validation rows longer than evaluation.max_length={max_length}")
+    if not rows:
+        raise MissingInput("no validation row is within evaluation.max_length", fix="raise evaluation.max_length")
+    return rows
+
+
+def measure(model, rows: list, batch_size: int, pad: int, what: str) -> tuple[dict, list]:
+    """({loss in nats, perplexity, accuracy, tokens} over trained tokens, per row the top-1 token at each of them)."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from src.chatml import IGNORE
+
+    device = model.get_input_embeddings().weight.device
+    loss = hits = tokens = 0
+    top = [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for batch in progress(batches, f"measuring {what}"):
+        longest = len(rows[batch[0]].input_ids)
+        ids = torch.tensor([rows[i].input_ids + [pad] * (longest - len(rows[i].input_ids)) for i in batch], device=device)
+        labels = torch.tensor([rows[i].labels + [IGNORE] * (longest - len(rows[i].labels)) for i in batch], device=device)[:, 1:]
+        mask = torch.tensor([[1] * len(rows[i].input_ids) + [0] * (longest - len(rows[i].input_ids)) for i in batch], device=device)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        for k, i in enumerate(batch):
+            kept = labels[k] != IGNORE
+            chosen, wanted = logits[k][kept].float(), labels[k][kept]
+            loss += cross_entropy(chosen, wanted, reduction="sum").double().item()
+            top[i] = chosen.argmax(-1).cpu()
+            hits += (top[i] == wanted.cpu()).sum().item()
+            tokens += len(wanted)
+    mean = loss / tokens
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": hits / tokens, "tokens": tokens}, top
+
+
+def answer(model, tokenizer, prompts: list, cfg: EvaluateVerb, end: int) -> list[dict]:
+    from src.modeling import greedy
+
+    found = []
+    for begin in range(0, len(prompts), cfg.evaluation.batch_size):
+        batch = prompts[begin : begin + cfg.evaluation.batch_size]
+        for prompt, (text, ended) in zip(batch, greedy(model, tokenizer, batch, max_new_tokens=cfg.evaluation.max_new_tokens, end=end)):
+            row = {"prompt": prompt[-1]["content"], "answer": text, "ended": ended}
+            if cfg.evaluation.expect is not None:
+                row["as_expected"] = ended and re.fullmatch(cfg.evaluation.expect, f"{row['prompt']}\n{text}", re.DOTALL) is not None
+            found.append(row)
+    return found
+
+
+def write(out: Path, metrics: dict, answers: dict) -> None:
+    (out / "report.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
+        for role, rows in answers.items():
+            for row in rows:
+                file.write(json.dumps({"by": role, **row}, ensure_ascii=False) + "\n")
+
+
+def show(metrics: dict, answers: dict) -> None:
+    """The figures in a line or two, then each prompt with the parent's and the model's answer."""
+    line = f"evaluate: loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.3f}, right next token {metrics['accuracy']:.1%} of {metrics['tokens']}"
+    if "agreement" in metrics:
+        line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
+    say(line)
+    if "expected" in metrics:
+        say(f"evaluate: {metrics['expected']} of {metrics['prompts']} answers as expected" + (f", parent {metrics['parent_expected']}" if "parent_expected" in metrics else ""))
+    for i, row in enumerate(answers["model"]):
+        say(f"  > {row['prompt']}")
+        if "parent" in answers:
+            say(f"    before: {_short(answers['parent'][i])}")
+        say(f"    {'after' if 'parent' in answers else 'answer'}:  {_short(row)}")
+
+
+def _short(row: dict) -> str:
+    text = row["answer"].replace("\n", "⏎")
+    return (text if len(text) <= 160 else f"{text[:100]} … {text[-50:]}") + ("" if row["ended"] else " [turn not ended]")
+
+
+STAGE = stage.Stage(verb="evaluate", version=1, schema=EvaluateVerb, kind="report", find=find, name=name, check=check, run=evaluate, each=each, doc=__doc__)
+
+if __name__ == "__main__":
+    stage.main(STAGE)

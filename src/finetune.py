@@ -1,0 +1,216 @@
+"""Fine-tune a model on the run's dataset: every weight, LoRA adapters, or LoRA on a 4-bit base; on CPU, one GPU, many, or many machines.
+
+The result is an adapter (tuner=lora, qlora) or a model (tuner=full), complete with tokenizer, chat template and generation config.
+"""
+
+import shutil
+from pathlib import Path
+
+from src import aux_files, launch, stage
+from src.artifact import Artifact
+from src.config import FinetuneVerb, FullTuner, QloraTuner
+from src.errors import ConfigError, MissingInput, WrongKind
+from src.log import rank, say
+from src.modeling import check_folder, locate
+from src.zero import user_deepspeed_json
+
+
+def find(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
+    dataset = run.source(cfg.source, "data", kinds={"dataset"})
+    base = run.source(str(locate(cfg.model.path, cfg.model.revision)), kinds={"model", "quantized"})
+    return {"dataset": dataset, "model": base}
+
+
+def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
+    """Rules that need more than one setting, all before torch: kinds, batch arithmetic, DeepSpeed's limits."""
+    base = inputs["model"]
+    config = check_folder(base.path, allow_pickle=cfg.model.allow_pickle, trust_remote_code=cfg.model.trust_remote_code)
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method and not (isinstance(cfg.tuner, QloraTuner) and method == "gptq"):
+        raise WrongKind(f"the base model is quantized ({method})", where=str(base.path), fix=["tuner=qlora trains adapters on a GPTQ base", "give the model it was quantized from"])
+    if isinstance(cfg.tuner, QloraTuner) and cfg.deepspeed.stage == 3:
+        raise ConfigError("tuner=qlora with ZeRO-3: a 4-bit base cannot be partitioned", fix=["deepspeed=zero2", "tuner=lora deepspeed=zero3"])
+    if cfg.deepspeed.config:
+        user_deepspeed_json(Path(cfg.deepspeed.config), cfg.deepspeed.stage)
+        if not cfg.deepspeed.stage:
+            raise ConfigError("deepspeed.config is given, but deepspeed=none would ignore it", fix="deepspeed=zero2 or deepspeed=zero3")
+    world = launch.world_size(cfg.launch)
+    micro, accumulation = batch_plan(cfg, world)
+    name = {0: "no DeepSpeed", 2: "ZeRO-2", 3: "ZeRO-3"}[cfg.deepspeed.stage] + (" with offload" if cfg.deepspeed.offload else "")
+    return [
+        f"{cfg.tuner.kind} on {base.path}, {name}, {world} process{'es' * (world > 1)}",
+        f"batch: {micro} a process x {world} x {accumulation} accumulated = {cfg.train.global_batch_size}",
+    ]
+
+
+def batch_plan(cfg: FinetuneVerb, world: int) -> tuple[int, int]:
+    """(micro batch, accumulation steps) whose product over all processes is the global batch."""
+    size, micro = cfg.train.global_batch_size, cfg.train.micro_batch_size
+    if size % world:
+        raise ConfigError(
+            f"train.global_batch_size={size} cannot be shared by {world} processes",
+            fix=[f"train.global_batch_size={-(-size // world) * world}", "launch.nproc_per_node=N with N a divisor of it"],
+        )
+    share = size // world
+    if micro == "auto":
+        micro = next(m for m in (4, 3, 2, 1) if share % m == 0)
+    if share % micro:
+        fits = [m for m in range(1, share + 1) if share % m == 0]
+        raise ConfigError(f"train.micro_batch_size={micro} does not divide the {share} conversations of each process and step", fix=f"one of {', '.join(map(str, fits))}")
+    return micro, share // micro
+
+
+def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:
+    """Start the worker processes, unless one without DeepSpeed is all there is or torchrun has started us."""
+    if "WORLD_SIZE" in launch.os.environ or (launch.world_size(cfg.launch) == 1 and not cfg.deepspeed.stage):
+        return None
+    return launch.torchrun("src.finetune", argv, cfg.launch)
+
+
+def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    from src import modeling
+
+    modeling.import_quietly("peft", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
+    from transformers import set_seed
+
+    from src import adapters, chatml, training
+
+    training.init_distributed(cfg.deepspeed.stage)
+    set_seed(cfg.train.seed)
+    device = modeling.device()
+    modeling.say_device(device)
+    base = inputs["model"].path
+
+    tokenizer = modeling.load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
+    added = chatml.ensure_chat(tokenizer)
+    end = chatml.turn_end(tokenizer)
+    if added:
+        say(f"finetune: the tokenizer has no chat template; added ChatML and its tokens {' '.join(added)}")
+
+    splits = {
+        split: training.tokenized(
+            inputs["dataset"].path / f"{split}.jsonl", out / "rows" / split, tokenizer, end=end, max_length=cfg.train.max_length, legacy=cfg.legacy_mask == "qwen", split=split
+        )
+        for split in ("train", "val")
+    }
+    if not len(splits["train"]):
+        raise MissingInput("no training row is within train.max_length", where=str(inputs["dataset"].path), fix="raise train.max_length")
+
+    world = launch.world_size(cfg.launch)
+    micro, accumulation = batch_plan(cfg, world)
+    steps = cfg.train.max_steps or max(1, -(-round(len(splits["train"]) * cfg.train.epochs) // cfg.train.global_batch_size))
+    precision = training.precision(cfg.train.precision)
+    resume = training.Checkpoints.last(out / "checkpoints", world)
+    evaluates = len(splits["val"]) > 0
+    arguments = training.arguments(cfg, out, accumulation=accumulation, micro=micro, precision=precision, steps=steps, evaluates=evaluates and not resume)
+
+    model, rows, nf4 = prepare(cfg, inputs["model"], tokenizer, end, added, device, precision)
+    adapters.describe(model, rows)
+    trackers = training.open_trackers(cfg, out)
+    reports = training.Reports(trackers, tokenizer, training.first_prompts(inputs["dataset"].path / "val.jsonl", 3), end=end, eval_steps=cfg.train.eval_steps, evaluates=evaluates)
+    trainer = training.ChatTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=splits["train"],
+        eval_dataset=splits["val"],
+        data_collator=training.Collator(tokenizer.pad_token_id),
+        callbacks=[reports, training.Checkpoints(world)],
+    )
+    training.mute(trainer)
+    if resume:
+        say(f"finetune: goes on from step {resume.name.split('-')[1]}")
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trackers.close()
+
+    trainer.save_model(str(out))
+    training.barrier()
+    if rank() != 0:
+        return {}
+    finish(cfg, base, tokenizer, end, out, keep_tokenizer=not added)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(out / "rows")
+    metrics = training.summary(trainer, reports, splits, steps, world, precision)
+    return metrics | {"added_tokens": added, "trained_rows": rows, "turn_end": end} | ({"nf4": nf4} if nf4 else {})
+
+
+def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[str], device: str, precision: str):
+    """(model ready to train, vocabulary rows trained beside an adapter, NF4 settings or None)."""
+    import torch
+
+    from src import adapters, chatml, modeling
+
+    gpu = device == "cuda"
+    sixteen = gpu and precision != "fp32" and (cfg.deepspeed.stage or not isinstance(cfg.tuner, FullTuner))
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision] if sixteen else "float32"
+    nf4 = None
+    if isinstance(cfg.tuner, QloraTuner) and base.kind == "model":
+        nf4 = {"double_quant": cfg.tuner.double_quant, "compute_dtype": dtype}
+    model = modeling.load_model(
+        base.path,
+        dtype=dtype,
+        trust_remote_code=cfg.model.trust_remote_code,
+        allow_pickle=cfg.model.allow_pickle,
+        quantization=modeling.nf4_config(**nf4) if nf4 else None,
+        device_map={"": torch.cuda.current_device()} if gpu and isinstance(cfg.tuner, QloraTuner) else None,
+    )
+    old = modeling.vocabulary_rows(model)
+    modeling.grow_vocabulary(model, len(tokenizer))
+    model.config.use_cache = False
+    control = sorted({end, *(i for i in tokenizer.convert_tokens_to_ids([chatml.START, chatml.END]) if i is not None and i != tokenizer.unk_token_id)})
+    rows = sorted({*adapters.untrained(model, [i for i in control if i < old], min(old, len(tokenizer))), *(i for i in control if i >= old)})
+    if rows:
+        names = " ".join(tokenizer.convert_ids_to_tokens(rows))
+        action = "trained with all weights" if isinstance(cfg.tuner, FullTuner) else "trained beside the adapter" if cfg.train_new_tokens == "auto" else "left so: train_new_tokens=never"
+        say(f"finetune: the base never learnt {names}; {action}")
+    if isinstance(cfg.tuner, FullTuner):
+        if cfg.train.gradient_checkpointing:
+            model.enable_input_require_grads()
+        return model, [], None
+    if nf4 or base.kind == "quantized":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.train.gradient_checkpointing)
+    rows = rows if cfg.train_new_tokens == "auto" else []
+    model = adapters.attach(model, cfg.tuner, rows, deepspeed=bool(cfg.deepspeed.stage))
+    if cfg.train.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return model, rows, nf4
+
+
+def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, keep_tokenizer: bool) -> None:
+    """Make the saved folder complete and look at what was saved."""
+    from src import adapters, modeling
+
+    full = isinstance(cfg.tuner, FullTuner)
+    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle
+    (out / "README.md").unlink(missing_ok=True)  # peft's blank model card
+    if not full:
+        adapters.tidy(out)
+    modeling.write_generation_config(out, base, tokenizer, end)
+    if keep_tokenizer:
+        aux_files.copy(base, out)
+    else:
+        tokenizer.save_pretrained(out)
+        aux_files.copy(base, out, tokenizer=False)
+    if full:
+        modeling.cast_folder(out, modeling.stored_dtype(base))
+        modeling.write_stop_token(out / "config.json", end)
+    adapters.check_saved(out, adapter=not full)
+    aux_files.prove(out, tokenizer, trust_remote_code=cfg.model.trust_remote_code)
+
+
+STAGE = stage.Stage(
+    verb="finetune",
+    version=1,
+    schema=FinetuneVerb,
+    kind=lambda cfg, inputs: "model" if isinstance(cfg.tuner, FullTuner) else "adapter",
+    find=find,
+    check=check,
+    around=around,
+    run=finetune,
+    doc=__doc__,
+    resumes=True,
+)
+
+if __name__ == "__main__":
+    stage.main(STAGE)

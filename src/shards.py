@@ -1,0 +1,99 @@
+"""Safetensors as a stream: read the headers of a folder, write a folder tensor by tensor. Never more than one tensor in memory; no torch at import."""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.errors import BadData
+
+ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+NAME = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as a header describes it. dtype is safetensors' name, such as BF16; file is the shard that holds it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+    @property
+    def size(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * ITEM[self.dtype]
+
+
+def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entry]:
+    """{name: Entry} of every tensor in a folder's shards, from their headers alone.
+
+    The layout is that of the safetensors README: u64 header length, JSON header, data. Raises BadData where a file is cut off or not one.
+    """
+    found = {}
+    for file in sorted(folder.glob(pattern)) or sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            head = stream.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size + 1
+            if length > size - 8:
+                raise BadData("not a whole safetensors file: its header is longer than the file", where=str(file), fix="copy or download it again")
+            try:
+                header = json.loads(stream.read(length))
+            except ValueError:
+                raise BadData("not a safetensors file: its header is not JSON", where=str(file), fix="copy or download it again") from None
+        header.pop("__metadata__", None)
+        if header and 8 + length + max(e["data_offsets"][1] for e in header.values()) != size:
+            raise BadData("the safetensors file is cut off, or longer than its header says", where=str(file), fix="copy or download it again")
+        for name, e in header.items():
+            found[name] = Entry(name, e["dtype"], tuple(e["shape"]), file)
+    return found
+
+
+def write(out: Path, plan: Iterable[Entry], tensor: Callable[[str], "object"], shard_size: int, tick: Callable[[], None] = lambda: None) -> None:
+    """Write model*.safetensors into `out` in the order of `plan`, taking each tensor from `tensor(name)` when its turn comes.
+
+    shard_size: bytes per file at most, a larger single tensor excepted. More than one file gets the index transformers looks for.
+    """
+    groups, room = [], 0
+    for entry in plan:
+        if not groups or entry.size > room:
+            groups.append([])
+            room = shard_size
+        groups[-1].append(entry)
+        room -= entry.size
+    index = {}
+    for number, group in enumerate(groups, 1):
+        file = out / ("model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors")
+        _write_shard(file, group, tensor, tick)
+        index |= {entry.name: file.name for entry in group}
+    if len(groups) > 1:
+        total = sum(entry.size for group in groups for entry in group)
+        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n")
+
+
+def _write_shard(file: Path, group: list[Entry], tensor: Callable, tick: Callable) -> None:
+    import torch
+
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for entry in group:
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.size]}
+        offset += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for entry in group:
+            value = tensor(entry.name).contiguous()
+            if tuple(value.shape) != entry.shape or NAME.get(str(value.dtype).removeprefix("torch."), entry.dtype) != entry.dtype:
+                raise ValueError(f"{entry.name}: planned {entry.dtype} {entry.shape}, got {value.dtype} {tuple(value.shape)}")
+            stream.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            tick()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of 5GB or 500MB."""
+    return int(float(text[:-2]) * {"MB": 10**6, "GB": 10**9}[text[-2:]])

@@ -1,0 +1,341 @@
+"""The machinery under `finetune`: rows, batches, the trainer, its reports and its checkpoints. Imported only by worker processes."""
+
+import itertools
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from src import chatml
+from src.config import FinetuneVerb
+from src.errors import BadData, ConfigError, Moved, ProofFailed
+from src.log import duration, progress, rank, say, warn
+from src.modeling import greedy
+from src.tracking import Trackers
+from src.zero import deepspeed_json
+
+
+def tokenized(source: Path, folder: Path, tokenizer, *, end: int, max_length: int, legacy: bool, split: str) -> datasets.Dataset:
+    """Rows of {"input_ids", "labels"} for one split, made once by rank 0 and memory-mapped by all.
+
+    Longer rows than max_length are dropped; how many rows and tokens that is gets said.
+    """
+    if rank() == 0 and not folder.exists():
+        counts = {"rows": 0, "long": 0, "long_tokens": 0, "tools_unseen": 0}
+
+        def rows():
+            encode = chatml.encode_qwen_legacy if legacy else chatml.encode
+            for record in progress(read_rows(source), f"tokenizing {split}"):
+                try:
+                    encoded = encode(tokenizer, record["messages"], record.get("tools"), end=end)
+                except BadData as error:
+                    raise BadData(error.what, where=f"record '{record['id']}'", fix="mend the record, or use a model whose template takes such turns") from None
+                counts["rows"] += 1
+                if record.get("tools") and chatml.render(tokenizer, record["messages"]) == chatml.render(tokenizer, record["messages"], record["tools"]):
+                    counts["tools_unseen"] += 1
+                if len(encoded.input_ids) > max_length:
+                    counts["long"] += 1
+                    counts["long_tokens"] += len(encoded.input_ids)
+                else:
+                    yield {"input_ids": encoded.input_ids, "labels": encoded.labels}
+
+        features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))})
+        cache, partial = folder.with_name(f"{folder.name}.cache"), folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(cache, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        datasets.disable_progress_bars()
+        try:
+            made = datasets.Dataset.from_generator(rows, features=features, cache_dir=str(cache), fingerprint=f"rows-{os.getpid()}")
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+        made.save_to_disk(partial)
+        shutil.rmtree(cache, ignore_errors=True)
+        partial.rename(folder)
+        if counts["long"]:
+            warn(f"{split}: dropped {counts['long']} of {counts['rows']} rows ({counts['long_tokens']:,} tokens) longer than train.max_length={max_length}")
+        if counts["tools_unseen"]:
+            warn(f"{split}: the chat template ignores the tools of {counts['tools_unseen']} rows")
+    barrier()
+    return datasets.load_from_disk(str(folder))
+
+
+def read_rows(path: Path):
+    """Records of a split file of a dataset artifact."""
+    import json
+
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@dataclass
+class Collator:
+    """Pads rows on the right to the longest of the batch: input_ids, attention_mask and labels of shape (batch, length), int64."""
+
+    pad: int
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def block(key: str, fill: int) -> torch.Tensor:
+            return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+
+        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
+        return {"input_ids": block("input_ids", self.pad), "attention_mask": mask, "labels": block("labels", chatml.IGNORE)}
+
+
+class ChatTrainer(Trainer):
+    """transformers' Trainer with an evaluation that weighs every trained token the same, over all ranks."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        was_training = self.model.training
+        self.model.eval()
+        loss, tokens, hits = (self._measure(eval_dataset or self.eval_dataset)).tolist()
+        self.model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1), f"{metric_key_prefix}_accuracy": hits / max(tokens, 1), f"{metric_key_prefix}_tokens": int(tokens)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _measure(self, rows) -> torch.Tensor:
+        """(sum of losses, trained tokens, top-1 hits) over all ranks, float64. Every rank does as many forward passes, as ZeRO-3 needs."""
+        world, me, size = self.args.world_size, self.args.process_index, self.args.per_device_eval_batch_size
+        total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        model = self.model_wrapped if self.is_deepspeed_enabled and hasattr(self.model_wrapped, "forward") else self.model
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+        for begin in range(0, len(order), world * size):
+            mine = order[begin : begin + world * size][me::world]
+            batch = self.data_collator([rows[i] for i in mine or order[:1]])
+            batch = {key: value.to(self.args.device) for key, value in batch.items()}
+            labels = batch.pop("labels")[:, 1:]
+            with self.compute_loss_context_manager():
+                logits = model(**batch, use_cache=False).logits[:, :-1]
+            if mine:
+                kept = labels != chatml.IGNORE
+                chosen, wanted = logits[kept].float(), labels[kept]
+                total += torch.stack([cross_entropy(chosen, wanted, reduction="sum"), kept.sum(), (chosen.argmax(-1) == wanted).sum()]).to(total)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total
+
+
+class Reports(TrainerCallback):
+    """Lines on the terminal and numbers to the trackers: loss, rate, gradient norm, tokens/s, memory, time left, sample answers."""
+
+    def __init__(self, trackers: Trackers, tokenizer, prompts: list[list[dict]], *, end: int, eval_steps: int | None, evaluates: bool):
+        self.trackers, self.tokenizer, self.prompts, self.end = trackers, tokenizer, prompts, end
+        self.eval_steps, self.evaluates = eval_steps, evaluates
+        self.samples: list[tuple[str, str]] = []
+        self.train_seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step, self.start, self.tokens = state.global_step, time.monotonic(), state.num_input_tokens_seen
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.evaluates and self.eval_steps and state.global_step % self.eval_steps == 0:
+            control.should_evaluate = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.evaluates and not self.eval_steps:
+            control.should_evaluate = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise ProofFailed(f"the loss became {logs['loss']} by step {state.global_step}", fix=["lower tuner.learning_rate", "train.precision=fp32", "look for broken rows in the data"])
+            passed = time.monotonic() - self.start
+            done = state.global_step - self.first_step
+            speed = (state.num_input_tokens_seen - self.tokens) / passed
+            left = duration(passed / done * (state.max_steps - state.global_step))
+            self.train_seconds = passed
+            say(f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  grad {logs.get('grad_norm', 0):.2f}  {speed:,.0f} tokens/s  {left} left")
+            names = {"loss": "train/loss", "learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm", "epoch": "train/epoch"}
+            values = {names[key]: float(value) for key, value in logs.items() if key in names}
+            self.trackers.numbers(values | {"train/tokens_per_second": speed, "train/memory_gb": memory() / 1e9}, state.global_step)
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+        say(f"  step {state.global_step}  validation loss {metrics['eval_loss']:.4f}, right next token {metrics['eval_accuracy']:.1%} of {metrics['eval_tokens']}")
+        self.trackers.numbers({"eval/loss": metrics["eval_loss"], "eval/accuracy": metrics["eval_accuracy"]}, state.global_step)
+        if self.prompts:
+            was_training = model.training
+            model.eval()
+            answers = greedy(model, self.tokenizer, self.prompts, max_new_tokens=64, end=self.end)
+            model.train(was_training)
+            self.samples = [(prompt[-1]["content"], text) for prompt, (text, _) in zip(self.prompts, answers)]
+            self.trackers.samples(self.samples, state.global_step)
+
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint as whole once every rank has written its part, and keeps only the newest; resume looks at nothing unmarked."""
+
+    MARK = "whole"
+
+    def __init__(self, world: int):
+        self.world = world
+
+    def on_save(self, args, state, control, **kwargs):
+        barrier()
+        if rank() == 0:
+            folder = Path(args.output_dir)
+            newest = folder / f"checkpoint-{state.global_step}"
+            (newest / self.MARK).write_text(str(self.world))
+            for other in folder.glob("checkpoint-*"):
+                if other != newest:
+                    shutil.rmtree(other)
+        barrier()
+
+    @classmethod
+    def last(cls, folder: Path, world: int) -> Path | None:
+        """The newest whole checkpoint, or None. Raises Moved when it was made by another number of processes, which cannot continue it."""
+        newest = max(folder.glob(f"checkpoint-*/{cls.MARK}"), key=lambda p: int(p.parent.name.split("-")[1]), default=None)
+        if newest is None:
+            return None
+        if (made := int(newest.read_text())) != world:
+            raise Moved(
+                f"the unfinished run was trained by {made} processes and cannot go on with {world}",
+                where=str(newest.parent),
+                fix=[f"launch.nproc_per_node={made}", f"remove {folder.parent} to start over"],
+            )
+        return newest.parent
+
+
+def memory() -> int:
+    """Peak bytes this process has used: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def arguments(cfg: FinetuneVerb, out: Path, *, accumulation: int, micro: int, precision: str, steps: int, evaluates: bool) -> TrainingArguments:
+    """transformers' TrainingArguments for our settings. Trackers, saving of the result and reports are ours, so its own are off."""
+    t = cfg.train
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=max(micro, 8),
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        learning_rate=cfg.tuner.learning_rate,
+        lr_scheduler_type=t.lr_scheduler,
+        # transformers 5 reads a float below 1 as a share of the steps and rounds up.
+        warmup_steps=t.warmup,
+        weight_decay=t.weight_decay,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        max_grad_norm=t.max_grad_norm,
+        optim="adamw_torch",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        gradient_checkpointing=t.gradient_checkpointing,
+        eval_strategy="no",
+        eval_on_start=evaluates,
+        save_strategy="steps",
+        save_steps=t.checkpoint_steps,
+        logging_steps=t.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        seed=t.seed,
+        data_seed=t.seed,
+        deepspeed=deepspeed_json(cfg.deepspeed, gpu=torch.cuda.is_available()) if cfg.deepspeed.stage else None,
+    )
+
+
+def init_distributed(deepspeed_stage: int) -> None:
+    """Join the other processes. On a CPU the trainer would leave DeepSpeed's part out, which ZeRO-3 needs before the model is made."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not deepspeed_stage:
+        dist.init_process_group(backend)
+        return
+    import deepspeed
+    import deepspeed.ops
+
+    # DeepSpeed would compile a shared-memory all-reduce for CPUs (40 s), and a compile killed half-way hangs every later run.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def precision(asked: str) -> str:
+    """fp32, bf16 or fp16: what was asked for, or what the device is good at."""
+    if asked == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("train.precision=fp16 needs a GPU", fix="train.precision=auto")
+    if asked != "auto":
+        return asked
+    chosen = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    say(f"precision: {chosen}")
+    return chosen
+
+
+def open_trackers(cfg: FinetuneVerb, out: Path) -> Trackers:
+    """The trackers of rank 0, writing to <run>/tracking/, outside the artifact that gets sealed."""
+    settings = {**cfg.model_dump(mode="json"), "run": cfg.run, "model_path": cfg.model.path}
+    return Trackers(cfg.tracker if rank() == 0 else {}, out.parent / "tracking", cfg.run, settings)
+
+
+def first_prompts(path: Path, count: int) -> list[list[dict]]:
+    """The first `count` conversations of a split, cut before their first answer."""
+    prompts = []
+    for record in itertools.islice(read_rows(path), count * 4):
+        messages = record["messages"]
+        cut = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), 0)
+        if cut and len(prompts) < count:
+            prompts.append(messages[:cut])
+    return prompts
+
+
+def mute(trainer: Trainer) -> None:
+    """Take out the trainer's own printing; ours says the same and the time left."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def summary(trainer: Trainer, reports: Reports, splits: dict, steps: int, world: int, precision: str) -> dict:
+    """The numbers that go into the manifest."""
+    history = trainer.state.log_history
+    losses = [h["loss"] for h in history if "loss" in h]
+    evals = [h for h in history if "eval_loss" in h]
+    metrics = {
+        "steps": steps,
+        "processes": world,
+        "precision": precision,
+        "train_rows": len(splits["train"]),
+        "tokens_seen": int(trainer.state.num_input_tokens_seen),
+        "train_seconds": round(reports.train_seconds, 2),
+        "train_loss_first": losses[0],
+        "train_loss_last": losses[-1],
+        "memory_bytes": memory(),
+        "curve": [{"step": h["step"], "loss": h["loss"], "learning_rate": h["learning_rate"], "grad_norm": h.get("grad_norm")} for h in history if "loss" in h],
+        "samples": [{"prompt": p, "answer": a} for p, a in reports.samples],
+    }
+    if evals:
+        metrics |= {"val_loss_first": evals[0]["eval_loss"], "val_loss": evals[-1]["eval_loss"], "val_accuracy": evals[-1]["eval_accuracy"]}
+    return metrics

@@ -1,0 +1,489 @@
+"""deploy target=llama2c: the written files, the C program and its tokenizer against transformers, and hostile input."""
+
+import json
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from src.deploy import llama2c
+from src.errors import BadData, MissingInput, ProofFailed, WrongKind
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / ".." / "shared" / "data" / "models"
+pytestmark = pytest.mark.skipif(not (shutil.which("cc") and shutil.which("make")), reason="no C compiler and make")
+needs_stories = pytest.mark.skipif(not MODELS.is_dir(), reason="../shared/data is not here")
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set head = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set talk = messages[1:] %}"
+    "{% else %}{% set head = '' %}{% set talk = messages %}{% endif %}"
+    "{% for m in talk %}{% if m['role'] == 'user' %}<s>[INST] {{ (head if loop.first else '') + m['content'].strip() }} [/INST]"
+    "{% else %} {{ m['content'].strip() }} </s>{% endif %}{% endfor %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML.split("{% endif %}", 1)[1]
+CORPUS = [
+    "Once upon a time there was a little girl.",
+    "It's 12345 o'clock; they're here!",
+    "안녕하세요 만나서 반갑습니다 오늘",
+    "a  b   c\n\n\n  d",
+] * 5
+
+
+def settings(format: str, group_size: int = 64) -> SimpleNamespace:
+    return SimpleNamespace(format=format, group_size=group_size)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny matrices gain nothing from threads, and lose much where the machine is shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def leaks_are_fine(monkeypatch):
+    """The program leaves its memory to the end of the process."""
+    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
+
+
+def wrap(tokenizer, template: str | None, **special: str):
+    from transformers import PreTrainedTokenizerFast
+
+    hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    hf.chat_template = template
+    return hf
+
+
+def sentencepiece_like(template: str | None, prepend: str = "normalizer"):
+    """A BPE with byte fallback and ▁, as converted from sentencepiece, trained on CORPUS; ChatML tokens added."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    learner.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=160, show_progress=False))
+    learned = json.loads(learner.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *sorted(learned["vocab"], key=learned["vocab"].get)]
+    model = models.BPE(
+        {piece: i for i, piece in enumerate(pieces)},
+        [tuple(m) for m in learned["merges"]],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    if prepend == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        scheme, split = prepend.split("-")
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split == "split")
+    strip = [] if prepend.startswith("never") else [decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return wrap(tokenizer, template, unk_token="<unk>", bos_token="<s>", eos_token="<|im_end|>")
+
+
+def byte_level(split: str):
+    """A byte-level BPE trained on CORPUS that cuts words by one of run.c's rules."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import decoders as d
+
+    regex = {name: pattern for pattern, name in llama2c.SPLITS.items()}
+    steps = {
+        "gpt2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "digits_gpt2": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    }
+    for name in ("llama3", "qwen2"):
+        steps[name] = [
+            pre_tokenizers.Split(Regex(regex[name]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=split == "llama3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps[split])
+    tokenizer.decoder = d.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", "<|im_end|>")])
+    return wrap(tokenizer, CHATML, eos_token="<|im_end|>")
+
+
+def save_llama(folder: Path, hf, **changes) -> Path:
+    """A random Llama for this tokenizer: untied, 4 heads on 2 KV heads, and unwilling to say bytes and special tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"},
+        "vocab_size": len(hf) + 5, "tie_word_embeddings": False, "initializer_range": 0.2,
+        "bos_token_id": hf.bos_token_id, "eos_token_id": hf.eos_token_id,
+    } | changes  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5)
+        if not config["tie_word_embeddings"]:
+            model.lm_head.weight[len(hf) :] = 0
+            model.lm_head.weight[[i for p, i in hf.get_vocab().items() if p.startswith("<") and len(p) > 4]] = 0
+    model.save_pretrained(folder)
+    hf.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"), sentencepiece_like(CHATML))
+
+
+def build(model: Path, out: Path, format: str) -> dict:
+    out.mkdir(exist_ok=True)
+    llama2c.check(model, settings(format))
+    return llama2c.build(model, out, settings(format))
+
+
+@pytest.fixture(scope="module")
+def bundle(llama, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("bundle")
+    build(llama, out, "fp32_v1")
+    subprocess.run(["make", "-C", str(out), "debug"], check=True, capture_output=True)
+    return out
+
+
+def run(out: Path, *options: str, stdin: str = "", program: str = "run", code: int = 0) -> str:
+    done = subprocess.run([str(out / program), str(out / "model.bin"), *options], input=stdin.encode(), capture_output=True)
+    assert done.returncode == code, done.stderr.decode(errors="replace")[-2000:]
+    if code:
+        assert done.stdout == b"" and done.stderr.startswith(b"run: ") and done.stderr.count(b"\n") == 1, done.stderr
+        return done.stderr.decode(errors="replace")
+    return done.stdout.decode(errors="replace")
+
+
+def transformers_ids(folder: Path, ids: list[int], new: int) -> list[int]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tensor = torch.tensor([ids])
+    made = model.generate(
+        tensor, attention_mask=torch.ones_like(tensor), do_sample=False, max_length=None, max_new_tokens=new, pad_token_id=0
+    )
+    return made[0, len(ids) :].tolist()
+
+
+# the real model
+
+
+@needs_stories
+def test_stories_v0_is_the_original_byte_for_byte(tmp_path):
+    metrics = build(MODELS / "stories260K-hf", tmp_path, "fp32_v0")
+    ours, original = (tmp_path / "model.bin").read_bytes(), (MODELS / "original" / "stories260K.bin").read_bytes()
+    rope = 512 * 8 * 4
+    assert ours[:-rope] == original[:-rope] and len(ours) == len(original)
+    assert (tmp_path / "tokenizer.bin").read_bytes() == (MODELS / "original" / "tok512.bin").read_bytes()
+    assert metrics["prompts_equal"] == metrics["prompts"] == 4 and metrics["greedy_agreement"] == 1.0 and not metrics["chat"]
+
+    text = run(tmp_path, "-t", "0", "-n", "100")
+    assert text.startswith("Once upon a time, there was a little girl named Lily. She loved to play outside in the park.")
+    (tmp_path / "runtime.cfg").unlink()
+    assert run(tmp_path, "-t", "0", "-n", "100") == text, "without runtime.cfg the program keeps to llama2.c's conventions"
+    assert "no chat" not in run(tmp_path, "-m", "chat", "-i", "Hi", "-n", "5", "-t", "0")
+
+
+@needs_stories
+@pytest.mark.parametrize("format", ["fp32_v1", "int8_v2"])
+def test_stories_text_equals_transformers(tmp_path, format):
+    from transformers import AutoTokenizer
+
+    folder = MODELS / "stories260K-hf"
+    metrics = build(folder, tmp_path, format)
+    hf = AutoTokenizer.from_pretrained(folder)
+    ids = hf("Lily and Tom")["input_ids"]
+    theirs = transformers_ids(folder, ids, 100)
+    ours = [int(i) for i in run(tmp_path, "-t", "0", "-n", str(len(ids) + 99), "-i", "Lily and Tom", "--answer-ids").split()]
+    if format == "fp32_v1":
+        assert ours == theirs
+        assert (
+            run(tmp_path, "-t", "0", "-n", str(len(ids) + 99), "-i", "Lily and Tom")
+            == hf.decode(ids + theirs, skip_special_tokens=True) + "\n"
+        )
+    else:
+        assert metrics["group_size"] == 4, "64 halved until it divides rows of 172"
+        assert metrics["greedy_agreement"] > 0.95
+
+
+# random models
+
+
+@pytest.mark.parametrize("format", ["fp32_v0", "fp32_v1"])
+def test_random_gqa_model_gives_transformers_text(llama, tmp_path, format):
+    metrics = build(llama, tmp_path, format)
+    assert metrics["prompts_equal"] + metrics["ties"] >= metrics["prompts"] == 4 and metrics["conversations"] == 4
+    ids = llama2c._ids(llama2c.run(tmp_path, "--ids", "-i", "a little girl"))
+    ours = run(tmp_path, "-t", "0", "-n", str(len(ids) + 99), "-i", "a little girl", "--answer-ids")
+    assert [int(i) for i in ours.split()] == transformers_ids(llama, ids, 100)
+
+
+def test_int8_agrees_with_fp32(llama, tmp_path):
+    metrics = build(llama, tmp_path, "int8_v2")
+    assert metrics["group_size"] == 64 and metrics["greedy_agreement"] > 0.85
+    assert metrics["model_bytes"] < 0.3 * sum(f.stat().st_size for f in llama.glob("*.safetensors"))
+
+
+def test_tied_model_with_other_head_counts_and_old_rope_key(tmp_path):
+    model = save_llama(tmp_path / "m", sentencepiece_like(None, "first-whole"), tie_word_embeddings=True, num_key_value_heads=4)
+    config = json.loads((model / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert llama2c.read_shape(model).theta == 50000.0
+    metrics = build(model, tmp_path / "out", "fp32_v1")
+    assert metrics["chat"] is False and metrics["greedy_agreement"] == 1.0
+    assert "no chat mode: its tokenizer has no chat template" in run(tmp_path / "out", "-m", "chat", "-i", "Hi", code=1)
+
+
+# the tokenizer
+
+NASTY = [
+    *"  \n\t\r'’'sStTdDmMreveLL", "ſ", "é", "한", "글", "中", "🙂", "👩‍👧", "\u3000", "\u00a0", "\u2581", "½", "٣", "Ⅷ", "1", "23", "456", "it", "they",
+    " there", " a", "upon", "!", "..", "_", "-", "e\u0301", "\u200b", "<s>", "<|im_end|>", "<|im_", "안녕", "<0x0A>", "\x01", "\x7f", "\U000e0041",
+]  # fmt: skip
+
+
+def same_on_nasty_texts(hf, bundle: Path, out: Path, count: int = 80) -> None:
+    for name in ("model.bin", "run", "run-debug"):
+        (out / name).symlink_to(bundle / name)
+    tokenizer = llama2c.read_tokenizer(json.loads(hf.backend_tokenizer.to_str()), "here")
+    if tokenizer.byte_level:
+        tokenizer.ranges = {"letters": llama2c._unicode_ranges("L"), "numbers": llama2c._unicode_ranges("N")}
+    shape = json.loads((out / "shape.json").read_text())
+    pieces, why = llama2c.find_chat(hf)
+    llama2c.write_tokenizer(tokenizer, shape["vocab"], hf.bos_token_id, hf.eos_token_id, out / "tokenizer.bin")
+    llama2c.write_runtime(llama2c.Shape(**shape), tokenizer, hf, [2], pieces, why, out / "runtime.cfg")
+    assert llama2c.prove_ids(out, hf, pieces)["conversations"] == (4 if pieces else 0)
+    dice = random.Random(7)
+    for i in range(count):
+        text = "".join(dice.choices(NASTY, k=dice.randint(1, 30)))
+        ours = run(out, "--ids", "-i", text, program="run-debug" if i % 6 == 0 else "run")
+        assert [int(id) for id in ours.split()] == hf(text)["input_ids"], repr(text)
+
+
+@pytest.fixture
+def ids_folder(bundle, llama, tmp_path) -> Path:
+    (tmp_path / "shape.json").write_text(json.dumps(vars(llama2c.read_shape(llama))))
+    return tmp_path
+
+
+@pytest.mark.parametrize("prepend", ["normalizer", "first-whole", "always-split", "never-whole"])
+def test_sentencepiece_ids(prepend, bundle, ids_folder):
+    same_on_nasty_texts(sentencepiece_like(LLAMA2, prepend), bundle, ids_folder)
+
+
+@pytest.mark.parametrize("split", ["gpt2", "digits_gpt2", "llama3", "qwen2"])
+def test_byte_level_ids(split, bundle, ids_folder):
+    same_on_nasty_texts(byte_level(split), bundle, ids_folder)
+
+
+def test_byte_level_model_end_to_end(tmp_path):
+    model = save_llama(tmp_path / "m", byte_level("llama3"))
+    metrics = build(model, tmp_path / "out", "fp32_v1")
+    assert metrics["chat"] and metrics["prompts"] == 3, "there is no BOS, so the empty prompt is left out"
+    assert "no BOS" in run(tmp_path / "out", code=1)
+
+
+# chat
+
+
+def test_two_turns_equal_transformers_and_print_answers_only(llama, bundle):
+    from transformers import AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(llama)
+    messages = [{"role": "system", "content": "Be brief."}]
+    answers = []
+    for user in ("Once upon", "a little girl"):
+        messages.append({"role": "user", "content": user})
+        ids = hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        answers.append(hf.decode(transformers_ids(llama, ids, 12), skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    options = ("-m", "chat", "-t", "0", "-n", "12", "-y", "Be brief.", "-i", "Once upon")
+    for program in ("run", "run-debug"):
+        assert run(bundle, *options, stdin="a little girl\n", program=program) == "".join(f"{a}\n" for a in answers)
+    assert run(bundle, *options) == answers[0] + "\n"
+
+
+def test_context_end_is_said(bundle):
+    done = subprocess.run(
+        [bundle / "run-debug", bundle / "model.bin", "-m", "chat", "-n", "0", "-t", "0", "-i", "Hi"], input=b"more\n", capture_output=True
+    )
+    assert done.returncode == 0 and b"the context is full: 256 tokens" in done.stderr
+    assert "the model takes 256" in run(bundle, "-i", "x " * 400, code=1)
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "trim"),
+    [(CHATML, True, set()), (LLAMA2, True, {"user", "assistant"}), (NO_SYSTEM, False, set())],
+)
+def test_chat_pieces(template, system, trim):
+    pieces, why = llama2c.find_chat(sentencepiece_like(template))
+    assert pieces and not why
+    assert (pieces.system_open is not None) == system and pieces.trim == trim
+
+
+@pytest.mark.parametrize("template", ["{{ messages | length }}", "{{ messages[-1]['content'] }}", "{{ messages[0]['content'] | upper }}"])
+def test_template_that_is_not_fixed_pieces_gives_no_chat(template):
+    pieces, why = llama2c.find_chat(sentencepiece_like(template))
+    assert pieces is None and why
+
+
+def test_sampling_repeats_by_seed(bundle):
+    options = ("-i", "girl", "-n", "40", "-t", "1.5")
+    one = run(bundle, *options, "-s", "3", program="run-debug")
+    assert one == run(bundle, *options, "-s", "3") and one != run(bundle, *options, "-s", "4")
+    assert run(bundle, *options, "-s", "3", "-p", "1", program="run-debug")
+
+
+# hostile input, under the sanitizers
+
+
+@pytest.fixture
+def copy(bundle, tmp_path) -> Path:
+    for name in ("model.bin", "tokenizer.bin", "runtime.cfg"):
+        shutil.copyfile(bundle / name, tmp_path / name)
+    (tmp_path / "run-debug").symlink_to(bundle / "run-debug")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["model.bin", "tokenizer.bin", "runtime.cfg"])
+def test_cut_and_padded_files_are_refused(copy, name):
+    whole = (copy / name).read_bytes()
+    for size in (0, 1, 7, 30, 100, 255, 257, len(whole) // 2, len(whole) - 1):
+        (copy / name).write_bytes(whole[:size])
+        assert name in run(copy, "-i", "Hi", program="run-debug", code=1)
+    (copy / name).write_bytes(whole + b"x")
+    assert name in run(copy, "-i", "Hi", program="run-debug", code=1)
+    (copy / name).write_bytes(bytes(random.Random(1).randbytes(len(whole))))
+    assert name in run(copy, "-i", "Hi", program="run-debug", code=1)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "tokenizer.bin", "runtime.cfg"])
+def test_flipped_bytes_never_crash(copy, name):
+    whole = (copy / name).read_bytes()
+    dice = random.Random(2)
+    for _ in range(25):
+        damaged = bytearray(whole)
+        damaged[dice.randrange(min(len(whole), 300 if name == "model.bin" else 4000))] = dice.randrange(256)
+        (copy / name).write_bytes(damaged)
+        argv = [copy / "run-debug", copy / "model.bin", "-i", "Once upon 한", "-n", "12"]
+        done = subprocess.run(argv, capture_output=True)
+        assert done.returncode in (0, 1) and b"Sanitizer" not in done.stderr and b"runtime error" not in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--what",), "unknown option --what"), (("-q", "1"), "unknown option -q"), (("-n",), "-n takes a value"), (("-n", "many"), "takes a number"),
+        (("-t", "-1"), "takes a number"), (("-t", "nan"), "takes a number"), (("-m", "sing"), "generate or chat"), (("-y", "x"), "-m chat"),
+        (("-z", "/nowhere/t.bin"), "cannot open /nowhere/t.bin"), (("other.bin",), "more than one model"), (("-z", "/tmp"), "is not a file"),
+    ],
+)  # fmt: skip
+def test_wrong_options(bundle, options, says):
+    assert says in run(bundle, *options, program="run-debug", code=1)
+
+
+def test_prompt_that_is_not_utf8(bundle):
+    done = subprocess.run([bundle / "run-debug", bundle / "model.bin", "--ids", "-i", b"a\xff\xe4\xb8 \xf0\x9f"], capture_output=True)
+    assert done.returncode == 0 and 3 + 0xFF in map(int, done.stdout.split())
+
+
+# check
+
+
+def edited(llama: Path, out: Path, **changes) -> Path:
+    shutil.copytree(llama, out)
+    config = json.loads((out / "config.json").read_text()) | changes
+    (out / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "qwen2"}, "this one is 'qwen2'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope scaling 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope scaling 'llama3'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"head_dim": 32}, "head_dim 32"),
+    ],
+)
+def test_check_refuses_other_architectures(llama, tmp_path, changes, says):
+    with pytest.raises(WrongKind, match=says) as caught:
+        llama2c.check(edited(llama, tmp_path / "m", **changes), settings("fp32_v1"))
+    assert caught.value.fix
+
+
+def test_check_refuses_biases_and_shapes(llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = edited(llama, tmp_path / "m")
+    weights = load_file(model / "model.safetensors")
+    bias = {"model.layers.0.self_attn.q_proj.bias": weights["model.norm.weight"].clone()}
+    save_file(weights | bias, model / "model.safetensors")
+    with pytest.raises(WrongKind, match="biases"):
+        llama2c.check(model, settings("fp32_v1"))
+    save_file({k: v for k, v in weights.items() if "layers.1.mlp.up" not in k}, model / "model.safetensors")
+    with pytest.raises(BadData, match="no tensor model.layers.1.mlp.up_proj.weight"):
+        llama2c.check(model, settings("fp32_v1"))
+    whole = (llama / "model.safetensors").read_bytes()
+    for cut in (0, 5, 100, len(whole) - 1):
+        (model / "model.safetensors").write_bytes(whole[:cut])
+        with pytest.raises(BadData):
+            llama2c.check(model, settings("fp32_v1"))
+    (model / "model.safetensors").unlink()
+    with pytest.raises(MissingInput):
+        llama2c.check(model, settings("fp32_v1"))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "says"),
+    [
+        ("normalizer", {"type": "NFKC"}, "NFKC"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "Whitespace"),
+        ("model", {"type": "Unigram"}, "Unigram"),
+    ],
+)
+def test_check_names_the_unknown_tokenizer_part(llama, tmp_path, part, value, says):
+    model = edited(llama, tmp_path / "m")
+    spec = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(spec | {part: value}))
+    with pytest.raises(WrongKind, match=says):
+        llama2c.check(model, settings("fp32_v1"))
+
+
+def test_group_size_backs_off(llama):
+    shape = llama2c.read_shape(llama)
+    assert llama2c.group_size(shape, 64) == 64 and llama2c.group_size(shape, 256) == 64
+    shape.hidden = 130
+    with pytest.raises(WrongKind, match="no group size"):
+        llama2c.group_size(shape, 64)
+
+
+def test_a_wrong_bundle_is_not_published(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama2c, "interleave", lambda weight, heads: weight)
+    with pytest.raises(ProofFailed, match="greedy text"):
+        build(llama, tmp_path, "fp32_v1")
