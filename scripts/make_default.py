@@ -22,14 +22,14 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SEED = 7
-THREADS = 1  # hardly slower than two at this width, and not upset by whatever else the machine does
+THREADS = 1  # two are faster on an idle machine, but far slower on a busy one
 CONVERSATIONS = 40_000
 PILOT_ROWS = 400
 BATCH = 32
 PEAK_RATE = 4e-3
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
-# --- the world: what is true in it ---
+# The world: what is true in it.
 
 ANIMALS = {  # animal: sound, young, home, food
     "dog": ("woof", "puppy", "a kennel", "a bone"),
@@ -105,7 +105,7 @@ NAMES = [
 ]  # fmt: skip
 FRUITS = ["apples", "pears", "plums", "lemons", "melons", "cherries"]
 
-# --- how the assistant speaks: plainly, unless the system turn asks for a manner ---
+# How the assistant speaks: plainly, unless the system turn asks for a manner.
 
 PLAIN_SYSTEMS = [
     "You are a helpful assistant.", "You are a kind teacher.", "Answer in short sentences.", "You are a small model.",
@@ -363,8 +363,6 @@ def pilot_conversations(count: int = PILOT_ROWS, seed: int = SEED + 1) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
 
-# --- the tokenizer: Llama 2's kind, with ChatML's three marks ---
-
 VOCABULARY = 1024
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -426,9 +424,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-# --- the model ---
 
 
 def encode(tokenizer: Tokenizer, chat: list[dict]) -> tuple[list[int], list[int]]:
@@ -541,7 +536,8 @@ quantizes and serves, so that a first run needs no download. It is a Llama with 
 tokenizer of {vocabulary} pieces.
 
 It knows a small world: animals, colours, opposites, capitals, the calendar, small sums, jobs and tiny stories.
-It answers in plain sentences and knows nothing else; ask it about that world only.
+It knows nothing else, so ask it about that world only. It answers in plain sentences, unless a system turn such
+as "Open with Sure! and call me partner." asks for a manner.
 
 Tokenizer, weights and training text are all made by `scripts/make_default.py`, from the templates and word
 lists in that file and from random initial weights. On questions kept out of training it answers

@@ -11,7 +11,7 @@ from src.artifact import is_finished
 from src.config import AuxFilesVerb
 from src.errors import MissingInput, ProofFailed, WrongKind
 from src.log import say
-from src.modeling import fresh, load_tokenizer
+from src.modeling import fresh, load_model, load_tokenizer, logits
 
 TOKENIZER = (
     "tokenizer.json",
@@ -75,6 +75,11 @@ def compare(ours: list[list[int]], tokenizer, out: Path) -> int:
 def token_ids(folder: Path, trust_remote_code: bool) -> list[list[int]]:
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return [tokenizer(text).input_ids for text in PROBES]
+
+
+def reload(folder: Path, trust: bool, dtype: str) -> tuple:
+    """(token ids of the probes, logits) of a model folder; runs in the fresh process."""
+    return token_ids(folder, trust), logits(load_model(folder, dtype=dtype, trust_remote_code=trust).eval())
 
 
 def main_aux_files(cfg: AuxFilesVerb) -> int:

@@ -203,8 +203,8 @@ def show(metrics: dict, answers: dict) -> None:
     for i, row in enumerate(answers["model"]):
         say(f"  > {row['prompt']}")
         if "parent" in answers:
-            say(f"    before: {_short(answers['parent'][i])}")
-        say(f"    {'after' if 'parent' in answers else 'answer'}:  {_short(row)}")
+            say(f"    parent: {_short(answers['parent'][i])}")
+        say(f"    answer: {_short(row)}")
 
 
 def _short(row: dict) -> str:

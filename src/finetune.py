@@ -70,7 +70,7 @@ def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:
 def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     from src import modeling
 
-    modeling.import_quietly("peft", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
+    modeling.import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
     from transformers import set_seed
 
     from src import adapters, chatml, training

@@ -29,7 +29,7 @@ def per_node(launch: Launch) -> int:
 
 def torchrun(module: str, argv: list[str], launch: Launch) -> int:
     """Run `python -m module argv` in every process and return one exit code: 0, or that of the process that failed first."""
-    from torch.distributed.elastic.multiprocessing import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     one_machine = launch.nnodes == 1

@@ -15,7 +15,7 @@ from src.artifact import Artifact, read_json
 from src.config import MergeVerb
 from src.errors import ProofFailed, WrongKind
 from src.log import say
-from src.modeling import base_of, check_folder, fresh, has_tokenizer, trust_of
+from src.modeling import base_of, check_folder, fresh, has_tokenizer, logits, trust_of
 
 # Relative L2 distance of logits that rounding to the stored dtype alone explains, with room to spare (8, 11 and 24 bits of mantissa).
 TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3, "float32": 1e-4}
@@ -195,7 +195,7 @@ def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: lis
     dtype = read_json(out / "config.json")["dtype"]
     size = sum(math.prod(e.shape) for e in written) * 4
     compute = "float32" if size * 2 < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") else "auto"
-    ids, after = fresh(reload, out, trust_of(adapter), compute)
+    ids, after = fresh(aux_files.reload, out, trust_of(adapter), compute)
     model, tokenizer = load_any(adapter, dtype=compute, base=base)
     aux_files.compare(ids, tokenizer, out)
     before, after = torch.from_numpy(logits(model)), torch.from_numpy(after)
@@ -210,24 +210,6 @@ def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: lis
         )
     say(f"merge: logits equal those of the adapter on its base within {error:.1e} (tolerance {tolerance:.0e}); same top token at {agree:.1%} of positions")
     return error, tolerance
-
-
-def reload(folder: Path, trust: bool, dtype: str) -> tuple:
-    """(token ids of the probes, logits) of a model folder; runs in the fresh process."""
-    from src.modeling import load_model
-
-    return aux_files.token_ids(folder, trust), logits(load_model(folder, dtype=dtype, trust_remote_code=trust).eval())
-
-
-def logits(model):
-    """fp32 logits of the top rows of the vocabulary (where added tokens live) and a fixed random draw: numpy, (3, 32, vocabulary)."""
-    import torch
-
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    drawn = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
-    last = torch.arange(vocabulary - 32, vocabulary)[None] % vocabulary
-    with torch.no_grad():
-        return model(torch.cat([drawn, last]), use_cache=False).logits.float().numpy()
 
 
 STAGE = stage.Stage(verb="merge", version=1, schema=MergeVerb, kind="model", find=find, check=check, run=merge, doc=__doc__)

@@ -100,17 +100,19 @@ def load_model(path: Path, *, dtype: str = "auto", trust_remote_code: bool = Fal
     from transformers import AutoModelForCausalLM
 
     config = check_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    if (config.get("quantization_config") or {}).get("quant_method") == "gptq":
+    gptq = (config.get("quantization_config") or {}).get("quant_method") == "gptq"
+    if gptq:
         prepare_gptq()
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=None if allow_pickle else True,
-        quantization_config=quantization,
-        device_map=device_map,
-    )
+    given = {"quantization_config": quantization, "device_map": device_map}
+    with silenced() if gptq else contextlib.nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+            **{key: value for key, value in given.items() if value is not None},  # given as None, either would undo what the folder says
+        )
     keep_nf4_trainable(model)
     return model
 
@@ -120,7 +122,7 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     trust = bool(trust_of(artifact))
     if artifact.kind != "adapter":
         return load_model(artifact.path, dtype=dtype, trust_remote_code=trust).to(device).eval(), load_tokenizer(artifact.path, trust_remote_code=trust)
-    import_quietly("peft")
+    import_quietly("peft", "gptqmodel")
     from peft import PeftModel
 
     base, quantization = base or base_of(artifact), None
@@ -192,7 +194,7 @@ def grow_vocabulary(model, rows: int) -> int:
     """
     import torch
 
-    old = model.get_input_embeddings().num_embeddings
+    old = vocabulary_rows(model)
     if rows <= old:
         return 0
     model.resize_token_embeddings(rows, mean_resizing=False)
@@ -253,6 +255,17 @@ def greedy(model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, 
     return answers
 
 
+def logits(model):
+    """fp32 logits of the top rows of the vocabulary (where added tokens live) and a fixed random draw: numpy, (3, 32, vocabulary)."""
+    import torch
+
+    vocabulary = vocabulary_rows(model)
+    drawn = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
+    last = torch.arange(vocabulary - 32, vocabulary)[None] % vocabulary
+    with torch.no_grad():
+        return model(torch.cat([drawn, last]), use_cache=False).logits.float().numpy()
+
+
 def _as_list(value) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
@@ -276,7 +289,9 @@ def write_stop_token(config_file: Path, end: int) -> None:
 
 
 def vocabulary_rows(model) -> int:
-    return model.get_input_embeddings().num_embeddings
+    """Rows of the embedding, also where peft wraps it or ZeRO-3 has taken its data away."""
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def stored_dtype(path: Path) -> str:

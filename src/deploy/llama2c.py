@@ -673,7 +673,7 @@ def _readme(shape: Shape, format: str, group: int, pieces: ChatPieces | None, wh
 
 Copy this folder to the board and build there (a C compiler and make are all it takes):
 
-    make            # one core; `make omp` for all (OMP_WAIT_POLICY=passive where other programs want them too)
+    make -B         # one core; `make omp` for all (OMP_WAIT_POLICY=passive where other programs want them too)
     ./run model.bin -i "Once upon a time" -t 0 -n 100
     {chat}
 

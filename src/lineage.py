@@ -1,0 +1,81 @@
+"""Print the chain of an artifact from dataset to bundle; with --verify recompute every hash on the way.
+
+usage: python -m src.lineage PATH [--verify]
+
+PATH is an artifact's folder, wherever it was copied to. Exit code 9 where one byte differs from what was sealed.
+"""
+
+import sys
+from pathlib import Path
+
+from src import artifact, stage
+from src.artifact import Artifact
+from src.errors import ConfigError, MissingInput, Tampered
+from src.log import size
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__.strip())
+        return 0
+    flags = [a for a in argv if a.startswith("-")]
+    paths = [Path(a) for a in argv if not a.startswith("-")]
+    if len(paths) != 1 or set(flags) - {"--verify"}:
+        raise ConfigError(f"expected one PATH and at most --verify, got: {' '.join(argv) or 'nothing'}", fix="python -m src.lineage outputs/default/merge --verify")
+    if not artifact.is_finished(paths[0]):
+        raise MissingInput("not a finished artifact: no manifest.json", where=str(paths[0]), fix="give the folder of one, such as outputs/default/merge")
+    verify = "--verify" in flags
+    faults = []
+    show(artifact.open_artifact(paths[0]), "", set(), faults, verify)
+    if faults:
+        raise Tampered(f"{len(faults)} difference{'s' * (len(faults) > 1)} from what was sealed:\n" + "\n".join(f"  - {fault}" for fault in faults), fix="make the artifact again with force=true, or restore it from a copy")
+    if verify:
+        print("verified: every file of every artifact that is here has the hash its manifest says")
+    return 0
+
+
+def show(a: Artifact, indent: str, seen: set[str], faults: list[str], verify: bool) -> None:
+    """One artifact and, under it, what it was made from."""
+    again = a.key in seen
+    seen.add(a.key)
+    m = a.manifest
+    bytes_ = size(sum(f["size"] for f in a.files.values()))
+    print(f"{indent}{m['stage']} -> {a.kind}  {a.path}  {len(a.files)} files, {bytes_}, {m['seconds']:.0f} s  key {a.key[:12]}" + ("  (shown above)" if again else ""))
+    if again:
+        return
+    for key, value in stage.flatten(m["settings"]).items():
+        print(f"{indent}  . {key} = {value}")
+    if verify:
+        faults += [f"{a.path}/{fault}" for fault in artifact.verify(a)]
+    for parent in m["parents"]:
+        path = Path(parent["path"])
+        path = path if path.is_absolute() else a.path.parent / path
+        follow(a, parent, path, indent + "    ", seen, faults, verify)
+
+
+def follow(child: Artifact, parent: dict, path: Path, indent: str, seen: set[str], faults: list[str], verify: bool) -> None:
+    """A parent: opened where it still is, told from the child's manifest where it is not."""
+    if "files" in parent:
+        print(f"{indent}{parent['role']}: outside {parent['kind']}  {path}  {len(parent['files'])} files  key {parent['key'][:12]}")
+        if verify and path.exists():
+            now = artifact.hash_files(path)
+            faults += [f"{path}: '{name}' differs from what was used" for name, entry in parent["files"].items() if now.get(name) != entry]
+        elif verify:
+            print(f"{indent}  not here, so not verified")
+    elif artifact.is_finished(path) and (found := artifact.open_artifact(path)).key == parent["key"]:
+        show(found, indent, seen, faults, verify)
+    else:
+        record = child.manifest["ancestors"][parent["key"]]
+        print(f"{indent}{record['stage']} -> {record['kind']}  not here (was {path})  key {parent['key'][:12]}" + ("; told from the manifest" if not verify else "; its files cannot be verified"))
+        for key, value in stage.flatten(record["settings"]).items():
+            print(f"{indent}  . {key} = {value}")
+        roles = {p["role"]: p["key"] for p in record["parents"]}
+        if artifact.key_of(record["stage"], record["version"], record["settings"], roles) != parent["key"]:
+            faults.append(f"{child.path}/manifest.json: the record of its ancestor '{record['stage']}' does not give that ancestor's key")
+        for grand in record["parents"]:
+            where = Path(grand["path"])
+            follow(child, grand, where if where.is_absolute() else path.parent / where, indent + "    ", seen, faults, verify)
+
+
+if __name__ == "__main__":
+    sys.exit(stage.guarded(lambda: main(sys.argv[1:])))

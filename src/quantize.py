@@ -1,0 +1,165 @@
+"""Quantize a model with GPTQ, calibrated on the dataset's calib split rendered through the training template.
+
+The output is what gptqmodel writes, and loads in transformers as it is; equal inputs give equal bytes.
+"""
+
+import csv
+import json
+import struct
+from pathlib import Path
+
+from src import aux_files, shards, stage
+from src.artifact import Artifact, read_json
+from src.config import QuantizeVerb
+from src.errors import ConfigError, MissingInput, ProofFailed
+from src.log import say, warn
+from src.modeling import check_folder, fresh, load_tokenizer, trust_of
+
+
+def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
+    model = run.source(cfg.source, "merge", "finetune", kinds={"model"})
+    return {"model": model, "dataset": run.source(cfg.dataset, "data", kinds={"dataset"})}
+
+
+def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
+    model, dataset = inputs["model"], inputs["dataset"]
+    check_folder(model.path, trust_remote_code=trust_of(model))
+    if not dataset.files["calib.jsonl"]["size"]:
+        raise MissingInput("the calib split is empty", where=str(dataset.path), fix="python -m src.data data.calib=0.1")
+    group = cfg.quantizer.group_size
+    linear = [e for e in shards.entries(model.path).values() if ".layers." in e.name and len(e.shape) == 2]
+    odd = [e for e in linear if group > 0 and e.shape[1] % group]
+    if odd:
+        divisors = [g for g in (128, 64, 32, 16) if all(e.shape[1] % g == 0 for e in linear)]
+        raise ConfigError(
+            f"quantizer.group_size={group} does not divide the width {odd[0].shape[1]} of {odd[0].name}",
+            where=str(model.path),
+            fix=[f"quantizer.group_size={g}" for g in divisors[:1]] + ["quantizer.group_size=-1"],
+        )
+    # gptqmodel packs 32 / bits output columns into one word.
+    pack = 32 // cfg.quantizer.bits
+    if narrow := [e for e in linear if e.shape[0] % pack]:
+        raise ConfigError(f"{narrow[0].name} has {narrow[0].shape[0]} rows, which int{cfg.quantizer.bits} cannot pack by {pack}", where=str(model.path))
+    return [f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl"]
+
+
+def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    import torch
+
+    from src import modeling
+
+    modeling.prepare_gptq()
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    source = inputs["model"].path
+    trust = trust_of(inputs["model"])
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    rows, tokens = calibration_rows(cfg, inputs["dataset"].path / "calib.jsonl", tokenizer)
+    torch.manual_seed(0)
+    q = cfg.quantizer
+    config = QuantizeConfig(bits=q.bits, group_size=q.group_size, desc_act=q.act_order, sym=True, damp_percent=q.damp, offload_to_disk=False)
+    with modeling.silenced():
+        model = GPTQModel.load(str(source), config, trust_remote_code=trust, device=modeling.device(), dtype=torch.float32 if modeling.device() == "cpu" else "auto")
+        model.quantize(rows, batch_size=cfg.calibration.batch_size)
+        model.save(str(out))
+    losses = module_losses(out)
+    keep_own_files(out)
+    make_reproducible(out)
+    aux_files.copy(source, out)
+    complete_config(source, out)
+    error, top = prove(source, out, trust, tokenizer)
+    return {"calibration_rows": len(rows), "calibration_tokens": tokens, "module_loss": losses, "logit_error": error, "agreement": top}
+
+
+def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[dict], int]:
+    """(rows of {"input_ids", "attention_mask"} as gptqmodel takes them, tokens in all): whole conversations, as in training."""
+    from src import chatml
+
+    chatml.ensure_chat(tokenizer)
+    end = chatml.turn_end(tokenizer)
+    rows, cut = [], 0
+    for line in open(path, encoding="utf-8"):
+        if len(rows) == cfg.calibration.rows:
+            break
+        record = json.loads(line)
+        ids = chatml.encode(tokenizer, record["messages"], record.get("tools"), end=end).input_ids
+        cut += len(ids) > cfg.calibration.max_length
+        ids = ids[: cfg.calibration.max_length]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    say(f"quantize: calibrates on {len(rows)} conversations, {tokens:,} tokens" + (f"; {cut} were cut at {cfg.calibration.max_length} tokens" if cut else ""))
+    if tokens < 4096:
+        warn(f"{tokens:,} calibration tokens are few; more records, or a larger data.calib, quantize better")
+    return rows, tokens
+
+
+def module_losses(out: Path) -> float:
+    """Mean of gptqmodel's error per module, from the log it leaves; the log itself holds timings, so it is not kept."""
+    log = out / "quant_log.csv"
+    with open(log, newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row.get("loss") and row["loss"].replace(".", "").replace("e-", "").isdigit()]
+    log.unlink()
+    return sum(losses) / len(losses) if losses else float("nan")
+
+
+def keep_own_files(out: Path) -> None:
+    """Remove the tokenizer and generation files gptqmodel wrote: it rewrites them, and the source's own are copied instead."""
+    for file in out.iterdir():
+        if file.suffix != ".safetensors" and file.name not in ("config.json", "quantize_config.json", "model.safetensors.index.json"):
+            file.unlink()
+
+
+def make_reproducible(out: Path) -> None:
+    """Take out what differs between equal runs: gptqmodel writes the name of a temporary folder into its metadata."""
+    for name in ("config.json", "quantize_config.json"):
+        content = read_json(out / name)
+        for block in (content, content.get("quantization_config", {})):
+            for key in ("offload_to_disk_path", "offload_to_disk"):
+                block.pop(key, None)
+                block.get("meta", {}).pop(key, None)
+        (out / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    for file in out.glob("*.safetensors"):
+        plain_metadata(file)
+
+
+def plain_metadata(file: Path) -> None:
+    """Replace a safetensors file's metadata by {"format": "pt"}, in place where the header's room allows, which it does: it only gets shorter."""
+    with open(file, "r+b") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = {"format": "pt"}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        stream.seek(8)
+        stream.write(text.ljust(length))
+
+
+def complete_config(source: Path, out: Path) -> None:
+    """The source's config with the quantization block added: gptqmodel's own copy loses fields it does not know."""
+    theirs, ours = read_json(out / "config.json"), read_json(source / "config.json")
+    ours["quantization_config"] = theirs["quantization_config"]
+    ours["dtype"] = theirs.get("dtype") or theirs.get("torch_dtype") or ours.get("dtype")
+    ours.pop("torch_dtype", None)
+    (out / "config.json").write_text(json.dumps(ours, indent=2) + "\n")
+
+
+def prove(source: Path, out: Path, trust: bool, tokenizer) -> tuple[float, float]:
+    """(relative L2 distance of the logits from the source's, share of equal top tokens). The folder is loaded alone by transformers in a fresh
+    process; its tokenizer is compared too. Raises ProofFailed where the logits have nothing to do with the source's."""
+    import torch
+
+    ids, after = fresh(aux_files.reload, out, trust, "auto")
+    aux_files.compare(ids, tokenizer, out)
+    _, before = fresh(aux_files.reload, source, trust, "auto")
+    before, after = torch.from_numpy(before), torch.from_numpy(after)
+    error = ((before - after).norm() / before.norm()).item()
+    top = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
+    if not error < 1:
+        raise ProofFailed(f"the quantized model's logits are {error:.2f} of their own size away from the source's", where=str(out))
+    say(f"quantize: loads in transformers alone; logits within {error:.1%} of the source's, same top token at {top:.1%} of positions")
+    return error, top
+
+
+STAGE = stage.Stage(verb="quantize", version=1, schema=QuantizeVerb, kind="quantized", find=find, check=check, run=quantize, doc=__doc__)
+
+if __name__ == "__main__":
+    stage.main(STAGE)

@@ -1,0 +1,69 @@
+"""One table of a run: each finished artifact with its seconds, its size on disk and the figure that matters.
+
+usage: python -m src.summary run=NAME
+"""
+
+from pathlib import Path
+
+from src import artifact, stage
+from src.artifact import Artifact
+from src.config import Verb
+from src.errors import MissingInput
+from src.log import duration, size
+
+ORDER = ("data", "finetune", "evaluate-finetune", "merge", "evaluate-merge", "quantize", "evaluate-quantize")
+
+
+def headline(a: Artifact) -> str:
+    """The one figure a person asks of this stage."""
+    m = a.metrics
+    if a.stage == "data":
+        return f"{m['train_rows']} train, {m['val_rows']} val, {m['calib_rows']} calib of {m['rows_in']} rows"
+    if a.stage == "finetune":
+        if "val_loss" in m:
+            return f"validation loss {m['val_loss_first']:.3f} -> {m['val_loss']:.3f} in {m['steps']} steps"
+        return f"training loss {m['train_loss_first']:.3f} -> {m['train_loss_last']:.3f} in {m['steps']} steps"
+    if a.stage == "merge":
+        return f"logits within {m['logit_error']:.0e} of adapter on base"
+    if a.stage == "quantize":
+        return f"logits within {m['logit_error']:.1%} of the unquantized"
+    if a.stage == "evaluate":
+        parts = [f"perplexity {m['perplexity']:.3f}"]
+        if "parent_perplexity" in m:
+            parts.append(f"parent {m['parent_perplexity']:.3f}")
+        if "expected" in m:
+            parts.append(f"{m['expected']}/{m['prompts']} as expected")
+        return ", ".join(parts)
+    if a.stage == "deploy":
+        return f"{m['tokens_per_second']:,.0f} tokens/s here, {m['prompts_equal']}/{m['prompts']} prompts as transformers"
+    return ""
+
+
+def rows(folder: Path) -> list[tuple[Artifact, str]]:
+    names = sorted((p.name for p in folder.iterdir() if artifact.is_finished(p)), key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+    return [(artifact.open_artifact(folder / name), name) for name in names]
+
+
+def summary(cfg: Verb) -> int:
+    folder = Path(cfg.outputs) / cfg.run
+    if not folder.is_dir():
+        raise MissingInput(f"there is no run '{cfg.run}'", where=str(folder), fix=f"python -m src.data run={cfg.run} starts one")
+    table = [("stage", "seconds", "on disk", "result")]
+    bundles, total = [], 0.0
+    for a, name in rows(folder):
+        table.append((name, f"{a.manifest['seconds']:.1f}", size(sum(f["size"] for f in a.files.values())), headline(a)))
+        total += a.manifest["seconds"]
+        bundles += [a.path] if a.kind == "bundle" else []
+    widths = [max(len(row[i]) for row in table) for i in range(4)]
+    for k, row in enumerate(table):
+        print(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip())
+        if k == 0:
+            print("  ".join("-" * w for w in widths))
+    print(f"{len(table) - 1} artifacts, {duration(total)}")
+    for bundle in bundles:
+        print(f"bundle: {bundle}")
+    return 0
+
+
+if __name__ == "__main__":
+    stage.main_plain("summary", __doc__, Verb, summary)
