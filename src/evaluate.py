@@ -147,7 +147,7 @@ def measure(model, rows: list, batch_size: int, pad: int, what: str) -> tuple[di
 
     from src.chatml import IGNORE
 
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     loss = hits = tokens = 0
     top = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))

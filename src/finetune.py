@@ -117,6 +117,7 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         callbacks=[reports, training.Checkpoints(world)],
     )
     training.mute(trainer)
+    reports.trainer = trainer
     if resume:
         say(f"finetune: goes on from step {resume.name.split('-')[1]}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -229,7 +229,7 @@ def greedy(model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, 
     stops = sorted({end, *_as_list(model.generation_config.eos_token_id)})
     longest = max(map(len, ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     inputs = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
     room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -344,7 +344,8 @@ def _quiet() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for library in ("transformers", "torch"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
 
 
 def import_quietly(*modules: str) -> None:

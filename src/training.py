@@ -102,7 +102,11 @@ class Collator:
 class ChatTrainer(Trainer):
     """transformers' Trainer with an evaluation that weighs every trained token the same, over all ranks."""
 
+    eval_seconds = 0.0
+    """time spent in evaluations, which training speed leaves out"""
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        start = time.monotonic()
         was_training = self.model.training
         self.model.eval()
         loss, tokens, hits = (self._measure(eval_dataset or self.eval_dataset)).tolist()
@@ -110,6 +114,7 @@ class ChatTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1), f"{metric_key_prefix}_accuracy": hits / max(tokens, 1), f"{metric_key_prefix}_tokens": int(tokens)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.eval_seconds += time.monotonic() - start
         return metrics
 
     @torch.no_grad()
@@ -141,6 +146,7 @@ class Reports(TrainerCallback):
     def __init__(self, trackers: Trackers, tokenizer, prompts: list[list[dict]], *, end: int, eval_steps: int | None, evaluates: bool):
         self.trackers, self.tokenizer, self.prompts, self.end = trackers, tokenizer, prompts, end
         self.eval_steps, self.evaluates = eval_steps, evaluates
+        self.trainer: ChatTrainer | None = None
         self.samples: list[tuple[str, str]] = []
         self.train_seconds = 0.0
 
@@ -159,7 +165,7 @@ class Reports(TrainerCallback):
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise ProofFailed(f"the loss became {logs['loss']} by step {state.global_step}", fix=["lower tuner.learning_rate", "train.precision=fp32", "look for broken rows in the data"])
-            passed = time.monotonic() - self.start
+            passed = time.monotonic() - self.start - self.trainer.eval_seconds
             done = state.global_step - self.first_step
             speed = (state.num_input_tokens_seen - self.tokens) / passed
             left = duration(passed / done * (state.max_steps - state.global_step))
