@@ -56,7 +56,7 @@ def untrained(model, ids: list[int], used: int) -> list[int]:
             continue
         with torch.no_grad(), whole([layer.weight]):
             weight = layer.weight.detach()
-            sample = weight[torch.linspace(0, used - 1, min(used, 4096)).long()].float()
+            sample = sample_rows(weight, used)
             centres = [(torch.zeros_like(sample[0]), 0.0), (sample.mean(0), 0.0)]
             if len(weight) > used:
                 unused = weight[used:].float()
@@ -67,6 +67,29 @@ def untrained(model, ids: list[int], used: int) -> list[int]:
                 if any((row - centre).norm().item() <= 1.5 * radius + 0.02 * typical for centre, radius in centres):
                     found.add(token)
     return sorted(found)
+
+
+def row_rates(model, tuner: LoraTuner, used: int) -> dict[str, float]:
+    """{name of a trained-rows parameter: its peak learning rate}.
+
+    The rows start from nothing while the matrix they join has a scale of its own, small in wide models and large in narrow ones. Adam moves an
+    entry by about its rate each step, so a rate of 1 % of a typical entry brings a row there in some hundred steps in either.
+    """
+    rates = {}
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            layer = model.get_submodule(name.split(".trainable_tokens_delta")[0]).base_layer
+            with whole([layer.weight]):
+                typical = sample_rows(layer.weight, used).square().mean(1).median().sqrt().item()
+            rates[name] = max(tuner.learning_rate, 0.01 * typical) if tuner.row_learning_rate == "auto" else tuner.row_learning_rate
+    return rates
+
+
+def sample_rows(weight, used: int):
+    """Up to 4,096 rows spread over the `used` first of a (vocabulary, width) matrix, fp32."""
+    import torch
+
+    return weight.detach()[torch.linspace(0, used - 1, min(used, 4096)).long()].float()
 
 
 def keep_rows_under_zero3() -> None:

@@ -77,9 +77,9 @@ def token_ids(folder: Path, trust_remote_code: bool) -> list[list[int]]:
     return [tokenizer(text).input_ids for text in PROBES]
 
 
-def reload(folder: Path, trust: bool, dtype: str) -> tuple:
-    """(token ids of the probes, logits) of a model folder; runs in the fresh process."""
-    return token_ids(folder, trust), logits(load_model(folder, dtype=dtype, trust_remote_code=trust).eval())
+def reload(folder: Path, trust: bool, dtype: str, rows: list[list[int]] | None = None) -> tuple:
+    """(token ids of the probes, logits of `rows`; see modeling.logits) of a model folder; made to run in a fresh process."""
+    return token_ids(folder, trust), logits(load_model(folder, dtype=dtype, trust_remote_code=trust).eval(), rows)
 
 
 def main_aux_files(cfg: AuxFilesVerb) -> int:

@@ -59,8 +59,13 @@ def ensure_chat(tokenizer) -> list[str]:
 
 
 def render(tokenizer, messages: Sequence[dict], tools=None, *, prompt: bool = False) -> str:
-    """The conversation as text; with prompt=True opened for the assistant's next turn."""
-    return tokenizer.apply_chat_template(list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt)
+    """The conversation as text; with prompt=True opened for the assistant's next turn. Raises BadData where the template refuses such turns."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        raise BadData(f"the chat template refuses this conversation: {error}") from None
 
 
 def turn_end(tokenizer) -> int:

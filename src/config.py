@@ -87,6 +87,8 @@ class LoraTuner(Optimizer):
     """the update is scaled by alpha / rank"""
     dropout: Fraction
     """dropout on the adapter's input"""
+    row_learning_rate: Literal["auto"] | PositiveFloat
+    """peak rate of token rows trained beside the adapter; auto: 1 % of a typical entry of their matrix, at least learning_rate"""
     target_modules: Literal["all-linear"] | list[str]
     """names of the linear layers that get adapters; all-linear: every one but the output layer"""
 

@@ -99,7 +99,7 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if cfg.evaluation.expect is not None:
         metrics |= {("" if role == "model" else "parent_") + "expected": sum(a["as_expected"] for a in answers[role]) for role in answers}
     write(out, metrics, answers)
-    show(metrics, answers)
+    show(metrics, answers, ("before", "after") if inputs["model"].stage == "finetune" else ("parent", "answer"))
     return metrics
 
 
@@ -192,8 +192,8 @@ def write(out: Path, metrics: dict, answers: dict) -> None:
                 file.write(json.dumps({"by": role, **row}, ensure_ascii=False) + "\n")
 
 
-def show(metrics: dict, answers: dict) -> None:
-    """The figures in a line or two, then each prompt with the parent's and the model's answer."""
+def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
+    """The figures in a line or two, then each prompt with the parent's and the model's answer under these labels."""
     line = f"evaluate: loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.3f}, right next token {metrics['accuracy']:.1%} of {metrics['tokens']}"
     if "agreement" in metrics:
         line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
@@ -203,8 +203,8 @@ def show(metrics: dict, answers: dict) -> None:
     for i, row in enumerate(answers["model"]):
         say(f"  > {row['prompt']}")
         if "parent" in answers:
-            say(f"    parent: {_short(answers['parent'][i])}")
-        say(f"    answer: {_short(row)}")
+            say(f"    {labels[0] + ':':<8}{_short(answers['parent'][i])}")
+        say(f"    {labels[1] + ':':<8}{_short(row)}")
 
 
 def _short(row: dict) -> str:

@@ -116,6 +116,9 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         data_collator=training.Collator(tokenizer.pad_token_id),
         callbacks=[reports, training.Checkpoints(world)],
     )
+    if rows:
+        trainer.row_rates = adapters.row_rates(model, cfg.tuner, len(tokenizer) - len(added))
+        say("finetune: peak learning rate of those rows " + ", ".join(sorted({f"{rate:.1e}" for rate in trainer.row_rates.values()})))
     training.mute(trainer)
     reports.trainer = trainer
     if resume:

@@ -57,6 +57,7 @@ def plan(cfg: MergeVerb, adapter: Artifact, base: Path) -> tuple[list[shards.Ent
     if settings.get("peft_type") != "LORA" or unknown or settings.get("bias", "none") != "none":
         raise WrongKind(f"cannot merge this kind of adapter: {', '.join(unknown) or settings.get('peft_type')}", where=str(adapter.path))
     rows = settings.get("trainable_token_indices") or {}
+    config = read_json(base / "config.json")
     stored = shards.entries(base)
     changes: dict[str, dict] = {}
     for name in shards.entries(adapter.path, "adapter_model*.safetensors"):
@@ -66,10 +67,11 @@ def plan(cfg: MergeVerb, adapter: Artifact, base: Path) -> tuple[list[shards.Ent
             changes.setdefault(f"{module}.weight", {})[what] = name
         elif what == "trainable_tokens_delta":
             layer = module.removesuffix(".token_adapter")
+            if layer == "lm_head" and config.get("tie_word_embeddings"):
+                continue  # peft saves the rows of a tied matrix twice
             changes.setdefault(f"{layer}.weight", {}).update(rows=name, index=rows[layer.rsplit(".", 1)[-1]] if isinstance(rows, dict) else rows)
         else:
-            changes.setdefault(f"{module}.{what}", {})["whole"] = name
-    config = read_json(base / "config.json")
+            changes.setdefault(f"{module.removesuffix('.token_adapter.base_layer')}.{what}", {})["whole"] = name
     if missing := [name for name in changes if name not in stored and not (name == "lm_head.weight" and config.get("tie_word_embeddings"))]:
         raise WrongKind(f"the adapter changes weights this base does not have, such as {missing[0]}", where=str(base), fix="base=FOLDER names the base it was trained on")
     vocabulary = config["vocab_size"]

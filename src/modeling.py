@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -255,15 +256,17 @@ def greedy(model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, 
     return answers
 
 
-def logits(model):
-    """fp32 logits of the top rows of the vocabulary (where added tokens live) and a fixed random draw: numpy, (3, 32, vocabulary)."""
+def logits(model, rows: list[list[int]] | None = None):
+    """fp32 logits, numpy (tokens, vocabulary), of the given token ids row by row; without any, of the vocabulary's last rows (where added
+    tokens live) and a fixed random draw."""
     import torch
 
-    vocabulary = vocabulary_rows(model)
-    drawn = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
-    last = torch.arange(vocabulary - 32, vocabulary)[None] % vocabulary
+    if rows is None:
+        size = vocabulary_rows(model)
+        rows = torch.randint(0, size, (2, 32), generator=torch.Generator().manual_seed(0)).tolist()
+        rows.append([i % size for i in range(size - 32, size)])
     with torch.no_grad():
-        return model(torch.cat([drawn, last]), use_cache=False).logits.float().numpy()
+        return torch.cat([model(torch.tensor([row]), use_cache=False).logits[0].float() for row in rows]).numpy()
 
 
 def _as_list(value) -> list[int]:
@@ -344,6 +347,7 @@ def _quiet() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     for library in ("transformers", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
 

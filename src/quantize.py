@@ -13,7 +13,7 @@ from src.artifact import Artifact, read_json
 from src.config import QuantizeVerb
 from src.errors import ConfigError, MissingInput, ProofFailed
 from src.log import say, warn
-from src.modeling import check_folder, fresh, load_tokenizer, trust_of
+from src.modeling import check_folder, fresh, load_model, load_tokenizer, logits, trust_of
 
 
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
@@ -39,7 +39,11 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     # gptqmodel packs 32 / bits output columns into one word.
     pack = 32 // cfg.quantizer.bits
     if narrow := [e for e in linear if e.shape[0] % pack]:
-        raise ConfigError(f"{narrow[0].name} has {narrow[0].shape[0]} rows, which int{cfg.quantizer.bits} cannot pack by {pack}", where=str(model.path))
+        raise ConfigError(
+            f"{narrow[0].name} has {narrow[0].shape[0]} rows, which int{cfg.quantizer.bits} cannot pack by {pack}",
+            where=str(model.path),
+            fix=["quantizer=gptq_int8"] * (cfg.quantizer.bits == 4 and all(e.shape[0] % 4 == 0 for e in linear)) + ["deploy target=llama2c target.format=int8_v2 quantizes such models itself"],
+        )
     return [f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl"]
 
 
@@ -67,7 +71,7 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     make_reproducible(out)
     aux_files.copy(source, out)
     complete_config(source, out)
-    error, top = prove(source, out, trust, tokenizer)
+    error, top = prove(source, out, trust, tokenizer, [row["input_ids"][:256] for row in rows[:8]])
     return {"calibration_rows": len(rows), "calibration_tokens": tokens, "module_loss": losses, "logit_error": error, "agreement": top}
 
 
@@ -142,15 +146,17 @@ def complete_config(source: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(ours, indent=2) + "\n")
 
 
-def prove(source: Path, out: Path, trust: bool, tokenizer) -> tuple[float, float]:
-    """(relative L2 distance of the logits from the source's, share of equal top tokens). The folder is loaded alone by transformers in a fresh
-    process; its tokenizer is compared too. Raises ProofFailed where the logits have nothing to do with the source's."""
+def prove(source: Path, out: Path, trust: bool, tokenizer, rows: list[list[int]]) -> tuple[float, float]:
+    """(relative L2 distance of the logits from the source's, share of equal top tokens) over some rows of token ids.
+
+    The folder is loaded alone by transformers in a fresh process; its tokenizer is compared too. Raises ProofFailed where the logits have
+    nothing to do with the source's.
+    """
     import torch
 
-    ids, after = fresh(aux_files.reload, out, trust, "auto")
+    ids, after = fresh(aux_files.reload, out, trust, "auto", rows)
     aux_files.compare(ids, tokenizer, out)
-    _, before = fresh(aux_files.reload, source, trust, "auto")
-    before, after = torch.from_numpy(before), torch.from_numpy(after)
+    before, after = torch.from_numpy(logits(load_model(source, trust_remote_code=trust).eval(), rows)), torch.from_numpy(after)
     error = ((before - after).norm() / before.norm()).item()
     top = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
     if not error < 1:

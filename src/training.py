@@ -100,7 +100,28 @@ class Collator:
 
 
 class ChatTrainer(Trainer):
-    """transformers' Trainer with an evaluation that weighs every trained token the same, over all ranks."""
+    """transformers' Trainer with an evaluation that weighs every trained token the same over all ranks, and rates of their own for token rows."""
+
+    row_rates: dict[str, float] = {}
+    """peak learning rate by parameter name, for those that do not take the common one; without weight decay"""
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        rows = {id(p): self.row_rates[name] for name, p in self.model.named_parameters() if name in self.row_rates}
+        found = [p for group in optimizer.param_groups for p in group["params"] if id(p) in rows]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in rows]
+        for parameter in found:
+            optimizer.add_param_group({"params": [parameter], "lr": rows[id(parameter)], "weight_decay": 0.0})
+        return optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As transformers', but an adapter never brings the whole embedding along: what was grown or trained in it is kept as rows."""
+        if hasattr(self.model, "peft_config"):
+            folder = output_dir or self.args.output_dir
+            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=self.args.should_save)
+        else:
+            super()._save(output_dir, state_dict)
 
     eval_seconds = 0.0
     """time spent in evaluations, which training speed leaves out"""

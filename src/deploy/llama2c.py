@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from ..errors import BadData, MissingInput, MissingTool, ProofFailed, WrongKind
-from ..log import say, size, warn
+from src.errors import BadData, MissingInput, MissingTool, ProofFailed, WrongKind
+from src.log import say, size, warn
+from src.modeling import load_model, load_tokenizer
 
 SOURCES = Path(__file__).parents[2] / "assets" / "llama2c"
 MAGIC = 0x616B3432
@@ -487,10 +488,8 @@ def build(model_dir: Path, out: Path, settings) -> dict:
     Raises what `check` raises, MissingTool without a compiler, ProofFailed where the program and transformers disagree.
     """
     check(model_dir, settings)
-    from transformers import AutoTokenizer
-
     shape = read_shape(model_dir)
-    hf = AutoTokenizer.from_pretrained(model_dir)
+    hf = load_tokenizer(model_dir)
     # transformers may rebuild the pipeline by the tokenizer's class, so what it runs counts, not tokenizer.json.
     tokenizer = read_tokenizer(json.loads(hf.backend_tokenizer.to_str()), str(model_dir))
     if max(tokenizer.pieces) >= shape.vocab:
@@ -747,9 +746,8 @@ def prove_text(model_dir: Path, out: Path, hf, stops: list[int], exact: bool, to
     a result, and only one below a half, which no rounding explains, raises.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = load_model(model_dir, dtype="float32").eval()
     context = model.config.max_position_embeddings
     prompts = equal = agreed = made = ties = 0
     speed = 0.0

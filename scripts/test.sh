@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Makes the environment if needed and runs the tests: lint, then pytest. Arguments go to pytest: bash scripts/test.sh -m slow
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+make_env
+cd "$root"
+"$python" -m ruff check --quiet .
+"$python" -m pytest "$@"

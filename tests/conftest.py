@@ -1,0 +1,232 @@
+"""What every test file shares: verbs as a user calls them, tiny models with random weights, and one finished run to read, damage or build on."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+CHAT = ROOT / "assets" / "tiny-chat"
+VERBS = ("data", "finetune", "merge", "quantize", "evaluate", "deploy", "aux_files", "summary", "lineage")
+FEW = ["data.val=0.2", "data.calib=0.2"]
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def plain_machine(monkeypatch):
+    """Whatever launched pytest, the code under test sees one process and no GPU count of its own making."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "BOARDWALK_WORKER", "BOARDWALK_STATUS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is not here")
+    return SHARED
+
+
+def _argv(argv, tmp_path: Path) -> list[str]:
+    verb, *rest = map(str, argv)
+    free = verb == "lineage" or "--help" in rest or any(a.startswith("outputs=") for a in rest)
+    return [verb, *rest, *([] if free else [f"outputs={tmp_path / 'outputs'}"])]
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """cli(verb, *argv, cwd=ROOT, env=None): `python -m src.<verb>` in a process of its own, with outputs=<tmp_path>/outputs unless given."""
+
+    def run(*argv, cwd: Path = ROOT, env: dict | None = None, timeout: float = 300) -> CompletedProcess:
+        verb, *rest = _argv(argv, tmp_path)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        return subprocess.run([sys.executable, "-m", f"src.{verb}", *rest], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """As cli, but in this process, so a third of a second faster; a bug in the code under test comes out as the exception it is."""
+    monkeypatch.chdir(ROOT)
+    return lambda *argv: in_process(*_argv(argv, tmp_path))
+
+
+def in_process(verb: str, *argv: str) -> CompletedProcess:
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy remarks that the module was imported before
+        sys.argv = [verb, *map(str, argv)]
+        try:
+            runpy.run_module(f"src.{verb}", run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as done:
+            code = done.code or 0
+        finally:
+            sys.argv = before
+    return CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+def worked(verb: str, work, *argv) -> None:
+    """Run a verb through its one door, with `work(cfg, inputs, out) -> metrics` in place of the costly part."""
+    from src import stage
+
+    module = importlib.import_module("src.deploy.__main__" if verb == "deploy" else f"src.{verb}")
+    before, sys.argv = sys.argv, [verb, *map(str, argv)]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as done:
+            stage.main(dataclasses.replace(module.STAGE, run=work, around=None))
+    finally:
+        sys.argv = before
+    assert done.value.code == 0, err.getvalue()
+
+
+# ---- tiny models
+
+LAYERS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """tiny_model(arch="llama"|"qwen2", **config): a complete model folder with random weights and assets/tiny-chat's tokenizer, about 1 MB.
+
+    Keywords change config.json and the weights with it: hidden_size, num_hidden_layers, vocab_size, tie_word_embeddings, dtype (float32, float16), ...
+    """
+    return lambda arch="llama", **config: write_model(tmp_path_factory.mktemp(arch) / "model", arch, **config)
+
+
+def write_model(folder: Path, arch: str = "llama", **changes) -> Path:
+    config = {
+        "architectures": [LAYERS[arch]],
+        "model_type": arch,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+        "max_position_embeddings": 512,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 1023,
+        "pad_token_id": 1021,
+        "dtype": "float32",
+        **changes,
+    }
+    width, middle, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head = config.setdefault("head_dim", width // heads)
+    kv = config["num_key_value_heads"] * head
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    for i in range(config["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        for name, rows in (("q", heads * head), ("k", kv), ("v", kv)):
+            shapes[f"{at}self_attn.{name}_proj.weight"] = (rows, width)
+            if arch == "qwen2":
+                shapes[f"{at}self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{at}self_attn.o_proj.weight"] = (width, heads * head)
+        shapes |= {f"{at}mlp.gate_proj.weight": (middle, width), f"{at}mlp.up_proj.weight": (middle, width), f"{at}mlp.down_proj.weight": (width, middle)}
+        shapes |= {f"{at}input_layernorm.weight": (width,), f"{at}post_attention_layernorm.weight": (width,)}
+    shapes["model.norm.weight"] = (width,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], width)
+    draw = np.random.default_rng(0)
+    weights = {n: np.ones(s) if n.endswith("norm.weight") else draw.normal(0, 0.06, s) for n, s in shapes.items()}
+    folder.mkdir(parents=True)
+    save(folder / "model.safetensors", weights, config["dtype"])
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(CHAT / name, folder)
+    return folder
+
+
+def save(file: Path, weights: dict, dtype: str = "float32") -> None:
+    """A safetensors file of numpy arrays, written without torch."""
+    save_file({name: array.astype(dtype) for name, array in weights.items()}, file, {"format": "pt"})
+
+
+# ---- one finished run
+
+
+def fake_adapter(cfg, inputs, out: Path) -> dict:
+    width = json.loads((inputs["model"].path / "config.json").read_text())["hidden_size"]
+    at = "base_model.model.model.layers.0.self_attn.q_proj"
+    save(out / "adapter_model.safetensors", {f"{at}.lora_A.weight": np.ones((4, width)), f"{at}.lora_B.weight": np.ones((width, 4))})
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"], "base_model_name_or_path": "?"}
+    (out / "adapter_config.json").write_text(json.dumps(settings))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHAT / name, out)
+    return {"steps": 3, "train_loss_first": 2.0, "train_loss_last": 1.0, "turn_end": 1023}
+
+
+def fake_merge(cfg, inputs, out: Path) -> dict:
+    shutil.copytree(inputs["model"].path, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+    return {"logit_error": 1e-6}
+
+
+def fake_quantized(cfg, inputs, out: Path) -> dict:
+    fake_merge(cfg, inputs, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}))
+    return {"logit_error": 0.05}
+
+
+def fake_report(cfg, inputs, out: Path) -> dict:
+    (out / "report.json").write_text("{}\n")
+    return {"perplexity": 2.5}
+
+
+def fake_bundle(cfg, inputs, out: Path) -> dict:
+    (out / "model.bin").write_bytes(bytes(range(256)))
+    return {"tokens_per_second": 1000.0, "prompts_equal": 3, "prompts": 3}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """An outputs folder with one run, `a`, through every stage, and its outside inputs in `inputs/`. Read it only; `road` is a copy to damage."""
+    outputs = tmp_path_factory.mktemp("finished") / "outputs"
+    base = write_model(outputs / "inputs" / "base")
+    chats = json.loads((ROOT / "assets" / "conversations.json").read_text())[:60]
+    (outputs / "inputs" / "chats.json").write_text(json.dumps(chats))
+    common = ["run=a", f"outputs={outputs}"]
+    done = in_process("data", *common, *FEW, f"data.path={outputs / 'inputs' / 'chats.json'}")
+    assert done.returncode == 0, done.stderr
+    worked("finetune", fake_adapter, *common, f"model.path={base}", "launch.nproc_per_node=1")
+    worked("merge", fake_merge, *common)
+    worked("quantize", fake_quantized, *common)
+    worked("evaluate", fake_report, *common)
+    worked("deploy", fake_bundle, *common)
+    return outputs
+
+
+@pytest.fixture
+def road(finished, tmp_path) -> Path:
+    """A private copy of the finished run, where cli and call look for it."""
+    return Path(shutil.copytree(finished, tmp_path / "outputs"))
+
+
+def refused(done: CompletedProcess, error: type, *words: str) -> None:
+    """The command ended as a user's fault of this class: its exit code, one screen, no traceback, and every word that tells what, where and what to do."""
+    assert done.returncode == error.exit_code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 25
+    assert error.title in done.stderr and "fix:" in done.stderr, done.stderr
+    for word in words:
+        assert str(word) in done.stderr, f"{word!r} not in:\n{done.stderr}"

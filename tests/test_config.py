@@ -1,0 +1,233 @@
+"""Settings: every YAML there is, every schema field, and what a person sees who mistypes one."""
+
+import ast
+import inspect
+import shutil
+
+import pytest
+from conftest import ROOT, refused
+
+from src import compose, config
+from src.errors import ConfigError
+
+CONFIGS = ROOT / "configs"
+ROOTS = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
+SCHEMAS = [c for c in vars(config).values() if inspect.isclass(c) and issubclass(c, config.Settings)]
+
+
+def schema_of(verb: str) -> type:
+    return getattr(config, "".join(word.title() for word in verb.split("_")) + "Verb", config.Verb)
+
+
+def composed(verb: str, *overrides: str):
+    """Settings of a verb, with a value given to each required one."""
+    required = [key for key, value in flat(compose._hydra(verb, [])).items() if value == "???" and not any(o.startswith(f"{key}=") for o in overrides)]
+    return compose.compose(verb, [*(f"{key}=x" for key in required), *overrides], schema_of(verb))
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def options() -> list[tuple[str, str, str]]:
+    return [(verb, group, option) for verb in ROOTS for group, names in sorted(compose._groups(verb).items()) for option in sorted(names)]
+
+
+def faults(verb: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose.compose(verb, list(overrides), schema_of(verb))
+    return str(caught.value)
+
+
+# ---- every YAML and every field
+
+
+@pytest.mark.parametrize("verb", ROOTS)
+def test_every_verb_composes(verb):
+    cfg = composed(verb)
+    assert cfg.run == "default" and cfg.outputs == "outputs"
+    # What YAML holds is what the schema knows, to the last key.
+    assert set(flat(cfg.model_dump())) <= set(flat(compose._hydra(verb, [])))
+
+
+@pytest.mark.parametrize("verb, group, option", options())
+def test_every_option_composes(verb, group, option):
+    composed(verb, f"{group}={option}")
+
+
+def test_no_yaml_is_out_of_reach():
+    reached = {CONFIGS / "base.yaml"} | {CONFIGS / f"{verb}.yaml" for verb in ROOTS} | {CONFIGS / group / f"{option}.yaml" for _, group, option in options()}
+    assert reached == set(CONFIGS.rglob("*.y*ml"))
+
+
+def test_every_yaml_is_of_a_verb_that_exists():
+    for verb in ROOTS:
+        assert (ROOT / "src" / f"{verb}.py").is_file() or (ROOT / "src" / verb / "__main__.py").is_file()
+        assert (CONFIGS / f"{verb}.yaml").read_text().startswith(f"# python -m src.{verb}"), "a config file opens with the command that runs it"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_a_key_no_schema_knows_fails(path, tmp_path, monkeypatch):
+    copy = tmp_path / "configs"
+    shutil.copytree(CONFIGS, copy)
+    monkeypatch.setattr(compose, "CONFIGS", copy)
+    inside = path.relative_to(CONFIGS)
+    text = path.read_text().replace("tracker: {}", "")
+    (copy / inside).write_text(text + "\nno_such_key: 1\n")
+    verb, chosen = (inside.stem, []) if len(inside.parts) == 1 else next((v, [f"{g}={o}"]) for v, g, o in options() if (g, o) == (inside.parts[0], inside.stem))
+    verb = "data" if verb == "base" else verb
+    with pytest.raises(ConfigError, match="no_such_key'"):
+        composed(verb, *chosen)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda c: c.__name__)
+def test_fields_have_no_default_and_say_what_they_mean(schema):
+    for name, field in schema.model_fields.items():
+        assert field.is_required(), f"{schema.__name__}.{name} has a default; defaults live in configs/"
+        assert field.description or name == "kind", f"{schema.__name__}.{name} has no docstring"
+    assert schema.model_config["extra"] == "forbid" and schema.model_config["frozen"]
+
+
+def test_every_field_is_read_somewhere():
+    read = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        if path.name != "config.py":
+            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    # Rules among the schema's own fields count as reading too.
+    unread = {name for schema in SCHEMAS for name in schema.model_fields} - read
+    assert not unread, f"settings that no code reads: {sorted(unread)}"
+
+
+def test_every_schema_is_used():
+    text = "\n".join(p.read_text() for p in (ROOT / "src").rglob("*.py"))
+    for schema in SCHEMAS:
+        assert text.count(schema.__name__) > 1, f"{schema.__name__} is defined and never used"
+
+
+def test_help_names_every_setting_with_its_meaning():
+    for verb in ROOTS:
+        text = compose.help_text(verb, "About it.", schema_of(verb))
+        for key in flat(compose._hydra(verb, [])):
+            assert f"  {key}=" in text, f"{verb} --help does not say {key}"
+        for group, names in compose._groups(verb).items():
+            assert f"{group}={'|'.join(sorted(names))}" in text
+
+
+# ---- what a person mistypes
+
+
+def test_all_faults_are_told_at_once():
+    told = faults("finetune", "tuner.rnk=8", "train.epoch=3", "modl.path=x", "train.precision=fp8", "train.warmup=2")
+    for words in ("5 faults", "'tuner.rnk'; did you mean 'tuner.rank'?", "'train.epoch'; did you mean 'train.epochs'?", "'modl.path'; did you mean 'model.path'?"):
+        assert words in told
+    assert "train.precision=fp8" in told and "'bf16'" in told
+    assert "train.warmup=2" in told and "less than 1" in told
+    assert "python -m src.finetune --help" in told
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ("tuner.r=8", "tuner.rank"),
+        ("lora_alpha=16", "tuner.alpha"),
+        ("train.lr=1e-4", "tuner.learning_rate"),
+        ("learning_rate=1e-4", "tuner.learning_rate"),
+        ("num_train_epochs=3", "train.epochs"),
+        ("train.cutoff_len=512", "train.max_length"),
+        ("per_device_train_batch_size=2", "train.micro_batch_size"),
+        ("model_name_or_path=x", "model.path"),
+        ("gradient_accumulation_steps=4", "train.global_batch_size"),
+        ("output_dir=x", "run"),
+        ("warmup_ratio=0.1", "train.warmup"),
+    ],
+)
+def test_the_names_of_other_trainers_lead_to_ours(theirs, ours):
+    assert f"did you mean '{ours}'?" in faults("finetune", theirs)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("tuner=loraa", "did you mean 'lora'?; there is full, lora, qlora"),
+        ("deepspeed=zero9", "there is none, zero2, zero2_offload, zero3, zero3_offload"),
+        ("tracker=[wandb,mlflow]", "no such tracker"),
+        ("tuner.rank=8,16", "sweep"),
+        ("tuner=lora,full", "sweep"),
+        ("tuner.rank=range(1,4)", "sweep"),
+        ("+tuner.rank=8", "write tuner.rank=VALUE"),
+        ("++tuner.rank=8", "write tuner.rank=VALUE"),
+        ("~tuner.rank", "not added or removed"),
+        ("--force", "'--force': not of the form key=value"),
+        ("force", "'force': not of the form key=value"),
+        ("=3", "not of the form key=value"),
+        ("tuner.rank=0", "tuner.rank=0: "),
+        ("tuner.rank=", "tuner.rank"),
+        ("tuner.rank=many", "tuner.rank=many: "),
+        ("tuner.rank=1.5", "tuner.rank=1.5: "),
+        ("train.max_grad_norm=-1", "train.max_grad_norm=-1: "),
+        ("train.epochs=nan", "train.epochs"),
+        ("train.epochs=inf", "train.epochs"),
+        ("tuner.learning_rate=nan", "tuner.learning_rate"),
+        ("tuner.learning_rate=inf", "tuner.learning_rate"),
+        ("run=../elsewhere", "run=../elsewhere: "),
+        ("run=''", "run"),
+        ("model=null", "model"),
+        ("model.path=null", "model.path"),
+        ("tuner={}", "tuner"),
+        ("hydra.run.dir=x", "unknown setting 'hydra.run.dir'"),
+        ("model.path=${nope}", "nope"),
+        ("launch.nnodes=2", "master_port"),
+        ("launch.node_rank=1", "node_rank 1"),
+    ],
+)
+def test_what_is_not_a_setting_is_refused(override, words):
+    told = faults("finetune", override)
+    assert words in told
+    assert len(told.splitlines()) < 10
+
+
+def test_a_key_of_another_option_says_whose_it_is():
+    assert "it belongs to tuner=lora or qlora" in faults("finetune", "tuner=full", "tuner.rank=8")
+    assert "it belongs to tuner=qlora" in faults("finetune", "tuner.double_quant=true")
+
+
+def test_what_must_be_given_is_said():
+    told = faults("aux_files")
+    assert "source: must be given, as source=VALUE" in told and "target: must be given, as target=VALUE" in told
+
+
+def test_no_record_left_to_train_on():
+    assert "val + calib must stay below 1" in faults("data", "data.val=0.6", "data.calib=0.4")
+
+
+@pytest.mark.parametrize("value", ["a b/c.json", "데이터/채팅.json", "x=y.json", "it's.json", "a,b.json", "(1).json", "$HOME"])
+def test_any_path_can_be_given(value):
+    quoted = "'" + value.replace("'", "\\'") + "'"
+    assert composed("data", f"data.path={quoted}").data.path == value
+
+
+@pytest.mark.parametrize("name", ["2024_01_05", "1e3", "007", "12", "v1.0", "true"])
+def test_a_run_is_named_as_it_was_typed(name):
+    try:
+        assert composed("data", f"run={name}").run == name
+    except ConfigError as error:
+        assert f"run={name}" in str(error).replace("run=True", "run=true")
+
+
+def test_a_fault_on_the_command_line_leaves_with_its_code(call, tmp_path):
+    refused(call("data", "data.vall=0.1"), ConfigError, "data.val", "--help")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_last_of_two_values_wins():
+    assert composed("finetune", "tuner.rank=4", "tuner.rank=5").tuner.rank == 5
+
+
+def test_settings_never_change_in_validation():
+    cfg = composed("finetune", "tuner.rank=5", "train.epochs=3", "tuner.target_modules=[q_proj]")
+    assert (cfg.tuner.rank, cfg.train.epochs, cfg.tuner.target_modules) == (5, 3, ["q_proj"])
+    with pytest.raises(ValueError, match="frozen"):
+        cfg.tuner.rank = 6
