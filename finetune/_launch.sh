@@ -14,8 +14,8 @@ environment: NNODES NODE_RANK MASTER_ADDR MASTER_PORT GPUS_PER_NODE
 TEXT
 }
 
-# Hydra reads quotes, commas and brackets in values; a single-quoted value is taken as it is.
-quoted() { printf "'%s'" "$(printf '%s' "$1" | sed "s/'/\\\\'/g")"; }
+# Hydra reads quotes, commas and brackets in values; a single-quoted value is taken as it is, but for ${ and for backslashes before a quote.
+quoted() { printf "'%s'" "$(printf '%s' "$1" | sed -e "s/\(\\\\*\)'/\1\1\\\\'/g" -e 's/\(\\*\)$/\1\1/' -e 's/\${/\\${/g')"; }
 
 launch() {
   local root python data=() train=() common=() given_data=""

@@ -56,6 +56,10 @@ class Artifact:
         """The manifest's record of the parent in this role, or None."""
         return next((p for p in (self.manifest or {}).get("parents", []) if p["role"] == role), None)
 
+    def path_of(self, parent: dict) -> Path:
+        """Where a parent's record says it was; relative records are seen from this artifact's own place."""
+        return Path(os.path.normpath(self.path.parent / parent["path"]))
+
 
 def canonical(value) -> bytes:
     """JSON with one spelling: sorted keys, no spaces, UTF-8."""
@@ -104,9 +108,13 @@ def _load_cache(cache: Path | None) -> dict:
     if cache is None or not cache.is_file():
         return {}
     try:
-        return json.loads(cache.read_text())
-    except ValueError:
+        return read_json(cache)
+    except BadData:
         return {}  # a damaged cache costs time, nothing else
+
+
+def _spelled(value) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, value) -> None:
@@ -114,8 +122,7 @@ def write_json(path: Path, value) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False, sort_keys=False)
-        file.write("\n")
+        file.write(_spelled(value))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -126,8 +133,12 @@ def outside(path: Path, kind: str, cache: Path | None = None) -> Artifact:
     files = hash_files(path, cache)
     if not files:
         raise MissingInput("the folder is empty", where=str(path))
-    key = hashlib.sha256(canonical({name: entry["sha256"] for name, entry in files.items()})).hexdigest()
-    return Artifact(path, kind, key, None, files)
+    return Artifact(path, kind, content_key(files), None, files)
+
+
+def content_key(files: dict) -> str:
+    """The key of an outside input: sha256 hex over its files' names and hashes."""
+    return hashlib.sha256(canonical({name: entry["sha256"] for name, entry in files.items()})).hexdigest()
 
 
 def kind_of_folder(path: Path) -> str:
@@ -161,7 +172,10 @@ def is_finished(path: Path) -> bool:
 
 def open_artifact(path: Path) -> Artifact:
     """A finished artifact. Its manifest is checked against its own seal, its files by name and size (their bytes: see `verify`)."""
-    manifest = read_json(path / MANIFEST)
+    try:
+        manifest = read_json(path / MANIFEST)
+    except BadData as error:
+        raise Tampered(error.what, where=error.where, fix="make the artifact again with force=true") from None
     if manifest.get("schema") != SCHEMA or manifest.get("seal") != seal_of(manifest):
         raise Tampered(
             "the manifest was changed after it was written, or by another version",
@@ -197,10 +211,22 @@ def verify(artifact: Artifact) -> list[str]:
     faults += [f"{name}: not in the manifest" for name in actual.keys() - artifact.files.keys()]
     faults += [f"{name}: bytes differ" for name in artifact.files.keys() & actual.keys() if artifact.files[name] != actual[name]]
     if artifact.manifest:
-        m = artifact.manifest
-        if key_of(m["stage"], m["version"], m["settings"], {p["role"]: p["key"] for p in m["parents"]}) != m["key"]:
-            faults.append(f"{MANIFEST}: the key does not follow from stage, settings and parents")
+        if (artifact.path / MANIFEST).read_bytes() != _spelled(artifact.manifest).encode():
+            faults.append(f"{MANIFEST}: bytes differ")
+        faults += [f"{MANIFEST}: {fault}" for fault in _contradictions(artifact.manifest)]
     return sorted(faults)
+
+
+def _contradictions(manifest: dict) -> Iterator[str]:
+    """Where a manifest, sealed anew after a change, still contradicts itself: keys that do not follow from what they stand for."""
+    for key, m in {**manifest["ancestors"], manifest["key"]: manifest}.items():
+        if key_of(m["stage"], m["version"], m["settings"], {p["role"]: p["key"] for p in m["parents"]}) != key:
+            yield f"the key of '{m['stage']}' does not follow from its stage, settings and parents"
+        for parent in m["parents"]:
+            if "files" in parent and content_key(parent["files"]) != parent["key"]:
+                yield f"the key of '{parent['role']}' under '{m['stage']}' does not follow from its files"
+            if "files" not in parent and parent["key"] not in manifest["ancestors"]:
+                yield f"the record of '{parent['role']}' under '{m['stage']}' is missing"
 
 
 def seal(out: Path, *, stage: str, kind: str, version: int, settings: dict, inputs: dict[str, Artifact], metrics: dict, seconds: float) -> None:

@@ -59,18 +59,19 @@ def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseMod
     valid = []
     for override in keyed:
         key = override.key_or_group
-        if override.is_add() or override.is_delete():
+        if override.is_add() or override.is_force_add() or override.is_delete() or override.package:
             faults.append(f"{override.input_line}: settings can be changed, not added or removed; write {key}=VALUE")
         elif key in known or _inside(tree, key):
-            valid.append(override.input_line)
+            valid.append(override)
         else:
             faults.append(f"{override.input_line}: unknown setting '{key}'{_elsewhere(verb, key, groups) or _nearest(key, known)}")
     cfg = None
     try:
-        tree = _hydra(verb, [o.input_line for o in chosen] + valid)
+        tree = _hydra(verb, [o.input_line for o in chosen], valid)
+        faults += [f"{key}: must be given, as {key}=VALUE" for key, value in _leaves(tree).items() if value == "???"]
         cfg = schema.model_validate(tree)
     except ValidationError as error:
-        faults += [_fault(e) for e in error.errors()]
+        faults += [_fault(e) for e in error.errors() if e["input"] != "???"]
     except _hydra_error() as error:
         faults.append(str(error).splitlines()[0])
     if faults:
@@ -86,13 +87,22 @@ def _hydra_error():
     return (HydraException, OmegaConfBaseException)
 
 
-def _hydra(verb: str, overrides: list[str]) -> dict:
-    """The composed tree as plain containers; required values that were not given stay as the string '???'."""
+def _hydra(verb: str, options: list[str], changes=()) -> dict:
+    """The composed tree as plain containers; required values that were not given stay as the string '???'.
+
+    options: choices of groups. changes: parsed overrides of single settings; Hydra would take one called as a folder of configs/ for a group.
+    """
     import hydra
     from omegaconf import OmegaConf
 
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return OmegaConf.to_container(hydra.compose(verb, overrides), resolve=True)
+        tree = hydra.compose(verb, options)
+    for change in changes:
+        value, old = change.value(), OmegaConf.select(tree, change.key_or_group, throw_on_missing=False)
+        if isinstance(value, int | float) and not isinstance(value, bool) and (old is None or isinstance(old, str)):
+            value = change.input_line.partition("=")[2].strip()  # text that looks like a number: run=2024_01_05 is not 20240105
+        OmegaConf.update(tree, change.key_or_group, value, merge=True)
+    return OmegaConf.to_container(tree, resolve=True)
 
 
 def _parse(overrides: list[str]):
@@ -122,11 +132,12 @@ def _groups(verb: str) -> dict[str, set[str]]:
     return {name: {p.stem for p in (CONFIGS / name).glob("*.yaml")} for name in names}
 
 
-def _leaves(tree: dict, prefix: str = "") -> set[str]:
-    keys = set()
+def _leaves(tree: dict, prefix: str = "") -> dict:
+    """{dotted key: value} of every single setting."""
+    leaves = {}
     for key, value in tree.items():
-        keys |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}"}
-    return keys
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return leaves
 
 
 def _inside(tree: dict, key: str) -> bool:
@@ -168,8 +179,6 @@ def _fault(error: dict) -> str:
     key = ".".join(p for i, p in enumerate(parts) if not (i > 0 and p in ("full", "lora", "qlora", "gptq", "llama2c", "wandb", "tensorboard") and parts[i - 1] != "tracker"))
     if error["type"] == "extra_forbidden":
         return f"unknown setting '{key}'"
-    if error["input"] == "???":
-        return f"{key}: must be given, as {key}=VALUE"
     message = re.sub(r"^(Value error|Input should be|String should) ", lambda m: "" if m[1] == "Value error" else m[0][0].lower() + m[0][1:], error["msg"].replace("Value error, ", "")).strip()
     shown = "" if isinstance(error["input"], dict) else f"={error['input']}"
     return f"{key}{shown}: {message}"

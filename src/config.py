@@ -13,7 +13,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Verb(Settings):
@@ -55,6 +55,7 @@ class Data(Settings):
 
 class DataVerb(Verb):
     data: Data
+    """what to read and how to split it"""
 
 
 class Model(Settings):
@@ -110,7 +111,7 @@ class Deepspeed(Settings):
     """keep optimizer states (and under ZeRO-3 parameters) in host memory"""
     bucket_size: PositiveInt
     """elements per reduce or all-gather bucket"""
-    config: str | None
+    config: Annotated[str | None, Unkeyed]
     """a DeepSpeed JSON file merged over these settings; optimizer and scheduler blocks in it are refused"""
 
 
@@ -189,9 +190,13 @@ class Launch(Settings):
 
 class FinetuneVerb(SourcedVerb):
     model: Model
+    """the model to start from"""
     tuner: Tuner
+    """which weights are trained, and how fast"""
     deepspeed: Deepspeed
+    """how training is spread over memory"""
     train: Train
+    """how long, in what portions and in what precision"""
     legacy_mask: Literal["none", "qwen"]
     """none: train on the assistant's text and its <|im_end|>; qwen: the labels of Qwen's finetune.py, turn markers included"""
     train_new_tokens: Literal["auto", "never"]
@@ -199,6 +204,7 @@ class FinetuneVerb(SourcedVerb):
     tracker: Annotated[dict[str, Tracker], Unkeyed]
     """where curves go besides the terminal and the manifest"""
     launch: Annotated[Launch, Unkeyed]
+    """processes and machines"""
 
 
 class MergeVerb(SourcedVerb):
@@ -243,7 +249,9 @@ class Calibration(Settings):
 
 class QuantizeVerb(SourcedVerb):
     quantizer: GptqQuantizer
+    """the method and its numbers"""
     calibration: Calibration
+    """the conversations it looks at"""
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to calibrate on; null: the run's own"""
 
@@ -271,6 +279,7 @@ class EvaluateVerb(SourcedVerb):
     parent: Annotated[str | None, Unkeyed]
     """model to compare with; null: the one this one was made from"""
     evaluation: Evaluation
+    """what is measured and asked"""
 
 
 class Llama2c(Settings):
@@ -284,8 +293,4 @@ class Llama2c(Settings):
 
 class DeployVerb(SourcedVerb):
     target: Llama2c
-
-
-class LineageVerb(Settings):
-    path: str
-    verify: bool
+    """what to build for"""

@@ -43,11 +43,8 @@ def parent_path(model: Artifact) -> Path | None:
     if model.kind == "adapter":
         return base_of(model)
     record = model.parent("adapter") or model.parent("model")
-    if record is None:
-        return None
-    path = Path(record["path"])
-    path = path if path.is_absolute() else model.path.parent / path
-    return path if path.is_dir() else None
+    path = model.path_of(record) if record else None
+    return path if path and path.is_dir() else None
 
 
 def name(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from src import aux_files, launch, stage
-from src.artifact import Artifact
+from src.artifact import Artifact, outside
 from src.config import FinetuneVerb, FullTuner, QloraTuner
 from src.errors import ConfigError, MissingInput, WrongKind
 from src.log import rank, say
@@ -17,14 +17,23 @@ from src.zero import user_deepspeed_json
 
 def find(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
     dataset = run.source(cfg.source, "data", kinds={"dataset"})
-    base = run.source(str(locate(cfg.model.path, cfg.model.revision)), kinds={"model", "quantized"})
-    return {"dataset": dataset, "model": base}
+    folder = locate(cfg.model.path, cfg.model.revision, download=not cfg.dry_run, allow_pickle=cfg.model.allow_pickle)
+    base = run.source(str(folder), kinds={"model", "quantized"})
+    inputs = {"dataset": dataset, "model": base}
+    if cfg.deepspeed.config:
+        if not Path(cfg.deepspeed.config).is_file():
+            raise MissingInput("no such DeepSpeed file", where=cfg.deepspeed.config)
+        inputs["deepspeed"] = outside(Path(cfg.deepspeed.config), "file", run.cache)
+    return inputs
 
 
 def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
     """Rules that need more than one setting, all before torch: kinds, batch arithmetic, DeepSpeed's limits."""
     base = inputs["model"]
     config = check_folder(base.path, allow_pickle=cfg.model.allow_pickle, trust_remote_code=cfg.model.trust_remote_code)
+    reach = config.get("max_position_embeddings")
+    if reach and cfg.train.max_length > reach:
+        raise ConfigError(f"train.max_length={cfg.train.max_length} is beyond the {reach} positions the model knows", where=str(base.path), fix=f"train.max_length={reach}")
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and not (isinstance(cfg.tuner, QloraTuner) and method == "gptq"):
         raise WrongKind(f"the base model is quantized ({method})", where=str(base.path), fix=["tuner=qlora trains adapters on a GPTQ base", "give the model it was quantized from"])
@@ -96,6 +105,7 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if not len(splits["train"]):
         raise MissingInput("no training row is within train.max_length", where=str(inputs["dataset"].path), fix="raise train.max_length")
 
+    training.preview(splits["train"][0], tokenizer)
     world = launch.world_size(cfg.launch)
     micro, accumulation = batch_plan(cfg, world)
     steps = cfg.train.max_steps or max(1, -(-round(len(splits["train"]) * cfg.train.epochs) // cfg.train.global_batch_size))

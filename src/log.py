@@ -6,6 +6,10 @@ import time
 from collections.abc import Iterable, Iterator
 
 
+_unfinished = False
+"""whether the terminal's cursor stands at the end of a status line"""
+
+
 def rank() -> int:
     """Global rank of this process under torchrun; 0 elsewhere."""
     return int(os.environ.get("RANK", "0"))
@@ -17,8 +21,39 @@ def on_terminal() -> bool:
 
 def say(line: str) -> None:
     """One fact for the user. Silent on every rank but 0."""
+    global _unfinished
     if rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        print(f"\n{line}" if _unfinished else line, file=sys.stderr, flush=True)
+        _unfinished = False
+
+
+def status(line: str) -> None:
+    """Where a long work stands: on a terminal each overwrites the last, elsewhere each is a line."""
+    global _unfinished
+    if rank() != 0:
+        return
+    if on_terminal():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        _unfinished = True
+    else:
+        say(line)
+
+
+def mark(text: str, marked: bool) -> str:
+    """Text that stands out from what is around it: green on a terminal, in double brackets elsewhere."""
+    if not marked:
+        return text
+    return f"\033[32m{text}\033[0m" if on_terminal() else f"[[{text}]]"
+
+
+def spark(values: list[float]) -> str:
+    """A curve in one line of text, at most 40 characters: each is the mean of its share of the values."""
+    if len(values) < 2:
+        return ""
+    count = min(40, len(values))
+    means = [sum(part) / len(part) for part in (values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count))]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[round((value - low) / ((high - low) or 1) * 7)] for value in means)
 
 
 def warn(line: str) -> None:

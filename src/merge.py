@@ -7,6 +7,7 @@ on NF4 merges into the base as NF4 made it, since that is what it was trained ag
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,7 +124,8 @@ def merged_tensors(adapter: Artifact, base: Path, written: list[shards.Entry], c
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
     def scale(module: str, rank: int) -> float:
-        alpha = next((v for k, v in (settings.get("alpha_pattern") or {}).items() if module.endswith(k)), settings["lora_alpha"])
+        # peft's keys are regular expressions for the end of a name (peft.utils.other.get_pattern_key).
+        alpha = next((v for k, v in (settings.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", module)), settings["lora_alpha"])
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
     def tensor(name: str):

@@ -21,10 +21,10 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 LFS = b"version https://git-lfs.github.com/spec/v1"
 
 
-def locate(path: str, revision: str | None = None) -> Path:
+def locate(path: str, revision: str | None = None, *, download: bool = True, allow_pickle: bool = False) -> Path:
     """The local folder of a model named by a folder or by a hub id such as Qwen/Qwen2.5-0.5B-Instruct, which is downloaded once.
 
-    Raises MissingInput when it is neither, or the hub cannot be reached.
+    download: False looks only at what was downloaded before. Raises MissingInput when it is neither, or the hub cannot be reached.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -34,9 +34,11 @@ def locate(path: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.cu", "*.cpp", "*.tiktoken", "*.bin"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.cu", "*.cpp", "*.tiktoken", *(["*.bin"] if allow_pickle else [])]
+    if not download:
+        say(f"looks for {path} among the models downloaded before, since a dry run downloads nothing")
     with _user_fault((HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError), f"no folder '{path}' here, and the hub did not give a model of that name", path):
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, local_files_only=not download))
 
 
 @contextlib.contextmanager
@@ -147,10 +149,8 @@ def trust_of(artifact: Artifact) -> bool:
 
 def base_of(adapter: Artifact) -> Path:
     """The folder of the model an adapter was trained on: from its manifest, or from adapter_config.json for one made elsewhere."""
-    parent = adapter.parent("model")
-    if parent:
-        path = Path(parent["path"])
-        path = path if path.is_absolute() else adapter.path.parent / path
+    if parent := adapter.parent("model"):
+        path = adapter.path_of(parent)
     else:
         path = Path(read_json(adapter.path / "adapter_config.json").get("base_model_name_or_path") or "?")
     if not path.is_dir():

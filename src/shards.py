@@ -91,6 +91,7 @@ def _write_shard(file: Path, group: list[Entry], tensor: Callable, tick: Callabl
             if tuple(value.shape) != entry.shape or NAME.get(str(value.dtype).removeprefix("torch."), entry.dtype) != entry.dtype:
                 raise ValueError(f"{entry.name}: planned {entry.dtype} {entry.shape}, got {value.dtype} {tuple(value.shape)}")
             stream.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            del value  # before the next one is made
             tick()
 
 

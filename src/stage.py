@@ -18,7 +18,7 @@ from src.config import Verb
 from src.errors import MissingInput, Moved, NoRoom, UserError, WrongKind
 from src.log import duration, rank, say, size
 
-ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,19 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def _report(error: UserError) -> int:
-    print(error, file=sys.stderr, flush=True)
+    """Print the error and return its exit code. Of a machine's worker processes, which often fail together, the first one speaks."""
     if status := os.environ.get("BOARDWALK_STATUS"):
-        Path(status).write_text(str(error.exit_code))
+        try:
+            with open(status, "x") as file:
+                file.write(str(error.exit_code))
+        except FileExistsError:
+            return error.exit_code
+    print(error, file=sys.stderr, flush=True)
     return error.exit_code
 
 
 def _no_room(error: Exception) -> NoRoom | None:
-    """Disk-full and permission faults, also where a library wraps them in words of its own."""
+    """Disk-full, permission and file-in-the-way faults, also where a library wraps them in words of its own."""
     if isinstance(error, OSError) and error.errno in ROOM:
         return NoRoom(error.strerror, where=str(error.filename or ""), fix=["free space or fix the permissions, then run the same command again", "outputs=FOLDER_ELSEWHERE"])
     if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():

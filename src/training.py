@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from src import chatml
 from src.config import FinetuneVerb
 from src.errors import BadData, ConfigError, Moved, ProofFailed
-from src.log import duration, progress, rank, say, warn
+from src.log import duration, mark, on_terminal, progress, rank, say, spark, status, warn
 from src.modeling import greedy
 from src.tracking import Trackers
 from src.zero import deepspeed_json
@@ -58,7 +58,13 @@ def tokenized(source: Path, folder: Path, tokenizer, *, end: int, max_length: in
             made = datasets.Dataset.from_generator(rows, features=features, cache_dir=str(cache), fingerprint=f"rows-{os.getpid()}")
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error from None
-        made.save_to_disk(partial)
+        except ValueError:
+            # datasets makes none of no rows; the folder stays empty.
+            if counts["rows"] > counts["long"]:
+                raise
+            partial.mkdir(parents=True)
+        else:
+            made.save_to_disk(partial)
         shutil.rmtree(cache, ignore_errors=True)
         partial.rename(folder)
         if counts["long"]:
@@ -66,7 +72,17 @@ def tokenized(source: Path, folder: Path, tokenizer, *, end: int, max_length: in
         if counts["tools_unseen"]:
             warn(f"{split}: the chat template ignores the tools of {counts['tools_unseen']} rows")
     barrier()
-    return datasets.load_from_disk(str(folder))
+    return datasets.load_from_disk(str(folder)) if any(folder.iterdir()) else datasets.Dataset.from_dict({"input_ids": [], "labels": []})
+
+
+def preview(row: dict, tokenizer, limit: int = 120) -> None:
+    """Show one row as the model will see it, with what is trained standing out; long stretches are shortened in their middle."""
+    pieces = []
+    for trained, group in itertools.groupby(zip(row["input_ids"], row["labels"]), key=lambda pair: pair[1] != chatml.IGNORE):
+        text = tokenizer.decode([token for token, _ in group])
+        text = text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"
+        pieces.append(mark(text.replace("\n", "⏎"), trained))
+    say("a row, with what is trained marked: " + "".join(pieces))
 
 
 def read_rows(path: Path):
@@ -191,7 +207,7 @@ class Reports(TrainerCallback):
             speed = (state.num_input_tokens_seen - self.tokens) / passed
             left = duration(passed / done * (state.max_steps - state.global_step))
             self.train_seconds = passed
-            say(f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  grad {logs.get('grad_norm', 0):.2f}  {speed:,.0f} tokens/s  {left} left")
+            status(f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  grad {logs.get('grad_norm', 0):.2f}  {speed:,.0f} tokens/s  {left} left")
             names = {"loss": "train/loss", "learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm", "epoch": "train/epoch"}
             values = {names[key]: float(value) for key, value in logs.items() if key in names}
             self.trackers.numbers(values | {"train/tokens_per_second": speed, "train/memory_gb": memory() / 1e9}, state.global_step)
@@ -350,6 +366,8 @@ def summary(trainer: Trainer, reports: Reports, splits: dict, steps: int, world:
     history = trainer.state.log_history
     losses = [h["loss"] for h in history if "loss" in h]
     evals = [h for h in history if "eval_loss" in h]
+    if on_terminal():
+        say(f"  loss {losses[0]:.3f} {spark(losses)} {losses[-1]:.3f}")
     metrics = {
         "steps": steps,
         "processes": world,

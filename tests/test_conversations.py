@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from src import conversations
+from src import conversations, json_stream
 from src.conversations import FORMATS, Conversation, Tally, read, split_of
 from src.errors import BadData, MissingInput
 
@@ -254,7 +254,7 @@ def test_containers(load, content, name):
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_windows_of_any_size_read_the_same(load, monkeypatch, chunk):
-    monkeypatch.setattr(conversations, "CHUNK", chunk)
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
     records = [qwen(("user", 'né 😀 \\ "' * n), ("assistant", "x" * n + "\n"), id=n, score=-1.5e-3, flag=True, none=None) for n in range(1, 12)]
     for text in (json.dumps(records), json.dumps(records, indent=2, ensure_ascii=False)):
         found, _ = load(text.encode())
@@ -273,8 +273,8 @@ def test_records_larger_than_the_window(load):
 
 @pytest.mark.parametrize("name", ["chat.json", "chat.jsonl"])
 def test_record_limit(load, monkeypatch, name):
-    monkeypatch.setattr(conversations, "RECORD_LIMIT", 10_000)
-    monkeypatch.setattr(conversations, "CHUNK", 1_000)
+    monkeypatch.setattr(json_stream, "RECORD_LIMIT", 10_000)
+    monkeypatch.setattr(json_stream, "CHUNK", 1_000)
     records = [QWEN, qwen(("user", "x" * 50_000), ("assistant", "x")), QWEN]
     with pytest.raises(BadData, match="over 0 MiB"):
         load(records, name=name)
@@ -565,7 +565,7 @@ def test_no_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "chat.json").write_bytes(LINES)
-    monkeypatch.setattr(conversations, "_open", denied)
+    monkeypatch.setattr(json_stream, "open_text", denied)
     with pytest.raises(MissingInput, match="Permission denied"):
         read(tmp_path / "chat.json", format="auto", on_fault="error", tally=Tally())
 

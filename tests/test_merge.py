@@ -1,0 +1,355 @@
+"""Merging: byte for byte what peft computes, proven by reloading, and refused where it cannot be right."""
+
+import json
+import os
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from src import artifact, aux_files, data, finetune, merge, modeling, stage
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "assets" / "tiny-chat"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+real_fresh = merge.fresh
+
+
+@pytest.fixture(scope="module", autouse=True)
+def proofs_in_this_process():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (aux_files, merge):
+            patch.setattr(module, "fresh", lambda work, *args: work(*args))
+        yield
+
+
+def go(verb, *argv) -> int:
+    return stage.guarded(lambda: stage._main(verb.STAGE, [str(a) for a in argv]))
+
+
+def weights(folder: Path) -> dict:
+    return {name: t for file in sorted(folder.glob("model*.safetensors")) for name, t in load_file(file).items()}
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
+
+
+def make_base(folder: Path, *, tied=True, dtype=torch.float32, shard="5GB") -> Path:
+    if not folder.is_dir():
+        model = AutoModelForCausalLM.from_pretrained(TINY, local_files_only=True)
+        if not tied:
+            model.config.tie_word_embeddings = False
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.1)
+        model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+        for name in TOKENIZER:
+            shutil.copy(TINY / name, folder)
+    return folder
+
+
+def make_adapter(folder: Path, base: Path, *, rows=None, targets="all-linear", **changes) -> Path:
+    """An adapter as plain peft makes it, with random weights, and its base as peft names it."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, trainable_token_indices=rows, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter) * 0.05
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def by_peft(base: Path, adapter: Path) -> dict:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, local_files_only=True), adapter)
+    return model.merge_and_unload().state_dict()
+
+
+PATTERNS = {"rank_pattern": {"q_proj": 2, "mlp.down_proj": 6}, "alpha_pattern": {"v_proj": 4, r"layers\.[01]\.self_attn\.q_proj": 32}}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "how,changes",
+    [
+        ("plain", {}),
+        ("patterns and rslora, sharded", PATTERNS | {"use_rslora": True}),
+        ("trained rows", {"rows": [5, 1022, 1023]}),
+    ],
+)
+def test_every_tensor_is_what_peft_makes(how, changes, dtype, tied, tmp_path):
+    base = make_base(tmp_path / "base", tied=tied, dtype=dtype, shard="500KB" if "sharded" in how else "5GB")
+    assert (len(list(base.glob("*.safetensors"))) > 3) == ("sharded" in how)
+    if "rows" in changes and not tied:
+        changes = changes | {"rows": {"embed_tokens": [5, 1022], "lm_head": [1023]}}
+    adapter = make_adapter(tmp_path / "adapter", base, **changes)
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}") == 0
+    ours, theirs, before = weights(tmp_path / "m" / "merge"), by_peft(base, adapter), weights(base)
+    if tied:
+        theirs.pop("lm_head.weight")
+    assert ours.keys() == theirs.keys() == before.keys()
+    assert [n for n in ours if not same_bytes(ours[n], theirs[n])] == []
+    moved = {n.split(".")[-2] for n in ours if not same_bytes(ours[n], before[n])}
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert moved == linear | (set() if "rows" not in changes else {"embed_tokens"} | (set() if tied else {"lm_head"}))
+
+
+def test_patterns_pick_layers_as_peft_does(tmp_path):
+    """A pattern is a regular expression for the end of a layer's name, from a dot on: `proj` is no match for `q_proj`."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, alpha_pattern={"proj": 64, "layers.2.*": 16, "attn.v_proj": 128, r".*\.mlp\.(up|gate)_proj": 1})
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}") == 0
+    ours, theirs = weights(tmp_path / "m" / "merge"), by_peft(base, adapter)
+    assert [n for n in ours if not same_bytes(ours[n], theirs[n])] == []
+
+
+def test_the_merged_folder_is_complete_and_small_shards_are_indexed(tmp_path):
+    """The one test here that proves in a fresh process, as users do."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (aux_files, merge):
+            patch.setattr(module, "fresh", real_fresh)
+        assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}", "shard_size=1MB") == 0
+    out = tmp_path / "m" / "merge"
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 3 and all(s.stat().st_size < 1.05e6 for s in shards)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    held = {name: s.name for s in shards for name in load_file(s)}
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(t.nbytes for s in shards for t in load_file(s).values())
+    for name in TOKENIZER:
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+    assert [n for n, t in by_peft(base, adapter).items() if not torch.equal(t, model.state_dict()[n])] == []
+    done = artifact.open_artifact(out)
+    assert done.metrics["logit_error"] <= done.metrics["tolerance"] == 1e-4 and done.metrics["adapted"] == 28
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_dtype_asked_for_is_written(dtype, tmp_path):
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}", f"dtype={dtype}") == 0
+    ours, theirs = weights(tmp_path / "m" / "merge"), by_peft(base, adapter)
+    assert all(same_bytes(t, theirs[n].to(getattr(torch, dtype))) for n, t in ours.items())
+    assert json.loads((tmp_path / "m" / "merge" / "config.json").read_text())["dtype"] == dtype
+
+
+# ---- what our own fine-tuning makes
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    here = tmp_path_factory.mktemp("data")
+    rows = json.loads((ROOT / "assets" / "conversations.json").read_text())[:60]
+    (here / "chats.json").write_text(json.dumps(rows))
+    assert go(data, f"outputs={here}", "run=d", f"data.path={here / 'chats.json'}", "data.val=0.1", "data.calib=0.1") == 0
+    return here / "d" / "data"
+
+
+def tune(outputs, dataset, base, *argv):
+    argv = ["tuner.rank=8", "tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000", *argv]
+    assert go(finetune, f"outputs={outputs}", "run=r", f"source={dataset}", f"model.path={base}", *argv) == 0
+    return artifact.open_artifact(outputs / "r" / "finetune")
+
+
+@pytest.mark.parametrize("padded", [0, 10], ids=["grown", "padded"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_base_without_chatml_grows_by_its_tokens(tied, padded, dataset, tmp_path):
+    """tiny-chat with its two ChatML tokens cut off: training adds them; merging writes the mean row and the trained rows over it. With rows to spare
+    in the matrix, the tokens take those and nothing grows."""
+    base = make_base(tmp_path / "base", tied=tied)
+    tensors = load_file(base / "model.safetensors")
+    for name in tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+        tensors[name] = torch.cat([tensors[name][:1022], torch.full((padded, 128), 0.01)]).contiguous()
+    from safetensors.torch import save_file
+
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    for name, change in (("config.json", {"vocab_size": 1022 + padded, "eos_token_id": 1021}), ("generation_config.json", {"eos_token_id": 1021})):
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | change))
+    content = json.loads((base / "tokenizer.json").read_text())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < 1022]
+    content["model"]["vocab"] = {t: i for t, i in content["model"]["vocab"].items() if i < 1022}
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    settings = json.loads((base / "tokenizer_config.json").read_text()) | {"eos_token": "<|endoftext|>"}
+    (base / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "chat_template"}))
+
+    adapter = tune(tmp_path, dataset, base, "train.max_steps=4")
+    assert adapter.metrics["added_tokens"] == ["<|im_start|>", "<|im_end|>"] and adapter.metrics["trained_rows"] == [1022, 1023]
+    assert max(t.shape[0] for t in load_file(adapter.path / "adapter_model.safetensors").values()) < 1000, "no whole embedding in it"
+    assert go(merge, f"outputs={tmp_path}", "run=r") == 0
+    out, rows = tmp_path / "r" / "merge", 1024 if not padded else 1032
+    model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+    tokenizer = modeling.load_tokenizer(out)
+    assert model.config.vocab_size == rows and len(tokenizer) == 1024 and model.config.eos_token_id == 1023
+    assert tokenizer("<|im_start|>a<|im_end|>").input_ids[0::2] == [1022, 1023]
+    before, after, delta = tensors, weights(out), load_file(adapter.path / "adapter_model.safetensors")
+    for name in before.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+        assert after[name].shape == (rows, 128) and torch.equal(after[name][:1022], before[name][:1022])
+        assert torch.equal(after[name][1024:], before[name][1024:])
+        trained = [t for n, t in delta.items() if "trainable_tokens" in n and (name.split(".")[-2] in n)]
+        assert torch.equal(after[name][1022:1024], trained[0])
+        start = before[name][1022:1024] if padded else before[name].mean(0)
+        assert (after[name][1022:1024] - start).abs().max() > 1e-4, "and they moved"
+    answers = modeling.greedy(model.eval(), tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=3, end=1023)
+    assert len(answers) == 1
+
+
+def test_nf4_merges_into_what_it_was_trained_against(dataset, tmp_path):
+    """Merged with the dequantized base, the model is the one that was trained; merged with the base's own weights it is another."""
+    adapter = tune(tmp_path, dataset, TINY, "tuner=qlora", "train.max_steps=6")
+    assert adapter.metrics["nf4"] == {"double_quant": True, "compute_dtype": "float32"}
+    assert go(merge, f"outputs={tmp_path}", "run=r") == 0
+    trained, _ = modeling.load_any(adapter)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "merge", local_files_only=True).eval()
+    naive = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY, local_files_only=True), adapter.path).merge_and_unload().eval()
+    wanted, ours, other = (torch.from_numpy(modeling.logits(m)) for m in (trained, merged, naive))
+    ours, other = (((x - wanted).norm() / wanted.norm()).item() for x in (ours, other))
+    print(f"relative logit error: merged as NF4 made it {ours:.1e}, into the original base {other:.1e}")
+    assert ours < 1e-4 and other > 20 * ours and other > 1e-2
+
+
+def test_rank_and_alpha_of_our_own_runs_reach_the_merge(dataset, tmp_path):
+    adapter = tune(tmp_path, dataset, TINY, "train.max_steps=2", "tuner.alpha=5", "tuner.target_modules=[q_proj,down_proj]")
+    assert go(merge, f"outputs={tmp_path}", "run=r") == 0
+    ours, theirs = weights(tmp_path / "r" / "merge"), by_peft(TINY, adapter.path)
+    assert [n for n in ours if not same_bytes(ours[n], theirs[n])] == []
+    assert artifact.open_artifact(tmp_path / "r" / "merge").metrics["adapted"] == 8
+
+
+# ---- refusals and proofs
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(base, adapter) to refuse or damage; read only."""
+    here = tmp_path_factory.mktemp("pair")
+    base = make_base(here / "base")
+    return base, make_adapter(here / "adapter", base, rows=[1022, 1023])
+
+
+def damage_weight(name, value):
+    if name != "model.layers.2.mlp.up_proj.weight":
+        return value
+    value = value.clone()
+    value[0] += 1
+    return value
+
+
+def damage_row(name, value):
+    if name != "model.embed_tokens.weight":
+        return value
+    value = value.clone()
+    value[1023] = value[1000]
+    return value
+
+
+@pytest.mark.parametrize("damage", [damage_weight, damage_row, lambda name, value: value * float("nan")], ids=["weight", "row", "nan"])
+def test_a_wrong_tensor_fails_the_proof_and_publishes_nothing(damage, pair, tmp_path, monkeypatch, capsys):
+    true = merge.merged_tensors
+
+    def wrong(*args):
+        tensor = true(*args)
+        return lambda name: damage(name, tensor(name))
+
+    monkeypatch.setattr(merge, "merged_tensors", wrong)
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 8
+    err = capsys.readouterr().err
+    assert "self-check failed: the merged model's logits differ" in err and "fix:" in err
+    assert not (tmp_path / "m" / "merge").exists()
+    monkeypatch.setattr(merge, "merged_tensors", true)
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 0
+    assert "clearing an unfinished merge.partial" in capsys.readouterr().err
+
+
+def test_another_tokenizer_in_the_result_fails_the_proof(pair, tmp_path, monkeypatch, capsys):
+    complete = merge.complete
+
+    def spoilt(adapter, base, out, written):
+        complete(adapter, base, out, written)
+        content = json.loads((out / "tokenizer.json").read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary[","], vocabulary["."] = vocabulary["."], vocabulary[","]
+        (out / "tokenizer.json").write_text(json.dumps(content))
+
+    monkeypatch.setattr(merge, "complete", spoilt)
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 8
+    assert "tokenizer differs" in capsys.readouterr().err and not (tmp_path / "m" / "merge").exists()
+
+
+def changed(folder: Path, target: Path, file: str, **changes) -> Path:
+    shutil.copytree(folder, target)
+    (target / file).write_text(json.dumps(json.loads((target / file).read_text()) | changes))
+    return target
+
+
+@pytest.mark.parametrize("changes,words", [({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "cannot merge"), ({"lora_bias": True}, "lora_bias")])
+def test_adapters_of_other_kinds_are_refused(changes, words, pair, tmp_path, capsys):
+    other = changed(pair[1], tmp_path / "adapter", "adapter_config.json", **changes)
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}") == 4
+    assert words in capsys.readouterr().err
+
+
+def test_an_adapter_on_a_gptq_base_is_refused(pair, tmp_path, capsys):
+    base = changed(pair[0], tmp_path / "gptq", "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}", f"base={base}") == 4
+    err = capsys.readouterr().err
+    assert "GPTQ base has no whole weights" in err and "NF4" in err
+
+
+def test_another_base_than_the_one_trained_on_is_refused(dataset, tmp_path, capsys):
+    tune(tmp_path, dataset, TINY, "train.max_steps=1", "train.warmup=0", "train.lr_scheduler=constant")
+    other = make_base(tmp_path / "other", tied=False)
+    assert go(merge, f"outputs={tmp_path}", "run=r", f"base={other}") == 4
+    assert "not the base the adapter was trained on" in capsys.readouterr().err
+    same = Path(shutil.copytree(TINY, tmp_path / "moved"))
+    assert go(merge, f"outputs={tmp_path}", "run=r", f"base={same}") == 0, "the same content elsewhere is the same base"
+
+
+def test_an_adapter_that_does_not_fit_is_refused(pair, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    other = Path(shutil.copytree(pair[1], tmp_path / "adapter"))
+    file = other / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({n.replace("layers.3", "layers.9"): t for n, t in tensors.items()}, file)
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}") == 4
+    assert "weights this base does not have, such as model.layers.9" in capsys.readouterr().err
+    save_file({n: torch.ones(4, 96) if "q_proj.lora_A" in n else t for n, t in tensors.items()}, file)
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}") == 4
+    assert "the adapter is for shape (128, 96), the base has (128, 128)" in capsys.readouterr().err
+
+
+def test_no_more_than_one_merged_tensor_is_in_memory(pair, tmp_path, monkeypatch):
+    true, alive, most = merge.merged_tensors, [], []
+
+    def counted(*args):
+        tensor = true(*args)
+
+        def one(name):
+            alive[:] = [r for r in alive if r() is not None]
+            most.append(len(alive))
+            value = tensor(name)
+            alive.append(weakref.ref(value))
+            return value
+
+        return one
+
+    monkeypatch.setattr(merge, "merged_tensors", counted)
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 0
+    assert len(most) == 38 and max(most) == 0, "each is gone before the next one is made"
+
+
+def test_outside_adapter_without_its_base_says_what_to_do(pair, tmp_path, capsys):
+    other = changed(pair[1], tmp_path / "adapter", "adapter_config.json", base_model_name_or_path="/gone/base")
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}") == 3
+    assert "base=FOLDER" in capsys.readouterr().err
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}", f"base={pair[0]}") == 0
+    assert os.listdir(tmp_path / "m") and (tmp_path / "m" / "merge" / "manifest.json").is_file()

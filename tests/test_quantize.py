@@ -1,0 +1,219 @@
+"""GPTQ: loads in plain transformers, says in its config what was asked for, equal inputs give equal bytes, and adapters train on it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from src import artifact, aux_files, data, evaluate, finetune, merge, modeling, quantize, stage
+from src.compose import compose
+from src.config import QuantizeVerb
+from src.errors import ConfigError, ProofFailed
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "assets" / "tiny-chat"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def proofs_in_this_process():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (aux_files, merge, quantize):
+            patch.setattr(module, "fresh", lambda work, *args: work(*args))
+        yield
+
+
+def go(verb, *argv) -> int:
+    return stage.guarded(lambda: stage._main(verb.STAGE, [str(a) for a in argv]))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """An outputs folder whose run `q` has a dataset, and a two-layer cut of the embedded model beside it."""
+    here = tmp_path_factory.mktemp("quantize")
+    rows = json.loads((ROOT / "assets" / "conversations.json").read_text())[:80]
+    (here / "chats.json").write_text(json.dumps(rows))
+    assert go(data, f"outputs={here}", "run=q", f"data.path={here / 'chats.json'}", "data.val=0.1", "data.calib=0.3") == 0
+    model = AutoModelForCausalLM.from_pretrained(TINY, local_files_only=True, num_hidden_layers=2)
+    model.save_pretrained(here / "model")
+    for name in TOKENIZER:
+        shutil.copy(TINY / name, here / "model")
+    return here
+
+
+def argv(here, run, bits, *more):
+    return [f"outputs={here}", f"run={run}", f"source={here / 'model'}", f"dataset={here / 'q' / 'data'}", f"quantizer=gptq_int{bits}", "calibration.rows=16", *more]
+
+
+@pytest.fixture(scope="module", params=[4, 8])
+def made(request, here):
+    """(bits, artifact) of the model quantized to int4 and int8; int8 with the one group width and order of columns that int4 has not."""
+    more = [] if request.param == 4 else ["quantizer.group_size=64", "quantizer.act_order=true"]
+    assert go(quantize, *argv(here, f"int{request.param}", request.param, *more)) == 0
+    return request.param, artifact.open_artifact(here / f"int{request.param}" / "quantize")
+
+
+@pytest.fixture(scope="module")
+def int4(here):
+    if not (here / "int4" / "quantize").is_dir():
+        assert go(quantize, *argv(here, "int4", 4)) == 0
+    return artifact.open_artifact(here / "int4" / "quantize")
+
+
+def test_it_loads_in_plain_transformers_and_speaks_like_its_source(made, here):
+    bits, made = made
+    model = AutoModelForCausalLM.from_pretrained(made.path, local_files_only=True).eval()
+    source = AutoModelForCausalLM.from_pretrained(here / "model", local_files_only=True).eval()
+    ids = modeling.load_tokenizer(made.path)("<|im_start|>user\nWhat does a cat say?<|im_end|>\n", return_tensors="pt").input_ids
+    with torch.no_grad():
+        a, b = model(ids).logits.float(), source(ids).logits
+    apart = ((a - b).norm() / b.norm()).item()
+    print(f"int{bits}: logits {apart:.4f} apart on a prompt, {made.metrics['logit_error']:.4f} by its own proof, module loss {made.metrics['module_loss']:.2e}")
+    assert apart < {4: 0.35, 8: 0.03}[bits]
+    assert made.metrics["logit_error"] < {4: 0.35, 8: 0.03}[bits]
+    assert made.kind == "quantized" and made.metrics["module_loss"] >= 0
+
+
+def test_its_weights_are_the_source_s_rounded_to_the_bits_asked_for(made, here):
+    """Unpacked by hand: scale * (q - zero) is within half a step or so of each weight, and no value needs more than the bits."""
+    bits, made = made
+    group = 128 if bits == 4 else 64
+    packed, source = load_file(made.path / "model.safetensors"), load_file(here / "model" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    q, zeros, scales, order = (packed[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
+    weight = source[f"{name}.weight"]
+    rows, columns = weight.shape
+    assert q.shape == (columns * bits // 32, rows) and scales.shape == (columns // group, rows) and zeros.shape == (columns // group, rows * bits // 32)
+    shifts = torch.arange(0, 32, bits)
+    values = (q.unsqueeze(1) >> shifts[None, :, None] & (2**bits - 1)).reshape(columns, rows)
+    offsets = (zeros.unsqueeze(2) >> shifts & (2**bits - 1)).reshape(columns // group, rows)
+    assert len(offsets.unique()) == 1, "symmetric: one zero point for all"
+    middle = 2 ** (bits - 1)
+    assert offsets.unique().item() in (middle, middle - 1)
+    assert (order == torch.arange(columns, dtype=order.dtype) // group).all() == (bits == 4), "columns stay in place unless sorted by activation"
+    unpacked = (scales.float()[order.long()] * (values - middle)).T
+    steps = ((unpacked - weight).abs() / scales.float()[order.long()].T).median().item()
+    print(f"int{bits}: median distance of a weight from its stored value {steps:.2f} steps")
+    assert steps < 1
+    assert {n for n in packed if n.endswith("_proj.weight")} == set()
+
+
+def test_the_config_says_what_was_asked_for(made):
+    bits, made = made
+    config = json.loads((made.path / "config.json").read_text())
+    for settings in (config["quantization_config"], json.loads((made.path / "quantize_config.json").read_text())):
+        assert (settings["bits"], settings["group_size"], settings["sym"], settings["desc_act"]) == (bits, 128 if bits == 4 else 64, True, bits == 8)
+    assert config["quantization_config"]["quant_method"] == "gptq"
+    source = json.loads((made.path.parent.parent / "model" / "config.json").read_text())
+    assert {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")} == {k: v for k, v in source.items() if k != "dtype"}
+
+
+def test_its_files_are_the_source_s_or_its_own_and_name_no_temporary_folder(made, here):
+    _, made = made
+    assert set(made.files) == {"model.safetensors", "config.json", "quantize_config.json", *TOKENIZER}
+    for name in TOKENIZER:
+        assert (made.path / name).read_bytes() == (here / "model" / name).read_bytes()
+    for name in made.files:
+        content = (made.path / name).read_bytes()
+        for trace in (b"/tmp", b"gptqmodel_", str(here).encode(), b"offload_to_disk"):
+            assert trace not in content, f"{trace} in {name}"
+    with safe_open(made.path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_equal_inputs_give_equal_bytes_in_another_process(int4, here):
+    """The other process proves in a fresh one, too."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "src.quantize", *argv(here, "again", 4)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    again = artifact.open_artifact(here / "again" / "quantize")
+    assert again.key == int4.key and again.files == int4.files, "same names, sizes and sha256"
+
+
+def test_calibration_is_the_calib_split_through_the_template(int4, here, capsys):
+    tokenizer = modeling.load_tokenizer(here / "model")
+    cfg = compose("quantize", ["calibration.rows=5", "calibration.max_length=30"], QuantizeVerb)
+    rows, tokens = quantize.calibration_rows(cfg, here / "q" / "data" / "calib.jsonl", tokenizer)
+    records = [json.loads(line) for line in open(here / "q" / "data" / "calib.jsonl")][:5]
+    whole = [tokenizer.apply_chat_template(r["messages"], return_dict=False) for r in records]
+    assert [r["input_ids"] for r in rows] == [ids[:30] for ids in whole] and tokens == sum(len(r["input_ids"]) for r in rows)
+    err = capsys.readouterr().err
+    assert f"{sum(len(ids) > 30 for ids in whole)} were cut at 30 tokens" in err and "calibration tokens are few" in err
+    assert int4.metrics["calibration_rows"] == 16
+
+
+# ---- adapters on a GPTQ base
+
+
+@pytest.fixture(scope="module")
+def on_gptq(int4, here):
+    more = ["tuner=qlora", "tuner.rank=4", "tuner.learning_rate=3e-3", "train.max_steps=8", "train.warmup=0", "train.log_steps=1", "train.eval_steps=8"]
+    assert go(finetune, f"outputs={here}", "run=q", f"model.path={int4.path}", *more) == 0
+    return artifact.open_artifact(here / "q" / "finetune")
+
+
+def test_adapters_train_on_a_gptq_base(on_gptq, int4):
+    m = on_gptq.metrics
+    print(f"qlora on GPTQ: validation loss {m['val_loss_first']:.3f} -> {m['val_loss']:.3f}")
+    assert on_gptq.kind == "adapter" and "nf4" not in m and m["val_loss"] < m["val_loss_first"]
+    assert on_gptq.parent("model")["key"] == int4.key
+    names = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in load_file(on_gptq.path / "adapter_model.safetensors")}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_lora_that_is_not_qlora_is_refused_on_a_gptq_base(int4, here, capsys):
+    assert go(finetune, f"outputs={here}", "run=plain", f"source={here / 'q' / 'data'}", f"model.path={int4.path}") == 4
+    assert "tuner=qlora trains adapters on a GPTQ base" in capsys.readouterr().err
+
+
+def test_such_an_adapter_is_not_merged_but_measured(on_gptq, here, capsys):
+    assert go(merge, f"outputs={here}", "run=q") == 4
+    assert "no whole weights to merge into" in capsys.readouterr().err
+    assert go(evaluate, f"outputs={here}", "run=q", "evaluation.rows=4", "evaluation.samples=1", "evaluation.max_new_tokens=4") == 0
+    report = json.loads((here / "q" / "evaluate-finetune" / "report.json").read_text())
+    assert report["loss"] < report["parent_loss"]
+
+
+# ---- refused early
+
+
+@pytest.mark.parametrize(
+    "shape,more,words",
+    [((96, 96), [], "group_size=128 does not divide the width 96"), ((30, 128), ["quantizer.group_size=64"], "has 30 rows, which int4 cannot pack by 8")],
+)
+def test_shapes_that_cannot_be_packed_are_refused_before_torch(shape, more, words, here, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(shape)}, tmp_path / "model.safetensors")
+    shutil.copy(TINY / "config.json", tmp_path)
+    cfg = compose("quantize", more, QuantizeVerb)
+    with pytest.raises(ConfigError) as error:
+        quantize.check(cfg, {"model": artifact.open_any(tmp_path), "dataset": artifact.open_artifact(here / "q" / "data")})
+    assert words in str(error.value)
+    if not more:
+        assert error.value.fix[0] == "quantizer.group_size=32"
+
+
+def test_an_adapter_is_refused(on_gptq, here, capsys):
+    assert go(quantize, f"outputs={here}", "run=q", f"source={on_gptq.path}") == 4
+    assert "merge the adapter first" in capsys.readouterr().err
+
+
+def test_a_quantized_model_that_lost_its_source_fails_the_proof(int4, here, monkeypatch):
+    true = aux_files.reload
+
+    def other(folder, trust, dtype):
+        ids, logits = true(folder, trust, dtype)
+        return ids, logits if folder == int4.path else logits[:, ::-1].copy()
+
+    monkeypatch.setattr(aux_files, "reload", other)
+    with pytest.raises(ProofFailed, match="away from the source"):
+        quantize.prove(here / "model", int4.path, False, modeling.load_tokenizer(here / "model"))

@@ -1,0 +1,406 @@
+"""The one door: what is skipped, refused and told, for every fault a user can make before any costly work."""
+
+import dataclasses
+import json
+import os
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import FEW, in_process, refused, save, write_model
+
+from src import artifact, data, stage
+from src.errors import BadData, Busy, ConfigError, MissingInput, MissingTool, Moved, NoRoom, ProofFailed, Tampered, UserError, WrongKind
+
+
+@pytest.fixture
+def plan(finished, tmp_path, monkeypatch):
+    """plan(verb, *overrides): a dry run of a new run, on the parts of the finished run; nothing may come of it."""
+    a = finished / "a"
+    usual = {
+        "finetune": {"source": a / "data", "model.path": finished / "inputs" / "base", "launch.nproc_per_node": 1},
+        "merge": {"source": a / "finetune"},
+        "quantize": {"source": a / "merge", "dataset": a / "data"},
+        "evaluate": {"source": a / "merge", "dataset": a / "data"},
+        "deploy": {"source": a / "merge"},
+        "data": {},
+    }
+
+    def run(verb: str, *overrides: str):
+        given = usual[verb] | dict(o.split("=", 1) for o in overrides)
+        done = in_process(verb, "run=new", f"outputs={tmp_path / 'new'}", "dry_run=true", *(f"{k}={v}" for k, v in given.items()))
+        assert not (tmp_path / "new" / "new").exists()
+        return done
+
+    return run
+
+
+def test_exit_codes_differ_and_stay():
+    """Scripts of other people rely on them."""
+    codes = {c: c.exit_code for c in (ConfigError, MissingInput, WrongKind, Moved, BadData, MissingTool, ProofFailed, Tampered, NoRoom, Busy)}
+    assert list(codes.values()) == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert len({c.title for c in codes}) == len(codes)
+
+
+def test_an_error_survives_the_way_between_processes():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(WrongKind("what", where="where", fix=["one", "two"])))
+    assert (type(error), str(error)) == (WrongKind, "wrong kind of input: what\n  where: where\n  fix:  one\n  or:   two")
+
+
+# ---- the door itself
+
+
+def through_the_door(work, *argv) -> int:
+    before, sys.argv = sys.argv, ["data", *map(str, argv)]
+    try:
+        with pytest.raises(SystemExit) as done:
+            stage.main(dataclasses.replace(data.STAGE, run=work))
+        return done.value.code
+    finally:
+        sys.argv = before
+
+
+def test_a_bug_keeps_its_traceback_and_publishes_nothing(tmp_path, finished):
+    def work(cfg, inputs, out):
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError):
+        through_the_door(work, f"outputs={tmp_path}", f"data.path={finished / 'inputs' / 'chats.json'}")
+    assert not (tmp_path / "default" / "data").exists()
+
+
+@pytest.mark.parametrize("error", [ConfigError, MissingInput, WrongKind, BadData, MissingTool, ProofFailed, UserError])
+def test_a_users_fault_inside_the_work_ends_with_its_code(tmp_path, finished, capsys, error):
+    def work(cfg, inputs, out):
+        (out / "half").write_text("x")
+        raise error("what happened", where="there", fix="this way")
+
+    assert through_the_door(work, f"outputs={tmp_path}", f"data.path={finished / 'inputs' / 'chats.json'}") == error.exit_code
+    assert capsys.readouterr().err.endswith("what happened\n  where: there\n  fix:  this way\n")
+    assert not (tmp_path / "default" / "data").exists()
+
+
+def test_other_ranks_work_and_never_build(tmp_path, finished, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    seen = []
+    assert through_the_door(lambda cfg, inputs, out: seen.append(out) or {}, f"outputs={tmp_path}", f"data.path={finished / 'inputs' / 'chats.json'}") == 0
+    assert seen == [tmp_path / "default" / "data.partial"] and not (tmp_path / "default").exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_flattened_settings():
+    assert stage.flatten({"a": {"b": 1, "c": {}}, "d": [1, "é"]}) == {"a.b": 1, "a.c": "{}", "d": '[1, "é"]'}
+
+
+# ---- finished before
+
+
+@pytest.mark.parametrize("verb, argv", [("data", FEW), ("finetune", ["launch.nproc_per_node=1"]), ("merge", []), ("quantize", []), ("evaluate", []), ("deploy", [])])
+def test_equal_work_is_skipped(call, road, verb, argv):
+    own = {"data": [f"data.path={road / 'inputs' / 'chats.json'}"], "finetune": [f"model.path={road / 'inputs' / 'base'}"]}.get(verb, [])
+    before = artifact.hash_files(road / "a")
+    done = call(verb, "run=a", *argv, *own)
+    assert done.returncode == 0 and "up to date, skipped" in done.stderr
+    assert artifact.hash_files(road / "a") == before
+
+
+def test_a_setting_that_moved_is_named(call, road):
+    done = call("finetune", "run=a", f"model.path={road / 'inputs' / 'base'}", "launch.nproc_per_node=1", "tuner.rank=8", "train.epochs=2")
+    refused(done, Moved, "tuner.rank 64 -> 8", "train.epochs 5.0 -> 2.0", "force=true", "run=OTHER_NAME")
+    assert "tuner.alpha" not in done.stderr
+    done = call("finetune", "run=a", f"model.path={road / 'inputs' / 'base'}", "launch.nproc_per_node=1", "tuner=full")
+    refused(done, Moved, "tuner.kind lora -> full", "tuner.rank 64 -> (not set)")
+
+
+def test_a_parent_that_moved_is_named(call, road):
+    old = artifact.open_artifact(road / "a" / "data").key
+    assert call("data", "run=a", *FEW, "data.split_seed=9", f"data.path={road / 'inputs' / 'chats.json'}", "force=true").returncode == 0
+    new = artifact.open_artifact(road / "a" / "data").key
+    done = call("finetune", "run=a", f"model.path={road / 'inputs' / 'base'}", "launch.nproc_per_node=1")
+    refused(done, Moved, "parent dataset", old[:12], new[:12], "force=true")
+    assert "parent model" not in done.stderr
+
+
+def test_an_input_file_that_changed_is_named(call, road):
+    chats = road / "inputs" / "chats.json"
+    chats.write_text(json.dumps(json.loads(chats.read_text())[:-1]))
+    refused(call("data", "run=a", *FEW, f"data.path={chats}"), Moved, "parent conversations", chats)
+
+
+# ---- inputs that are not there
+
+
+@pytest.mark.parametrize("verb, lacks", [("finetune", "data"), ("merge", "finetune"), ("quantize", "merge"), ("evaluate", "finetune"), ("deploy", "merge")])
+def test_a_run_without_its_input_names_runs_that_have_it(call, road, verb, lacks):
+    refused(call(verb, "run=b"), MissingInput, f"run 'b' has no finished '{lacks}'", road / "b" / lacks, f"python -m src.{lacks} run=b", "run=a has one")
+    assert not (road / "b").exists()
+
+
+def test_an_unfinished_input_is_no_input(call, road):
+    (road / "a" / "merge").rename(road / "a" / "merge.partial")
+    (road / "a" / "merge.partial" / "manifest.json").unlink()
+    shutil.rmtree(road / "a" / "quantize")
+    refused(call("merge", "run=b"), MissingInput, "run=a has one")
+    refused(call("quantize", "run=b"), MissingInput, "has no finished 'merge'")
+
+
+def test_summary_of_no_run(call):
+    refused(call("summary", "run=nowhere"), MissingInput, "nowhere", "python -m src.data run=nowhere")
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "nowhere", "nobody/nothing", "a/b/c", "~/model"])
+def test_a_model_that_is_nowhere(plan, path):
+    refused(plan("finetune", f"model.path={path}"), MissingInput, path)
+
+
+def test_a_model_path_that_is_a_file(plan, tmp_path):
+    (tmp_path / "model.gguf").write_text("x")
+    refused(plan("finetune", f"model.path={tmp_path / 'model.gguf'}"), MissingInput, "model.gguf")
+
+
+def test_a_base_that_moved_away(call, road):
+    (road / "inputs" / "base").rename(road / "inputs" / "moved")
+    shutil.rmtree(road / "a" / "merge")
+    refused(call("merge", "run=a"), MissingInput, road / "inputs" / "base", "base=FOLDER")
+    assert call("merge", "run=a", f"base={road / 'inputs' / 'moved'}", "dry_run=true").returncode == 0
+
+
+# ---- inputs of another kind
+
+
+@pytest.mark.parametrize(
+    "verb, override, words",
+    [
+        ("finetune", "source={a}/finetune", "takes dataset, not adapter"),
+        ("finetune", "source={a}/merge", "takes dataset, not model"),
+        ("finetune", "model.path={a}/finetune", "takes model or quantized, not adapter"),
+        ("finetune", "model.path={a}/data", "takes model or quantized, not dataset"),
+        ("finetune", "model.path={a}/deploy-llama2c", "not bundle"),
+        ("merge", "source={a}/data", "takes adapter, not dataset"),
+        ("merge", "source={a}/quantize", "takes adapter, not quantized"),
+        ("merge", "source={a}/merge", "takes adapter, not model"),
+        ("merge", "base={a}/data", "not dataset"),
+        ("quantize", "source={a}/finetune", "takes model, not adapter"),
+        ("quantize", "source={a}/quantize", "takes model, not quantized"),
+        ("quantize", "source={a}/data", "takes model, not dataset"),
+        ("quantize", "dataset={a}/merge", "takes dataset, not model"),
+        ("deploy", "source={a}/finetune", "takes model, not adapter"),
+        ("deploy", "source={a}/quantize", "takes model, not quantized"),
+        ("deploy", "source={a}/evaluate-merge", "not report"),
+        ("evaluate", "source={a}/data", "not dataset"),
+        ("evaluate", "source={a}/deploy-llama2c", "not bundle"),
+        ("evaluate", "dataset={a}/finetune", "takes dataset, not adapter"),
+        ("evaluate", "parent={a}/data", "not dataset"),
+    ],
+)
+def test_a_wrong_kind_says_what_it_is_and_where_it_goes(plan, finished, verb, override, words):
+    override = override.format(a=finished / "a")
+    refused(plan(verb, override), WrongKind, words, override.split("=")[1])
+
+
+def test_a_folder_of_nothing_known(plan, tmp_path):
+    (tmp_path / "photos").mkdir()
+    refused(plan("quantize", f"source={tmp_path / 'photos'}"), WrongKind, "photos", "config.json")
+
+
+def test_a_base_that_is_not_the_adapters(plan, tmp_path):
+    other = write_model(tmp_path / "other", tie_word_embeddings=False)
+    refused(plan("merge", f"base={other}"), WrongKind, "not the base the adapter was trained on", other, "base=FOLDER")
+
+
+def test_a_quantized_base_for_plain_lora(plan, finished):
+    refused(plan("finetune", f"model.path={finished / 'a' / 'quantize'}"), WrongKind, "quantized (gptq)", "tuner=qlora")
+    assert plan("finetune", f"model.path={finished / 'a' / 'quantize'}", "tuner=qlora").returncode == 0
+
+
+@pytest.mark.parametrize("change, words", [({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "cannot merge")])
+def test_adapters_that_cannot_be_merged(plan, finished, tmp_path, change, words):
+    folder = shutil.copytree(finished / "a" / "finetune", tmp_path / "adapter")
+    (folder / "manifest.json").unlink()
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | change))
+    refused(plan("merge", f"source={folder}", f"base={finished / 'inputs' / 'base'}"), WrongKind, words, folder)
+
+
+def test_an_adapter_of_another_model(plan, finished, tmp_path):
+    folder = shutil.copytree(finished / "a" / "finetune", tmp_path / "adapter")
+    (folder / "manifest.json").unlink()
+    at = "base_model.model.transformer.h.0.attn.c_attn"
+    save(folder / "adapter_model.safetensors", {f"{at}.lora_A.weight": np.ones((4, 8)), f"{at}.lora_B.weight": np.ones((8, 4))})
+    refused(plan("merge", f"source={folder}", f"base={finished / 'inputs' / 'base'}"), WrongKind, "transformer.h.0.attn.c_attn", "base=FOLDER")
+
+
+# ---- model folders that are not whole, or not safe
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+VERBS_OF_MODELS = [("finetune", "model.path"), ("quantize", "source"), ("deploy", "source")]
+
+
+@pytest.mark.parametrize("verb, key", VERBS_OF_MODELS)
+class TestModelFolders:
+    def test_whole(self, plan, model, verb, key):
+        assert plan(verb, f"{key}={model}").returncode == 0
+
+    def test_pickled_weights(self, plan, model, verb, key):
+        (model / "model.safetensors").rename(model / "pytorch_model.bin")
+        refused(plan(verb, f"{key}={model}"), WrongKind, "pickle", "safetensors", model)
+
+    def test_code_of_its_own(self, plan, model, verb, key):
+        edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Evil"})
+        refused(plan(verb, f"{key}={model}"), WrongKind, "Python code", "trust_remote_code=true", model / "config.json")
+
+    def test_no_weights(self, plan, model, verb, key):
+        (model / "model.safetensors").unlink()
+        refused(plan(verb, f"{key}={model}"), MissingInput, "no weights", "model.safetensors", model)
+
+    def test_git_lfs_pointer(self, plan, model, verb, key):
+        (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n")
+        refused(plan(verb, f"{key}={model}"), MissingInput, "Git LFS pointer", "git lfs pull", model)
+
+    @pytest.mark.parametrize("keep", [0, 5, 100, 100_000, -1])
+    def test_cut_off_weights(self, plan, model, verb, key, keep):
+        whole = (model / "model.safetensors").read_bytes()
+        (model / "model.safetensors").write_bytes(whole[:keep])
+        refused(plan(verb, f"{key}={model}"), BadData, "model.safetensors", "download it again")
+
+    @pytest.mark.parametrize("header", [b"\xff" * 64, b"not json" * 8, b"[]", b'"x"', b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b'{"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}}'])
+    def test_weights_of_another_format(self, plan, model, verb, key, header):
+        (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"data")
+        refused(plan(verb, f"{key}={model}"), BadData, "model.safetensors")
+
+    def test_a_shard_is_missing(self, plan, model, verb, key):
+        (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+        index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused(plan(verb, f"{key}={model}"), MissingInput, "model-00002-of-00002.safetensors", model)
+
+    @pytest.mark.parametrize("content", ["{}", "", '{"weight_map": []}', '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 5}}'])
+    def test_a_damaged_index(self, plan, model, verb, key, content):
+        (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+        (model / "model.safetensors.index.json").write_text(content)
+        refused(plan(verb, f"{key}={model}"), BadData, "model.safetensors.index.json")
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe{}", b"[" * 100_000])
+    def test_a_damaged_config(self, plan, model, verb, key, content):
+        (model / "config.json").write_bytes(content)
+        refused(plan(verb, f"{key}={model}"), BadData, model / "config.json")
+
+
+def test_pickles_and_code_can_be_allowed(plan, model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Fine"})
+    assert plan("finetune", f"model.path={model}", "model.allow_pickle=true", "model.trust_remote_code=true").returncode == 0
+
+
+def test_a_model_without_tokenizer(plan, model):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    refused(plan("deploy", f"source={model}"), MissingInput, "tokenizer")
+
+
+# ---- rules between settings, or between a setting and its input
+
+
+@pytest.mark.parametrize("group", [128, 64])
+def test_a_group_size_that_does_not_divide(plan, tmp_path, group):
+    odd = write_model(tmp_path / "odd", hidden_size=96, intermediate_size=160)
+    refused(plan("quantize", f"source={odd}", f"quantizer.group_size={group}"), ConfigError, f"group_size={group} does not divide", "quantizer.group_size=32", "model.layers.0")
+
+
+def test_a_batch_the_processes_cannot_share(plan):
+    refused(plan("finetune", "launch.nproc_per_node=3"), ConfigError, "global_batch_size=8", "3 processes", "train.global_batch_size=9")
+    refused(plan("finetune", "train.micro_batch_size=3"), ConfigError, "micro_batch_size=3", "1, 2, 4, 8")
+    done = plan("finetune", "launch.nproc_per_node=2", "train.micro_batch_size=2")
+    assert "2 a process x 2 x 2 accumulated = 8" in done.stderr
+
+
+def test_qlora_and_zero3(plan):
+    refused(plan("finetune", "tuner=qlora", "deepspeed=zero3"), ConfigError, "4-bit base cannot be partitioned", "deepspeed=zero2", "tuner=lora deepspeed=zero3")
+
+
+@pytest.mark.parametrize(
+    "content, option, error, words",
+    [
+        ('{"scheduler": {"type": "WarmupLR"}}', "zero2", ConfigError, "'scheduler'"),
+        ('{"optimizer": {"type": "Adam"}, "scheduler": {}}', "zero2", ConfigError, "'optimizer'"),
+        ('{"zero_optimization": {"stage": 3}}', "zero2", ConfigError, "its ZeRO stage is 3, the settings say 2"),
+        ("{}", "none", ConfigError, "deepspeed=none would ignore it"),
+        ("{", "zero2", BadData, "not valid JSON"),
+        ("[]", "zero2", BadData, "expected a JSON object"),
+        ('{"zero_optimization": 2}', "zero2", BadData, "zero_optimization"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts(plan, tmp_path, content, option, error, words):
+    (tmp_path / "ds.json").write_text(content)
+    refused(plan("finetune", f"deepspeed={option}", f"deepspeed.config={tmp_path / 'ds.json'}"), error, words)
+
+
+def test_a_deepspeed_file_that_is_nowhere(plan, tmp_path):
+    refused(plan("finetune", "deepspeed=zero2", f"deepspeed.config={tmp_path / 'ds.json'}"), MissingInput, tmp_path / "ds.json")
+
+
+def test_splits_that_are_empty(plan, call, finished, tmp_path):
+    call("data", "run=bare", "data.val=0", "data.calib=0", f"data.path={finished / 'inputs' / 'chats.json'}")
+    bare = tmp_path / "outputs" / "bare" / "data"
+    refused(plan("quantize", f"dataset={bare}"), MissingInput, "calib split is empty", bare, "data.calib=")
+    refused(plan("evaluate", f"dataset={bare}"), MissingInput, "validation split is empty", bare, "data.val=")
+
+
+def test_an_expectation_that_is_no_pattern(plan):
+    refused(plan("evaluate", "evaluation.expect='(unclosed'"), ConfigError, "regular expression", "(unclosed")
+
+
+# ---- conversation files
+
+
+GOOD = {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "empty"),
+        (b" \n\n ", "empty"),
+        (b"[]", "no record"),
+        (b"{", "line 1"),
+        (b'[{"conversations": [', "line"),
+        (b"hello", "line 1"),
+        (b"5", ""),
+        (b"[1, 2, 3]", ""),
+        (b'{"a": 1}', ""),
+        (json.dumps([GOOD]).encode()[:-5], "line 1"),
+        ((json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:-3] + "\n").encode(), "2"),
+        (json.dumps([GOOD]).encode("utf-16"), "UTF-8"),
+        (json.dumps([GOOD | {"id": "café"}], ensure_ascii=False).encode("latin-1"), "UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "UTF-8"),
+        (b"\x00" * 100, ""),
+        (b"[" * 100_000, ""),
+        (json.dumps([{"conversations": []}]).encode(), ""),
+        (json.dumps([{"conversations": [{"from": "user", "value": 5}]}]).encode(), ""),
+    ],
+)
+def test_damaged_conversations(call, tmp_path, content, words):
+    path = tmp_path / "chats.json"
+    path.write_bytes(content)
+    refused(call("data", f"data.path={path}"), BadData, path, words)
+    assert not (tmp_path / "outputs" / "default" / "data").exists()
+
+
+@pytest.mark.parametrize("make, words", [(lambda p: None, "no such file"), (lambda p: p.mkdir(), "not a file"), (lambda p: os.mkfifo(p), "not a file")])
+def test_conversations_that_are_nowhere(call, tmp_path, make, words):
+    make(tmp_path / "chats.json")
+    refused(call("data", f"data.path={tmp_path / 'chats.json'}"), MissingInput, words, tmp_path / "chats.json", "data.path=FILE")
