@@ -22,6 +22,7 @@ from src.log import say
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+AGAIN = "mend the file, or copy or download it again"
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes", "gptqmodel", "numpy", "safetensors")
 
 
@@ -148,7 +149,7 @@ def kind_of_folder(path: Path) -> str:
     config = path / "config.json"
     if config.is_file():
         return "quantized" if read_json(config).get("quantization_config") else "model"
-    raise WrongKind("not an artifact of this project and not a Hugging Face folder (no manifest.json, adapter_config.json or config.json)", where=str(path))
+    raise WrongKind("not an artifact of this project and not a Hugging Face folder (no manifest.json, adapter_config.json or config.json)", where=str(path), fix="give the folder that holds one of them")
 
 
 def read_json(path: Path) -> dict:
@@ -156,13 +157,13 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MissingInput("no such file", where=str(path)) from None
+        raise MissingInput("no such file", where=str(path), fix="check the path") from None
     except UnicodeDecodeError as error:
-        raise BadData(f"not UTF-8 at byte {error.start}", where=str(path)) from None
+        raise BadData(f"not UTF-8 at byte {error.start}", where=str(path), fix=AGAIN) from None
     except (ValueError, RecursionError) as error:
-        raise BadData(f"not valid JSON: {error}", where=str(path)) from None
+        raise BadData(f"not valid JSON: {error}", where=str(path), fix=AGAIN) from None
     if not isinstance(value, dict):
-        raise BadData(f"expected a JSON object, found {type(value).__name__}", where=str(path))
+        raise BadData(f"expected a JSON object, found {type(value).__name__}", where=str(path), fix=AGAIN)
     return value
 
 

@@ -85,8 +85,7 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
             rows = encode_all(records, tokenizer, end, cfg.evaluation.max_length)
         else:
             modeling.grow_vocabulary(model, len(tokenizer))
-        say(f"evaluate: {role} {subjects[role].path}")
-        measured[role], top[role] = measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, role)
+        measured[role], top[role] = measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, end, role)
         answers[role] = answer(model, tokenizer, prompts, cfg, end)
         del model
     metrics = {**measured["model"], "rows": len(rows), "prompts": len(prompts)}
@@ -137,15 +136,15 @@ def encode_all(records: list[dict], tokenizer, end: int, max_length: int) -> lis
     return rows
 
 
-def measure(model, rows: list, batch_size: int, pad: int, what: str) -> tuple[dict, list]:
-    """({loss in nats, perplexity, accuracy, tokens} over trained tokens, per row the top-1 token at each of them)."""
+def measure(model, rows: list, batch_size: int, pad: int, end: int, what: str) -> tuple[dict, list]:
+    """({loss in nats, perplexity, accuracy, tokens} over trained tokens and the share of turn ends predicted, per row the top-1 token at each)."""
     import torch
     from torch.nn.functional import cross_entropy
 
     from src.chatml import IGNORE
 
     device = next(model.parameters()).device
-    loss = hits = tokens = 0
+    loss = hits = tokens = turns = ended = 0
     top = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -163,8 +162,11 @@ def measure(model, rows: list, batch_size: int, pad: int, what: str) -> tuple[di
             top[i] = chosen.argmax(-1).cpu()
             hits += (top[i] == wanted.cpu()).sum().item()
             tokens += len(wanted)
+            ends = wanted.cpu() == end
+            turns += ends.sum().item()
+            ended += (top[i][ends] == end).sum().item()
     mean = loss / tokens
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": hits / tokens, "tokens": tokens}, top
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": hits / tokens, "tokens": tokens, "turns_ended": ended / max(turns, 1)}, top
 
 
 def answer(model, tokenizer, prompts: list, cfg: EvaluateVerb, end: int) -> list[dict]:
@@ -191,7 +193,7 @@ def write(out: Path, metrics: dict, answers: dict) -> None:
 
 def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
     """The figures in a line or two, then each prompt with the parent's and the model's answer under these labels."""
-    line = f"evaluate: loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.3f}, right next token {metrics['accuracy']:.1%} of {metrics['tokens']}"
+    line = f"evaluate: loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.3f}, right next token {metrics['accuracy']:.1%} of {metrics['tokens']}, turn ends {metrics['turns_ended']:.0%}"
     if "agreement" in metrics:
         line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
     say(line)

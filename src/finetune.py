@@ -3,6 +3,7 @@
 The result is an adapter (tuner=lora, qlora) or a model (tuner=full), complete with tokenizer, chat template and generation config.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def batch_plan(cfg: FinetuneVerb, world: int) -> tuple[int, int]:
 
 def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:
     """Start the worker processes, unless one without DeepSpeed is all there is or torchrun has started us."""
-    if "WORLD_SIZE" in launch.os.environ or (launch.world_size(cfg.launch) == 1 and not cfg.deepspeed.stage):
+    if "WORLD_SIZE" in os.environ or (launch.world_size(cfg.launch) == 1 and not cfg.deepspeed.stage):
         return None
     return launch.torchrun("src.finetune", argv, cfg.launch)
 
@@ -79,6 +80,8 @@ def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:
 def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     from src import modeling
 
+    if not launch.gpu_count():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
     modeling.import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
     from transformers import set_seed
 
@@ -130,7 +133,7 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         trainer.row_rates = adapters.row_rates(model, cfg.tuner, len(tokenizer) - len(added))
         say("finetune: peak learning rate of those rows " + ", ".join(sorted({f"{rate:.1e}" for rate in trainer.row_rates.values()})))
     training.mute(trainer)
-    reports.trainer = trainer
+    reports.trainer, trainer.turn_end = trainer, end
     if resume:
         say(f"finetune: goes on from step {resume.name.split('-')[1]}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

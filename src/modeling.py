@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from src.artifact import Artifact, read_json
-from src.errors import MissingInput, MissingTool, UserError, WrongKind
+from src import shards
+from src.artifact import AGAIN, Artifact, read_json
+from src.errors import BadData, MissingInput, MissingTool, UserError, WrongKind
 from src.log import say
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -52,11 +53,14 @@ def _user_fault(errors, what: str, where: str, fix: str = "check the name, the n
 def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> dict:
     """Look at a model folder without loading it and return its config.
 
-    Raises MissingInput where files are missing or are Git LFS pointers, WrongKind for pickled weights or custom code that were not allowed.
+    Raises MissingInput where files are missing or are Git LFS pointers, BadData where they are damaged, WrongKind for pickled weights or custom code that were not allowed.
     """
     config = read_json(path / "config.json")
     index = path / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    named = read_json(index).get("weight_map") if index.is_file() else {"": WEIGHTS[0]}
+    if not isinstance(named, dict) or not named or not all(isinstance(n, str) and Path(n).name == n for n in named.values()):
+        raise BadData("its weight_map does not name the files beside it", where=str(index), fix=AGAIN)
+    files = sorted(set(named.values()))
     if not any((path / name).is_file() for name in WEIGHTS):
         if not any((path / name).is_file() for name in PICKLES):
             raise MissingInput("the folder has a config.json but no weights", where=str(path), fix="it needs model.safetensors, or its shards with model.safetensors.index.json")
@@ -66,14 +70,16 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
                 where=str(path),
                 fix=["use a safetensors version of the model", "model.allow_pickle=true if you trust its maker"],
             )
-        shards = []
-    for shard in shards:
+        files = []
+    for shard in files:
         file = path / shard
         if not file.is_file():
-            raise MissingInput(f"weight file '{shard}' is missing", where=str(path))
+            raise MissingInput(f"weight file '{shard}' is missing", where=str(path), fix="copy or download it again")
         with open(file, "rb") as stream:
             if stream.read(len(LFS)) == LFS:
                 raise MissingInput(f"'{shard}' is a Git LFS pointer, not the weights", where=str(path), fix="run `git lfs pull` in that repository")
+    if files:
+        shards.entries(path)
     if config.get("auto_map") and not trust_remote_code:
         raise WrongKind(
             "the model brings Python code of its own",

@@ -43,13 +43,13 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
                 raise BadData("not a whole safetensors file: its header is longer than the file", where=str(file), fix="copy or download it again")
             try:
                 header = json.loads(stream.read(length))
-            except ValueError:
-                raise BadData("not a safetensors file: its header is not JSON", where=str(file), fix="copy or download it again") from None
-        header.pop("__metadata__", None)
-        if header and 8 + length + max(e["data_offsets"][1] for e in header.values()) != size:
+                header.pop("__metadata__", None)
+                end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
+                found |= {name: Entry(name, e["dtype"], tuple(map(int, e["shape"])), file) for name, e in header.items()}
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+                raise BadData("not a safetensors file: its header is damaged", where=str(file), fix="copy or download it again") from None
+        if end != size:
             raise BadData("the safetensors file is cut off, or longer than its header says", where=str(file), fix="copy or download it again")
-        for name, e in header.items():
-            found[name] = Entry(name, e["dtype"], tuple(e["shape"]), file)
     return found
 
 

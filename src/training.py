@@ -118,6 +118,9 @@ class Collator:
 class ChatTrainer(Trainer):
     """transformers' Trainer with an evaluation that weighs every trained token the same over all ranks, and rates of their own for token rows."""
 
+    turn_end: int = -1
+    """id of the token that ends an assistant turn"""
+
     row_rates: dict[str, float] = {}
     """peak learning rate by parameter name, for those that do not take the common one; without weight decay"""
 
@@ -146,9 +149,10 @@ class ChatTrainer(Trainer):
         start = time.monotonic()
         was_training = self.model.training
         self.model.eval()
-        loss, tokens, hits = (self._measure(eval_dataset or self.eval_dataset)).tolist()
+        loss, tokens, hits, turns, ended = self._measure(eval_dataset or self.eval_dataset).tolist()
         self.model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1), f"{metric_key_prefix}_accuracy": hits / max(tokens, 1), f"{metric_key_prefix}_tokens": int(tokens)}
+        values = {"loss": loss / max(tokens, 1), "accuracy": hits / max(tokens, 1), "tokens": int(tokens), "turns_ended": ended / max(turns, 1)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.eval_seconds += time.monotonic() - start
@@ -156,9 +160,12 @@ class ChatTrainer(Trainer):
 
     @torch.no_grad()
     def _measure(self, rows) -> torch.Tensor:
-        """(sum of losses, trained tokens, top-1 hits) over all ranks, float64. Every rank does as many forward passes, as ZeRO-3 needs."""
+        """(sum of losses, trained tokens, top-1 hits, turn ends, those predicted) over all ranks, float64.
+
+        Every rank does as many forward passes, as ZeRO-3 needs.
+        """
         world, me, size = self.args.world_size, self.args.process_index, self.args.per_device_eval_batch_size
-        total = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        total = torch.zeros(5, dtype=torch.float64, device=self.args.device)
         model = self.model_wrapped if self.is_deepspeed_enabled and hasattr(self.model_wrapped, "forward") else self.model
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
         for begin in range(0, len(order), world * size):
@@ -171,7 +178,8 @@ class ChatTrainer(Trainer):
             if mine:
                 kept = labels != chatml.IGNORE
                 chosen, wanted = logits[kept].float(), labels[kept]
-                total += torch.stack([cross_entropy(chosen, wanted, reduction="sum"), kept.sum(), (chosen.argmax(-1) == wanted).sum()]).to(total)
+                right, ends = chosen.argmax(-1) == wanted, wanted == self.turn_end
+                total += torch.stack([cross_entropy(chosen, wanted, reduction="sum"), kept.sum(), right.sum(), ends.sum(), (right & ends).sum()]).to(total)
         if dist.is_initialized():
             dist.all_reduce(total)
         return total
@@ -213,8 +221,8 @@ class Reports(TrainerCallback):
             self.trackers.numbers(values | {"train/tokens_per_second": speed, "train/memory_gb": memory() / 1e9}, state.global_step)
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
-        say(f"  step {state.global_step}  validation loss {metrics['eval_loss']:.4f}, right next token {metrics['eval_accuracy']:.1%} of {metrics['eval_tokens']}")
-        self.trackers.numbers({"eval/loss": metrics["eval_loss"], "eval/accuracy": metrics["eval_accuracy"]}, state.global_step)
+        say(f"  step {state.global_step}  validation loss {metrics['eval_loss']:.4f}, right next token {metrics['eval_accuracy']:.1%} of {metrics['eval_tokens']}, turn ends {metrics['eval_turns_ended']:.0%}")
+        self.trackers.numbers({f"eval/{name}": metrics[f"eval_{name}"] for name in ("loss", "accuracy", "turns_ended")}, state.global_step)
         if self.prompts:
             was_training = model.training
             model.eval()
@@ -382,5 +390,10 @@ def summary(trainer: Trainer, reports: Reports, splits: dict, steps: int, world:
         "samples": [{"prompt": p, "answer": a} for p, a in reports.samples],
     }
     if evals:
-        metrics |= {"val_loss_first": evals[0]["eval_loss"], "val_loss": evals[-1]["eval_loss"], "val_accuracy": evals[-1]["eval_accuracy"]}
+        metrics |= {"val_loss_first": evals[0]["eval_loss"], "val_loss": evals[-1]["eval_loss"], "val_accuracy": evals[-1]["eval_accuracy"], "turns_ended": evals[-1]["eval_turns_ended"]}
+        if metrics["turns_ended"] < 0.5:
+            warn(
+                f"the model ends only {metrics['turns_ended']:.0%} of its turns where it should, so its answers will run on however good the loss looks; "
+                "raise tuner.learning_rate or train.epochs" + ("" if trainer.row_rates else ", or use tuner=lora, which gives new token rows a rate of their own")
+            )
     return metrics

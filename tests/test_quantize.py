@@ -37,12 +37,12 @@ def go(verb, *argv) -> int:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """An outputs folder whose run `q` has a dataset, and a two-layer cut of the embedded model beside it."""
+    """An outputs folder whose run `q` has a dataset, and a one-layer cut of the embedded model beside it."""
     here = tmp_path_factory.mktemp("quantize")
     rows = json.loads((ROOT / "assets" / "conversations.json").read_text())[:80]
     (here / "chats.json").write_text(json.dumps(rows))
     assert go(data, f"outputs={here}", "run=q", f"data.path={here / 'chats.json'}", "data.val=0.1", "data.calib=0.3") == 0
-    model = AutoModelForCausalLM.from_pretrained(TINY, local_files_only=True, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(TINY, local_files_only=True, num_hidden_layers=1)
     model.save_pretrained(here / "model")
     for name in TOKENIZER:
         shutil.copy(TINY / name, here / "model")
@@ -87,7 +87,7 @@ def test_its_weights_are_the_source_s_rounded_to_the_bits_asked_for(made, here):
     bits, made = made
     group = 128 if bits == 4 else 64
     packed, source = load_file(made.path / "model.safetensors"), load_file(here / "model" / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj"
+    name = "model.layers.0.mlp.down_proj"
     q, zeros, scales, order = (packed[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
     weight = source[f"{name}.weight"]
     rows, columns = weight.shape

@@ -49,7 +49,7 @@ def test_an_error_survives_the_way_between_processes():
     import pickle
 
     error = pickle.loads(pickle.dumps(WrongKind("what", where="where", fix=["one", "two"])))
-    assert (type(error), str(error)) == (WrongKind, "wrong kind of input: what\n  where: where\n  fix:  one\n  or:   two")
+    assert (type(error), str(error)) == (WrongKind, "wrong kind of input: what\n  where: where\n  fix:   one\n  or:    two")
 
 
 # ---- the door itself
@@ -81,7 +81,7 @@ def test_a_users_fault_inside_the_work_ends_with_its_code(tmp_path, finished, ca
         raise error("what happened", where="there", fix="this way")
 
     assert through_the_door(work, f"outputs={tmp_path}", f"data.path={finished / 'inputs' / 'chats.json'}") == error.exit_code
-    assert capsys.readouterr().err.endswith("what happened\n  where: there\n  fix:  this way\n")
+    assert capsys.readouterr().err.endswith("what happened\n  where: there\n  fix:   this way\n")
     assert not (tmp_path / "default" / "data").exists()
 
 

@@ -1,0 +1,186 @@
+"""Loss and perplexity against an independent computation, agreement, expected answers, and folders made elsewhere."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from src import artifact, aux_files, data, evaluate, finetune, merge, modeling, stage
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "assets" / "tiny-chat"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def proofs_in_this_process():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (aux_files, merge):
+            patch.setattr(module, "fresh", lambda work, *args: work(*args))
+        yield
+
+
+def go(verb, *argv) -> int:
+    return stage.guarded(lambda: stage._main(verb.STAGE, [str(a) for a in argv]))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """An outputs folder with run `r`: a dataset, an adapter that learnt something, and its merge."""
+    here = tmp_path_factory.mktemp("evaluate")
+    rows = json.loads((ROOT / "assets" / "conversations.json").read_text())[:100]
+    (here / "chats.json").write_text(json.dumps(rows))
+    assert go(data, f"outputs={here}", "run=r", f"data.path={here / 'chats.json'}", "data.val=0.15", "data.calib=0.1") == 0
+    assert go(finetune, f"outputs={here}", "run=r", "tuner.rank=8", "tuner.learning_rate=3e-3", "train.max_steps=12", "train.eval_steps=12") == 0
+    assert go(merge, f"outputs={here}", "run=r") == 0
+    return here
+
+
+@pytest.fixture(scope="module")
+def reports(here):
+    """{name: report} of one call that measures all the run has."""
+    assert go(evaluate, f"outputs={here}", "run=r", "evaluation.max_new_tokens=24", "evaluation.batch_size=3") == 0
+    return {name: json.loads((here / "r" / f"evaluate-{name}" / "report.json").read_text()) for name in ("finetune", "merge")}
+
+
+def by_hand(folder: Path, dataset: Path, rows=None) -> tuple[float, float, int]:
+    """(loss, accuracy, tokens): one row at a time, answers found in the text between `assistant` and `<|im_end|>`, every such token weighing the same."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    losses, hits = [], []
+    for line in list(open(dataset / "val.jsonl"))[:rows]:
+        ids, counted = [], []
+        for message in json.loads(line)["messages"]:
+            head = tokenizer(f"<|im_start|>{message['role']}\n").input_ids
+            body = tokenizer(message["content"] + "<|im_end|>").input_ids
+            tail = tokenizer("\n").input_ids
+            ids += head + body + tail
+            counted += [False] * len(head) + [message["role"] == "assistant"] * len(body) + [False] * len(tail)
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        for k, (token, counts) in enumerate(zip(ids[1:], counted[1:])):
+            if counts:
+                losses.append(-scores[k, token].item())
+                hits.append(scores[k].argmax().item() == token)
+    return sum(losses) / len(losses), sum(hits) / len(hits), len(losses)
+
+
+def test_loss_accuracy_and_perplexity_are_those_of_an_independent_computation(reports, here):
+    loss, accuracy, tokens = by_hand(here / "r" / "merge", here / "r" / "data")
+    found = reports["merge"]
+    print(f"loss {found['loss']:.6f}, by hand {loss:.6f}; {tokens} tokens")
+    assert found["tokens"] == tokens
+    assert found["loss"] == pytest.approx(loss, abs=2e-6)
+    assert found["accuracy"] == pytest.approx(accuracy, abs=1 / tokens + 1e-9)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-12)
+    base_loss, _, _ = by_hand(TINY, here / "r" / "data")
+    assert reports["finetune"]["parent_loss"] == pytest.approx(base_loss, abs=2e-6)
+    assert reports["finetune"]["parent_perplexity"] == pytest.approx(math.exp(base_loss), rel=1e-5)
+
+
+def test_a_merge_agrees_with_its_adapter_everywhere(reports):
+    assert reports["merge"]["agreement"] == 1.0
+    assert reports["merge"]["loss"] == pytest.approx(reports["finetune"]["loss"], abs=1e-5)
+    assert reports["merge"]["loss"] == pytest.approx(reports["merge"]["parent_loss"], abs=1e-5)
+
+
+def test_training_shows_in_the_comparison_with_the_base(reports):
+    found = reports["finetune"]
+    print(f"base {found['parent_loss']:.3f} -> adapter {found['loss']:.3f}, agreement {found['agreement']:.3f}")
+    assert found["loss"] < found["parent_loss"] and 0.5 < found["agreement"] < 1
+
+
+def test_fine_tuning_and_evaluation_measure_the_same_loss(reports, here):
+    tuned = artifact.open_artifact(here / "r" / "finetune").metrics
+    assert tuned["val_loss"] == pytest.approx(reports["finetune"]["loss"], abs=1e-5)
+    assert tuned["val_loss_first"] == pytest.approx(reports["finetune"]["parent_loss"], abs=1e-5)
+    assert tuned["val_accuracy"] == pytest.approx(reports["finetune"]["accuracy"], abs=1e-6)
+
+
+def test_answers_are_the_greedy_ones_one_prompt_at_a_time(reports, here):
+    """Batched with padding on the left, they are those of plain generate() without any."""
+    rows = [json.loads(line) for line in open(here / "r" / "evaluate-merge" / "answers.jsonl")]
+    assert [r["by"] for r in rows] == ["model"] * 5 + ["parent"] * 5
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(here / "r" / "merge", local_files_only=True).eval(), modeling.load_tokenizer(here / "r" / "merge")
+    records = [json.loads(line) for line in open(here / "r" / "data" / "val.jsonl")]
+    for row, record in zip(rows[:5], records):
+        opening = []
+        for message in record["messages"]:
+            if message["role"] == "assistant":
+                break
+            opening.append(message)
+        ids = tokenizer.apply_chat_template(opening, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=[1023, 1021], pad_token_id=1021)[0, ids.shape[1] :]
+        assert row["prompt"] == opening[-1]["content"]
+        assert row["answer"] == tokenizer.decode(out, skip_special_tokens=True)
+        assert row["ended"] == (1023 in out.tolist())
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_batches_do_not_change_the_figures(size, reports, here):
+    assert go(evaluate, f"outputs={here}", f"run=b{size}", f"source={here / 'r' / 'merge'}", f"dataset={here / 'r' / 'data'}", f"evaluation.batch_size={size}", "evaluation.samples=0") == 0
+    found = json.loads((here / f"b{size}" / "evaluate-merge" / "report.json").read_text())
+    assert found["loss"] == pytest.approx(reports["merge"]["loss"], abs=1e-5) and found["tokens"] == reports["merge"]["tokens"]
+
+
+def test_expected_answers_are_counted(here):
+    """The base answers plainly, the prompt stands before the answer in what must match, and an answer that did not end does not count."""
+
+    def expected(run, pattern, *more):
+        prompts = "evaluation.prompts=['What animal goes quack?','Tell me what a cat says.']"
+        argv = [f"outputs={here}", f"run={run}", f"source={TINY}", f"dataset={here / 'r' / 'data'}", prompts, f"evaluation.expect='{pattern}'", "evaluation.rows=2", *more]
+        assert go(evaluate, *argv) == 0
+        report = json.loads((here / run / "evaluate-tiny-chat" / "report.json").read_text())
+        answers = [json.loads(line) for line in open(here / run / "evaluate-tiny-chat" / "answers.jsonl")]
+        assert report["expected"] == sum(a["as_expected"] for a in answers) and report["prompts"] == len(answers) == 2
+        return [a["as_expected"] for a in answers]
+
+    assert expected("e1", ".*") == [True, True]
+    assert expected("e2", ".*duck.*") == [True, False]
+    assert expected("e3", "Tell me.*") == [False, True], "the prompt is part of what is matched"
+    assert expected("e4", "duck") == [False, False], "the whole must match"
+    assert expected("e5", ".*", "evaluation.max_new_tokens=1") == [False, False], "an answer that was cut off is wrong"
+
+
+def test_a_folder_made_elsewhere_needs_no_parent(here, capsys):
+    other = Path(shutil.copytree(TINY, here / "made elsewhere!"))
+    assert go(evaluate, f"outputs={here}", "run=r", f"source='{other}'", "evaluation.samples=1", "evaluation.max_new_tokens=4") == 0
+    assert "no parent to compare with" in capsys.readouterr().err
+    found = json.loads((here / "r" / "evaluate-made-elsewhere-" / "report.json").read_text())
+    assert "agreement" not in found and not [k for k in found if k.startswith("parent")]
+    assert found["loss"] == pytest.approx(by_hand(TINY, here / "r" / "data")[0], abs=2e-6)
+
+
+def test_any_model_can_be_the_parent(here):
+    assert go(evaluate, f"outputs={here}", "run=p", f"source={TINY}", f"parent={here / 'r' / 'merge'}", f"dataset={here / 'r' / 'data'}", "evaluation.samples=0", "evaluation.rows=3") == 0
+    found = json.loads((here / "p" / "evaluate-tiny-chat" / "report.json").read_text())
+    assert found["rows"] == 3 and found["parent_loss"] == pytest.approx(by_hand(here / "r" / "merge", here / "r" / "data", 3)[0], abs=2e-6)
+    assert found["parent_loss"] != found["loss"]
+
+
+def test_rows_too_long_are_left_out_and_counted(here, capsys):
+    tokenizer = modeling.load_tokenizer(TINY)
+    lengths = [len(tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False)) for line in open(here / "r" / "data" / "val.jsonl")]
+    limit = sorted(lengths)[len(lengths) // 2]
+    argv = [f"outputs={here}", f"source={TINY}", f"dataset={here / 'r' / 'data'}", "evaluation.samples=0"]
+    assert go(evaluate, *argv, "run=long", f"evaluation.max_length={limit}") == 0
+    long = sum(n > limit for n in lengths)
+    assert f"left out {long} of {len(lengths)} validation rows longer than evaluation.max_length={limit}" in capsys.readouterr().err
+    assert json.loads((here / "long" / "evaluate-tiny-chat" / "report.json").read_text())["rows"] == len(lengths) - long
+    assert go(evaluate, *argv, "run=none", "evaluation.max_length=2") == 3
+
+
+def test_a_broken_pattern_is_refused_first(here, capsys):
+    assert go(evaluate, f"outputs={here}", "run=r", f"source={TINY}", "evaluation.expect='(a'", "force=true") == 2
+    assert "not a regular expression" in capsys.readouterr().err
+
+
+def test_a_second_call_skips_what_is_measured(reports, here, capsys):
+    assert go(evaluate, f"outputs={here}", "run=r", "evaluation.max_new_tokens=24", "evaluation.batch_size=3") == 0
+    assert capsys.readouterr().err.count("up to date, skipped") == 2
