@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from src import aux_files, launch, stage
+from src import aux_files, launch, modeling, stage
 from src.artifact import Artifact, outside
 from src.config import FinetuneVerb, FullTuner, QloraTuner
 from src.errors import ConfigError, MissingInput, WrongKind
@@ -23,7 +23,7 @@ def find(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
     inputs = {"dataset": dataset, "model": base}
     if cfg.deepspeed.config:
         if not Path(cfg.deepspeed.config).is_file():
-            raise MissingInput("no such DeepSpeed file", where=cfg.deepspeed.config)
+            raise MissingInput("no such DeepSpeed file", where=cfg.deepspeed.config, fix="deepspeed=zero2 or zero3 needs none")
         inputs["deepspeed"] = outside(Path(cfg.deepspeed.config), "file", run.cache)
     return inputs
 
@@ -78,83 +78,55 @@ def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:
 
 
 def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
-    from src import modeling
-
     if not launch.gpu_count():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
     modeling.import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
-    from transformers import set_seed
+    from src import adapters, training
 
-    from src import adapters, chatml, training
-
-    training.init_distributed(cfg.deepspeed.stage)
-    set_seed(cfg.train.seed)
-    device = modeling.device()
-    modeling.say_device(device)
+    device, precision = training.start(cfg)
     base = inputs["model"].path
-
-    tokenizer = modeling.load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
-    added = chatml.ensure_chat(tokenizer)
-    end = chatml.turn_end(tokenizer)
-    if added:
-        say(f"finetune: the tokenizer has no chat template; added ChatML and its tokens {' '.join(added)}")
-
-    splits = {
-        split: training.tokenized(
-            inputs["dataset"].path / f"{split}.jsonl", out / "rows" / split, tokenizer, end=end, max_length=cfg.train.max_length, legacy=cfg.legacy_mask == "qwen", split=split
-        )
-        for split in ("train", "val")
-    }
+    tokenizer, end, added = chat_tokenizer(cfg, base)
+    splits = {split: training.tokenized(cfg, inputs["dataset"].path, split, out, tokenizer, end) for split in ("train", "val")}
     if not len(splits["train"]):
         raise MissingInput("no training row is within train.max_length", where=str(inputs["dataset"].path), fix="raise train.max_length")
-
     training.preview(splits["train"][0], tokenizer)
-    world = launch.world_size(cfg.launch)
-    micro, accumulation = batch_plan(cfg, world)
-    steps = cfg.train.max_steps or max(1, -(-round(len(splits["train"]) * cfg.train.epochs) // cfg.train.global_batch_size))
-    precision = training.precision(cfg.train.precision)
-    resume = training.Checkpoints.last(out / "checkpoints", world)
-    evaluates = len(splits["val"]) > 0
-    arguments = training.arguments(cfg, out, accumulation=accumulation, micro=micro, precision=precision, steps=steps, evaluates=evaluates and not resume)
 
+    # Before the model: under ZeRO-3 making the arguments is what has it loaded in parts.
+    resume = training.Checkpoints.last(out / "checkpoints", launch.world_size(cfg.launch))
+    arguments = training.arguments(cfg, out, splits, batch_plan(cfg, launch.world_size(cfg.launch)), precision, resumes=bool(resume))
     model, rows, nf4 = prepare(cfg, inputs["model"], tokenizer, end, added, device, precision)
     adapters.describe(model, rows)
-    trackers = training.open_trackers(cfg, out)
-    reports = training.Reports(trackers, tokenizer, training.first_prompts(inputs["dataset"].path / "val.jsonl", 3), end=end, eval_steps=cfg.train.eval_steps, evaluates=evaluates)
-    trainer = training.ChatTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=splits["train"],
-        eval_dataset=splits["val"],
-        data_collator=training.Collator(tokenizer.pad_token_id),
-        callbacks=[reports, training.Checkpoints(world)],
-    )
-    if rows:
-        trainer.row_rates = adapters.row_rates(model, cfg.tuner, len(tokenizer) - len(added))
-        say("finetune: peak learning rate of those rows " + ", ".join(sorted({f"{rate:.1e}" for rate in trainer.row_rates.values()})))
-    training.mute(trainer)
-    reports.trainer, trainer.turn_end = trainer, end
-    if resume:
-        say(f"finetune: goes on from step {resume.name.split('-')[1]}")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trackers.close()
-
+    rates = adapters.row_rates(model, cfg.tuner, len(tokenizer) - len(added)) if rows else {}
+    trainer = training.trainer(cfg, model, arguments, splits, tokenizer, end, rates, inputs["dataset"].path, out)
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     trainer.save_model(str(out))
+    trainer.reports.trackers.close()
     training.barrier()
     if rank() != 0:
         return {}
     finish(cfg, base, tokenizer, end, out, keep_tokenizer=not added)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    shutil.rmtree(out / "rows")
-    metrics = training.summary(trainer, reports, splits, steps, world, precision)
+    metrics = training.summary(trainer, splits, precision)
+    for unfinished in ("checkpoints", "rows"):
+        shutil.rmtree(out / unfinished, ignore_errors=True)
     return metrics | {"added_tokens": added, "trained_rows": rows, "turn_end": end} | ({"nf4": nf4} if nf4 else {})
+
+
+def chat_tokenizer(cfg: FinetuneVerb, base: Path):
+    """(the base's tokenizer with a chat template, id of the token that ends a turn, tokens added)."""
+    from src import chatml
+
+    tokenizer = modeling.load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
+    added = chatml.ensure_chat(tokenizer)
+    if added:
+        say(f"finetune: the tokenizer has no chat template; added ChatML and its tokens {' '.join(added)}")
+    return tokenizer, chatml.turn_end(tokenizer), added
 
 
 def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[str], device: str, precision: str):
     """(model ready to train, vocabulary rows trained beside an adapter, NF4 settings or None)."""
     import torch
 
-    from src import adapters, chatml, modeling
+    from src import adapters, chatml
 
     gpu = device == "cuda"
     sixteen = gpu and precision != "fp32" and (cfg.deepspeed.stage or not isinstance(cfg.tuner, FullTuner))
@@ -196,7 +168,7 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
 
 def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, keep_tokenizer: bool) -> None:
     """Make the saved folder complete and look at what was saved."""
-    from src import adapters, modeling
+    from src import adapters
 
     full = isinstance(cfg.tuner, FullTuner)
     (out / "training_args.bin").unlink(missing_ok=True)  # a pickle

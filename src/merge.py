@@ -14,7 +14,7 @@ from pathlib import Path
 from src import aux_files, shards, stage
 from src.artifact import Artifact, read_json
 from src.config import MergeVerb
-from src.errors import ProofFailed, WrongKind
+from src.errors import MissingInput, ProofFailed, WrongKind
 from src.log import say
 from src.modeling import base_of, check_folder, fresh, has_tokenizer, logits, trust_of
 
@@ -55,12 +55,15 @@ def plan(cfg: MergeVerb, adapter: Artifact, base: Path) -> tuple[list[shards.Ent
     """
     settings = read_json(adapter.path / "adapter_config.json")
     unknown = [k for k in ("use_dora", "lora_bias", "megatron_config", "alora_invocation_tokens") if settings.get(k)]
-    if settings.get("peft_type") != "LORA" or unknown or settings.get("bias", "none") != "none":
-        raise WrongKind(f"cannot merge this kind of adapter: {', '.join(unknown) or settings.get('peft_type')}", where=str(adapter.path))
+    unknown += ["bias"] if settings.get("bias", "none") != "none" else []
+    if settings.get("peft_type") != "LORA" or unknown:
+        raise WrongKind(f"cannot merge this kind of adapter: {', '.join(unknown) or settings.get('peft_type')}", where=str(adapter.path), fix="tuner=lora trains one that merges; for others peft has merge_and_unload()")
     rows = settings.get("trainable_token_indices") or {}
     config = read_json(base / "config.json")
     stored = shards.entries(base)
     changes: dict[str, dict] = {}
+    if not list(adapter.path.glob("adapter_model*.safetensors")):
+        raise MissingInput("the adapter has no adapter_model.safetensors", where=str(adapter.path), fix="copy it again, or save it with safe_serialization=True")
     for name in shards.entries(adapter.path, "adapter_model*.safetensors"):
         module, _, what = name.removeprefix("base_model.model.").rpartition(".")
         if module.endswith((".lora_A", ".lora_B")):
@@ -93,7 +96,7 @@ def load_vocabulary(folder: Path) -> dict:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return {}
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     vocabulary = content["model"].get("vocab", {})
     tokens = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
     return dict.fromkeys(tokens | {t["content"] for t in content.get("added_tokens", [])})

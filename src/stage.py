@@ -71,6 +71,8 @@ _WAYS = {
     "model": "the model is already whole: give it to quantize, evaluate or deploy with source=PATH",
     "quantized": "use the model it was quantized from: source=<run>/merge",
     "dataset": "a dataset goes to finetune; give a model folder with source=PATH",
+    "bundle": "a bundle is where the road ends; give the model it was built from: <run>/merge",
+    "report": "a report is read by people; give the model it measured",
 }
 
 

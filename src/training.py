@@ -14,27 +14,38 @@ import datasets
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 
 from src import chatml
 from src.config import FinetuneVerb
 from src.errors import BadData, ConfigError, Moved, ProofFailed
 from src.log import duration, mark, on_terminal, progress, rank, say, spark, status, warn
-from src.modeling import greedy
+from src.modeling import device, greedy, say_device
 from src.tracking import Trackers
 from src.zero import deepspeed_json
 
 
-def tokenized(source: Path, folder: Path, tokenizer, *, end: int, max_length: int, legacy: bool, split: str) -> datasets.Dataset:
+def start(cfg: FinetuneVerb) -> tuple[str, str]:
+    """Join the other processes and seed; returns (device, precision)."""
+    init_distributed(cfg.deepspeed.stage)
+    set_seed(cfg.train.seed)
+    name = device()
+    say_device(name)
+    return name, precision_of(cfg.train.precision)
+
+
+def tokenized(cfg: FinetuneVerb, dataset: Path, split: str, out: Path, tokenizer, end: int) -> datasets.Dataset:
     """Rows of {"input_ids", "labels"} for one split, made once by rank 0 and memory-mapped by all.
 
-    Longer rows than max_length are dropped; how many rows and tokens that is gets said.
+    Longer rows than train.max_length are dropped; how many rows and tokens that is gets said.
     """
+    source, folder, max_length = dataset / f"{split}.jsonl", out / "rows" / split, cfg.train.max_length
     if rank() == 0 and not folder.exists():
         counts = {"rows": 0, "long": 0, "long_tokens": 0, "tools_unseen": 0}
 
         def rows():
-            encode = chatml.encode_qwen_legacy if legacy else chatml.encode
+            encode = chatml.encode_qwen_legacy if cfg.legacy_mask == "qwen" else chatml.encode
             for record in progress(read_rows(source), f"tokenizing {split}"):
                 try:
                     encoded = encode(tokenizer, record["messages"], record.get("tools"), end=end)
@@ -188,9 +199,9 @@ class ChatTrainer(Trainer):
 class Reports(TrainerCallback):
     """Lines on the terminal and numbers to the trackers: loss, rate, gradient norm, tokens/s, memory, time left, sample answers."""
 
-    def __init__(self, trackers: Trackers, tokenizer, prompts: list[list[dict]], *, end: int, eval_steps: int | None, evaluates: bool):
-        self.trackers, self.tokenizer, self.prompts, self.end = trackers, tokenizer, prompts, end
-        self.eval_steps, self.evaluates = eval_steps, evaluates
+    def __init__(self, trackers: Trackers, tokenizer, prompts: list[list[dict]], end: int, eval_steps: float | None):
+        """eval_steps: None evaluates at the end of each epoch, infinity never."""
+        self.trackers, self.tokenizer, self.prompts, self.end, self.eval_steps = trackers, tokenizer, prompts, end, eval_steps
         self.trainer: ChatTrainer | None = None
         self.samples: list[tuple[str, str]] = []
         self.train_seconds = 0.0
@@ -199,11 +210,11 @@ class Reports(TrainerCallback):
         self.first_step, self.start, self.tokens = state.global_step, time.monotonic(), state.num_input_tokens_seen
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.evaluates and self.eval_steps and state.global_step % self.eval_steps == 0:
+        if self.eval_steps and state.global_step % self.eval_steps == 0:
             control.should_evaluate = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.evaluates and not self.eval_steps:
+        if not self.eval_steps:
             control.should_evaluate = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -263,6 +274,7 @@ class Checkpoints(TrainerCallback):
                 where=str(newest.parent),
                 fix=[f"launch.nproc_per_node={made}", f"remove {folder.parent} to start over"],
             )
+        say(f"goes on from step {newest.parent.name.split('-')[1]}")
         return newest.parent
 
 
@@ -273,8 +285,13 @@ def memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def arguments(cfg: FinetuneVerb, out: Path, *, accumulation: int, micro: int, precision: str, steps: int, evaluates: bool) -> TrainingArguments:
-    """transformers' TrainingArguments for our settings. Trackers, saving of the result and reports are ours, so its own are off."""
+def arguments(cfg: FinetuneVerb, out: Path, splits: dict, batch: tuple[int, int], precision: str, *, resumes: bool) -> TrainingArguments:
+    """transformers' TrainingArguments for our settings. Trackers, saving of the result and reports are ours, so its own are off.
+
+    batch: conversations per forward pass and process, and forward passes per step.
+    """
+    micro, accumulation = batch
+    steps = cfg.train.max_steps or max(1, math.ceil(round(len(splits["train"]) * cfg.train.epochs) / cfg.train.global_batch_size))
     t = cfg.train
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -295,7 +312,7 @@ def arguments(cfg: FinetuneVerb, out: Path, *, accumulation: int, micro: int, pr
         fp16=precision == "fp16",
         gradient_checkpointing=t.gradient_checkpointing,
         eval_strategy="no",
-        eval_on_start=evaluates,
+        eval_on_start=len(splits["val"]) > 0 and not resumes,
         save_strategy="steps",
         save_steps=t.checkpoint_steps,
         logging_steps=t.log_steps,
@@ -334,7 +351,7 @@ def init_distributed(deepspeed_stage: int) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
-def precision(asked: str) -> str:
+def precision_of(asked: str) -> str:
     """fp32, bf16 or fp16: what was asked for, or what the device is good at."""
     if asked == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision=fp16 needs a GPU", fix="train.precision=auto")
@@ -362,23 +379,35 @@ def first_prompts(path: Path, count: int) -> list[list[dict]]:
     return prompts
 
 
-def mute(trainer: Trainer) -> None:
-    """Take out the trainer's own printing; ours says the same and the time left."""
-    from transformers.trainer_callback import PrinterCallback
+def trainer(cfg: FinetuneVerb, model, args: TrainingArguments, splits: dict, tokenizer, end: int, rates: dict, dataset: Path, out: Path) -> ChatTrainer:
+    """The trainer with our reports and checkpoints, and without its own printing. rates: see ChatTrainer.row_rates."""
+    reports = Reports(open_trackers(cfg, out), tokenizer, first_prompts(dataset / "val.jsonl", 3), end, cfg.train.eval_steps if splits["val"] else math.inf)
+    made = ChatTrainer(
+        model=model,
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["val"],
+        data_collator=Collator(tokenizer.pad_token_id),
+        callbacks=[reports, Checkpoints(args.world_size)],
+    )
+    made.remove_callback(PrinterCallback)
+    made.reports, made.turn_end, made.row_rates = reports, end, rates
+    reports.trainer = made
+    if rates:
+        say("peak learning rate of the token rows: " + ", ".join(sorted({f"{rate:.1e}" for rate in rates.values()})))
+    return made
 
-    trainer.remove_callback(PrinterCallback)
 
-
-def summary(trainer: Trainer, reports: Reports, splits: dict, steps: int, world: int, precision: str) -> dict:
+def summary(trainer: ChatTrainer, splits: dict, precision: str) -> dict:
     """The numbers that go into the manifest."""
-    history = trainer.state.log_history
+    history, reports = trainer.state.log_history, trainer.reports
     losses = [h["loss"] for h in history if "loss" in h]
     evals = [h for h in history if "eval_loss" in h]
     if on_terminal():
         say(f"  loss {losses[0]:.3f} {spark(losses)} {losses[-1]:.3f}")
     metrics = {
-        "steps": steps,
-        "processes": world,
+        "steps": trainer.state.max_steps,
+        "processes": trainer.args.world_size,
         "precision": precision,
         "train_rows": len(splits["train"]),
         "tokens_seen": int(trainer.state.num_input_tokens_seen),

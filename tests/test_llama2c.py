@@ -4,13 +4,19 @@ import json
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from src.deploy import llama2c
-from src.errors import BadData, MissingInput, ProofFailed, WrongKind
+from src.deploy.llama2c import proof, weights
+from src.deploy.llama2c.chat import find_chat
+from src.deploy.llama2c.runtime import write_runtime
+from src.deploy.llama2c.tokenizer import SPLITS, read_tokenizer, write_tokenizer
+from src.deploy.llama2c.weights import Shape, group_size, read_shape
+from src.errors import BadData, MissingInput, MissingTool, ProofFailed, WrongKind
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / ".." / "shared" / "data" / "models"
@@ -103,7 +109,7 @@ def byte_level(split: str):
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
     from tokenizers import decoders as d
 
-    regex = {name: pattern for pattern, name in llama2c.SPLITS.items()}
+    regex = {name: pattern for pattern, name in SPLITS.items()}
     steps = {
         "gpt2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
         "digits_gpt2": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
@@ -235,7 +241,7 @@ def test_stories_text_equals_transformers(tmp_path, format):
 def test_random_gqa_model_gives_transformers_text(llama, tmp_path, format):
     metrics = build(llama, tmp_path, format)
     assert metrics["prompts_equal"] + metrics["ties"] >= metrics["prompts"] == 4 and metrics["conversations"] == 4
-    ids = llama2c._ids(llama2c.run(tmp_path, "--ids", "-i", "a little girl"))
+    ids = proof.ids_of(proof.run(tmp_path, "--ids", "-i", "a little girl"))
     ours = run(tmp_path, "-t", "0", "-n", str(len(ids) + 99), "-i", "a little girl", "--answer-ids")
     assert [int(i) for i in ours.split()] == transformers_ids(llama, ids, 100)
 
@@ -251,7 +257,7 @@ def test_tied_model_with_other_head_counts_and_old_rope_key(tmp_path):
     config = json.loads((model / "config.json").read_text())
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     (model / "config.json").write_text(json.dumps(config))
-    assert llama2c.read_shape(model).theta == 50000.0
+    assert read_shape(model).theta == 50000.0
     metrics = build(model, tmp_path / "out", "fp32_v1")
     assert metrics["chat"] is False and metrics["greedy_agreement"] == 1.0
     assert "no chat mode: its tokenizer has no chat template" in run(tmp_path / "out", "-m", "chat", "-i", "Hi", code=1)
@@ -268,14 +274,12 @@ NASTY = [
 def same_on_nasty_texts(hf, bundle: Path, out: Path, count: int = 80) -> None:
     for name in ("model.bin", "run", "run-debug"):
         (out / name).symlink_to(bundle / name)
-    tokenizer = llama2c.read_tokenizer(json.loads(hf.backend_tokenizer.to_str()), "here")
-    if tokenizer.byte_level:
-        tokenizer.ranges = {"letters": llama2c._unicode_ranges("L"), "numbers": llama2c._unicode_ranges("N")}
+    tokenizer = read_tokenizer(json.loads(hf.backend_tokenizer.to_str()), "here")
     shape = json.loads((out / "shape.json").read_text())
-    pieces, why = llama2c.find_chat(hf)
-    llama2c.write_tokenizer(tokenizer, shape["vocab"], hf.bos_token_id, hf.eos_token_id, out / "tokenizer.bin")
-    llama2c.write_runtime(llama2c.Shape(**shape), tokenizer, hf, [2], pieces, why, out / "runtime.cfg")
-    assert llama2c.prove_ids(out, hf, pieces)["conversations"] == (4 if pieces else 0)
+    pieces, why = find_chat(hf)
+    write_tokenizer(tokenizer, shape["vocab"], hf.bos_token_id, hf.eos_token_id, out / "tokenizer.bin")
+    write_runtime(Shape(**shape), tokenizer, hf, [2], pieces, why, out / "runtime.cfg")
+    assert proof.prove_ids(out, hf, pieces)["conversations"] == (4 if pieces else 0)
     dice = random.Random(7)
     for i in range(count):
         text = "".join(dice.choices(NASTY, k=dice.randint(1, 30)))
@@ -285,7 +289,7 @@ def same_on_nasty_texts(hf, bundle: Path, out: Path, count: int = 80) -> None:
 
 @pytest.fixture
 def ids_folder(bundle, llama, tmp_path) -> Path:
-    (tmp_path / "shape.json").write_text(json.dumps(vars(llama2c.read_shape(llama))))
+    (tmp_path / "shape.json").write_text(json.dumps(vars(read_shape(llama))))
     return tmp_path
 
 
@@ -339,14 +343,14 @@ def test_context_end_is_said(bundle):
     [(CHATML, True, set()), (LLAMA2, True, {"user", "assistant"}), (NO_SYSTEM, False, set())],
 )
 def test_chat_pieces(template, system, trim):
-    pieces, why = llama2c.find_chat(sentencepiece_like(template))
+    pieces, why = find_chat(sentencepiece_like(template))
     assert pieces and not why
     assert (pieces.system_open is not None) == system and pieces.trim == trim
 
 
 @pytest.mark.parametrize("template", ["{{ messages | length }}", "{{ messages[-1]['content'] }}", "{{ messages[0]['content'] | upper }}"])
 def test_template_that_is_not_fixed_pieces_gives_no_chat(template):
-    pieces, why = llama2c.find_chat(sentencepiece_like(template))
+    pieces, why = find_chat(sentencepiece_like(template))
     assert pieces is None and why
 
 
@@ -459,6 +463,36 @@ def test_check_refuses_biases_and_shapes(llama, tmp_path):
         llama2c.check(model, settings("fp32_v1"))
 
 
+@pytest.mark.parametrize(("lacking", "env"), [("make", {"PATH": ""}), ("cc", {"PATH": ""}), ("no-such-gcc", {"CC": "no-such-gcc -m32"})])
+def test_check_asks_for_the_tools_before_it_reads_anything(tmp_path, monkeypatch, lacking, env):
+    monkeypatch.delenv("CC", raising=False)
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(MissingTool, match=lacking):
+        llama2c.check(tmp_path / "nothing here", settings("fp32_v1"))
+
+
+def test_check_takes_the_compiler_that_the_makefile_takes(llama, tmp_path, monkeypatch):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, tool in (("make", "make"), ("my-cc", "cc")):
+        (tools / name).symlink_to(shutil.which(tool))
+    monkeypatch.setenv("PATH", str(tools))
+    with pytest.raises(MissingTool, match="not found: cc"):
+        llama2c.check(llama, settings("fp32_v1"))
+    monkeypatch.setenv("CC", "my-cc -O1")
+    llama2c.check(llama, settings("fp32_v1"))
+
+
+def test_check_needs_no_torch(llama):
+    code = (
+        "import sys; from pathlib import Path; from types import SimpleNamespace as S; from src.deploy import llama2c;"
+        "llama2c.check(Path(sys.argv[1]), S(format='int8_v2', group_size=64)); print({'torch', 'transformers'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, llama], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("part", "value", "says"),
     [
@@ -476,14 +510,14 @@ def test_check_names_the_unknown_tokenizer_part(llama, tmp_path, part, value, sa
 
 
 def test_group_size_backs_off(llama):
-    shape = llama2c.read_shape(llama)
-    assert llama2c.group_size(shape, 64) == 64 and llama2c.group_size(shape, 256) == 64
+    shape = read_shape(llama)
+    assert group_size(shape, 64) == 64 and group_size(shape, 256) == 64
     shape.hidden = 130
     with pytest.raises(WrongKind, match="no group size"):
-        llama2c.group_size(shape, 64)
+        group_size(shape, 64)
 
 
 def test_a_wrong_bundle_is_not_published(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(llama2c, "interleave", lambda weight, heads: weight)
+    monkeypatch.setattr(weights, "interleave", lambda weight, heads: weight)
     with pytest.raises(ProofFailed, match="greedy text"):
         build(llama, tmp_path, "fp32_v1")

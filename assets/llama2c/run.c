@@ -1123,8 +1123,6 @@ static void generate(Session *s, Str prompt) {
     /* llama2.c's -n counts the tokens read, BOS and prompt among them, and prints one more */
     write_text(s, ids, steps + 1 > ids.size ? steps + 1 - ids.size : 0, prompt.size == 0, &said);
     putchar('\n');
-    free(said.at);
-    free(ids.at);
 }
 
 static Str trimmed(Str s) {
@@ -1195,9 +1193,6 @@ static void chat(Session *s, const char *system, const char *first) {
         say(&talk, &c->answer, (Str){said.at, said.size}, c->trim_answer);
     }
     if (labels) putchar('\n');
-    free(talk.at);
-    free(line.at);
-    free(said.at);
 }
 
 static void print_ids(Ids ids) {
@@ -1206,15 +1201,15 @@ static void print_ids(Ids ids) {
 }
 
 /* The prompt's ids. In chat mode stdin's lines (with \n escapes) go on with the conversation: answer, user, answer, ... */
-static void show_prompt(Session *s, bool chatting, const char *system, const char *prompt) {
+static void show_prompt(Session *s, bool chatting, const char *system, Str prompt) {
     const Chat *c = &s->chat;
     Text talk = {0}, line = {0}, text = {0};
     if (!chatting) {
-        print_ids(encode(&s->tokenizer, text_of(prompt ? prompt : ""), true));
+        print_ids(encode(&s->tokenizer, prompt, true));
         return;
     }
     open_talk(c, &talk, system);
-    say(&talk, &(Text){0}, text_of(prompt ? prompt : ""), c->trim_user);
+    say(&talk, &(Text){0}, prompt, c->trim_user);
     for (bool answer = true; !isatty(STDIN_FILENO) && read_line(&line); answer = !answer) {
         if (!unescape(line.at, line.size, &text)) die("a line of the conversation has an unknown escape");
         say(&talk, answer ? &c->answer : &c->next, (Str){text.at, text.size}, answer ? c->trim_answer : c->trim_user);
@@ -1303,10 +1298,11 @@ int main(int argc, char **argv) {
     find_bytes(t);
     s.sampler.choices = zeros((size_t)m->vocab_size, sizeof(struct Choice));
 
-    if (ids) show_prompt(&s, chatting, system, prompt);
+    Str opening = text_of(prompt ? prompt : "");
+    if (ids) show_prompt(&s, chatting, system, opening);
     else {
         if (chatting) chat(&s, system, prompt);
-        else generate(&s, text_of(prompt ? prompt : ""));
+        else generate(&s, opening);
         report(&s);
     }
     return 0;

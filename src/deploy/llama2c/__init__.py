@@ -1,0 +1,122 @@
+"""deploy target=llama2c: a Llama model folder becomes the files of karpathy/llama2.c and a C program that runs them.
+
+The bundle is model.bin, tokenizer.bin (both readable by stock llama2.c), runtime.cfg (what those formats cannot say:
+rope base, stop ids, BPE merges, chat template), run.c, Makefile, the compiled `run` and a README.
+Settings: `format`, one of fp32_v0, fp32_v1 and int8_v2, and `group_size`, the int8 values that share one scale.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from src.artifact import read_json
+from src.deploy.llama2c.chat import ChatPieces, find_chat, stop_ids
+from src.deploy.llama2c.proof import prove_ids, prove_text
+from src.deploy.llama2c.runtime import write_runtime
+from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
+from src.deploy.llama2c.weights import VERSIONS, Shape, check_tensors, group_size, read_shape, write_model
+from src.errors import MissingInput, MissingTool, ProofFailed, WrongKind
+from src.log import say, size, warn
+from src.modeling import load_tokenizer
+
+SOURCES = Path(__file__).parents[3] / "assets" / "llama2c"
+
+
+def check(model_dir: Path, settings) -> None:
+    """Refuse in milliseconds what this target cannot carry; reads config.json, safetensors headers and tokenizer.json.
+
+    Raises MissingTool, MissingInput, BadData or WrongKind.
+    """
+    _check_tools()
+    shape = read_shape(model_dir)
+    check_tensors(model_dir, shape)
+    if settings.format == "int8_v2":
+        group_size(shape, settings.group_size)
+    path = model_dir / "tokenizer.json"
+    if path.is_file():
+        read_tokenizer(read_json(path), str(path))
+    elif not (model_dir / "tokenizer.model").is_file():
+        raise MissingInput("the model folder has no tokenizer.json", where=str(model_dir))
+
+
+def build(model_dir: Path, out: Path, settings) -> dict:
+    """Write the bundle of a model that `check` let pass into `out`, compile its program and prove it against transformers.
+
+    Returns the metrics for the manifest: bytes, group size, ids and tokens compared, tokens per second.
+    Raises WrongKind where the tokenizer, once loaded, does not fit, ProofFailed where the program and transformers disagree.
+    """
+    shape = read_shape(model_dir)
+    hf = load_tokenizer(model_dir)
+    # transformers may rebuild the pipeline by the tokenizer's class, so what it runs counts, not tokenizer.json.
+    tokenizer = read_tokenizer(json.loads(hf.backend_tokenizer.to_str()), str(model_dir))
+    if max(tokenizer.pieces) >= shape.vocab:
+        raise WrongKind(
+            f"the tokenizer has id {max(tokenizer.pieces)}, the model {shape.vocab} tokens",
+            where=str(model_dir),
+            fix="resize the embeddings",
+        )
+    stops = stop_ids(model_dir, hf)
+    pieces, why = find_chat(hf)
+    if pieces is None:
+        warn(f"the bundle has no chat mode: {why}")
+
+    group = group_size(shape, settings.group_size) if settings.format == "int8_v2" else 0
+    if group and group != settings.group_size:
+        say(f"int8 groups of {group}: {settings.group_size} does not divide rows of {shape.dim} and {shape.hidden}")
+    write_model(model_dir, shape, VERSIONS[settings.format], group, out / "model.bin")
+    write_tokenizer(tokenizer, shape.vocab, hf.bos_token_id, hf.eos_token_id, out / "tokenizer.bin")
+    write_runtime(shape, tokenizer, hf, stops, pieces, why, out / "runtime.cfg")
+    for name in ("run.c", "Makefile"):
+        shutil.copyfile(SOURCES / name, out / name)
+    (out / "README.md").write_text(_readme(shape, settings.format, group, pieces, why), encoding="utf-8")
+    _compile(out)
+
+    metrics = {
+        "format": settings.format,
+        "group_size": group,
+        "model_bytes": (out / "model.bin").stat().st_size,
+        "chat": pieces is not None,
+    }
+    metrics |= prove_ids(out, hf, pieces)
+    metrics |= prove_text(model_dir, out, hf, stops, exact=group == 0)
+    say(f"llama2c: model.bin {size(metrics['model_bytes'])}, {metrics['tokens_per_second']:.1f} tokens/s on one core here")
+    return metrics
+
+
+def _check_tools() -> None:
+    compiler = os.environ.get("CC", "cc")  # as the Makefile takes it; it may carry options
+    missing = [tool for tool in ("make", compiler) if not shutil.which(tool.partition(" ")[0])]
+    if missing:
+        raise MissingTool(
+            f"building the llama2c program takes make and a C compiler; not found: {', '.join(missing)}",
+            where=f"CC={compiler}" if "CC" in os.environ else "PATH",
+            fix="apt-get install build-essential",
+        )
+
+
+def _compile(out: Path) -> None:
+    argv = ["make", "-B", "-C", str(out)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        raise ProofFailed(f"run.c does not compile here:\n{done.stderr[-1000:]}", where=" ".join(argv))
+
+
+def _readme(shape: Shape, format: str, group: int, pieces: ChatPieces | None, why: str) -> str:
+    weights = f"int8 in groups of {group}" if group else "fp32"
+    chat = "./run model.bin -m chat                          # talk to it; -y sets a system text" if pieces else f"# no chat mode: {why}"
+    return f"""# A Llama model for llama2.c
+
+{shape.layers} layers of {shape.dim}, vocabulary {shape.vocab}, context {shape.context}; {weights} (format {format}).
+`model.bin` and `tokenizer.bin` are karpathy/llama2.c's formats; `runtime.cfg` holds what they cannot say.
+
+Copy this folder to the board and build there (a C compiler and make are all it takes):
+
+    make -B         # one core; `make omp` for all (OMP_WAIT_POLICY=passive where other programs want them too)
+    ./run model.bin -i "Once upon a time" -t 0 -n 100
+    {chat}
+
+`run` in this folder was built for the machine that made the bundle. To cross compile instead: `make -B CC=aarch64-linux-gnu-gcc`.
+`./run --help` lists the options. The tokenizer and runtime.cfg are looked for beside model.bin.
+"""

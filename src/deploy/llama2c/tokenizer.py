@@ -1,0 +1,184 @@
+"""A Hugging Face tokenizer in run.c's terms, and llama2.c's tokenizer.bin.
+
+Formats: tokenizer.json of the `tokenizers` library; tokenizer.py of karpathy/llama2.c.
+"""
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from src.errors import BadData, WrongKind
+
+# The regular expressions that run.c knows, by its name for them. Sources: GPT-2's encoder.py, Llama 3's and Qwen2's tokenizer.json.
+SPLITS = {
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama3",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+}
+
+
+@dataclass
+class Tokenizer:
+    """What run.c needs to know to encode as a Hugging Face tokenizer does."""
+
+    pieces: dict[int, str]
+    """id -> piece as in tokenizer.json, added tokens included."""
+    merges: list[tuple[int, int, int]]
+    """(left id, right id, merged id), best first."""
+    added: list[dict]
+    byte_level: bool = False
+    split: str = "none"
+    prefix: str = "never"
+    prefix_unless_space: bool = False
+    whole_words: bool = False
+    fuse_unk: bool = False
+    unk: int | None = None
+
+
+def read_tokenizer(spec: dict, where: str) -> Tokenizer:
+    """Translate a tokenizer.json. Raises WrongKind naming the first part that run.c does not have."""
+    model = spec["model"]
+    if model.get("type") != "BPE":
+        raise _unknown(f"a {model.get('type')} model", where)
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise _unknown(f"{key} {model[key]!r}", where)
+    try:
+        vocab = model["vocab"]
+        pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        merges = [(vocab[left], vocab[right], vocab[left + right]) for left, right in pairs]
+    except (KeyError, ValueError, TypeError) as fault:
+        raise BadData(f"tokenizer.json is damaged: its vocabulary and merges do not fit together ({fault})", where=where) from None
+    found = Tokenizer(
+        pieces={id: piece for piece, id in vocab.items()} | {token["id"]: token["content"] for token in spec["added_tokens"]},
+        merges=merges,
+        added=spec["added_tokens"],
+        whole_words=bool(model.get("ignore_merges")),
+        fuse_unk=bool(model.get("fuse_unk")),
+        unk=vocab.get(model.get("unk_token")),
+    )
+    normalizers = _steps(spec.get("normalizer"), "normalizers")
+    steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
+    for token in found.added:
+        for key in ("single_word", "lstrip", "rstrip"):
+            if token.get(key):
+                raise _unknown(f"the added token {token['content']!r} with {key}", where)
+        if token.get("normalized") and normalizers:
+            raise _unknown(f"the added token {token['content']!r} with normalized=true beside a normalizer", where)
+    if any(step["type"] == "ByteLevel" for step in steps):
+        _read_byte_level(found, normalizers, steps, where)
+    else:
+        _read_sentencepiece(found, normalizers, steps, where)
+        if " " in vocab and "▁" in vocab:
+            raise _unknown("both ' ' and '▁' as pieces", where)
+        if not model.get("byte_fallback") and "<0x0A>" in vocab:
+            raise _unknown("byte pieces but no byte_fallback", where)
+    return found
+
+
+def _unknown(what: str, where: str) -> WrongKind:
+    return WrongKind(f"the tokenizer has {what}, which run.c does not have", where=where, fix="take a model with a Llama tokenizer")
+
+
+def _steps(step: dict | None, key: str) -> list[dict]:
+    return [] if step is None else step[key] if step["type"] == "Sequence" else [step]
+
+
+def _read_byte_level(found: Tokenizer, normalizers: list[dict], steps: list[dict], where: str) -> None:
+    """Set how a byte-level tokenizer, as GPT-2's, cuts its words."""
+    if normalizers:
+        raise _unknown(f"the normalizer {normalizers[0]['type']} before a byte-level model", where)
+    split = _byte_level_split(steps)
+    if split is None:
+        raise _unknown(f"the pre-tokenizer {json.dumps(steps)[:200]}", where)
+    found.byte_level, found.split = True, split
+
+
+def _byte_level_split(steps: list[dict]) -> str | None:
+    """run.c's name for how a byte-level tokenizer cuts its words, or None."""
+    *before, last = steps
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if last.get("use_regex", True):
+        if not before:
+            return "gpt2"
+        return "digits_gpt2" if before == [{"type": "Digits", "individual_digits": True}] else None
+    if len(before) != 1 or before[0]["type"] != "Split" or before[0]["behavior"] != "Isolated" or before[0].get("invert"):
+        return None
+    return SPLITS.get(before[0]["pattern"].get("Regex"))
+
+
+def _read_sentencepiece(found: Tokenizer, normalizers: list[dict], steps: list[dict], where: str) -> None:
+    """Set how a tokenizer converted from sentencepiece treats spaces."""
+    if found.whole_words:
+        raise _unknown("ignore_merges in a sentencepiece model", where)
+    replaces = False
+    for step in normalizers:
+        if step == {"type": "Prepend", "prepend": "▁"}:
+            found.prefix = "always"
+        elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
+            replaces = True
+        else:
+            raise _unknown(f"the normalizer {step['type']}", where)
+    if len(steps) > 1 or (steps and (steps[0]["type"] != "Metaspace" or steps[0]["replacement"] != "▁")):
+        raise _unknown(f"the pre-tokenizer {json.dumps(steps)[:200]}", where)
+    if steps:
+        if found.prefix == "always":
+            raise _unknown("both a Prepend normalizer and a Metaspace pre-tokenizer", where)
+        replaces = True
+        found.prefix = steps[0].get("prepend_scheme", "always")
+        found.prefix_unless_space = True
+        found.split = "spaces" if steps[0].get("split", True) else "none"
+    if not replaces:
+        raise _unknown("no rule that turns spaces into ▁", where)
+
+
+@cache
+def unicode_ranges(category: str) -> str:
+    r"""Code points of \p{category} as "41-5a 61-7a", from the regex engine of `tokenizers` itself: Python's Unicode is older."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Split
+
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    runs = Split(Regex(rf"\p{{{category}}}+"), "removed", invert=True).pre_tokenize_str(every)
+    return " ".join(f"{ord(run[0]):x}-{ord(run[-1]):x}" for run, _ in runs)
+
+
+def write_tokenizer(tokenizer: Tokenizer, vocab: int, bos: int | None, eos: int | None, path: Path) -> None:
+    """tokenizer.bin: uint32 longest piece, then for each of `vocab` ids a float32 score, int32 length and its bytes.
+
+    Pieces score 0, -1, -2, ... in the order in which merges first make them; those that no merge makes follow in id order,
+    and byte, special and unused ids score 0. That gives a converted sentencepiece model its own scores back. BOS and EOS
+    are written with newlines around them, as llama2.c has it.
+    """
+    ranks: dict[int, int] = {}
+    for _, _, merged in tokenizer.merges:
+        ranks.setdefault(merged, len(ranks))
+    symbols = _byte_symbols()
+    special = {token["id"] for token in tokenizer.added}
+    entries, unmade = [], len(ranks)
+    for id in range(vocab):
+        piece, score = tokenizer.pieces.get(id, ""), 0.0
+        if not piece or id in special:
+            raw = (f"\n{piece}\n" if id in (bos, eos) and not tokenizer.byte_level else piece).encode()
+        elif re.fullmatch("<0x[0-9A-F]{2}>", piece) and not tokenizer.byte_level:
+            raw = piece.encode()
+        else:
+            raw = bytes(symbols[c] for c in piece) if tokenizer.byte_level else piece.replace("▁", " ").encode()
+            score = -float(ranks.get(id, unmade))
+            unmade += id not in ranks
+        entries.append((score, raw))
+    with path.open("wb") as file:
+        file.write(struct.pack("<I", max(len(raw) for _, raw in entries)))
+        for score, raw in entries:
+            file.write(struct.pack("<fi", score, len(raw)) + raw)
+
+
+def _byte_symbols() -> dict[str, int]:
+    """GPT-2's printable stand-in -> byte, as in its encoder.py: printable Latin-1 stands for itself, the rest from U+0100 on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}

@@ -1,0 +1,218 @@
+"""A Llama checkpoint's sizes and tensors, and llama2.c's model.bin made of them.
+
+Formats: export.py of karpathy/llama2.c, read by its run.c (versions 0 and 1, fp32) and runq.c (version 2, int8).
+"""
+
+import struct
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.artifact import read_json
+from src.errors import BadData, MissingInput, WrongKind
+from src.shards import entries
+
+MAGIC = 0x616B3432
+VERSIONS = {"fp32_v0": 0, "fp32_v1": 1, "int8_v2": 2}
+SMALLEST_GROUP = 4  # below this the fp32 scales weigh as much as the values, and lose their 4-byte alignment
+DTYPES = {"F64", "F32", "F16", "BF16"}
+
+EMBEDDING, FINAL_NORM, CLASSIFIER = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+ATTENTION_NORM, FFN_NORM = "input_layernorm", "post_attention_layernorm"
+# The order in which every version of model.bin stores a layer's matrices.
+MATRICES = {
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "w1": "mlp.gate_proj",
+    "w2": "mlp.down_proj",
+    "w3": "mlp.up_proj",
+}
+
+
+@dataclass
+class Shape:
+    """What config.json says of the model, in llama2.c's words."""
+
+    dim: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    context: int
+    theta: float
+    eps: float
+    shared: bool
+    """The classifier is the embedding."""
+
+    @property
+    def head(self) -> int:
+        return self.dim // self.heads
+
+    def each_layer(self, part: str) -> list[str]:
+        """The names of one part's weight, such as mlp.up_proj, layer by layer."""
+        return [f"model.layers.{layer}.{part}.weight" for layer in range(self.layers)]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name in the checkpoint -> shape, for every tensor that is exported."""
+        kv = self.kv_heads * self.head
+        rows = {"wq": self.dim, "wk": kv, "wv": kv, "wo": self.dim, "w1": self.hidden, "w2": self.dim, "w3": self.hidden}
+        found = {EMBEDDING: (self.vocab, self.dim), FINAL_NORM: (self.dim,)}
+        found |= dict.fromkeys(self.each_layer(ATTENTION_NORM) + self.each_layer(FFN_NORM), (self.dim,))
+        for key, part in MATRICES.items():
+            found |= dict.fromkeys(self.each_layer(part), (rows[key], self.hidden if key == "w2" else self.dim))
+        return found if self.shared else found | {CLASSIFIER: (self.vocab, self.dim)}
+
+
+def read_shape(model_dir: Path) -> Shape:
+    """The model's sizes from config.json. Raises WrongKind where llama2.c's formats or run.c cannot express the model."""
+    path = model_dir / "config.json"
+    config = read_json(path)
+
+    def refuse(what: str, fix: str) -> None:
+        raise WrongKind(what, where=str(path), fix=fix)
+
+    kind = config.get("model_type")
+    if kind != "llama":
+        refuse(
+            f"target=llama2c takes Llama-architecture models only; this one is '{kind}'",
+            "choose a target for this architecture; target=openvino_cpu is planned for any of them",
+        )
+    if config.get("quantization_config"):
+        refuse("the model is already quantized", "deploy the merged model instead; format=int8_v2 quantizes it here")
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    rope_type = scaling.get("rope_type") or scaling.get("type") or rope.get("rope_type") or "default"
+    if rope_type != "default":
+        refuse(f"rope scaling '{rope_type}' is unknown to llama2.c", "take a model without rope scaling")
+    if config.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act is '{config['hidden_act']}'; llama2.c has silu only", "take a model with silu")
+    try:
+        heads = config["num_attention_heads"]
+        shape = Shape(
+            dim=config["hidden_size"],
+            hidden=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            vocab=config["vocab_size"],
+            context=config["max_position_embeddings"],
+            theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            eps=float(config.get("rms_norm_eps", 1e-6)),
+            shared=bool(config.get("tie_word_embeddings", False)),
+        )
+    except KeyError as missing:
+        raise BadData(f"config.json does not say {missing}", where=str(path)) from None
+    if shape.dim % heads or heads % shape.kv_heads or shape.head % 2:
+        refuse(f"{heads} heads, {shape.kv_heads} KV heads do not divide hidden_size {shape.dim} into even heads", "take another model")
+    head = config.get("head_dim") or shape.head
+    if head != shape.head:
+        refuse(f"head_dim {head} is not hidden_size / num_attention_heads = {shape.head}, as llama2.c has it", "take another model")
+    return shape
+
+
+def check_tensors(model_dir: Path, shape: Shape) -> None:
+    """The checkpoint has every tensor that is exported, in its shape, and no bias. Reads the safetensors headers alone."""
+    found = entries(model_dir)
+    if not found:
+        raise MissingInput("the model folder has no tensors in *.safetensors", where=str(model_dir))
+    for name, wanted in shape.tensors().items():
+        if name not in found:
+            raise BadData(f"the checkpoint has no tensor {name}", where=str(model_dir))
+        entry = found[name]
+        if entry.shape != wanted:
+            raise BadData(f"{name} has shape {list(entry.shape)}; config.json asks for {list(wanted)}", where=str(entry.file))
+        if entry.dtype not in DTYPES:
+            raise WrongKind(f"{name} has dtype {entry.dtype}", where=str(entry.file), fix="deploy the merged model instead")
+    biases = [name for name in found if name.endswith("_proj.bias")]
+    if biases:
+        raise WrongKind(
+            f"the model has biases ({biases[0]} and {len(biases) - 1} more); llama2.c has none",
+            where=str(model_dir),
+            fix="take a model without attention_bias and mlp_bias",
+        )
+
+
+def group_size(shape: Shape, wanted: int) -> int:
+    """The int8 group: `wanted`, halved until it divides the rows of every matrix. Raises WrongKind below 4."""
+    group = wanted
+    while group >= SMALLEST_GROUP and (shape.dim % group or shape.hidden % group):
+        group //= 2
+    if group < SMALLEST_GROUP:
+        raise WrongKind(
+            f"no group size from {wanted} down to {SMALLEST_GROUP} divides both "
+            f"hidden_size {shape.dim} and intermediate_size {shape.hidden}",
+            fix="format=fp32_v1",
+        )
+    return group
+
+
+def write_model(model_dir: Path, shape: Shape, version: int, group: int, path: Path) -> None:
+    """model.bin of llama2.c's version 0, 1 (fp32) or 2 (int8 in groups), one tensor in memory at a time."""
+    from safetensors import safe_open
+
+    found = entries(model_dir)
+    with ExitStack() as stack, path.open("wb") as file:
+        shards = {shard: stack.enter_context(safe_open(shard, framework="pt")) for shard in {e.file for e in found.values()}}
+
+        def weight(name: str):
+            return shards[found[name].file].get_tensor(name).float()
+
+        def put(*tensors) -> None:
+            for tensor in tensors:
+                tensor.contiguous().numpy().tofile(file)
+
+        def matrix(name: str, heads: int = 0) -> None:
+            rows = interleave(weight(name), heads) if heads else weight(name)
+            put(*(quantize(rows, group) if version == 2 else [rows]))
+
+        vocab = shape.vocab if shape.shared or version > 0 else -shape.vocab
+        params = struct.pack("<7i", shape.dim, shape.hidden, shape.layers, shape.heads, shape.kv_heads, vocab, shape.context)
+        if version == 0:
+            file.write(params)
+            matrix(EMBEDDING)
+            put(*map(weight, shape.each_layer(ATTENTION_NORM)))
+        else:
+            header = struct.pack("<Ii", MAGIC, version) + params + struct.pack("<B", shape.shared)
+            header += struct.pack("<i", group) if version == 2 else b""
+            file.write(header.ljust(256, b"\0"))
+            put(*map(weight, [*shape.each_layer(ATTENTION_NORM), *shape.each_layer(FFN_NORM), FINAL_NORM]))
+            matrix(EMBEDDING)
+        for key, part in MATRICES.items():
+            if version == 0 and key == "w1":
+                put(*map(weight, shape.each_layer(FFN_NORM)))
+            for name in shape.each_layer(part):
+                matrix(name, {"wq": shape.heads, "wk": shape.kv_heads}.get(key, 0))
+        if version == 0:
+            put(weight(FINAL_NORM), *rope_tables(shape))
+        if not shape.shared:
+            matrix(CLASSIFIER)
+
+
+def rope_tables(shape: Shape) -> tuple:
+    """Cosine and sine of every position's angles, (context, head / 2) each, as version 0 stores them."""
+    import torch
+
+    turns = 1.0 / shape.theta ** (torch.arange(0, shape.head, 2).float() / shape.head)
+    angles = torch.outer(torch.arange(shape.context).float(), turns)
+    return angles.cos(), angles.sin()
+
+
+def interleave(weight, heads: int):
+    """Rows of a query or key projection (heads * head_dim, dim) from Hugging Face's order to llama2.c's.
+
+    Rope turns rows i and i + head_dim / 2 together in the one, rows 2i and 2i + 1 in the other.
+    """
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def quantize(weight, group: int) -> tuple:
+    """Symmetric int8: (values of the weight's size, fp32 scales of one per group). scale = largest / 127."""
+    import torch
+
+    groups = weight.reshape(-1, group)
+    scales = groups.abs().amax(dim=1) / 127.0
+    values = torch.round(groups / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None])
+    return values.to(torch.int8), scales
