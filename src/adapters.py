@@ -18,7 +18,10 @@ def attach(model, tuner: LoraTuner, rows: list[int], *, deepspeed: bool):
 
     keep_rows_under_zero3()
     targets = tuner.target_modules
-    if targets != "all-linear":
+    if targets == "all-linear":
+        # peft's own meaning of it leaves out GPTQ's layers, which are no torch.nn.Linear.
+        targets = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "qweight")}) or targets
+    else:
         names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         missing = [t for t in targets if t not in names and not any(n.endswith(t) for n, _ in model.named_modules())]
         if missing:

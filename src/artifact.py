@@ -149,7 +149,11 @@ def kind_of_folder(path: Path) -> str:
     config = path / "config.json"
     if config.is_file():
         return "quantized" if read_json(config).get("quantization_config") else "model"
-    raise WrongKind("not an artifact of this project and not a Hugging Face folder (no manifest.json, adapter_config.json or config.json)", where=str(path), fix="give the folder that holds one of them")
+    raise WrongKind(
+        "not an artifact of this project and not a Hugging Face folder (no manifest.json, adapter_config.json or config.json)",
+        where=str(path),
+        fix="give the folder that holds one of them",
+    )
 
 
 def read_json(path: Path) -> dict:

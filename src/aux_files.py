@@ -47,7 +47,7 @@ def copy(source: Path, out: Path, *, tokenizer: bool = True) -> list[str]:
     for pattern in (*(TOKENIZER if tokenizer else ()), *AUXILIARY):
         for file in sorted(source.glob(pattern)):
             target = out / file.relative_to(source)
-            if file.is_file() and not target.exists():
+            if file.is_file() and not file.name.startswith(".") and not target.exists():
                 target.parent.mkdir(exist_ok=True)
                 partial = target.with_name(target.name + ".partial")
                 shutil.copyfile(file, partial)
@@ -68,7 +68,11 @@ def compare(ours: list[list[int]], tokenizer, out: Path) -> int:
     """Token ids of the probes as a fresh process read them from `out`, against `tokenizer`; see `prove`."""
     for text, found in zip(PROBES, ours):
         if found != (wanted := tokenizer(text).input_ids):
-            raise ProofFailed(f"the folder's tokenizer differs from its source's on {text!r}: {found} against {wanted}", where=str(out))
+            raise ProofFailed(
+                f"the folder's tokenizer differs from its source's on {text!r}: {found} against {wanted}",
+                where=str(out),
+                fix="if the source's is the right one, remove the tokenizer files there and run it again",
+            )
     return sum(map(len, ours))
 
 
@@ -87,18 +91,19 @@ def main_aux_files(cfg: AuxFilesVerb) -> int:
     source, target = Path(cfg.source), Path(cfg.target)
     for folder in (source, target):
         if not folder.is_dir():
-            raise MissingInput("no such folder", where=str(folder))
+            raise MissingInput("no such folder", where=str(folder), fix="source= and target= name folders on this machine")
     if not (target / "config.json").is_file():
-        raise WrongKind("the target is not a model folder: it has no config.json", where=str(target))
+        raise WrongKind("the target is not a model folder: it has no config.json", where=str(target), fix="target= names the folder of weights and config.json to complete")
     if is_finished(target):
-        raise WrongKind("the target is an artifact of this project: it is complete and sealed already", where=str(target))
+        raise WrongKind("the target is an artifact of this project: it is complete and sealed", where=str(target), fix="use it, or give a copy without its manifest.json")
     if cfg.dry_run:
         wanted = [f.name for p in (*TOKENIZER, *AUXILIARY) for f in sorted(source.glob(p)) if not (target / f.relative_to(source)).exists()]
         say(f"aux_files: would copy {', '.join(wanted) or 'nothing'} into {target}")
         return 0
+    tokenizer = load_tokenizer(source)
     copied = copy(source, target)
     say(f"aux_files: copied {', '.join(copied) or 'nothing: all were there'}")
-    say(f"aux_files: {prove(target, load_tokenizer(source))} token ids equal to the source's, loaded alone and offline")
+    say(f"aux_files: {prove(target, tokenizer)} token ids equal to the source's, loaded alone and offline")
     return 0
 
 

@@ -58,7 +58,7 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
         try:
             re.compile(cfg.evaluation.expect)
         except re.error as error:
-            raise ConfigError(f"evaluation.expect is not a regular expression: {error}", where=cfg.evaluation.expect, fix="see https://docs.python.org/3/library/re.html; a backslash before ( [ . * + ? makes it plain") from None
+            raise ConfigError(f"evaluation.expect is not a regular expression: {error}", where=cfg.evaluation.expect, fix="put a backslash before each plain ( [ . * + ?") from None
     if not inputs["dataset"].files["val.jsonl"]["size"]:
         raise MissingInput("the validation split is empty", where=str(inputs["dataset"].path), fix="python -m src.data data.val=0.1")
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"

@@ -158,6 +158,7 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
     if nf4 or base.kind == "quantized":
         from peft import prepare_model_for_kbit_training
 
+        modeling.keep_gptq_trainable(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.train.gradient_checkpointing)
     rows = rows if cfg.train_new_tokens == "auto" else []
     model = adapters.attach(model, cfg.tuner, rows, deepspeed=bool(cfg.deepspeed.stage))

@@ -16,7 +16,7 @@ from src.artifact import Artifact, read_json
 from src.config import MergeVerb
 from src.errors import MissingInput, ProofFailed, WrongKind
 from src.log import say
-from src.modeling import base_of, check_folder, fresh, has_tokenizer, logits, trust_of
+from src.modeling import base_of, check_folder, fresh, has_tokenizer, import_quietly, logits, trust_of
 
 # Relative L2 distance of logits that rounding to the stored dtype alone explains, with room to spare (8, 11 and 24 bits of mantissa).
 TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3, "float32": 1e-4}
@@ -57,7 +57,11 @@ def plan(cfg: MergeVerb, adapter: Artifact, base: Path) -> tuple[list[shards.Ent
     unknown = [k for k in ("use_dora", "lora_bias", "megatron_config", "alora_invocation_tokens") if settings.get(k)]
     unknown += ["bias"] if settings.get("bias", "none") != "none" else []
     if settings.get("peft_type") != "LORA" or unknown:
-        raise WrongKind(f"cannot merge this kind of adapter: {', '.join(unknown) or settings.get('peft_type')}", where=str(adapter.path), fix="tuner=lora trains one that merges; for others peft has merge_and_unload()")
+        raise WrongKind(
+            f"cannot merge this kind of adapter: {', '.join(unknown) or settings.get('peft_type')}",
+            where=str(adapter.path),
+            fix="tuner=lora trains one that merges; for others peft has merge_and_unload()",
+        )
     rows = settings.get("trainable_token_indices") or {}
     config = read_json(base / "config.json")
     stored = shards.entries(base)
@@ -158,6 +162,8 @@ def nf4_layers(adapter: Artifact, base: Path) -> set[str]:
     if not adapter.metrics.get("nf4"):
         return set()
     import torch
+
+    import_quietly("bitsandbytes", "transformers.modeling_utils", "transformers.quantizers.auto")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):

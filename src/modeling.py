@@ -91,11 +91,11 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
     """The tokenizer of a folder, from local files only."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken", "tokenizer_config.json")):
+        raise MissingInput("the folder has no tokenizer", where=str(path), fix=f"python -m src.aux_files source=BASE_MODEL target={path} copies it from the base model")
     from transformers import AutoTokenizer
 
     _quiet()
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken", "tokenizer_config.json")):
-        raise MissingInput("the folder has no tokenizer", where=str(path), fix=f"python -m src.aux_files source=BASE_MODEL target={path} copies it from the base model")
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
@@ -180,6 +180,13 @@ def keep_nf4_trainable(model) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+
+
+def keep_gptq_trainable(model) -> None:
+    """gptqmodel 7.6 turns a CPU layer for good into one without gradients at the first no_grad forward in eval mode; this forbids it."""
+    for module in model.modules():
+        if hasattr(module, "qweight") and hasattr(module, "linear_mode"):
+            module.linear_mode = "train"
 
 
 def prepare_gptq_workers() -> None:

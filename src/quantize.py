@@ -3,8 +3,10 @@
 The output is what gptqmodel writes, and loads in transformers as it is; equal inputs give equal bytes.
 """
 
+import contextlib
 import csv
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -55,17 +57,21 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     modeling.prepare_gptq()
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    source = inputs["model"].path
+    source, target = inputs["model"].path, out.resolve()
     trust = trust_of(inputs["model"])
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
     rows, tokens = calibration_rows(cfg, inputs["dataset"].path / "calib.jsonl", tokenizer)
     torch.manual_seed(0)
     q = cfg.quantizer
     config = QuantizeConfig(bits=q.bits, group_size=q.group_size, desc_act=q.act_order, sym=True, damp_percent=q.damp, offload_to_disk=False)
-    with modeling.silenced():
-        model = GPTQModel.load(str(source), config, trust_remote_code=trust, device=modeling.device(), dtype=torch.float32 if modeling.device() == "cpu" else "auto")
+    scratch = out / "scratch"
+    scratch.mkdir()
+    # gptqmodel writes a folder of logs wherever it is run.
+    with modeling.silenced(), contextlib.chdir(scratch):
+        model = GPTQModel.load(str(source.resolve()), config, trust_remote_code=trust, device=modeling.device(), dtype=torch.float32 if modeling.device() == "cpu" else "auto")
         model.quantize(rows, batch_size=cfg.calibration.batch_size)
-        model.save(str(out))
+        model.save(str(target))
+    shutil.rmtree(scratch)
     losses = module_losses(out)
     keep_own_files(out)
     make_reproducible(out)

@@ -83,7 +83,7 @@ def test_where_and_how_it_runs_takes_no_part_in_the_key(override):
     assert settings_of(override) == settings_of()
 
 
-@pytest.mark.parametrize("override", ["tuner.rank=8", "tuner=full", "train.epochs=2", "train.seed=1", "train.max_length=256", "deepspeed=zero2", "legacy_mask=qwen", "train.global_batch_size=16"])
+@pytest.mark.parametrize("override", ["tuner.rank=8", "tuner=full", "train.epochs=2", "train.seed=1", "train.max_length=256", "deepspeed=zero2", "train.global_batch_size=16"])
 def test_what_it_makes_takes_part_in_the_key(override):
     assert key_of("finetune", 1, settings_of(override), {}) != key_of("finetune", 1, settings_of(), {})
 
@@ -121,7 +121,7 @@ def test_a_stage_that_does_not_seal_is_a_bug(tmp_path):
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, MemoryError, BadData("x")])
 def test_a_failed_build_leaves_no_finished_name(tmp_path, interrupt):
-    with pytest.raises(BaseException), building(tmp_path / "a", "k", resumes=False) as out:  # noqa: B017, PT011
+    with pytest.raises(BaseException), building(tmp_path / "a", "k", resumes=False) as out:  # noqa: B017
         (out / "half").write_text("x")
         raise interrupt
     assert leftovers(tmp_path) == ["a.partial"]
@@ -152,7 +152,8 @@ stage.main(dataclasses.replace(data.STAGE, run=work))
 
 def slow_data(outputs: Path, chats: Path, *more: str) -> subprocess.Popen:
     """The verb `data` in another process, in the middle of its work."""
-    process = subprocess.Popen([sys.executable, "-c", SLOW, f"outputs={outputs}", f"data.path={chats}", *FEW, *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = [sys.executable, "-c", SLOW, f"outputs={outputs}", f"data.path={chats}", *FEW, *more]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline() == "building\n"
     return process
 

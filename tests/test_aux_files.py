@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, ROOT, refused
+from conftest import CHAT, refused
 
 from src import artifact, aux_files
 from src.errors import MissingInput, ProofFailed, WrongKind
@@ -26,7 +26,7 @@ def test_a_folder_without_tokenizer_is_completed_and_proven(cli, bare):
     weights = artifact.hash_files(bare)
     done = cli("aux_files", f"source={CHAT}", f"target={bare}")
     assert done.returncode == 0, done.stderr
-    assert "copied generation_config.json" in done.stderr or all(name in done.stderr for name in NAMES)
+    assert all(name in done.stderr for name in NAMES)
     assert "token ids equal to the source's, loaded alone and offline" in done.stderr
     after = artifact.hash_files(bare)
     assert weights.items() <= after.items() and {n: after[n] for n in NAMES} == {n: artifact.hash_files(CHAT)[n] for n in NAMES}
@@ -41,9 +41,7 @@ def test_a_tokenizer_that_differs_fails_the_proof(cli, tiny_model):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     before = artifact.hash_files(folder)
     done = cli("aux_files", f"source={CHAT}", f"target={folder}")
-    assert done.returncode == ProofFailed.exit_code and "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) < 25
-    assert "tokenizer differs" in done.stderr and str(folder) in done.stderr
+    refused(done, ProofFailed, "tokenizer differs", folder)
     assert artifact.hash_files(folder) == before, "what a folder has stays as it is"
 
 
@@ -61,11 +59,12 @@ def test_folders_it_does_not_take(call, bare, finished, tmp_path):
     refused(call("aux_files", f"source={CHAT}", f"target={finished / 'a' / 'merge'}"), WrongKind, "sealed", finished / "a" / "merge")
 
 
-def test_a_source_without_tokenizer_leaves_the_target_alone(cli, bare, tiny_model):
-    source = tiny_model()
+def test_a_source_without_tokenizer_leaves_the_target_alone(call, bare, tiny_model):
+    source, before = tiny_model(), artifact.hash_files(bare)
     for name in NAMES[:2]:
         (source / name).unlink()
-    refused(cli("aux_files", f"source={source}", f"target={bare}"), MissingInput, "no tokenizer", source)
+    refused(call("aux_files", f"source={source}", f"target={bare}"), MissingInput, "no tokenizer", source)
+    assert artifact.hash_files(bare) == before
 
 
 def test_everything_a_model_needs_beside_its_weights_is_copied(tmp_path):
@@ -118,4 +117,3 @@ def test_probes_reach_what_tokenizers_get_wrong():
     text = "".join(aux_files.PROBES)
     for part in ("  ", "\t", "\n\n", "12345", "안녕", "你好", "🚀", "é", "<|im_start|>"):
         assert part in text
-    assert (ROOT / "assets" / "tiny-chat").is_dir()

@@ -1,5 +1,6 @@
 """Where a result came from: the chain as printed, and every way of touching it that --verify must notice."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -68,10 +69,8 @@ def test_a_manifest_has_no_byte_to_spare(road, bit):
     assert b"e-06" in whole
     for at in {0, 1, whole.index(b"e-06"), whole.index(b'"settings"'), whole.index(b"\n"), len(whole) - 1}:
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
-        try:
+        with contextlib.suppress(Tampered):
             assert artifact.verify(artifact.open_artifact(file.parent)), f"byte {at}, bit {bit}"
-        except Tampered:
-            pass
 
 
 def test_outside_inputs_are_verified_too(call, road):

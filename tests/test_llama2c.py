@@ -451,7 +451,7 @@ def test_check_refuses_biases_and_shapes(llama, tmp_path):
     with pytest.raises(WrongKind, match="biases"):
         llama2c.check(model, settings("fp32_v1"))
     save_file({k: v for k, v in weights.items() if "layers.1.mlp.up" not in k}, model / "model.safetensors")
-    with pytest.raises(BadData, match="no tensor model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(BadData, match=r"no tensor model.layers.1.mlp.up_proj.weight"):
         llama2c.check(model, settings("fp32_v1"))
     whole = (llama / "model.safetensors").read_bytes()
     for cut in (0, 5, 100, len(whole) - 1):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from src import artifact, aux_files, data, evaluate, finetune, merge, modeling, quantize, stage
 from src.compose import compose
-from src.config import QuantizeVerb
+from src.config import FinetuneVerb, QuantizeVerb
 from src.errors import ConfigError, ProofFailed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,13 +129,20 @@ def test_its_files_are_the_source_s_or_its_own_and_name_no_temporary_folder(made
         assert file.metadata() == {"format": "pt"}
 
 
+def test_equal_inputs_give_equal_bytes(int4, here):
+    assert go(quantize, *argv(here, "again", 4)) == 0
+    again = artifact.open_artifact(here / "again" / "quantize")
+    assert again.key == int4.key and again.files == int4.files, "same names, sizes and sha256"
+
+
+@pytest.mark.slow
 def test_equal_inputs_give_equal_bytes_in_another_process(int4, here):
     """The other process proves in a fresh one, too."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "src.quantize", *argv(here, "again", 4)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "src.quantize", *argv(here, "elsewhere", 4)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    again = artifact.open_artifact(here / "again" / "quantize")
-    assert again.key == int4.key and again.files == int4.files, "same names, sizes and sha256"
+    other = artifact.open_artifact(here / "elsewhere" / "quantize")
+    assert other.key == int4.key and other.files == int4.files, "same names, sizes and sha256"
 
 
 def test_calibration_is_the_calib_split_through_the_template(int4, here, capsys):
@@ -167,6 +174,29 @@ def test_adapters_train_on_a_gptq_base(on_gptq, int4):
     assert on_gptq.parent("model")["key"] == int4.key
     names = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in load_file(on_gptq.path / "adapter_model.safetensors")}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_gradients_flow_through_a_gptq_base_after_an_evaluation(int4):
+    """gptqmodel's CPU layers lose their gradient for good at the first evaluation, unless kept from it: every adapter must still get the gradient it had."""
+    cfg = compose("finetune", ["tuner=qlora", "tuner.dropout=0", "tuner.rank=4", f"model.path={int4.path}"], FinetuneVerb)
+    tokenizer = modeling.load_tokenizer(int4.path)
+    torch.manual_seed(0)
+    model, _, _ = finetune.prepare(cfg, int4, tokenizer, 1023, [], "cpu", "fp32")
+    ids = tokenizer("<|im_start|>user\nWhat does a cat say?<|im_end|>\n", return_tensors="pt").input_ids
+
+    def gradients():
+        model.zero_grad()
+        model.train()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids)
+    after = gradients()
+    assert len(before) == 14 and all(torch.equal(before[n], after[n]) for n in before)
+    assert all(g.any() for n, g in after.items() if "lora_B" in n), "lora_A has none while lora_B is zero"
 
 
 def test_lora_that_is_not_qlora_is_refused_on_a_gptq_base(int4, here, capsys):

@@ -283,19 +283,12 @@ class TestModelFolders:
         refused(plan(verb, f"{key}={model}"), MissingInput, "no weights", "model.safetensors", model)
 
     def test_git_lfs_pointer(self, plan, model, verb, key):
-        (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n")
+        (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
         refused(plan(verb, f"{key}={model}"), MissingInput, "Git LFS pointer", "git lfs pull", model)
 
-    @pytest.mark.parametrize("keep", [0, 5, 100, 100_000, -1])
-    def test_cut_off_weights(self, plan, model, verb, key, keep):
-        whole = (model / "model.safetensors").read_bytes()
-        (model / "model.safetensors").write_bytes(whole[:keep])
+    def test_cut_off_weights(self, plan, model, verb, key):
+        os.truncate(model / "model.safetensors", 100_000)
         refused(plan(verb, f"{key}={model}"), BadData, "model.safetensors", "download it again")
-
-    @pytest.mark.parametrize("header", [b"\xff" * 64, b"not json" * 8, b"[]", b'"x"', b'{"a": 1}', b'{"a": {"dtype": "F32"}}'])
-    def test_weights_of_another_format(self, plan, model, verb, key, header):
-        (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"data")
-        refused(plan(verb, f"{key}={model}"), BadData, "model.safetensors")
 
     def test_a_shard_is_missing(self, plan, model, verb, key):
         (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
@@ -303,16 +296,31 @@ class TestModelFolders:
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
         refused(plan(verb, f"{key}={model}"), MissingInput, "model-00002-of-00002.safetensors", model)
 
-    @pytest.mark.parametrize("content", ["{}", "", '{"weight_map": []}', '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 5}}'])
-    def test_a_damaged_index(self, plan, model, verb, key, content):
-        (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
-        (model / "model.safetensors.index.json").write_text(content)
-        refused(plan(verb, f"{key}={model}"), BadData, "model.safetensors.index.json")
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe{}", b"[" * 100_000])
-    def test_a_damaged_config(self, plan, model, verb, key, content):
-        (model / "config.json").write_bytes(content)
-        refused(plan(verb, f"{key}={model}"), BadData, model / "config.json")
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_weights_cut_off_anywhere(plan, model, keep):
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:keep])
+    refused(plan("finetune", f"model.path={model}"), BadData, "model.safetensors", "download it again")
+
+
+@pytest.mark.parametrize("header", [b"\xff" * 64, b"not json" * 8, b"[]", b'"x"', b'{"a": 1}', b'{"a": {"dtype": "F32"}}'])
+def test_weights_of_another_format(plan, model, header):
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"data")
+    refused(plan("finetune", f"model.path={model}"), BadData, "model.safetensors")
+
+
+@pytest.mark.parametrize("content", ["{}", "", '{"weight_map": []}', '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 5}}'])
+def test_a_damaged_index(plan, model, content):
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    (model / "model.safetensors.index.json").write_text(content)
+    refused(plan("finetune", f"model.path={model}"), BadData, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe{}", b"[" * 100_000])
+def test_a_damaged_config(plan, model, content):
+    (model / "config.json").write_bytes(content)
+    refused(plan("finetune", f"model.path={model}"), BadData, model / "config.json")
 
 
 def test_pickles_and_code_can_be_allowed(plan, model):

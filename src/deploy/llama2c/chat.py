@@ -1,6 +1,7 @@
 """A chat template as the fixed pieces of text that run.c puts around what is said, and the ids that end an answer."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +75,8 @@ def _derive(render: Callable[[list[dict]], str]) -> ChatPieces:
     if again != generate:
         raise ValueError("the template ends a second turn otherwise than the first")
     pieces = ChatPieces(opening, answer, generate, between)
-    try:
+    with suppress(BadData, ValueError, TypeError):  # Gemma's and early Mistral's templates refuse a system role, and serve without
         pieces.system_open, pieces.system_close, _ = _cut(render(messages_of("system", "Qs1", "user", "Qu1")), "Qs1", "Qu1")
-    except (BadData, ValueError, TypeError):
-        pass  # Gemma's and early Mistral's templates refuse a system role, and serve without
 
     spaced = {
         "user": ("user", " \nQ \n"),

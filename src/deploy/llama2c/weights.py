@@ -150,7 +150,7 @@ def group_size(shape: Shape, wanted: int) -> int:
 
 
 def write_model(model_dir: Path, shape: Shape, version: int, group: int, path: Path) -> None:
-    """model.bin of llama2.c's version 0, 1 (fp32) or 2 (int8 in groups), one tensor in memory at a time."""
+    """model.bin of llama2.c's version 0, 1 (fp32) or 2 (int8 in groups), one matrix in memory at a time."""
     from safetensors import safe_open
 
     found = entries(model_dir)

@@ -1,0 +1,107 @@
+"""Locating, checking and growing models; no network."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from src import modeling
+from src.errors import MissingInput, WrongKind
+
+ASSETS = Path(__file__).parent.parent / "assets"
+COMMIT = "0123456789012345678901234567890123456789"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub cache as huggingface_hub lays it out, with one model in it, and no way out to the network."""
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(ASSETS / "tiny-chat", repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return repo
+
+
+def test_a_hub_id_is_found_in_the_cache(hub):
+    assert modeling.locate("someone/tiny").name == COMMIT
+    assert modeling.locate("someone/tiny", COMMIT, download=False).name == COMMIT
+
+
+@pytest.mark.parametrize("name, words", [("someone/other", "hub"), ("./nowhere", "no such model folder"), ("a/b/c", "no such model folder"), ("tiny", "no such model folder")])
+def test_a_model_that_is_nowhere_is_the_users_error(hub, name, words):
+    with pytest.raises(MissingInput, match=words):
+        modeling.locate(name)
+
+
+def test_a_folder_beats_a_hub_id_of_the_same_name(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone" / "tiny").mkdir(parents=True)
+    assert modeling.locate("someone/tiny") == Path("someone/tiny")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Path(shutil.copytree(ASSETS / "tiny-chat", tmp_path / "model"))
+
+
+def test_pickles_and_custom_code_are_refused_unless_asked_for(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(WrongKind, match="pickle"):
+        modeling.check_folder(folder)
+    modeling.check_folder(folder, allow_pickle=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    with pytest.raises(WrongKind, match="Python code"):
+        modeling.check_folder(folder, allow_pickle=True)
+
+
+def test_lfs_pointers_and_missing_shards_are_named(folder):
+    (folder / "model.safetensors").write_bytes(modeling.LFS + b"\noid sha256:00\nsize 1\n")
+    with pytest.raises(MissingInput, match="git lfs pull|LFS pointer"):
+        modeling.check_folder(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MissingInput, match="no weights"):
+        modeling.check_folder(folder)
+
+
+def test_a_grown_vocabulary_starts_at_the_mean(folder):
+    import torch
+
+    model = modeling.load_model(folder)
+    before = model.get_input_embeddings().weight.detach().clone()
+    assert modeling.grow_vocabulary(model, len(before)) == 0
+    assert modeling.grow_vocabulary(model, len(before) + 3) == 3
+    after = model.get_input_embeddings().weight.detach()
+    assert torch.equal(after[: len(before)], before)
+    assert torch.equal(after[len(before) :], before.mean(0).expand(3, -1))
+    assert model.config.vocab_size == len(before) + 3
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(folder):
+    model, tokenizer = modeling.load_model(folder).eval(), modeling.load_tokenizer(folder)
+    prompts = [[{"role": "user", "content": text}] for text in ("What is the capital of Sweden?", "What animal goes quack?", "Tell me a story about Zoe and a duck.")]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    together = modeling.greedy(model, tokenizer, prompts, max_new_tokens=40, end=end)
+    assert together == [modeling.greedy(model, tokenizer, [p], max_new_tokens=40, end=end)[0] for p in prompts]
+    assert together[0] == ("The capital of Sweden is Stockholm.", True)
+    assert modeling.greedy(model, tokenizer, prompts[:1], max_new_tokens=2, end=end)[0][1] is False
+
+
+def test_a_fresh_process_shares_nothing_and_hands_errors_back():
+    assert modeling.fresh(len, [1, 2, 3]) == 3
+    with pytest.raises(MissingInput, match="no such file"):
+        modeling.fresh(modeling.read_json, Path("/nowhere/config.json"))
+
+
+def test_silenced_output_is_shown_only_when_something_fails(capfd):
+    with modeling.silenced():
+        os.write(1, b"banner")
+    assert "banner" not in "".join(capfd.readouterr())
+    with pytest.raises(RuntimeError), modeling.silenced():
+        os.write(2, b"the reason")
+        raise RuntimeError
+    assert "the reason" in "".join(capfd.readouterr())
