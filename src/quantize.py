@@ -57,7 +57,7 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     modeling.prepare_gptq()
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    source, target = inputs["model"].path, out.resolve()
+    source, target = inputs["model"].path.resolve(), out.resolve()
     trust = trust_of(inputs["model"])
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
     rows, tokens = calibration_rows(cfg, inputs["dataset"].path / "calib.jsonl", tokenizer)
@@ -68,7 +68,7 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     scratch.mkdir()
     # gptqmodel writes a folder of logs wherever it is run.
     with modeling.silenced(), contextlib.chdir(scratch):
-        model = GPTQModel.load(str(source.resolve()), config, trust_remote_code=trust, device=modeling.device(), dtype=torch.float32 if modeling.device() == "cpu" else "auto")
+        model = GPTQModel.load(str(source), config, trust_remote_code=trust, device=modeling.device(), dtype=torch.float32 if modeling.device() == "cpu" else "auto")
         model.quantize(rows, batch_size=cfg.calibration.batch_size)
         model.save(str(target))
     shutil.rmtree(scratch)
