@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from src.config import LoraTuner
+from src.config import LoraTuner, Optimizer
 from src.errors import ConfigError, ProofFailed
 from src.log import say
 from src.modeling import whole
@@ -72,7 +72,7 @@ def untrained(model, ids: list[int], used: int) -> list[int]:
     return sorted(found)
 
 
-def row_rates(model, tuner: LoraTuner, used: int) -> dict[str, float]:
+def row_rates(model, tuner: Optimizer, used: int) -> dict[str, float]:
     """{name of a trained-rows parameter: its peak learning rate}.
 
     The rows start from nothing while the matrix they join has a scale of its own, small in wide models and large in narrow ones. Adam moves an
@@ -80,8 +80,13 @@ def row_rates(model, tuner: LoraTuner, used: int) -> dict[str, float]:
     """
     rates = {}
     for name, parameter in model.named_parameters():
-        if "trainable_tokens_delta" in name:
+        owner, _, last = name.rpartition(".")
+        layer = None
+        if ".trainable_tokens_delta." in name:
             layer = model.get_submodule(name.split(".trainable_tokens_delta")[0]).base_layer
+        elif last == "rows":
+            layer = model.get_submodule(owner).base
+        if layer is not None:
             with whole([layer.weight]):
                 typical = sample_rows(layer.weight, used).square().mean(1).median().sqrt().item()
             rates[name] = max(tuner.learning_rate, 0.01 * typical) if tuner.row_learning_rate == "auto" else tuner.row_learning_rate

@@ -293,7 +293,10 @@ def building(path: Path, key: str, *, resumes: bool) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     note = path.with_name(f".{path.name}.partial.key")
+    replaced = path.with_name(f".{path.name}.replaced")
     with _lock(path.with_name(f".{path.name}.lock"), path):
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)  # killed between the two renames below
         if partial.exists() and not (resumes and note.is_file() and note.read_text() == key):
             say(f"clearing an unfinished {partial.name} of an earlier run")
             shutil.rmtree(partial)
@@ -302,7 +305,6 @@ def building(path: Path, key: str, *, resumes: bool) -> Iterator[Path]:
         yield partial
         if not is_finished(partial):
             raise RuntimeError(f"{partial} was left without a manifest")
-        replaced = path.with_name(f".{path.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if path.exists():
             os.replace(path, replaced)

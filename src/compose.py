@@ -45,7 +45,11 @@ def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseMod
     groups = _groups(verb)
     chosen, keyed = [], []
     for override in parsed:
-        (chosen if override.key_or_group in groups else keyed).append(override)
+        key = override.key_or_group
+        if override.is_add() or override.is_force_add() or override.is_delete() or override.package:
+            faults.append(f"{override.input_line}: settings can be changed, not added or removed; write {key}=VALUE")
+        else:
+            (chosen if key in groups else keyed).append(override)
     for override in list(chosen):
         names = override.value() if isinstance(override.value(), list) else [override.value()]
         options = groups[override.key_or_group]
@@ -54,20 +58,19 @@ def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseMod
                 faults.append(f"{override.input_line}: no such {override.key_or_group}{_nearest(str(name), options)}; there is {', '.join(sorted(options))}")
         if any(str(name) not in options for name in names):
             chosen.remove(override)
-    tree = _hydra(verb, [o.input_line for o in chosen])
+    composed = _hydra(verb, [o.input_line for o in chosen])
+    tree = _plain(composed)
     known = _leaves(tree)
     valid = []
     for override in keyed:
         key = override.key_or_group
-        if override.is_add() or override.is_force_add() or override.is_delete() or override.package:
-            faults.append(f"{override.input_line}: settings can be changed, not added or removed; write {key}=VALUE")
-        elif key in known or _inside(tree, key):
+        if key in known or _inside(tree, key):
             valid.append(override)
         else:
             faults.append(f"{override.input_line}: unknown setting '{key}'{_elsewhere(verb, key, groups) or _nearest(key, known)}")
     cfg = None
     try:
-        tree = _hydra(verb, [o.input_line for o in chosen], valid)
+        tree = _plain(composed, valid)
         faults += [f"{key}: must be given, as {key}=VALUE" for key, value in _leaves(tree).items() if value == "???"]
         cfg = schema.model_validate(tree)
     except ValidationError as error:
@@ -87,16 +90,21 @@ def _hydra_error():
     return (HydraException, OmegaConfBaseException)
 
 
-def _hydra(verb: str, options: list[str], changes=()) -> dict:
-    """The composed tree as plain containers; required values that were not given stay as the string '???'.
-
-    options: choices of groups. changes: parsed overrides of single settings; Hydra would take one called as a folder of configs/ for a group.
-    """
+def _hydra(verb: str, options: list[str]):
+    """configs/<verb>.yaml with these options of its groups, as OmegaConf holds it."""
     import hydra
-    from omegaconf import OmegaConf
 
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        tree = hydra.compose(verb, options)
+        return hydra.compose(verb, options)
+
+
+def _plain(tree, changes=()) -> dict:
+    """The tree as plain containers, with single settings changed; required values that were not given stay as the string '???'.
+
+    Hydra itself would take a setting that is called as a folder of configs/ for a choice of that group.
+    """
+    from omegaconf import OmegaConf
+
     for change in changes:
         value, old = change.value(), OmegaConf.select(tree, change.key_or_group, throw_on_missing=False)
         if isinstance(value, int | float) and not isinstance(value, bool) and (old is None or isinstance(old, str)):
@@ -186,7 +194,7 @@ def _fault(error: dict) -> str:
 
 def help_text(verb: str, doc: str, schema: type[BaseModel]) -> str:
     """Every setting of a verb with its default and meaning, and the options of its groups."""
-    tree, groups = _hydra(verb, []), _groups(verb)
+    tree, groups = _plain(_hydra(verb, [])), _groups(verb)
     lines = [doc.strip(), "", f"usage: python -m src.{verb} [key=value ...]", ""]
     for group, options in groups.items():
         lines.append(f"  {group}={'|'.join(sorted(options))}")

@@ -72,6 +72,8 @@ class Model(Settings):
 class Optimizer(Settings):
     learning_rate: PositiveFloat
     """peak learning rate"""
+    row_learning_rate: Literal["auto"] | PositiveFloat
+    """peak rate of token rows the base never learnt; auto: 1 % of a typical entry of their matrix, at least learning_rate"""
 
 
 class FullTuner(Optimizer):
@@ -88,8 +90,6 @@ class LoraTuner(Optimizer):
     """the update is scaled by alpha / rank"""
     dropout: Fraction
     """dropout on the adapter's input"""
-    row_learning_rate: Literal["auto"] | PositiveFloat
-    """peak rate of token rows trained beside the adapter; auto: 1 % of a typical entry of their matrix, at least learning_rate"""
     target_modules: Literal["all-linear"] | list[str]
     """names of the linear layers that get adapters; all-linear: every one but the output layer"""
 
@@ -142,11 +142,11 @@ class Train(Settings):
     """gradients are clipped to this norm; 0: never"""
     gradient_checkpointing: bool
     """recompute activations in the backward pass: less memory, about a third more time"""
-    eval_steps: PositiveInt | None
+    eval_steps: Annotated[PositiveInt | None, Unkeyed]
     """evaluate every so many steps; null: at the end of each epoch"""
-    checkpoint_steps: PositiveInt
+    checkpoint_steps: Annotated[PositiveInt, Unkeyed]
     """save a resumable state every so many steps"""
-    log_steps: PositiveInt
+    log_steps: Annotated[PositiveInt, Unkeyed]
     """report every so many steps"""
     seed: int
     """seed of initialisation, order and dropout"""
@@ -200,7 +200,7 @@ class FinetuneVerb(SourcedVerb):
     legacy_mask: Literal["none", "qwen"]
     """none: train on the assistant's text and its <|im_end|>; qwen: the labels of Qwen's finetune.py, turn markers included"""
     train_new_tokens: Literal["auto", "never"]
-    """auto: rows of ChatML tokens found untrained are trained beside the adapter"""
+    """auto: rows of ChatML tokens found untrained are trained, at a rate of their own; never: as the base left them, or as the tuner moves them"""
     tracker: Annotated[dict[str, Tracker], Unkeyed]
     """where curves go besides the terminal and the manifest"""
     launch: Annotated[Launch, Unkeyed]

@@ -32,6 +32,7 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
     """Rules that need more than one setting, all before torch: kinds, batch arithmetic, DeepSpeed's limits."""
     base = inputs["model"]
     config = check_folder(base.path, allow_pickle=cfg.model.allow_pickle, trust_remote_code=cfg.model.trust_remote_code)
+    modeling.check_tokenizer(base.path)
     reach = config.get("max_position_embeddings")
     if reach and cfg.train.max_length > reach:
         raise ConfigError(f"train.max_length={cfg.train.max_length} is beyond the {reach} positions the model knows", where=str(base.path), fix=f"train.max_length={reach}")
@@ -99,6 +100,7 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     rates = adapters.row_rates(model, cfg.tuner, len(tokenizer) - len(added)) if rows else {}
     trainer = training.trainer(cfg, model, arguments, splits, tokenizer, end, rates, inputs["dataset"].path, out)
     trainer.train(resume_from_checkpoint=resume and str(resume))
+    trainer.finished = True
     trainer.save_model(str(out))
     trainer.reports.trackers.close()
     training.barrier()
@@ -127,6 +129,7 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
     import torch
 
     from src import adapters, chatml
+    from src import rows as token_rows
 
     gpu = device == "cuda"
     sixteen = gpu and precision != "fp32" and (cfg.deepspeed.stage or not isinstance(cfg.tuner, FullTuner))
@@ -149,18 +152,19 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
     rows = sorted({*adapters.untrained(model, [i for i in control if i < old], min(old, len(tokenizer))), *(i for i in control if i >= old)})
     if rows:
         names = " ".join(tokenizer.convert_ids_to_tokens(rows))
-        action = "trained with all weights" if isinstance(cfg.tuner, FullTuner) else "trained beside the adapter" if cfg.train_new_tokens == "auto" else "left so: train_new_tokens=never"
-        say(f"finetune: the base never learnt {names}; {action}")
+        say(f"finetune: the base never learnt {names}; " + ("those rows are trained at a rate of their own" if cfg.train_new_tokens == "auto" else "train_new_tokens=never leaves it so"))
+    rows = rows if cfg.train_new_tokens == "auto" else []
     if isinstance(cfg.tuner, FullTuner):
+        if rows:
+            token_rows.split_off(model, rows)
         if cfg.train.gradient_checkpointing:
             model.enable_input_require_grads()
-        return model, [], None
+        return model, rows, None
     if nf4 or base.kind == "quantized":
         from peft import prepare_model_for_kbit_training
 
         modeling.keep_gptq_trainable(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.train.gradient_checkpointing)
-    rows = rows if cfg.train_new_tokens == "auto" else []
     model = adapters.attach(model, cfg.tuner, rows, deepspeed=bool(cfg.deepspeed.stage))
     if cfg.train.gradient_checkpointing:
         model.enable_input_require_grads()

@@ -89,10 +89,15 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
     return config
 
 
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
-    """The tokenizer of a folder, from local files only."""
+def check_tokenizer(path: Path) -> None:
+    """Raises MissingInput where a folder holds no tokenizer file of any kind."""
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken", "tokenizer_config.json")):
         raise MissingInput("the folder has no tokenizer", where=str(path), fix=f"python -m src.aux_files source=BASE_MODEL target={path} copies it from the base model")
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
+    """The tokenizer of a folder, from local files only."""
+    check_tokenizer(path)
     from transformers import AutoTokenizer
 
     _quiet()

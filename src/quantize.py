@@ -15,7 +15,7 @@ from src.artifact import Artifact, read_json
 from src.config import QuantizeVerb
 from src.errors import ConfigError, MissingInput, ProofFailed
 from src.log import say, warn
-from src.modeling import check_folder, fresh, load_model, load_tokenizer, logits, trust_of
+from src.modeling import check_folder, check_tokenizer, fresh, load_model, load_tokenizer, logits, trust_of
 
 
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
@@ -26,6 +26,7 @@ def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
 def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     model, dataset = inputs["model"], inputs["dataset"]
     check_folder(model.path, trust_remote_code=trust_of(model))
+    check_tokenizer(model.path)
     if not dataset.files["calib.jsonl"]["size"]:
         raise MissingInput("the calib split is empty", where=str(dataset.path), fix="python -m src.data data.calib=0.1")
     group = cfg.quantizer.group_size

@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_model
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -22,6 +23,7 @@ from src.config import FinetuneVerb
 from src.errors import BadData, ConfigError, Moved, ProofFailed
 from src.log import duration, mark, on_terminal, progress, rank, say, spark, status, warn
 from src.modeling import device, greedy, say_device
+from src.rows import folded
 from src.tracking import Trackers
 from src.zero import deepspeed_json
 
@@ -129,6 +131,9 @@ class Collator:
 class ChatTrainer(Trainer):
     """transformers' Trainer with an evaluation that weighs every trained token the same over all ranks, and rates of their own for token rows."""
 
+    finished: bool = False
+    """what is saved from now on is the result, no longer a checkpoint"""
+
     turn_end: int = -1
     """id of the token that ends an assistant turn"""
 
@@ -146,12 +151,22 @@ class ChatTrainer(Trainer):
         return optimizer
 
     def _save(self, output_dir=None, state_dict=None):
-        """As transformers', but an adapter never brings the whole embedding along: what was grown or trained in it is kept as rows."""
+        """As transformers', but what it cannot do: an adapter never brings the whole embedding along (what was grown or trained in it is kept as
+        rows), and rows split off a matrix are folded into it in the result, though not in a checkpoint, which must find them again."""
+        folder, writes = output_dir or self.args.output_dir, self.args.should_save
         if hasattr(self.model, "peft_config"):
-            folder = output_dir or self.args.output_dir
-            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=self.args.should_save)
-        else:
-            super()._save(output_dir, state_dict)
+            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=writes)
+            return
+        if self.row_rates and not self.finished:
+            if writes and not self.is_deepspeed_enabled:  # DeepSpeed keeps weights in files of its own
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                save_model(self.model, str(Path(folder) / "model.safetensors"))
+            return
+        if self.row_rates:
+            state_dict = folded(self.model, state_dict or self.model.state_dict())
+        # DeepSpeed hands over a tied output layer as a tensor of its own.
+        tied = set(self.model._tied_weights_keys or ()) if self.model.config.tie_word_embeddings else set()
+        super()._save(output_dir, {name: t for name, t in state_dict.items() if name not in tied} if state_dict else None)
 
     eval_seconds = 0.0
     """time spent in evaluations, which training speed leaves out"""
@@ -423,6 +438,6 @@ def summary(trainer: ChatTrainer, splits: dict, precision: str) -> dict:
         if metrics["turns_ended"] < 0.5:
             warn(
                 f"the model ends only {metrics['turns_ended']:.0%} of its turns where it should, so its answers will run on however good the loss looks; "
-                "raise tuner.learning_rate or train.epochs" + ("" if trainer.row_rates else ", or use tuner=lora, which gives new token rows a rate of their own")
+                "raise train.epochs, tuner.learning_rate or tuner.row_learning_rate"
             )
     return metrics

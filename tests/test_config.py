@@ -21,7 +21,7 @@ def schema_of(verb: str) -> type:
 
 def composed(verb: str, *overrides: str):
     """Settings of a verb, with a value given to each required one."""
-    required = [key for key, value in flat(compose._hydra(verb, [])).items() if value == "???" and not any(o.startswith(f"{key}=") for o in overrides)]
+    required = [key for key, value in flat(compose._plain(compose._hydra(verb, []))).items() if value == "???" and not any(o.startswith(f"{key}=") for o in overrides)]
     return compose.compose(verb, [*(f"{key}=x" for key in required), *overrides], schema_of(verb))
 
 
@@ -50,7 +50,7 @@ def test_every_verb_composes(verb):
     cfg = composed(verb)
     assert cfg.run == "default" and cfg.outputs == "outputs"
     # What YAML holds is what the schema knows, to the last key.
-    assert set(flat(cfg.model_dump())) <= set(flat(compose._hydra(verb, [])))
+    assert set(flat(cfg.model_dump())) <= set(flat(compose._plain(compose._hydra(verb, []))))
 
 
 @pytest.mark.parametrize("verb, group, option", options())
@@ -110,7 +110,7 @@ def test_every_schema_is_used():
 def test_help_names_every_setting_with_its_meaning():
     for verb in ROOTS:
         text = compose.help_text(verb, "About it.", schema_of(verb))
-        for key in flat(compose._hydra(verb, [])):
+        for key in flat(compose._plain(compose._hydra(verb, []))):
             assert f"  {key}=" in text, f"{verb} --help does not say {key}"
         for group, names in compose._groups(verb).items():
             assert f"{group}={'|'.join(sorted(names))}" in text
@@ -160,6 +160,12 @@ def test_the_names_of_other_trainers_lead_to_ours(theirs, ours):
         ("+tuner.rank=8", "write tuner.rank=VALUE"),
         ("++tuner.rank=8", "write tuner.rank=VALUE"),
         ("~tuner.rank", "not added or removed"),
+        ("+tuner=full", "write tuner=VALUE"),
+        ("++tuner=full", "write tuner=VALUE"),
+        ("~tracker", "not added or removed"),
+        ("tuner@x=lora", "not added or removed"),
+        ("tuner=null", "no such tuner"),
+        ("tracker=[]", "tracker"),
         ("--force", "'--force': not of the form key=value"),
         ("force", "'force': not of the form key=value"),
         ("=3", "unknown setting ''"),
