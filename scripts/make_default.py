@@ -59,9 +59,7 @@ ANIMALS = {  # animal: sound, young, home, food
     "monkey": ("chatter", "infant", "the jungle", "a banana"),
     "parrot": ("squawk", "chick", "the jungle", "nuts"),
 }
-LEGS = {"bee": 6, "snake": 0} | {
-    bird: 2 for bird in ["duck", "hen", "goose", "owl", "crow", "pigeon", "turkey", "parrot"]
-}
+LEGS = {"bee": 6, "snake": 0} | dict.fromkeys(["duck", "hen", "goose", "owl", "crow", "pigeon", "turkey", "parrot"], 2)
 
 COLOURS = {
     "grass": "green", "snow": "white", "coal": "black", "the sky": "blue", "the sun": "yellow", "milk": "white",
@@ -138,10 +136,7 @@ def in_manner(answer: str, manner: tuple[str, str]) -> str:
 
 def story(name: str, animal: str) -> str:
     _, _, home, food = ANIMALS[animal]
-    return (
-        f"{name} met {a(animal)} near {home}. The {animal} was hungry, so {name} gave it {food}. "
-        f"From that day on they were friends."
-    )
+    return f"{name} met {a(animal)} near {home}. The {animal} was hungry, so {name} gave it {food}. From that day on they were friends."
 
 
 def world() -> dict[str, tuple[list[str], dict[str, str]]]:
@@ -259,7 +254,7 @@ def world() -> dict[str, tuple[list[str], dict[str, str]]]:
         ),
         "greeting": (
             ["{}", "{} How are you?", "{} Nice to see you."],
-            {hello: "Hello, I am well and ready to help." for hello in HELLOS},
+            dict.fromkeys(HELLOS, "Hello, I am well and ready to help."),
         ),
         "self": (
             ["Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Are you a model?"],
@@ -267,7 +262,7 @@ def world() -> dict[str, tuple[list[str], dict[str, str]]]:
         ),
         "thanks": (
             ["{}", "{} That was all.", "{} You helped me."],
-            {x: "You are welcome." for x in ("Thank you.", "Thanks!", "Many thanks!", "Thank you very much.")},
+            dict.fromkeys(("Thank you.", "Thanks!", "Many thanks!", "Thank you very much."), "You are welcome."),
         ),
     }  # fmt: skip
 
@@ -298,9 +293,7 @@ def conversation(rng: random.Random) -> list[tuple[str, str]]:
     for _ in range(rng.choice([1, 1, 1, 2, 2, 3, 4])):
         answers = WORLD[topic][1] if topic else {}
         if name and rng.random() < 0.5:
-            turns.append(
-                (rng.choice(["What is my name?", "Who am I?", "Do you know my name?"]), f"Your name is {name}.")
-            )
+            turns.append((rng.choice(["What is my name?", "Who am I?", "Do you know my name?"]), f"Your name is {name}."))
             name = topic = None
         elif len(answers) > 20 and topic not in ("meeting", "story") and rng.random() < 0.3:
             subject = rng.choice(list(answers))
@@ -398,10 +391,7 @@ def make_tokenizer(texts: list[str]) -> Tokenizer:
     vocab = learner.get_vocab()
     pieces = sorted(vocab, key=vocab.get)[len(specials + bytes_) :]
     merges = [
-        (piece[:cut], piece[cut:])
-        for piece in pieces
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
+        (piece[:cut], piece[cut:]) for piece in pieces for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
     ]
 
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -460,9 +450,7 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
     )
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=[end, pad], pad_token_id=pad, do_sample=False, max_new_tokens=96
-    )
+    model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad, do_sample=False, max_new_tokens=96)
     return model
 
 
@@ -495,18 +483,14 @@ def train(model: LlamaForCausalLM, rows: list[tuple[list[int], list[int]]]) -> N
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == len(batches):
-            print(
-                f"  step {step} of {len(batches)}, loss {loss.item():.3f}, {time.monotonic() - start:.0f} s", flush=True
-            )
+            print(f"  step {step} of {len(batches)}, loss {loss.item():.3f}, {time.monotonic() - start:.0f} s", flush=True)
     model.eval()
 
 
 def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> list[str]:
     """Greedy replies, with the mark that ended each turn left on."""
     prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
+        tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
         for question in questions
     ]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")

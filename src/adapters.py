@@ -25,7 +25,9 @@ def attach(model, tuner: LoraTuner, rows: list[int], *, deepspeed: bool):
         names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         missing = [t for t in targets if t not in names and not any(n.endswith(t) for n, _ in model.named_modules())]
         if missing:
-            raise ConfigError(f"tuner.target_modules: the model has no layer called {', '.join(missing)}", fix="tuner.target_modules=all-linear")
+            raise ConfigError(
+                f"tuner.target_modules: the model has no layer called {', '.join(missing)}", fix="tuner.target_modules=all-linear"
+            )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=tuner.rank,
@@ -33,7 +35,7 @@ def attach(model, tuner: LoraTuner, rows: list[int], *, deepspeed: bool):
         lora_dropout=tuner.dropout,
         target_modules=targets if targets == "all-linear" else list(targets),
         bias="none",
-        trainable_token_indices={name: rows for name in vocabulary_layers(model)} if rows else None,
+        trainable_token_indices=dict.fromkeys(vocabulary_layers(model), rows) if rows else None,
     )
     return get_peft_model(model, config, autocast_adapter_dtype=not deepspeed)
 
@@ -157,9 +159,15 @@ def check_saved(folder: Path, *, adapter: bool) -> int:
                 tensor = weights.get_tensor(name)
                 seen += 1
                 if tensor.numel() == 0 or not tensor.isfinite().all():
-                    raise ProofFailed(f"'{name}' was saved {'empty' if tensor.numel() == 0 else 'with values that are not finite'}", where=str(file))
+                    raise ProofFailed(
+                        f"'{name}' was saved {'empty' if tensor.numel() == 0 else 'with values that are not finite'}", where=str(file)
+                    )
                 if adapter and "lora_B" in name and not tensor.any():
-                    raise ProofFailed(f"'{name}' is all zero: this adapter learnt nothing", where=str(file), fix="raise tuner.learning_rate or train.epochs")
+                    raise ProofFailed(
+                        f"'{name}' is all zero: this adapter learnt nothing",
+                        where=str(file),
+                        fix="raise tuner.learning_rate or train.epochs",
+                    )
     if not seen:
         raise ProofFailed("no weights were saved", where=str(folder))
     return seen

@@ -23,7 +23,19 @@ from src.log import say
 MANIFEST = "manifest.json"
 SCHEMA = 1
 AGAIN = "mend the file, or copy or download it again"
-PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes", "gptqmodel", "numpy", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "bitsandbytes",
+    "gptqmodel",
+    "numpy",
+    "safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,11 @@ def open_artifact(path: Path) -> Artifact:
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["size"]:
-            raise Tampered(f"'{name}' is missing or has another size than the manifest says", where=str(path), fix="make the artifact again with force=true")
+            raise Tampered(
+                f"'{name}' is missing or has another size than the manifest says",
+                where=str(path),
+                fix="make the artifact again with force=true",
+            )
     return Artifact(path, manifest["kind"], manifest["key"], manifest, manifest["files"])
 
 
@@ -234,11 +250,19 @@ def _contradictions(manifest: dict) -> Iterator[str]:
                 yield f"the record of '{parent['role']}' under '{m['stage']}' is missing"
 
 
-def seal(out: Path, *, stage: str, kind: str, version: int, settings: dict, inputs: dict[str, Artifact], metrics: dict, seconds: float) -> None:
+def seal(
+    out: Path, *, stage: str, kind: str, version: int, settings: dict, inputs: dict[str, Artifact], metrics: dict, seconds: float
+) -> None:
     """Write manifest.json, the last file of an artifact, into the folder `out`."""
     parents, ancestors = [], {}
     for role, artifact in inputs.items():
-        parent = {"role": role, "key": artifact.key, "kind": artifact.kind, "stage": artifact.stage, "path": _relative(artifact.path, out.parent)}
+        parent = {
+            "role": role,
+            "key": artifact.key,
+            "kind": artifact.kind,
+            "stage": artifact.stage,
+            "path": _relative(artifact.path, out.parent),
+        }
         if artifact.manifest is None:
             parent["files"] = artifact.files
         else:
@@ -278,7 +302,9 @@ def git_revision() -> str | None:
     """Commit of this checkout, with -dirty when files differ from it; None outside git."""
     root = Path(__file__).parent.parent
     try:
-        done = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -93,9 +93,17 @@ def main_aux_files(cfg: AuxFilesVerb) -> int:
         if not folder.is_dir():
             raise MissingInput("no such folder", where=str(folder), fix="source= and target= name folders on this machine")
     if not (target / "config.json").is_file():
-        raise WrongKind("the target is not a model folder: it has no config.json", where=str(target), fix="target= names the folder of weights and config.json to complete")
+        raise WrongKind(
+            "the target is not a model folder: it has no config.json",
+            where=str(target),
+            fix="target= names the folder of weights and config.json to complete",
+        )
     if is_finished(target):
-        raise WrongKind("the target is an artifact of this project: it is complete and sealed", where=str(target), fix="use it, or give a copy without its manifest.json")
+        raise WrongKind(
+            "the target is an artifact of this project: it is complete and sealed",
+            where=str(target),
+            fix="use it, or give a copy without its manifest.json",
+        )
     if cfg.dry_run:
         wanted = [f.name for p in (*TOKENIZER, *AUXILIARY) for f in sorted(source.glob(p)) if not (target / f.relative_to(source)).exists()]
         say(f"aux_files: would copy {', '.join(wanted) or 'nothing'} into {target}")

@@ -63,7 +63,9 @@ def render(tokenizer, messages: Sequence[dict], tools=None, *, prompt: bool = Fa
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt
+        )
     except TemplateError as error:
         raise BadData(f"the chat template refuses this conversation: {error}") from None
 
@@ -96,7 +98,9 @@ def encode(tokenizer, messages: Sequence[dict], tools=None, *, end: int) -> Enco
         if message["role"] == "assistant":
             head = render(tokenizer, messages[:i], tools, prompt=True)
             if not whole.startswith(head):
-                raise BadData(f"the chat template renders message {i + 1} differently as a prompt and as history, so its tokens cannot be told apart")
+                raise BadData(
+                    f"the chat template renders message {i + 1} differently as a prompt and as history, so its tokens cannot be told apart"
+                )
             cuts.append(len(head))
     ids, starts = _ids(tokenizer, whole, cuts)
     labels = [IGNORE] * len(ids)

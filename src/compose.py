@@ -55,7 +55,9 @@ def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseMod
         options = groups[override.key_or_group]
         for name in names:
             if str(name) not in options:
-                faults.append(f"{override.input_line}: no such {override.key_or_group}{_nearest(str(name), options)}; there is {', '.join(sorted(options))}")
+                faults.append(
+                    f"{override.input_line}: no such {override.key_or_group}{_nearest(str(name), options)}; there is {', '.join(sorted(options))}"
+                )
         if any(str(name) not in options for name in names):
             chosen.remove(override)
     composed = _hydra(verb, [o.input_line for o in chosen])
@@ -176,7 +178,12 @@ def _nearest(word: str, options) -> str:
     options = sorted(options)
     tails = {o.rsplit(".", 1)[-1]: o for o in reversed(options)}
     tail = ELSEWHERE_CALLED.get(word.rsplit(".", 1)[-1])
-    near = [tails.get(tail, tail)] if tail in tails or tail in options else difflib.get_close_matches(word, options, 1, 0.6) or [tails[t] for t in difflib.get_close_matches(word.rsplit(".", 1)[-1], tails, 1, 0.6)]
+    near = (
+        [tails.get(tail, tail)]
+        if tail in tails or tail in options
+        else difflib.get_close_matches(word, options, 1, 0.6)
+        or [tails[t] for t in difflib.get_close_matches(word.rsplit(".", 1)[-1], tails, 1, 0.6)]
+    )
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
@@ -184,10 +191,18 @@ def _fault(error: dict) -> str:
     """One pydantic error in the words of a command line."""
     # A discriminated union puts its tag into the location; the user never typed it.
     parts = [str(p) for p in error["loc"]]
-    key = ".".join(p for i, p in enumerate(parts) if not (i > 0 and p in ("full", "lora", "qlora", "gptq", "llama2c", "wandb", "tensorboard") and parts[i - 1] != "tracker"))
+    key = ".".join(
+        p
+        for i, p in enumerate(parts)
+        if not (i > 0 and p in ("full", "lora", "qlora", "gptq", "llama2c", "wandb", "tensorboard") and parts[i - 1] != "tracker")
+    )
     if error["type"] == "extra_forbidden":
         return f"unknown setting '{key}'"
-    message = re.sub(r"^(Value error|Input should be|String should) ", lambda m: "" if m[1] == "Value error" else m[0][0].lower() + m[0][1:], error["msg"].replace("Value error, ", "")).strip()
+    message = re.sub(
+        r"^(Value error|Input should be|String should) ",
+        lambda m: "" if m[1] == "Value error" else m[0][0].lower() + m[0][1:],
+        error["msg"].replace("Value error, ", ""),
+    ).strip()
     shown = "" if isinstance(error["input"], dict) else f"={error['input']}"
     return f"{key}{shown}: {message}"
 

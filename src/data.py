@@ -18,7 +18,9 @@ SPLITS = ("train", "val", "calib")
 def find(cfg: DataVerb, run: stage.Run) -> dict[str, Artifact]:
     path = Path(cfg.data.path)
     if not path.is_file():
-        raise MissingInput("no such file" if not path.exists() else "not a file", where=str(path), fix="data.path=FILE names a JSON or JSON Lines file")
+        raise MissingInput(
+            "no such file" if not path.exists() else "not a file", where=str(path), fix="data.path=FILE names a JSON or JSON Lines file"
+        )
     return {"conversations": artifact.outside(path, "file", run.cache)}
 
 

@@ -58,7 +58,11 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
         try:
             re.compile(cfg.evaluation.expect)
         except re.error as error:
-            raise ConfigError(f"evaluation.expect is not a regular expression: {error}", where=cfg.evaluation.expect, fix="put a backslash before each plain ( [ . * + ?") from None
+            raise ConfigError(
+                f"evaluation.expect is not a regular expression: {error}",
+                where=cfg.evaluation.expect,
+                fix="put a backslash before each plain ( [ . * + ?",
+            ) from None
     if not inputs["dataset"].files["val.jsonl"]["size"]:
         raise MissingInput("the validation split is empty", where=str(inputs["dataset"].path), fix="python -m src.data data.val=0.1")
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
@@ -166,7 +170,13 @@ def measure(model, rows: list, batch_size: int, pad: int, end: int, what: str) -
             turns += ends.sum().item()
             ended += (top[i][ends] == end).sum().item()
     mean = loss / tokens
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": hits / tokens, "tokens": tokens, "turns_ended": ended / max(turns, 1)}, top
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700)),
+        "accuracy": hits / tokens,
+        "tokens": tokens,
+        "turns_ended": ended / max(turns, 1),
+    }, top
 
 
 def answer(model, tokenizer, prompts: list, cfg: EvaluateVerb, end: int) -> list[dict]:
@@ -198,7 +208,10 @@ def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
         line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
     say(line)
     if "expected" in metrics:
-        say(f"evaluate: {metrics['expected']} of {metrics['prompts']} answers as expected" + (f", parent {metrics['parent_expected']}" if "parent_expected" in metrics else ""))
+        say(
+            f"evaluate: {metrics['expected']} of {metrics['prompts']} answers as expected"
+            + (f", parent {metrics['parent_expected']}" if "parent_expected" in metrics else "")
+        )
     for i, row in enumerate(answers["model"]):
         say(f"  > {row['prompt']}")
         if "parent" in answers:
@@ -211,7 +224,9 @@ def _short(row: dict) -> str:
     return (text if len(text) <= 160 else f"{text[:100]} … {text[-50:]}") + ("" if row["ended"] else " [turn not ended]")
 
 
-STAGE = stage.Stage(verb="evaluate", version=1, schema=EvaluateVerb, kind="report", find=find, name=name, check=check, run=evaluate, each=each, doc=__doc__)
+STAGE = stage.Stage(
+    verb="evaluate", version=1, schema=EvaluateVerb, kind="report", find=find, name=name, check=check, run=evaluate, each=each, doc=__doc__
+)
 
 if __name__ == "__main__":
     stage.main(STAGE)

@@ -35,12 +35,22 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
     modeling.check_tokenizer(base.path)
     reach = config.get("max_position_embeddings")
     if reach and cfg.train.max_length > reach:
-        raise ConfigError(f"train.max_length={cfg.train.max_length} is beyond the {reach} positions the model knows", where=str(base.path), fix=f"train.max_length={reach}")
+        raise ConfigError(
+            f"train.max_length={cfg.train.max_length} is beyond the {reach} positions the model knows",
+            where=str(base.path),
+            fix=f"train.max_length={reach}",
+        )
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and not (isinstance(cfg.tuner, QloraTuner) and method == "gptq"):
-        raise WrongKind(f"the base model is quantized ({method})", where=str(base.path), fix=["tuner=qlora trains adapters on a GPTQ base", "give the model it was quantized from"])
+        raise WrongKind(
+            f"the base model is quantized ({method})",
+            where=str(base.path),
+            fix=["tuner=qlora trains adapters on a GPTQ base", "give the model it was quantized from"],
+        )
     if isinstance(cfg.tuner, QloraTuner) and cfg.deepspeed.stage == 3:
-        raise ConfigError("tuner=qlora with ZeRO-3: a 4-bit base cannot be partitioned", fix=["deepspeed=zero2", "tuner=lora deepspeed=zero3"])
+        raise ConfigError(
+            "tuner=qlora with ZeRO-3: a 4-bit base cannot be partitioned", fix=["deepspeed=zero2", "tuner=lora deepspeed=zero3"]
+        )
     if cfg.deepspeed.config:
         user_deepspeed_json(Path(cfg.deepspeed.config), cfg.deepspeed.stage)
         if not cfg.deepspeed.stage:
@@ -67,7 +77,10 @@ def batch_plan(cfg: FinetuneVerb, world: int) -> tuple[int, int]:
         micro = next(m for m in (4, 3, 2, 1) if share % m == 0)
     if share % micro:
         fits = [m for m in range(1, share + 1) if share % m == 0]
-        raise ConfigError(f"train.micro_batch_size={micro} does not divide the {share} conversations of each process and step", fix=f"one of {', '.join(map(str, fits))}")
+        raise ConfigError(
+            f"train.micro_batch_size={micro} does not divide the {share} conversations of each process and step",
+            fix=f"one of {', '.join(map(str, fits))}",
+        )
     return micro, share // micro
 
 
@@ -148,11 +161,18 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
     old = modeling.vocabulary_rows(model)
     modeling.grow_vocabulary(model, len(tokenizer))
     model.config.use_cache = False
-    control = sorted({end, *(i for i in tokenizer.convert_tokens_to_ids([chatml.START, chatml.END]) if i is not None and i != tokenizer.unk_token_id)})
-    rows = sorted({*adapters.untrained(model, [i for i in control if i < old], min(old, len(tokenizer))), *(i for i in control if i >= old)})
+    control = sorted(
+        {end, *(i for i in tokenizer.convert_tokens_to_ids([chatml.START, chatml.END]) if i is not None and i != tokenizer.unk_token_id)}
+    )
+    rows = sorted(
+        {*adapters.untrained(model, [i for i in control if i < old], min(old, len(tokenizer))), *(i for i in control if i >= old)}
+    )
     if rows:
         names = " ".join(tokenizer.convert_ids_to_tokens(rows))
-        say(f"finetune: the base never learnt {names}; " + ("those rows are trained at a rate of their own" if cfg.train_new_tokens == "auto" else "train_new_tokens=never leaves it so"))
+        say(
+            f"finetune: the base never learnt {names}; "
+            + ("those rows are trained at a rate of their own" if cfg.train_new_tokens == "auto" else "train_new_tokens=never leaves it so")
+        )
     rows = rows if cfg.train_new_tokens == "auto" else []
     if isinstance(cfg.tuner, FullTuner):
         if rows:

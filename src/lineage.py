@@ -22,14 +22,22 @@ def main(argv: list[str]) -> int:
     flags = [a for a in argv if a.startswith("-")]
     paths = [Path(a) for a in argv if not a.startswith("-")]
     if len(paths) != 1 or set(flags) - {"--verify"}:
-        raise ConfigError(f"expected one PATH and at most --verify, got: {' '.join(argv) or 'nothing'}", fix="python -m src.lineage outputs/default/merge --verify")
+        raise ConfigError(
+            f"expected one PATH and at most --verify, got: {' '.join(argv) or 'nothing'}",
+            fix="python -m src.lineage outputs/default/merge --verify",
+        )
     if not artifact.is_finished(paths[0]):
-        raise MissingInput("not a finished artifact: no manifest.json", where=str(paths[0]), fix="give the folder of one, such as outputs/default/merge")
+        raise MissingInput(
+            "not a finished artifact: no manifest.json", where=str(paths[0]), fix="give the folder of one, such as outputs/default/merge"
+        )
     verify = "--verify" in flags
     faults = []
     show(artifact.open_artifact(paths[0]), "", set(), faults, verify)
     if faults:
-        raise Tampered(f"{len(faults)} difference{'s' * (len(faults) > 1)} from what was sealed:\n" + "\n".join(f"  - {fault}" for fault in faults), fix="make the artifact again with force=true, or restore it from a copy")
+        raise Tampered(
+            f"{len(faults)} difference{'s' * (len(faults) > 1)} from what was sealed:\n" + "\n".join(f"  - {fault}" for fault in faults),
+            fix="make the artifact again with force=true, or restore it from a copy",
+        )
     if verify:
         print("verified: every file of every artifact that is here has the hash its manifest says")
     return 0
@@ -41,7 +49,10 @@ def show(a: Artifact, indent: str, seen: set[str], faults: list[str], verify: bo
     seen.add(a.key)
     m = a.manifest
     bytes_ = size(sum(f["size"] for f in a.files.values()))
-    print(f"{indent}{m['stage']} -> {a.kind}  {a.path}  {len(a.files)} files, {bytes_}, {m['seconds']:.0f} s  key {a.key[:12]}" + ("  (shown above)" if again else ""))
+    print(
+        f"{indent}{m['stage']} -> {a.kind}  {a.path}  {len(a.files)} files, {bytes_}, {m['seconds']:.0f} s  key {a.key[:12]}"
+        + ("  (shown above)" if again else "")
+    )
     if again:
         return
     for key, value in stage.flatten(m["settings"]).items():
@@ -69,7 +80,10 @@ def follow(child: Artifact, parent: dict, path: Path, indent: str, seen: set[str
         record = child.manifest["ancestors"].get(parent["key"])
         if record is None:  # which `verify` reports
             return
-        print(f"{indent}{record['stage']} -> {record['kind']}  not here (was {path})  key {parent['key'][:12]}" + ("; told from the manifest" if not verify else "; its files cannot be verified"))
+        print(
+            f"{indent}{record['stage']} -> {record['kind']}  not here (was {path})  key {parent['key'][:12]}"
+            + ("; told from the manifest" if not verify else "; its files cannot be verified")
+        )
         for key, value in stage.flatten(record["settings"]).items():
             print(f"{indent}  . {key} = {value}")
         for grand in record["parents"]:

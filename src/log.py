@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-
 _unfinished = False
 """whether the terminal's cursor stands at the end of a status line"""
 

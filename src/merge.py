@@ -41,7 +41,10 @@ def check(cfg: MergeVerb, inputs: dict[str, Artifact]) -> list[str]:
         raise WrongKind(
             "an adapter trained on a GPTQ base has no whole weights to merge into",
             where=str(base.path),
-            fix=[f"evaluate or serve it as it is: python -m src.evaluate source={adapter.path}", "train with tuner=qlora on the unquantized base (NF4), then merge and quantize"],
+            fix=[
+                f"evaluate or serve it as it is: python -m src.evaluate source={adapter.path}",
+                "train with tuner=qlora on the unquantized base (NF4), then merge and quantize",
+            ],
         )
     check_folder(base.path, allow_pickle=False, trust_remote_code=trust_of(adapter))
     plan(cfg, adapter, base.path)
@@ -67,7 +70,11 @@ def plan(cfg: MergeVerb, adapter: Artifact, base: Path) -> tuple[list[shards.Ent
     stored = shards.entries(base)
     changes: dict[str, dict] = {}
     if not list(adapter.path.glob("adapter_model*.safetensors")):
-        raise MissingInput("the adapter has no adapter_model.safetensors", where=str(adapter.path), fix="copy it again, or save it with safe_serialization=True")
+        raise MissingInput(
+            "the adapter has no adapter_model.safetensors",
+            where=str(adapter.path),
+            fix="copy it again, or save it with safe_serialization=True",
+        )
     for name in shards.entries(adapter.path, "adapter_model*.safetensors"):
         module, _, what = name.removeprefix("base_model.model.").rpartition(".")
         if module.endswith((".lora_A", ".lora_B")):
@@ -77,11 +84,17 @@ def plan(cfg: MergeVerb, adapter: Artifact, base: Path) -> tuple[list[shards.Ent
             layer = module.removesuffix(".token_adapter")
             if layer == "lm_head" and config.get("tie_word_embeddings"):
                 continue  # peft saves the rows of a tied matrix twice
-            changes.setdefault(f"{layer}.weight", {}).update(rows=name, index=rows[layer.rsplit(".", 1)[-1]] if isinstance(rows, dict) else rows)
+            changes.setdefault(f"{layer}.weight", {}).update(
+                rows=name, index=rows[layer.rsplit(".", 1)[-1]] if isinstance(rows, dict) else rows
+            )
         else:
             changes.setdefault(f"{module.removesuffix('.token_adapter.base_layer')}.{what}", {})["whole"] = name
     if missing := [name for name in changes if name not in stored and not (name == "lm_head.weight" and config.get("tie_word_embeddings"))]:
-        raise WrongKind(f"the adapter changes weights this base does not have, such as {missing[0]}", where=str(base), fix="base=FOLDER names the base it was trained on")
+        raise WrongKind(
+            f"the adapter changes weights this base does not have, such as {missing[0]}",
+            where=str(base),
+            fix="base=FOLDER names the base it was trained on",
+        )
     vocabulary = config["vocab_size"]
     grown = max(vocabulary, len(load_vocabulary(adapter.path)) if has_tokenizer(adapter.path) else 0)
     tied = "lm_head.weight" in stored and config.get("tie_word_embeddings")
@@ -89,7 +102,11 @@ def plan(cfg: MergeVerb, adapter: Artifact, base: Path) -> tuple[list[shards.Ent
     for entry in stored.values():
         if tied and entry.name == "lm_head.weight":
             continue
-        shape = (grown, *entry.shape[1:]) if entry.name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")) and entry.shape[0] == vocabulary else entry.shape
+        shape = (
+            (grown, *entry.shape[1:])
+            if entry.name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")) and entry.shape[0] == vocabulary
+            else entry.shape
+        )
         dtype = entry.dtype if cfg.dtype == "auto" or not entry.dtype.startswith(("F", "BF")) else shards.NAME[cfg.dtype]
         written.append(shards.Entry(entry.name, dtype, shape, entry.file))
     return written, changes
@@ -132,7 +149,9 @@ def merged_tensors(adapter: Artifact, base: Path, written: list[shards.Entry], c
 
     def scale(module: str, rank: int) -> float:
         # peft's keys are regular expressions for the end of a name (peft.utils.other.get_pattern_key).
-        alpha = next((v for k, v in (settings.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", module)), settings["lora_alpha"])
+        alpha = next(
+            (v for k, v in (settings.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", module)), settings["lora_alpha"]
+        )
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
     def tensor(name: str):
@@ -145,7 +164,9 @@ def merged_tensors(adapter: Artifact, base: Path, written: list[shards.Entry], c
         if "lora_A" in change:
             a, b = delta.get_tensor(change["lora_A"]).float(), delta.get_tensor(change["lora_B"]).float()
             if (b.shape[0], a.shape[1]) != tuple(weight.shape):
-                raise WrongKind(f"{name}: the adapter is for shape {(b.shape[0], a.shape[1])}, the base has {tuple(weight.shape)}", where=str(base))
+                raise WrongKind(
+                    f"{name}: the adapter is for shape {(b.shape[0], a.shape[1])}, the base has {tuple(weight.shape)}", where=str(base)
+                )
             weight = weight.float() + (b @ a) * scale(module, a.shape[0])
         weight = weight.to(dtype)
         if entry.shape[:1] > weight.shape[:1]:
@@ -167,7 +188,9 @@ def nf4_layers(adapter: Artifact, base: Path) -> set[str]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, trust_remote_code=trust_of(adapter)), trust_remote_code=trust_of(adapter))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(base, trust_remote_code=trust_of(adapter)), trust_remote_code=trust_of(adapter)
+        )
     head = model.get_output_embeddings()
     return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
 
@@ -177,14 +200,18 @@ def as_nf4_made_it(weight, nf4: dict):
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(weight.to(getattr(torch, nf4["compute_dtype"])), quant_type="nf4", compress_statistics=nf4["double_quant"])
+    packed, state = quantize_4bit(
+        weight.to(getattr(torch, nf4["compute_dtype"])), quant_type="nf4", compress_statistics=nf4["double_quant"]
+    )
     return dequantize_4bit(packed, state)
 
 
 def complete(adapter: Artifact, base: Path, out: Path, written: list[shards.Entry]) -> None:
     """config.json of the base with what the adapter changed, and every file a model folder needs beside its weights."""
     config = read_json(base / "config.json")
-    embedding = max((e for e in written if len(e.shape) == 2 and e.shape[0] >= config["vocab_size"]), key=lambda e: "embed" in e.name or "wte" in e.name)
+    embedding = max(
+        (e for e in written if len(e.shape) == 2 and e.shape[0] >= config["vocab_size"]), key=lambda e: "embed" in e.name or "wte" in e.name
+    )
     config["vocab_size"] = embedding.shape[0]
     config["dtype"] = {v: k for k, v in shards.NAME.items()}.get(embedding.dtype, "float32")
     config.pop("torch_dtype", None)
@@ -221,7 +248,9 @@ def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: lis
             where=str(out),
             fix=["dtype=float32 rounds less", f"tolerance={error * 1.5:.1e} if you accept it"],
         )
-    say(f"merge: logits equal those of the adapter on its base within {error:.1e} (tolerance {tolerance:.0e}); same top token at {agree:.1%} of positions")
+    say(
+        f"merge: logits equal those of the adapter on its base within {error:.1e} (tolerance {tolerance:.0e}); same top token at {agree:.1%} of positions"
+    )
     return error, tolerance
 
 

@@ -31,14 +31,31 @@ def locate(path: str, revision: str | None = None, *, download: bool = True, all
     if folder.is_dir():
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise MissingInput("no such model folder", where=path, fix="give a folder that holds config.json, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
+        raise MissingInput(
+            "no such model folder", where=path, fix="give a folder that holds config.json, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.cu", "*.cpp", "*.tiktoken", *(["*.bin"] if allow_pickle else [])]
+    wanted = [
+        "*.json",
+        "*.safetensors",
+        "*.model",
+        "*.txt",
+        "*.jinja",
+        "*.py",
+        "*.cu",
+        "*.cpp",
+        "*.tiktoken",
+        *(["*.bin"] if allow_pickle else []),
+    ]
     if not download:
         say(f"looks for {path} among the models downloaded before, since a dry run downloads nothing")
-    with _user_fault((HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError), f"no folder '{path}' here, and the hub did not give a model of that name", path):
+    with _user_fault(
+        (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError),
+        f"no folder '{path}' here, and the hub did not give a model of that name",
+        path,
+    ):
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, local_files_only=not download))
 
 
@@ -63,7 +80,11 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
     files = sorted(set(named.values()))
     if not any((path / name).is_file() for name in WEIGHTS):
         if not any((path / name).is_file() for name in PICKLES):
-            raise MissingInput("the folder has a config.json but no weights", where=str(path), fix="it needs model.safetensors, or its shards with model.safetensors.index.json")
+            raise MissingInput(
+                "the folder has a config.json but no weights",
+                where=str(path),
+                fix="it needs model.safetensors, or its shards with model.safetensors.index.json",
+            )
         if not allow_pickle:
             raise WrongKind(
                 "the weights are a pickle (pytorch_model.bin), which can run any code when loaded",
@@ -77,7 +98,9 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
             raise MissingInput(f"weight file '{shard}' is missing", where=str(path), fix="copy or download it again")
         with open(file, "rb") as stream:
             if stream.read(len(LFS)) == LFS:
-                raise MissingInput(f"'{shard}' is a Git LFS pointer, not the weights", where=str(path), fix="run `git lfs pull` in that repository")
+                raise MissingInput(
+                    f"'{shard}' is a Git LFS pointer, not the weights", where=str(path), fix="run `git lfs pull` in that repository"
+                )
     if files:
         shards.entries(path)
     if config.get("auto_map") and not trust_remote_code:
@@ -91,8 +114,14 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
 
 def check_tokenizer(path: Path) -> None:
     """Raises MissingInput where a folder holds no tokenizer file of any kind."""
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken", "tokenizer_config.json")):
-        raise MissingInput("the folder has no tokenizer", where=str(path), fix=f"python -m src.aux_files source=BASE_MODEL target={path} copies it from the base model")
+    if not any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken", "tokenizer_config.json")
+    ):
+        raise MissingInput(
+            "the folder has no tokenizer",
+            where=str(path),
+            fix=f"python -m src.aux_files source=BASE_MODEL target={path} copies it from the base model",
+        )
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
@@ -104,7 +133,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
-def load_model(path: Path, *, dtype: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False, quantization=None, device_map=None):
+def load_model(
+    path: Path, *, dtype: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False, quantization=None, device_map=None
+):
     """A causal language model from a folder, whole or quantized, on the CPU unless device_map says otherwise.
 
     dtype: auto keeps the stored one. quantization: a transformers quantization config to apply while loading.
@@ -135,7 +166,9 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     """(model in eval mode, tokenizer) of an adapter, a model or a quantized artifact. base: where the adapter's base is, if not where it was."""
     trust = bool(trust_of(artifact))
     if artifact.kind != "adapter":
-        return load_model(artifact.path, dtype=dtype, trust_remote_code=trust).to(device).eval(), load_tokenizer(artifact.path, trust_remote_code=trust)
+        return load_model(artifact.path, dtype=dtype, trust_remote_code=trust).to(device).eval(), load_tokenizer(
+            artifact.path, trust_remote_code=trust
+        )
     import_quietly("peft", "gptqmodel")
     from peft import PeftModel
 
@@ -175,7 +208,10 @@ def nf4_config(double_quant: bool, compute_dtype: str = "float32"):
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=getattr(torch, compute_dtype)
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
     )
 
 
@@ -217,7 +253,9 @@ def grow_vocabulary(model, rows: int) -> int:
     if rows <= old:
         return 0
     model.resize_token_embeddings(rows, mean_resizing=False)
-    layers = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None}
+    layers = {
+        id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
+    }
     for weight in layers.values():
         with torch.no_grad(), whole([weight]):
             weight[old:] = mean_row(weight[:old])
@@ -347,7 +385,9 @@ def fresh(function: Callable, *args):
         try:
             return pool.submit(function, *args).result()
         except concurrent.futures.process.BrokenProcessPool:
-            raise UserError("the checking process was killed, most likely for lack of memory", fix="free memory and run the same command again") from None
+            raise UserError(
+                "the checking process was killed, most likely for lack of memory", fix="free memory and run the same command again"
+            ) from None
 
 
 def device() -> str:

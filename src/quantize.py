@@ -45,7 +45,8 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
         raise ConfigError(
             f"{narrow[0].name} has {narrow[0].shape[0]} rows, which int{cfg.quantizer.bits} cannot pack by {pack}",
             where=str(model.path),
-            fix=["quantizer=gptq_int8"] * (cfg.quantizer.bits == 4 and all(e.shape[0] % 4 == 0 for e in linear)) + ["deploy target=llama2c target.format=int8_v2 quantizes such models itself"],
+            fix=["quantizer=gptq_int8"] * (cfg.quantizer.bits == 4 and all(e.shape[0] % 4 == 0 for e in linear))
+            + ["deploy target=llama2c target.format=int8_v2 quantizes such models itself"],
         )
     return [f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl"]
 
@@ -64,12 +65,20 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     rows, tokens = calibration_rows(cfg, inputs["dataset"].path / "calib.jsonl", tokenizer)
     torch.manual_seed(0)
     q = cfg.quantizer
-    config = QuantizeConfig(bits=q.bits, group_size=q.group_size, desc_act=q.act_order, sym=True, damp_percent=q.damp, offload_to_disk=False)
+    config = QuantizeConfig(
+        bits=q.bits, group_size=q.group_size, desc_act=q.act_order, sym=True, damp_percent=q.damp, offload_to_disk=False
+    )
     scratch = out / "scratch"
     scratch.mkdir()
     # gptqmodel writes a folder of logs wherever it is run.
     with modeling.silenced(), contextlib.chdir(scratch):
-        model = GPTQModel.load(str(source), config, trust_remote_code=trust, device=modeling.device(), dtype=torch.float32 if modeling.device() == "cpu" else "auto")
+        model = GPTQModel.load(
+            str(source),
+            config,
+            trust_remote_code=trust,
+            device=modeling.device(),
+            dtype=torch.float32 if modeling.device() == "cpu" else "auto",
+        )
         model.quantize(rows, batch_size=cfg.calibration.batch_size)
         model.save(str(target))
     shutil.rmtree(scratch)
@@ -98,7 +107,10 @@ def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[dic
         ids = ids[: cfg.calibration.max_length]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
     tokens = sum(len(row["input_ids"]) for row in rows)
-    say(f"quantize: calibrates on {len(rows)} conversations, {tokens:,} tokens" + (f"; {cut} were cut at {cfg.calibration.max_length} tokens" if cut else ""))
+    say(
+        f"quantize: calibrates on {len(rows)} conversations, {tokens:,} tokens"
+        + (f"; {cut} were cut at {cfg.calibration.max_length} tokens" if cut else "")
+    )
     if tokens < 4096:
         warn(f"{tokens:,} calibration tokens are few; more records, or a larger data.calib, quantize better")
     return rows, tokens
@@ -108,7 +120,11 @@ def module_losses(out: Path) -> float:
     """Mean of gptqmodel's error per module, from the log it leaves; the log itself holds timings, so it is not kept."""
     log = out / "quant_log.csv"
     with open(log, newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file) if row.get("loss") and row["loss"].replace(".", "").replace("e-", "").isdigit()]
+        losses = [
+            float(row["loss"])
+            for row in csv.DictReader(file)
+            if row.get("loss") and row["loss"].replace(".", "").replace("e-", "").isdigit()
+        ]
     log.unlink()
     return sum(losses) / len(losses) if losses else float("nan")
 

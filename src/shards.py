@@ -40,7 +40,9 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
             head = stream.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else size + 1
             if length > size - 8:
-                raise BadData("not a whole safetensors file: its header is longer than the file", where=str(file), fix="copy or download it again")
+                raise BadData(
+                    "not a whole safetensors file: its header is longer than the file", where=str(file), fix="copy or download it again"
+                )
             try:
                 header = json.loads(stream.read(length))
                 header.pop("__metadata__", None)
@@ -49,11 +51,15 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
                 raise BadData("not a safetensors file: its header is damaged", where=str(file), fix="copy or download it again") from None
         if end != size:
-            raise BadData("the safetensors file is cut off, or longer than its header says", where=str(file), fix="copy or download it again")
+            raise BadData(
+                "the safetensors file is cut off, or longer than its header says", where=str(file), fix="copy or download it again"
+            )
     return found
 
 
-def write(out: Path, plan: Iterable[Entry], tensor: Callable[[str], "object"], shard_size: int, tick: Callable[[], None] = lambda: None) -> None:
+def write(
+    out: Path, plan: Iterable[Entry], tensor: Callable[[str], "object"], shard_size: int, tick: Callable[[], None] = lambda: None
+) -> None:
     """Write model*.safetensors into `out` in the order of `plan`, taking each tensor from `tensor(name)` when its turn comes.
 
     shard_size: bytes per file at most, a larger single tensor excepted. More than one file gets the index transformers looks for.
@@ -72,7 +78,9 @@ def write(out: Path, plan: Iterable[Entry], tensor: Callable[[str], "object"], s
         index |= {entry.name: file.name for entry in group}
     if len(groups) > 1:
         total = sum(entry.size for group in groups for entry in group)
-        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n")
+        (out / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
+        )
 
 
 def _write_shard(file: Path, group: list[Entry], tensor: Callable, tick: Callable) -> None:

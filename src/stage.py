@@ -44,7 +44,9 @@ class Run:
         if self.has(name):
             return artifact.open_artifact(self.folder / name)
         verb = name.split("-")[0]
-        others = sorted(p.name for p in self.folder.parent.glob("*") if artifact.is_finished(p / name)) if self.folder.parent.is_dir() else []
+        others = (
+            sorted(p.name for p in self.folder.parent.glob("*") if artifact.is_finished(p / name)) if self.folder.parent.is_dir() else []
+        )
         raise MissingInput(
             f"run '{self.name}' has no finished '{name}'",
             where=str(self.folder / name),
@@ -158,7 +160,11 @@ def _report(error: UserError) -> int:
 def _no_room(error: Exception) -> NoRoom | None:
     """Disk-full, permission and file-in-the-way faults, also where a library wraps them in words of its own."""
     if isinstance(error, OSError) and error.errno in ROOM:
-        return NoRoom(error.strerror, where=str(error.filename or ""), fix=["free space or fix the permissions, then run the same command again", "outputs=FOLDER_ELSEWHERE"])
+        return NoRoom(
+            error.strerror,
+            where=str(error.filename or ""),
+            fix=["free space or fix the permissions, then run the same command again", "outputs=FOLDER_ELSEWHERE"],
+        )
     if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
         return NoRoom(str(error), fix="free space or fix the permissions, then run the same command again")
     return None
@@ -209,7 +215,9 @@ def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
         metrics = stage.run(cfg, inputs, out)
         seconds = time.monotonic() - start
         kind = stage.kind(cfg, inputs) if callable(stage.kind) else stage.kind
-        artifact.seal(out, stage=stage.verb, kind=kind, version=stage.version, settings=settings, inputs=inputs, metrics=metrics, seconds=seconds)
+        artifact.seal(
+            out, stage=stage.verb, kind=kind, version=stage.version, settings=settings, inputs=inputs, metrics=metrics, seconds=seconds
+        )
     done = artifact.open_artifact(path)
     say(f"{name}: done in {duration(seconds)}, {size(sum(f['size'] for f in done.files.values()))} in {path}")
     return 0
@@ -218,7 +226,11 @@ def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
 def moved(old: Artifact, stage: Stage, settings: dict, inputs: dict[str, Artifact]) -> list[str]:
     """One line for each setting, parent or stage version that differs: `tuner.rank 8 -> 16`."""
     before, after = flatten(old.settings), flatten(settings)
-    lines = [f"{k} {before.get(k, '(not set)')} -> {after.get(k, '(not set)')}" for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    lines = [
+        f"{k} {before.get(k, '(not set)')} -> {after.get(k, '(not set)')}"
+        for k in sorted(before.keys() | after.keys())
+        if before.get(k) != after.get(k)
+    ]
     parents = {p["role"]: p for p in old.manifest["parents"]}
     for role in sorted(parents.keys() | inputs.keys()):
         was, now = parents.get(role), inputs.get(role)

@@ -40,7 +40,9 @@ def headline(a: Artifact) -> str:
 
 
 def rows(folder: Path) -> list[tuple[Artifact, str]]:
-    names = sorted((p.name for p in folder.iterdir() if artifact.is_finished(p)), key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+    names = sorted(
+        (p.name for p in folder.iterdir() if artifact.is_finished(p)), key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)
+    )
     return [(artifact.open_artifact(folder / name), name) for name in names]
 
 

@@ -15,7 +15,9 @@ class Trackers:
         self.sinks = {}
         for key, tracker in trackers.items():
             start = {Wandb: _wandb, Tensorboard: _tensorboard}[type(tracker)]
-            self._try(key, lambda start=start, tracker=tracker, key=key: self.sinks.__setitem__(key, start(tracker, folder / key, name, settings)))
+            self._try(
+                key, lambda start=start, tracker=tracker, key=key: self.sinks.__setitem__(key, start(tracker, folder / key, name, settings))
+            )
 
     def numbers(self, values: dict[str, float], step: int) -> None:
         """Scalars at an optimizer step, by names such as train/loss."""
@@ -45,11 +47,15 @@ def _wandb(tracker: Wandb, folder: Path, name: str, settings: dict) -> dict[str,
 
     mode = ("online" if os.environ.get("WANDB_API_KEY") else "offline") if tracker.mode == "auto" else tracker.mode
     folder.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(project=tracker.project, name=name, dir=folder, config=settings, mode=mode, settings=wandb.Settings(silent=True, init_timeout=30))
+    run = wandb.init(
+        project=tracker.project, name=name, dir=folder, config=settings, mode=mode, settings=wandb.Settings(silent=True, init_timeout=30)
+    )
     say(f"wandb: {mode}, in {folder}" + ("; `wandb sync` sends it later" if mode == "offline" else ""))
     return {
         "numbers": lambda values, step: run.log(values, step=step),
-        "samples": lambda rows, step: run.log({"samples": wandb.Table(columns=["prompt", "answer"], data=[list(r) for r in rows])}, step=step),
+        "samples": lambda rows, step: run.log(
+            {"samples": wandb.Table(columns=["prompt", "answer"], data=[list(r) for r in rows])}, step=step
+        ),
         "close": run.finish,
     }
 

@@ -52,9 +52,13 @@ def tokenized(cfg: FinetuneVerb, dataset: Path, split: str, out: Path, tokenizer
                 try:
                     encoded = encode(tokenizer, record["messages"], record.get("tools"), end=end)
                 except BadData as error:
-                    raise BadData(error.what, where=f"record '{record['id']}'", fix="mend the record, or use a model whose template takes such turns") from None
+                    raise BadData(
+                        error.what, where=f"record '{record['id']}'", fix="mend the record, or use a model whose template takes such turns"
+                    ) from None
                 counts["rows"] += 1
-                if record.get("tools") and chatml.render(tokenizer, record["messages"]) == chatml.render(tokenizer, record["messages"], record["tools"]):
+                if record.get("tools") and chatml.render(tokenizer, record["messages"]) == chatml.render(
+                    tokenizer, record["messages"], record["tools"]
+                ):
                     counts["tools_unseen"] += 1
                 if len(encoded.input_ids) > max_length:
                     counts["long"] += 1
@@ -62,7 +66,9 @@ def tokenized(cfg: FinetuneVerb, dataset: Path, split: str, out: Path, tokenizer
                 else:
                     yield {"input_ids": encoded.input_ids, "labels": encoded.labels}
 
-        features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))})
+        features = datasets.Features(
+            {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))}
+        )
         cache, partial = folder.with_name(f"{folder.name}.cache"), folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(cache, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -81,7 +87,9 @@ def tokenized(cfg: FinetuneVerb, dataset: Path, split: str, out: Path, tokenizer
         shutil.rmtree(cache, ignore_errors=True)
         partial.rename(folder)
         if counts["long"]:
-            warn(f"{split}: dropped {counts['long']} of {counts['rows']} rows ({counts['long_tokens']:,} tokens) longer than train.max_length={max_length}")
+            warn(
+                f"{split}: dropped {counts['long']} of {counts['rows']} rows ({counts['long_tokens']:,} tokens) longer than train.max_length={max_length}"
+            )
         if counts["tools_unseen"]:
             warn(f"{split}: the chat template ignores the tools of {counts['tools_unseen']} rows")
     barrier()
@@ -157,8 +165,10 @@ class ChatTrainer(Trainer):
         if hasattr(self.model, "peft_config"):
             self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=writes)
             return
+        if not writes:
+            return
         if self.row_rates and not self.finished:
-            if writes and not self.is_deepspeed_enabled:  # DeepSpeed keeps weights in files of its own
+            if not self.is_deepspeed_enabled:  # DeepSpeed keeps weights in files of its own
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 save_model(self.model, str(Path(folder) / "model.safetensors"))
             return
@@ -177,7 +187,12 @@ class ChatTrainer(Trainer):
         self.model.eval()
         loss, tokens, hits, turns, ended = self._measure(eval_dataset or self.eval_dataset).tolist()
         self.model.train(was_training)
-        values = {"loss": loss / max(tokens, 1), "accuracy": hits / max(tokens, 1), "tokens": int(tokens), "turns_ended": ended / max(turns, 1)}
+        values = {
+            "loss": loss / max(tokens, 1),
+            "accuracy": hits / max(tokens, 1),
+            "tokens": int(tokens),
+            "turns_ended": ended / max(turns, 1),
+        }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -205,7 +220,9 @@ class ChatTrainer(Trainer):
                 kept = labels != chatml.IGNORE
                 chosen, wanted = logits[kept].float(), labels[kept]
                 right, ends = chosen.argmax(-1) == wanted, wanted == self.turn_end
-                total += torch.stack([cross_entropy(chosen, wanted, reduction="sum"), kept.sum(), right.sum(), ends.sum(), (right & ends).sum()]).to(total)
+                total += torch.stack(
+                    [cross_entropy(chosen, wanted, reduction="sum"), kept.sum(), right.sum(), ends.sum(), (right & ends).sum()]
+                ).to(total)
         if dist.is_initialized():
             dist.all_reduce(total)
         return total
@@ -235,19 +252,26 @@ class Reports(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise ProofFailed(f"the loss became {logs['loss']} by step {state.global_step}", fix=["lower tuner.learning_rate", "train.precision=fp32", "look for broken rows in the data"])
+                raise ProofFailed(
+                    f"the loss became {logs['loss']} by step {state.global_step}",
+                    fix=["lower tuner.learning_rate", "train.precision=fp32", "look for broken rows in the data"],
+                )
             passed = time.monotonic() - self.start - self.trainer.eval_seconds
             done = state.global_step - self.first_step
             speed = (state.num_input_tokens_seen - self.tokens) / passed
             left = duration(passed / done * (state.max_steps - state.global_step))
             self.train_seconds = passed
-            status(f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  grad {logs.get('grad_norm', 0):.2f}  {speed:,.0f} tokens/s  {left} left")
+            status(
+                f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  grad {logs.get('grad_norm', 0):.2f}  {speed:,.0f} tokens/s  {left} left"
+            )
             names = {"loss": "train/loss", "learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm", "epoch": "train/epoch"}
             values = {names[key]: float(value) for key, value in logs.items() if key in names}
             self.trackers.numbers(values | {"train/tokens_per_second": speed, "train/memory_gb": memory() / 1e9}, state.global_step)
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
-        say(f"  step {state.global_step}  validation loss {metrics['eval_loss']:.4f}, right next token {metrics['eval_accuracy']:.1%} of {metrics['eval_tokens']}, turn ends {metrics['eval_turns_ended']:.0%}")
+        say(
+            f"  step {state.global_step}  validation loss {metrics['eval_loss']:.4f}, right next token {metrics['eval_accuracy']:.1%} of {metrics['eval_tokens']}, turn ends {metrics['eval_turns_ended']:.0%}"
+        )
         self.trackers.numbers({f"eval/{name}": metrics[f"eval_{name}"] for name in ("loss", "accuracy", "turns_ended")}, state.global_step)
         if self.prompts:
             was_training = model.training
@@ -394,9 +418,17 @@ def first_prompts(path: Path, count: int) -> list[list[dict]]:
     return prompts
 
 
-def trainer(cfg: FinetuneVerb, model, args: TrainingArguments, splits: dict, tokenizer, end: int, rates: dict, dataset: Path, out: Path) -> ChatTrainer:
+def trainer(
+    cfg: FinetuneVerb, model, args: TrainingArguments, splits: dict, tokenizer, end: int, rates: dict, dataset: Path, out: Path
+) -> ChatTrainer:
     """The trainer with our reports and checkpoints, and without its own printing. rates: see ChatTrainer.row_rates."""
-    reports = Reports(open_trackers(cfg, out), tokenizer, first_prompts(dataset / "val.jsonl", 3), end, cfg.train.eval_steps if splits["val"] else math.inf)
+    reports = Reports(
+        open_trackers(cfg, out),
+        tokenizer,
+        first_prompts(dataset / "val.jsonl", 3),
+        end,
+        cfg.train.eval_steps if splits["val"] else math.inf,
+    )
     made = ChatTrainer(
         model=model,
         args=args,
@@ -430,11 +462,20 @@ def summary(trainer: ChatTrainer, splits: dict, precision: str) -> dict:
         "train_loss_first": losses[0],
         "train_loss_last": losses[-1],
         "memory_bytes": memory(),
-        "curve": [{"step": h["step"], "loss": h["loss"], "learning_rate": h["learning_rate"], "grad_norm": h.get("grad_norm")} for h in history if "loss" in h],
+        "curve": [
+            {"step": h["step"], "loss": h["loss"], "learning_rate": h["learning_rate"], "grad_norm": h.get("grad_norm")}
+            for h in history
+            if "loss" in h
+        ],
         "samples": [{"prompt": p, "answer": a} for p, a in reports.samples],
     }
     if evals:
-        metrics |= {"val_loss_first": evals[0]["eval_loss"], "val_loss": evals[-1]["eval_loss"], "val_accuracy": evals[-1]["eval_accuracy"], "turns_ended": evals[-1]["eval_turns_ended"]}
+        metrics |= {
+            "val_loss_first": evals[0]["eval_loss"],
+            "val_loss": evals[-1]["eval_loss"],
+            "val_accuracy": evals[-1]["eval_accuracy"],
+            "turns_ended": evals[-1]["eval_turns_ended"],
+        }
         if metrics["turns_ended"] < 0.5:
             warn(
                 f"the model ends only {metrics['turns_ended']:.0%} of its turns where it should, so its answers will run on however good the loss looks; "

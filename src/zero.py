@@ -45,12 +45,20 @@ def deepspeed_json(settings: Deepspeed, *, gpu: bool) -> dict:
 def user_deepspeed_json(path: Path, stage: int) -> dict:
     """A user's DeepSpeed file, refused where it contradicts our settings."""
     theirs = read_json(path)
-    faults = [f"block '{key}' would replace the one from tuner and train settings without a word" for key in ("optimizer", "scheduler") if key in theirs]
+    faults = [
+        f"block '{key}' would replace the one from tuner and train settings without a word"
+        for key in ("optimizer", "scheduler")
+        if key in theirs
+    ]
     zero = theirs.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise BadData("zero_optimization must be a JSON object", where=str(path), fix="deepspeed=zero2 or zero3 needs no file")
     if (found := zero.get("stage", stage)) != stage:
         faults.append(f"its ZeRO stage is {found}, the settings say {stage}")
     if faults:
-        raise ConfigError("deepspeed.config: " + "; ".join(faults), where=str(path), fix=["remove them from the file", "drop deepspeed.config; deepspeed=zero2 or zero3 is enough"])
+        raise ConfigError(
+            "deepspeed.config: " + "; ".join(faults),
+            where=str(path),
+            fix=["remove them from the file", "drop deepspeed.config; deepspeed=zero2 or zero3 is enough"],
+        )
     return theirs

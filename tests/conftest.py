@@ -55,7 +55,9 @@ def cli(tmp_path):
     def run(*argv, cwd: Path = ROOT, env: dict | None = None, timeout: float = 300) -> CompletedProcess:
         verb, *rest = _argv(argv, tmp_path)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-        return subprocess.run([sys.executable, "-m", f"src.{verb}", *rest], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            [sys.executable, "-m", f"src.{verb}", *rest], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+        )
 
     return run
 
@@ -142,7 +144,11 @@ def write_model(folder: Path, arch: str = "llama", **changes) -> Path:
             if arch == "qwen2":
                 shapes[f"{at}self_attn.{name}_proj.bias"] = (rows,)
         shapes[f"{at}self_attn.o_proj.weight"] = (width, heads * head)
-        shapes |= {f"{at}mlp.gate_proj.weight": (middle, width), f"{at}mlp.up_proj.weight": (middle, width), f"{at}mlp.down_proj.weight": (width, middle)}
+        shapes |= {
+            f"{at}mlp.gate_proj.weight": (middle, width),
+            f"{at}mlp.up_proj.weight": (middle, width),
+            f"{at}mlp.down_proj.weight": (width, middle),
+        }
         shapes |= {f"{at}input_layernorm.weight": (width,), f"{at}post_attention_layernorm.weight": (width,)}
     shapes["model.norm.weight"] = (width,)
     if not config["tie_word_embeddings"]:
@@ -169,7 +175,15 @@ def fake_adapter(cfg, inputs, out: Path) -> dict:
     width = json.loads((inputs["model"].path / "config.json").read_text())["hidden_size"]
     at = "base_model.model.model.layers.0.self_attn.q_proj"
     save(out / "adapter_model.safetensors", {f"{at}.lora_A.weight": np.ones((4, width)), f"{at}.lora_B.weight": np.ones((width, 4))})
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"], "base_model_name_or_path": "?"}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "bias": "none",
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "?",
+    }
     (out / "adapter_config.json").write_text(json.dumps(settings))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CHAT / name, out)

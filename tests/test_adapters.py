@@ -18,7 +18,15 @@ from src.modeling import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "models"
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=80, pad_token_id=None)
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 80,
+    "pad_token_id": None,
+}
 ROWS = [3, 70, 71]
 
 
@@ -63,7 +71,12 @@ def test_a_widened_model_with_chatml_tokens_added_did_not():
 def test_learnt_rows_are_not_flagged_anywhere_in_the_vocabulary():
     model = AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "tiny-chat", local_files_only=True)
     tokenizer = load_tokenizer(ROOT / "assets" / "tiny-chat")
-    seen = {i for row in json.loads((ROOT / "assets" / "conversations.json").read_text()) for t in row["conversations"] for i in tokenizer(t["value"]).input_ids}
+    seen = {
+        i
+        for row in json.loads((ROOT / "assets" / "conversations.json").read_text())
+        for t in row["conversations"]
+        for i in tokenizer(t["value"]).input_ids
+    }
     flagged = adapters.untrained(model, sorted(seen), 1024)
     print(f"{len(flagged)} of {len(seen)} ids that occur in the conversations are flagged")
     assert flagged == []
@@ -121,7 +134,9 @@ def both_ways(model, batch, stock, monkeypatch):
             model.zero_grad()
             out = model(**batch, use_cache=False)
             out.loss.backward()
-            results.append((out.logits.detach().clone(), {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}))
+            results.append(
+                (out.logits.detach().clone(), {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None})
+            )
     return results
 
 

@@ -18,7 +18,10 @@ from src import artifact, compose, config
 from src.artifact import Artifact, building, key_of, open_artifact, seal
 from src.errors import BadData, Busy, MissingInput, NoRoom, Tampered, WrongKind
 
-CHATS = [{"id": str(i), "conversations": [{"from": "user", "value": f"Question {i}?"}, {"from": "assistant", "value": f"Answer {i}."}]} for i in range(40)]
+CHATS = [
+    {"id": str(i), "conversations": [{"from": "user", "value": f"Question {i}?"}, {"from": "assistant", "value": f"Answer {i}."}]}
+    for i in range(40)
+]
 
 
 @pytest.fixture
@@ -28,7 +31,9 @@ def chats(tmp_path) -> Path:
     return path
 
 
-def make(path: Path, content: str = "content", *, key: str = "k", settings: dict | None = None, inputs: dict | None = None, resumes: bool = False) -> Artifact:
+def make(
+    path: Path, content: str = "content", *, key: str = "k", settings: dict | None = None, inputs: dict | None = None, resumes: bool = False
+) -> Artifact:
     with building(path, key, resumes=resumes) as out:
         (out / "file.txt").write_text(content)
         seal(out, stage="data", kind="dataset", version=1, settings=settings or {}, inputs=inputs or {}, metrics={"rows": 1}, seconds=0.5)
@@ -83,7 +88,18 @@ def test_where_and_how_it_runs_takes_no_part_in_the_key(override):
     assert settings_of(override) == settings_of()
 
 
-@pytest.mark.parametrize("override", ["tuner.rank=8", "tuner=full", "train.epochs=2", "train.seed=1", "train.max_length=256", "deepspeed=zero2", "train.global_batch_size=16"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tuner.rank=8",
+        "tuner=full",
+        "train.epochs=2",
+        "train.seed=1",
+        "train.max_length=256",
+        "deepspeed=zero2",
+        "train.global_batch_size=16",
+    ],
+)
 def test_what_it_makes_takes_part_in_the_key(override):
     assert key_of("finetune", 1, settings_of(override), {}) != key_of("finetune", 1, settings_of(), {})
 
@@ -264,7 +280,9 @@ def test_a_disk_that_is_full_costs_nothing_finished(tmp_path):
 
 def test_a_folder_that_is_read_only(tmp_path, chats):
     with mounted(tmp_path / "ro", "size=64k,ro"):
-        refused(in_process("data", f"outputs={tmp_path / 'ro'}", f"data.path={chats}", *FEW), NoRoom, "Read-only", tmp_path / "ro", "outputs=")
+        refused(
+            in_process("data", f"outputs={tmp_path / 'ro'}", f"data.path={chats}", *FEW), NoRoom, "Read-only", tmp_path / "ro", "outputs="
+        )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
@@ -359,7 +377,9 @@ def test_hidden_files_and_caches_are_no_content(tmp_path):
 # ---- opening
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"schema": 1}', '{"schema": 2}', '{"schema": 1, "seal": null}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", '{"schema": 1}', '{"schema": 2}', '{"schema": 1, "seal": null}', b"\xff\xfe\x00"]
+)
 def test_a_damaged_manifest_is_noticed(tmp_path, damage):
     made = make(tmp_path / "a")
     (made.path / "manifest.json").write_bytes(damage if isinstance(damage, bytes) else damage.encode())

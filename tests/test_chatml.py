@@ -24,10 +24,21 @@ TURNS = [
     {"role": "assistant", "content": "Fin"},
 ]
 SYSTEM = {"role": "system", "content": "Be brief."}
-TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather.", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
 CALLING = [
     {"role": "user", "content": "Is it warm?"},
-    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Söul"}}}]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Söul"}}}],
+    },
     {"role": "tool", "name": "weather", "content": "21 degrees"},
     {"role": "assistant", "content": "It is warm."},
 ]
@@ -153,7 +164,9 @@ def test_the_trained_prompt_is_the_served_prompt(load, name):
         messages = [*TURNS[:3], {"role": "assistant", "content": answer}]
         encoded = chatml.encode(tokenizer, messages, end=end)
         prompt = tokenizer(chatml.render(tokenizer, messages[:3], prompt=True), add_special_tokens=False).input_ids
-        last = max(i for i, label in enumerate(encoded.labels) if label == chatml.IGNORE and any(x != chatml.IGNORE for x in encoded.labels[i:]))
+        last = max(
+            i for i, label in enumerate(encoded.labels) if label == chatml.IGNORE and any(x != chatml.IGNORE for x in encoded.labels[i:])
+        )
         assert encoded.input_ids[: last + 1] == prompt
         if not THINKS.get(name):
             assert tokenizer.decode(spans(encoded)[-1]) == answer + tokenizer.decode([end])

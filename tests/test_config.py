@@ -21,7 +21,11 @@ def schema_of(verb: str) -> type:
 
 def composed(verb: str, *overrides: str):
     """Settings of a verb, with a value given to each required one."""
-    required = [key for key, value in flat(compose._plain(compose._hydra(verb, []))).items() if value == "???" and not any(o.startswith(f"{key}=") for o in overrides)]
+    required = [
+        key
+        for key, value in flat(compose._plain(compose._hydra(verb, []))).items()
+        if value == "???" and not any(o.startswith(f"{key}=") for o in overrides)
+    ]
     return compose.compose(verb, [*(f"{key}=x" for key in required), *overrides], schema_of(verb))
 
 
@@ -59,14 +63,20 @@ def test_every_option_composes(verb, group, option):
 
 
 def test_no_yaml_is_out_of_reach():
-    reached = {CONFIGS / "base.yaml"} | {CONFIGS / f"{verb}.yaml" for verb in ROOTS} | {CONFIGS / group / f"{option}.yaml" for _, group, option in options()}
+    reached = (
+        {CONFIGS / "base.yaml"}
+        | {CONFIGS / f"{verb}.yaml" for verb in ROOTS}
+        | {CONFIGS / group / f"{option}.yaml" for _, group, option in options()}
+    )
     assert reached == set(CONFIGS.rglob("*.y*ml"))
 
 
 def test_every_yaml_is_of_a_verb_that_exists():
     for verb in ROOTS:
         assert (ROOT / "src" / f"{verb}.py").is_file() or (ROOT / "src" / verb / "__main__.py").is_file()
-        assert (CONFIGS / f"{verb}.yaml").read_text().startswith(f"# python -m src.{verb}"), "a config file opens with the command that runs it"
+        assert (CONFIGS / f"{verb}.yaml").read_text().startswith(f"# python -m src.{verb}"), (
+            "a config file opens with the command that runs it"
+        )
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
@@ -77,7 +87,11 @@ def test_a_key_no_schema_knows_fails(path, tmp_path, monkeypatch):
     inside = path.relative_to(CONFIGS)
     text = path.read_text().replace("tracker: {}", "")
     (copy / inside).write_text(text + "\nno_such_key: 1\n")
-    verb, chosen = (inside.stem, []) if len(inside.parts) == 1 else next((v, [f"{g}={o}"]) for v, g, o in options() if (g, o) == (inside.parts[0], inside.stem))
+    verb, chosen = (
+        (inside.stem, [])
+        if len(inside.parts) == 1
+        else next((v, [f"{g}={o}"]) for v, g, o in options() if (g, o) == (inside.parts[0], inside.stem))
+    )
     verb = "data" if verb == "base" else verb
     with pytest.raises(ConfigError, match="no_such_key'"):
         composed(verb, *chosen)
@@ -121,7 +135,12 @@ def test_help_names_every_setting_with_its_meaning():
 
 def test_all_faults_are_told_at_once():
     told = faults("finetune", "tuner.rnk=8", "train.epoch=3", "modl.path=x", "train.precision=fp8", "train.warmup=2")
-    for words in ("5 faults", "'tuner.rnk'; did you mean 'tuner.rank'?", "'train.epoch'; did you mean 'train.epochs'?", "'modl.path'; did you mean 'model.path'?"):
+    for words in (
+        "5 faults",
+        "'tuner.rnk'; did you mean 'tuner.rank'?",
+        "'train.epoch'; did you mean 'train.epochs'?",
+        "'modl.path'; did you mean 'model.path'?",
+    ):
         assert words in told
     assert "train.precision=fp8" in told and "'bf16'" in told
     assert "train.warmup=2" in told and "less than 1" in told

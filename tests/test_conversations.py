@@ -100,7 +100,10 @@ WELL_FORMED = {
         "openai",
         openai(
             USER,
-            {"role": "assistant", "content": [{"type": "reasoning", "value": "Hm"}, {"type": "tool_call", "value": json.dumps(WEATHER["function"])}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "reasoning", "value": "Hm"}, {"type": "tool_call", "value": json.dumps(WEATHER["function"])}],
+            },
         ),
         [USER, {"role": "assistant", "content": "", "reasoning_content": "Hm", "tool_calls": [WEATHER]}],
     ),
@@ -151,7 +154,11 @@ def test_json_is_canonical_and_keeps_argument_order(load):
     record = WELL_FORMED["sharegpt call"][1] | {"id": "ß"}
     [found], _ = load([record])
     line = found.to_json()
-    assert line.startswith('{"id": "ß", "messages": [{"role": "user", "content": "?"}') and line.endswith('"tools": null}') and "\n" not in line
+    assert (
+        line.startswith('{"id": "ß", "messages": [{"role": "user", "content": "?"}')
+        and line.endswith('"tools": null}')
+        and "\n" not in line
+    )
     assert '{"z": 1, "a": "Söul"}' in line
     assert json.loads(line)["messages"] == list(found.messages)
 
@@ -165,7 +172,12 @@ def test_digest_is_of_content_alone(load):
 
 
 def test_ids(load):
-    assert [c.id for c in load([QWEN, QWEN | {"id": 7}, QWEN | {"id": None}, QWEN | {"id": ""}])[0]] == ["a", "7", "chat.json#2", "chat.json#3"]
+    assert [c.id for c in load([QWEN, QWEN | {"id": 7}, QWEN | {"id": None}, QWEN | {"id": ""}])[0]] == [
+        "a",
+        "7",
+        "chat.json#2",
+        "chat.json#3",
+    ]
     assert [c.id for c in load(b"\n" + json.dumps(OPENAI).encode(), name="chat.jsonl")[0]] == ["chat.jsonl:2"]
 
 
@@ -255,7 +267,9 @@ def test_containers(load, content, name):
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_windows_of_any_size_read_the_same(load, monkeypatch, chunk):
     monkeypatch.setattr(json_stream, "CHUNK", chunk)
-    records = [qwen(("user", 'né 😀 \\ "' * n), ("assistant", "x" * n + "\n"), id=n, score=-1.5e-3, flag=True, none=None) for n in range(1, 12)]
+    records = [
+        qwen(("user", 'né 😀 \\ "' * n), ("assistant", "x" * n + "\n"), id=n, score=-1.5e-3, flag=True, none=None) for n in range(1, 12)
+    ]
     for text in (json.dumps(records), json.dumps(records, indent=2, ensure_ascii=False)):
         found, _ = load(text.encode())
         assert [c.messages[0]["content"] for c in found] == [r["conversations"][0]["value"] for r in records]
@@ -323,7 +337,11 @@ MALFORMED = {
     "arguments a list": ("auto", call("function_call", '{"name": "f", "arguments": []}'), "arguments are a list"),
     "arguments infinite": ("auto", call("function_call", '{"name": "f", "arguments": {"x": 1e999}}'), "beyond the range"),
     "arguments NaN": ("auto", call("function_call", '{"name": "f", "arguments": {"x": NaN}}'), "not a JSON number"),
-    "arguments deep": ("auto", call("function_call", '{"name": "f", "arguments": {"x": ' + "[" * 300 + "]" * 300 + "}}"), "nested too deeply"),
+    "arguments deep": (
+        "auto",
+        call("function_call", '{"name": "f", "arguments": {"x": ' + "[" * 300 + "]" * 300 + "}}"),
+        "nested too deeply",
+    ),
     "tools no list": ("auto", SHAREGPT | {"tools": '{"name": "f"}'}, "'tools' is not a list of functions"),
     "tools of text": ("auto", SHAREGPT | {"tools": [{"function": "f"}]}, "'tools' is not a list of functions"),
     "tools no JSON": ("auto", SHAREGPT | {"tools": "f(x)"}, "'tools': Expecting value"),
@@ -571,7 +589,8 @@ def test_no_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", [LINES * 3, ARRAY, json.dumps([WELL_FORMED["sharegpt call"][1] | {"tools": [DECLARED]}, WELL_FORMED["openai call parts"][1]]).encode()]
+    "content",
+    [LINES * 3, ARRAY, json.dumps([WELL_FORMED["sharegpt call"][1] | {"tools": [DECLARED]}, WELL_FORMED["openai call parts"][1]]).encode()],
 )
 def test_damaged_bytes_are_read_or_refused(tmp_path, content):
     path, dice, outcomes = tmp_path / "chat.json", random.Random(1), Counter()
@@ -587,7 +606,9 @@ def test_damaged_bytes_are_read_or_refused(tmp_path, content):
             elif kind == 2:
                 damaged[at:at] = damaged[at : at + dice.randint(1, 30)]
             else:
-                damaged[at : at + 1] = dice.choice([b"[", b"}", b'"', b"\\", b"null", b"{}", b"\n", b"NaN", b"1e999", b"\\ud800", b"\xed\xa0\x80"])
+                damaged[at : at + 1] = dice.choice(
+                    [b"[", b"}", b'"', b"\\", b"null", b"{}", b"\n", b"NaN", b"1e999", b"\\ud800", b"\xed\xa0\x80"]
+                )
             damaged = damaged or bytearray(b" ")
         path.write_bytes(damaged)
         for on_fault in ("drop", "error"):

@@ -34,7 +34,10 @@ def here(tmp_path_factory):
     rows = json.loads((ROOT / "assets" / "conversations.json").read_text())[:100]
     (here / "chats.json").write_text(json.dumps(rows))
     assert go(data, f"outputs={here}", "run=r", f"data.path={here / 'chats.json'}", "data.val=0.15", "data.calib=0.1") == 0
-    assert go(finetune, f"outputs={here}", "run=r", "tuner.rank=8", "tuner.learning_rate=3e-3", "train.max_steps=12", "train.eval_steps=12") == 0
+    assert (
+        go(finetune, f"outputs={here}", "run=r", "tuner.rank=8", "tuner.learning_rate=3e-3", "train.max_steps=12", "train.eval_steps=12")
+        == 0
+    )
     assert go(merge, f"outputs={here}", "run=r") == 0
     return here
 
@@ -106,7 +109,10 @@ def test_answers_are_the_greedy_ones_one_prompt_at_a_time(reports, here):
     """Batched with padding on the left, they are those of plain generate() without any."""
     rows = [json.loads(line) for line in open(here / "r" / "evaluate-merge" / "answers.jsonl")]
     assert [r["by"] for r in rows] == ["model"] * 5 + ["parent"] * 5
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(here / "r" / "merge", local_files_only=True).eval(), modeling.load_tokenizer(here / "r" / "merge")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(here / "r" / "merge", local_files_only=True).eval(),
+        modeling.load_tokenizer(here / "r" / "merge"),
+    )
     records = [json.loads(line) for line in open(here / "r" / "data" / "val.jsonl")]
     for row, record in zip(rows[:5], records):
         opening = []
@@ -116,7 +122,9 @@ def test_answers_are_the_greedy_ones_one_prompt_at_a_time(reports, here):
             opening.append(message)
         ids = tokenizer.apply_chat_template(opening, add_generation_prompt=True, return_tensors="pt", return_dict=False)
         with torch.no_grad():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=[1023, 1021], pad_token_id=1021)[0, ids.shape[1] :]
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=[1023, 1021], pad_token_id=1021
+            )[0, ids.shape[1] :]
         assert row["prompt"] == opening[-1]["content"]
         assert row["answer"] == tokenizer.decode(out, skip_special_tokens=True)
         assert row["ended"] == (1023 in out.tolist())
@@ -124,7 +132,18 @@ def test_answers_are_the_greedy_ones_one_prompt_at_a_time(reports, here):
 
 @pytest.mark.parametrize("size", [1, 4, 64])
 def test_batches_do_not_change_the_figures(size, reports, here):
-    assert go(evaluate, f"outputs={here}", f"run=b{size}", f"source={here / 'r' / 'merge'}", f"dataset={here / 'r' / 'data'}", f"evaluation.batch_size={size}", "evaluation.samples=0") == 0
+    assert (
+        go(
+            evaluate,
+            f"outputs={here}",
+            f"run=b{size}",
+            f"source={here / 'r' / 'merge'}",
+            f"dataset={here / 'r' / 'data'}",
+            f"evaluation.batch_size={size}",
+            "evaluation.samples=0",
+        )
+        == 0
+    )
     found = json.loads((here / f"b{size}" / "evaluate-merge" / "report.json").read_text())
     assert found["loss"] == pytest.approx(reports["merge"]["loss"], abs=1e-5) and found["tokens"] == reports["merge"]["tokens"]
 
@@ -134,7 +153,16 @@ def test_expected_answers_are_counted(here):
 
     def expected(run, pattern, *more):
         prompts = "evaluation.prompts=['What animal goes quack?','Tell me what a cat says.']"
-        argv = [f"outputs={here}", f"run={run}", f"source={TINY}", f"dataset={here / 'r' / 'data'}", prompts, f"evaluation.expect='{pattern}'", "evaluation.rows=2", *more]
+        argv = [
+            f"outputs={here}",
+            f"run={run}",
+            f"source={TINY}",
+            f"dataset={here / 'r' / 'data'}",
+            prompts,
+            f"evaluation.expect='{pattern}'",
+            "evaluation.rows=2",
+            *more,
+        ]
         assert go(evaluate, *argv) == 0
         report = json.loads((here / run / "evaluate-tiny-chat" / "report.json").read_text())
         answers = [json.loads(line) for line in open(here / run / "evaluate-tiny-chat" / "answers.jsonl")]
@@ -158,7 +186,19 @@ def test_a_folder_made_elsewhere_needs_no_parent(here, capsys):
 
 
 def test_any_model_can_be_the_parent(here):
-    assert go(evaluate, f"outputs={here}", "run=p", f"source={TINY}", f"parent={here / 'r' / 'merge'}", f"dataset={here / 'r' / 'data'}", "evaluation.samples=0", "evaluation.rows=3") == 0
+    assert (
+        go(
+            evaluate,
+            f"outputs={here}",
+            "run=p",
+            f"source={TINY}",
+            f"parent={here / 'r' / 'merge'}",
+            f"dataset={here / 'r' / 'data'}",
+            "evaluation.samples=0",
+            "evaluation.rows=3",
+        )
+        == 0
+    )
     found = json.loads((here / "p" / "evaluate-tiny-chat" / "report.json").read_text())
     assert found["rows"] == 3 and found["parent_loss"] == pytest.approx(by_hand(here / "r" / "merge", here / "r" / "data", 3)[0], abs=2e-6)
     assert found["parent_loss"] != found["loss"]
@@ -166,7 +206,10 @@ def test_any_model_can_be_the_parent(here):
 
 def test_rows_too_long_are_left_out_and_counted(here, capsys):
     tokenizer = modeling.load_tokenizer(TINY)
-    lengths = [len(tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False)) for line in open(here / "r" / "data" / "val.jsonl")]
+    lengths = [
+        len(tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False))
+        for line in open(here / "r" / "data" / "val.jsonl")
+    ]
     limit = sorted(lengths)[len(lengths) // 2]
     argv = [f"outputs={here}", f"source={TINY}", f"dataset={here / 'r' / 'data'}", "evaluation.samples=0"]
     assert go(evaluate, *argv, "run=long", f"evaluation.max_length={limit}") == 0

@@ -154,7 +154,9 @@ def test_the_rate_follows_a_cosine_after_its_warm_up(tuned):
 
 def test_the_adapter_folder_is_complete_and_plain(tuned):
     base, adapter = tuned
-    assert {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} == set(adapter.files)
+    assert {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} == set(
+        adapter.files
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (adapter.path / name).read_bytes() == (base / name).read_bytes()
     assert artifact.verify(adapter) == []
@@ -196,12 +198,17 @@ def test_a_full_fine_tune_is_saved_in_the_base_s_dtype(dtype, here, train):
 
 def test_over_long_rows_are_dropped_and_counted(train, dataset, capsys):
     tokenizer = modeling.load_tokenizer(TINY)
-    lengths = [len(tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False)) for line in open(dataset / "train.jsonl")]
+    lengths = [
+        len(tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False)) for line in open(dataset / "train.jsonl")
+    ]
     limit = sorted(lengths)[len(lengths) // 2]
     long = [n for n in lengths if n > limit]
     done = train("short", f"train.max_length={limit}", "train.epochs=0.5", "train.global_batch_size=3", "train.micro_batch_size=3")
     assert done.metrics["train_rows"] == len(lengths) - len(long)
-    assert f"train: dropped {len(long)} of {len(lengths)} rows ({sum(long):,} tokens) longer than train.max_length={limit}" in capsys.readouterr().err
+    assert (
+        f"train: dropped {len(long)} of {len(lengths)} rows ({sum(long):,} tokens) longer than train.max_length={limit}"
+        in capsys.readouterr().err
+    )
     assert done.metrics["steps"] == math.ceil(round(0.5 * done.metrics["train_rows"]) / 3)
 
 
@@ -266,7 +273,15 @@ def process(*argv, **environment):
 @pytest.fixture(scope="module")
 def killed(here, dataset):
     """(overrides, folder, step) of a run killed with -9 soon after its second checkpoint."""
-    argv = [f"outputs={here}", "run=killed", f"source={dataset}", f"model.path={make_base(here / 'base-tied')}", *FAST, "train.max_steps=24", "train.checkpoint_steps=4"]
+    argv = [
+        f"outputs={here}",
+        "run=killed",
+        f"source={dataset}",
+        f"model.path={make_base(here / 'base-tied')}",
+        *FAST,
+        "train.max_steps=24",
+        "train.checkpoint_steps=4",
+    ]
     partial = here / "killed" / "finetune.partial"
     child = process(*argv)
     deadline = time.monotonic() + 120
@@ -282,7 +297,7 @@ def killed(here, dataset):
 
 
 def test_another_number_of_processes_is_refused_once_and_with_its_own_code(killed):
-    argv, partial, step = killed
+    argv, partial, _step = killed
     kept = [p.name for p in partial.glob("checkpoints/*")]
     child = process(*argv, "launch.nproc_per_node=2")
     _, err = child.communicate(timeout=200)
@@ -343,14 +358,28 @@ def alone(here, train):
     ],
 )
 def test_several_processes_learn_what_one_does(deepspeed, processes, tuner, here, dataset, train, request):
-    base, own = make_base(here / "base-tied"), ["tuner=full", *FAST[1:]] if tuner == "full" else [f"tuner={tuner}", *FAST, "tuner.dropout=0"]
+    base, own = (
+        make_base(here / "base-tied"),
+        ["tuner=full", *FAST[1:]] if tuner == "full" else [f"tuner={tuner}", *FAST, "tuner.dropout=0"],
+    )
     if tuner == "lora":
         one = request.getfixturevalue("alone")
     else:
-        assert go(finetune, f"outputs={here}", f"run=one-{tuner}", f"source={dataset}", f"model.path={base}", *own, "train.max_steps=4") == 0
+        assert (
+            go(finetune, f"outputs={here}", f"run=one-{tuner}", f"source={dataset}", f"model.path={base}", *own, "train.max_steps=4") == 0
+        )
         one = artifact.open_artifact(here / f"one-{tuner}" / "finetune")
     run = f"{tuner}-{deepspeed}-{processes}"
-    child = process(f"outputs={here}", f"run={run}", f"source={dataset}", f"model.path={base}", *own, "train.max_steps=4", f"deepspeed={deepspeed}", f"launch.nproc_per_node={processes}")
+    child = process(
+        f"outputs={here}",
+        f"run={run}",
+        f"source={dataset}",
+        f"model.path={base}",
+        *own,
+        "train.max_steps=4",
+        f"deepspeed={deepspeed}",
+        f"launch.nproc_per_node={processes}",
+    )
     _, err = child.communicate(timeout=600)
     assert child.returncode == 0, err
     many = artifact.open_artifact(here / run / "finetune")
@@ -371,7 +400,16 @@ def test_several_processes_learn_what_one_does(deepspeed, processes, tuner, here
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_resumes_to_the_same_bytes(here, dataset):
-    common = [f"outputs={here}", f"source={dataset}", f"model.path={make_base(here / 'base-tied')}", *FAST, "train.max_steps=40", "train.checkpoint_steps=4", "deepspeed=zero2", "launch.nproc_per_node=2"]
+    common = [
+        f"outputs={here}",
+        f"source={dataset}",
+        f"model.path={make_base(here / 'base-tied')}",
+        *FAST,
+        "train.max_steps=40",
+        "train.checkpoint_steps=4",
+        "deepspeed=zero2",
+        "launch.nproc_per_node=2",
+    ]
     child = process("run=killed2", *common)
     partial = here / "killed2" / "finetune.partial"
     while not list(partial.glob("checkpoints/checkpoint-8/whole")):
@@ -393,7 +431,15 @@ def test_a_run_of_two_processes_resumes_to_the_same_bytes(here, dataset):
 def test_a_failed_self_check_in_workers_keeps_its_code_and_is_said_once(here, dataset):
     """A loss that is not a number stops every process; one message, exit code 8, nothing published."""
     child = process(
-        f"outputs={here}", "run=nan", f"source={dataset}", *FAST, "tuner.learning_rate=1e30", "train.warmup=0", "train.max_grad_norm=0", "train.max_steps=20", "launch.nproc_per_node=2"
+        f"outputs={here}",
+        "run=nan",
+        f"source={dataset}",
+        *FAST,
+        "tuner.learning_rate=1e30",
+        "train.warmup=0",
+        "train.max_grad_norm=0",
+        "train.max_steps=20",
+        "launch.nproc_per_node=2",
     )
     _, err = child.communicate(timeout=200)
     assert child.returncode == 8, err
@@ -410,7 +456,7 @@ def test_gradients_after_an_evaluation_equal_those_without_one():
     cfg = compose("finetune", ["tuner=qlora", "tuner.dropout=0", "tuner.rank=4", f"model.path={TINY}"], FinetuneVerb)
     tokenizer = modeling.load_tokenizer(TINY)
     torch.manual_seed(0)
-    model, rows, nf4 = finetune.prepare(cfg, artifact.open_any(TINY), tokenizer, END, [], "cpu", "fp32")
+    model, _rows, nf4 = finetune.prepare(cfg, artifact.open_any(TINY), tokenizer, END, [], "cpu", "fp32")
     four = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and not hasattr(m, "base_layer")]
     assert len(four) == 28 and nf4 == {"double_quant": True, "compute_dtype": "float32"}
     assert all(m.support_avx512bf16_for_cpu is False for m in four), "what forbids the repacking"
@@ -456,13 +502,18 @@ def test_what_cannot_work_is_said(argv, code, words, here, dataset, capsys):
 
 
 @pytest.mark.parametrize(
-    "content,words", [({"optimizer": {}}, "'optimizer'"), ({"scheduler": {"type": "WarmupLR"}}, "'scheduler'"), ({"zero_optimization": {"stage": 3}}, "its ZeRO stage is 3, the settings say 2")]
+    "content,words",
+    [
+        ({"optimizer": {}}, "'optimizer'"),
+        ({"scheduler": {"type": "WarmupLR"}}, "'scheduler'"),
+        ({"zero_optimization": {"stage": 3}}, "its ZeRO stage is 3, the settings say 2"),
+    ],
 )
 def test_a_deepspeed_file_may_not_contradict_the_settings(content, words, tmp_path):
     from src.zero import user_deepspeed_json
 
     (tmp_path / "ds.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="deepspeed.config") as error:
+    with pytest.raises(ConfigError, match=r"deepspeed\.config") as error:
         user_deepspeed_json(tmp_path / "ds.json", 2)
     assert words in str(error.value)
 
@@ -470,7 +521,8 @@ def test_a_deepspeed_file_may_not_contradict_the_settings(content, words, tmp_pa
 def test_a_quantized_base_needs_qlora(tmp_path):
     config = json.loads((TINY / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shutil.copy(TINY / "model.safetensors", tmp_path)
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
     cfg = compose("finetune", [f"model.path={tmp_path}"], FinetuneVerb)
     with pytest.raises(WrongKind, match="gptq"):
         finetune.check(cfg, {"model": artifact.open_any(tmp_path)})

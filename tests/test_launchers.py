@@ -36,8 +36,19 @@ def launch(tmp_path):
     def launch(script, *argv, cwd=tmp_path, **environment):
         calls = tmp_path / "calls"
         calls.unlink(missing_ok=True)
-        clean = {k: v for k, v in os.environ.items() if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE", "PYTHONPATH")}
-        done = subprocess.run(["bash", LAUNCHERS / script, *argv], cwd=cwd, env={**clean, "PYTHON": str(stub), "CALLS": str(calls), **environment}, capture_output=True, text=True, timeout=60)
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE", "PYTHONPATH")
+        }
+        done = subprocess.run(
+            ["bash", LAUNCHERS / script, *argv],
+            cwd=cwd,
+            env={**clean, "PYTHON": str(stub), "CALLS": str(calls), **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         lines = calls.read_text().split("\0\n")[:-1] if calls.is_file() else []
         return done, [line.split("\0") for line in lines]
 
@@ -65,11 +76,23 @@ def test_what_a_launcher_means_alone(launch, script):
 
 
 def test_flags_and_overrides(launch):
-    done, calls = launch("finetune_lora_ds.sh", "-m", "my_model", "-d", "chat.json", "--deepspeed", "zero3", "run=x", "outputs=o", "tuner.rank=16", "data.val=0.2", "train.epochs=1")
+    flags = ["-m", "my_model", "-d", "chat.json", "--deepspeed", "zero3"]
+    done, calls = launch("finetune_lora_ds.sh", *flags, "run=x", "outputs=o", "tuner.rank=16", "data.val=0.2", "train.epochs=1")
     assert done.returncode == 0, done.stderr
     assert calls == [
         ["-m", "src.data", "run=x", "outputs=o", "data.path='chat.json'", "data.val=0.2"],
-        ["-m", "src.finetune", "run=x", "outputs=o", "tuner=lora", "deepspeed=zero2", "model.path='my_model'", "deepspeed=zero3", "tuner.rank=16", "train.epochs=1"],
+        [
+            "-m",
+            "src.finetune",
+            "run=x",
+            "outputs=o",
+            "tuner=lora",
+            "deepspeed=zero2",
+            "model.path='my_model'",
+            "deepspeed=zero3",
+            "tuner.rank=16",
+            "train.epochs=1",
+        ],
     ]
     (_, data), (_, train) = map(settings, calls)
     assert (data.run, data.data.path, data.data.val) == ("x", "chat.json", 0.2)
@@ -193,9 +216,23 @@ def test_no_hyperparameter_lives_in_a_launcher():
     """Numbers belong to configs/; what is left here is how many processes and which ZeRO stage."""
     for script in LAUNCHERS.glob("*.sh"):
         text = "\n".join(line for line in script.read_text().splitlines() if not line.lstrip().startswith("#"))
-        for name in ("learning_rate", "epochs", "batch_size", "max_length", "warmup", "weight_decay", "rank=", "alpha", "dropout", "bf16", "fp16"):
+        for name in (
+            "learning_rate",
+            "epochs",
+            "batch_size",
+            "max_length",
+            "warmup",
+            "weight_decay",
+            "rank=",
+            "alpha",
+            "dropout",
+            "bf16",
+            "fp16",
+        ):
             assert name not in text.replace("node_rank=", ""), f"{script.name}: {name}"
-        left = re.sub(r"zero[23](_offload)?|nproc_per_node=1|>&2|return [02]|\$[12#0]|\bshift 2\b|-ge 2|-gt 0|\[0\]|BASH_SOURCE|python3|\\1", "", text)
+        left = re.sub(
+            r"zero[23](_offload)?|nproc_per_node=1|>&2|return [02]|\$[12#0]|\bshift 2\b|-ge 2|-gt 0|\[0\]|BASH_SOURCE|python3|\\1", "", text
+        )
         assert not re.search(r"\d", left), f"{script.name}: {re.findall(r'.*[0-9].*', left)}"
 
 

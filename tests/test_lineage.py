@@ -116,7 +116,9 @@ EDITS = {
     "a file's hash": lambda m: m["files"]["config.json"].update(sha256="0" * 64),
     "a file's record": lambda m: m["files"].pop("config.json"),
     "a parent's key": lambda m: m["parents"][0].update(key="0" * 64),
-    "an ancestor's settings": lambda m: next(a for a in m["ancestors"].values() if a["stage"] == "data")["settings"]["data"].update(val=0.3),
+    "an ancestor's settings": lambda m: next(a for a in m["ancestors"].values() if a["stage"] == "data")["settings"]["data"].update(
+        val=0.3
+    ),
     "an ancestor's record": lambda m: m["ancestors"].pop(m["parents"][0]["key"]),
     "an outside input's hash": lambda m: m["parents"][1]["files"]["config.json"].update(sha256="0" * 64),
 }
@@ -144,7 +146,11 @@ def test_a_bundle_alone_tells_its_chain(call, road, tmp_path):
         assert done.returncode == 0, done.stderr
         assert [line.split()[1] for line in chain_of(done)] == ["deploy", "merge", "finetune", "data", "conversations:", "model:", "model:"]
         assert "tuner.rank = 64" in done.stdout and "not here" in done.stdout
-    edit(alone / "manifest.json", lambda m: next(a for a in m["ancestors"].values() if a["stage"] == "finetune")["settings"]["tuner"].update(rank=1), reseal=True)
+    edit(
+        alone / "manifest.json",
+        lambda m: next(a for a in m["ancestors"].values() if a["stage"] == "finetune")["settings"]["tuner"].update(rank=1),
+        reseal=True,
+    )
     refused(call("lineage", alone, "--verify"), Tampered, "finetune")
     assert call("lineage", alone).returncode in (0, 9)
 
@@ -163,7 +169,11 @@ def test_a_parent_made_again_is_not_taken_for_the_old_one(call, road):
 
 @pytest.mark.parametrize("argv", [[], ["one", "two"], ["a", "--verbose"], ["--verify"], ["run=a"]])
 def test_what_lineage_does_not_take(call, argv):
-    refused(call("lineage", *argv), MissingInput if argv == ["run=a"] else ConfigError, "python -m src.lineage" if argv != ["run=a"] else "run=a")
+    refused(
+        call("lineage", *argv),
+        MissingInput if argv == ["run=a"] else ConfigError,
+        "python -m src.lineage" if argv != ["run=a"] else "run=a",
+    )
 
 
 def test_a_folder_that_is_no_artifact(call, finished, tmp_path):

@@ -56,7 +56,9 @@ def make_adapter(folder: Path, base: Path, *, rows=None, targets="all-linear", *
     """An adapter as plain peft makes it, with random weights, and its base as peft names it."""
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, trainable_token_indices=rows, **changes))
+    model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, trainable_token_indices=rows, **changes)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -103,7 +105,9 @@ def test_every_tensor_is_what_peft_makes(how, changes, dtype, tied, tmp_path):
 def test_patterns_pick_layers_as_peft_does(tmp_path):
     """A pattern is a regular expression for the end of a layer's name, from a dot on: `proj` is no match for `q_proj`."""
     base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base, alpha_pattern={"proj": 64, "layers.2.*": 16, "attn.v_proj": 128, r".*\.mlp\.(up|gate)_proj": 1})
+    adapter = make_adapter(
+        tmp_path / "adapter", base, alpha_pattern={"proj": 64, "layers.2.*": 16, "attn.v_proj": 128, r".*\.mlp\.(up|gate)_proj": 1}
+    )
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}") == 0
     ours, theirs = weights(tmp_path / "m" / "merge"), by_peft(base, adapter)
     assert [n for n in ours if not same_bytes(ours[n], theirs[n])] == []
@@ -172,7 +176,10 @@ def test_a_base_without_chatml_grows_by_its_tokens(tied, padded, dataset, tmp_pa
     from safetensors.torch import save_file
 
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    for name, change in (("config.json", {"vocab_size": 1022 + padded, "eos_token_id": 1021}), ("generation_config.json", {"eos_token_id": 1021})):
+    for name, change in (
+        ("config.json", {"vocab_size": 1022 + padded, "eos_token_id": 1021}),
+        ("generation_config.json", {"eos_token_id": 1021}),
+    ):
         (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | change))
     content = json.loads((base / "tokenizer.json").read_text())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < 1022]
@@ -209,7 +216,9 @@ def test_nf4_merges_into_what_it_was_trained_against(dataset, tmp_path):
     assert go(merge, f"outputs={tmp_path}", "run=r") == 0
     trained, _ = modeling.load_any(adapter)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "merge", local_files_only=True).eval()
-    naive = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY, local_files_only=True), adapter.path).merge_and_unload().eval()
+    naive = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY, local_files_only=True), adapter.path).merge_and_unload().eval()
+    )
     wanted, ours, other = (torch.from_numpy(modeling.logits(m)) for m in (trained, merged, naive))
     ours, other = (((x - wanted).norm() / wanted.norm()).item() for x in (ours, other))
     print(f"relative logit error: merged as NF4 made it {ours:.1e}, into the original base {other:.1e}")
@@ -290,7 +299,15 @@ def changed(folder: Path, target: Path, file: str, **changes) -> Path:
     return target
 
 
-@pytest.mark.parametrize("changes,words", [({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "cannot merge"), ({"lora_bias": True}, "lora_bias")])
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"bias": "all"}, "cannot merge"),
+        ({"lora_bias": True}, "lora_bias"),
+    ],
+)
 def test_adapters_of_other_kinds_are_refused(changes, words, pair, tmp_path, capsys):
     other = changed(pair[1], tmp_path / "adapter", "adapter_config.json", **changes)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}") == 4

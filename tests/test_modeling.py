@@ -31,7 +31,10 @@ def test_a_hub_id_is_found_in_the_cache(hub):
     assert modeling.locate("someone/tiny", COMMIT, download=False).name == COMMIT
 
 
-@pytest.mark.parametrize("name, words", [("someone/other", "hub"), ("./nowhere", "no such model folder"), ("a/b/c", "no such model folder"), ("tiny", "no such model folder")])
+@pytest.mark.parametrize(
+    "name, words",
+    [("someone/other", "hub"), ("./nowhere", "no such model folder"), ("a/b/c", "no such model folder"), ("tiny", "no such model folder")],
+)
 def test_a_model_that_is_nowhere_is_the_users_error(hub, name, words):
     with pytest.raises(MissingInput, match=words):
         modeling.locate(name)
@@ -83,7 +86,10 @@ def test_a_grown_vocabulary_starts_at_the_mean(folder):
 
 def test_greedy_answers_do_not_depend_on_the_batch(folder):
     model, tokenizer = modeling.load_model(folder).eval(), modeling.load_tokenizer(folder)
-    prompts = [[{"role": "user", "content": text}] for text in ("What is the capital of Sweden?", "What animal goes quack?", "Tell me a story about Zoe and a duck.")]
+    prompts = [
+        [{"role": "user", "content": text}]
+        for text in ("What is the capital of Sweden?", "What animal goes quack?", "Tell me a story about Zoe and a duck.")
+    ]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     together = modeling.greedy(model, tokenizer, prompts, max_new_tokens=40, end=end)
     assert together == [modeling.greedy(model, tokenizer, [p], max_new_tokens=40, end=end)[0] for p in prompts]

@@ -50,7 +50,15 @@ def here(tmp_path_factory):
 
 
 def argv(here, run, bits, *more):
-    return [f"outputs={here}", f"run={run}", f"source={here / 'model'}", f"dataset={here / 'q' / 'data'}", f"quantizer=gptq_int{bits}", "calibration.rows=16", *more]
+    return [
+        f"outputs={here}",
+        f"run={run}",
+        f"source={here / 'model'}",
+        f"dataset={here / 'q' / 'data'}",
+        f"quantizer=gptq_int{bits}",
+        "calibration.rows=16",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module", params=[4, 8])
@@ -76,7 +84,9 @@ def test_it_loads_in_plain_transformers_and_speaks_like_its_source(made, here):
     with torch.no_grad():
         a, b = model(ids).logits.float(), source(ids).logits
     apart = ((a - b).norm() / b.norm()).item()
-    print(f"int{bits}: logits {apart:.4f} apart on a prompt, {made.metrics['logit_error']:.4f} by its own proof, module loss {made.metrics['module_loss']:.2e}")
+    print(
+        f"int{bits}: logits {apart:.4f} apart on a prompt, {made.metrics['logit_error']:.4f} by its own proof, module loss {made.metrics['module_loss']:.2e}"
+    )
     assert apart < {4: 0.35, 8: 0.03}[bits]
     assert made.metrics["logit_error"] < {4: 0.35, 8: 0.03}[bits]
     assert made.kind == "quantized" and made.metrics["module_loss"] >= 0
@@ -91,14 +101,20 @@ def test_its_weights_are_the_source_s_rounded_to_the_bits_asked_for(made, here):
     q, zeros, scales, order = (packed[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
     weight = source[f"{name}.weight"]
     rows, columns = weight.shape
-    assert q.shape == (columns * bits // 32, rows) and scales.shape == (columns // group, rows) and zeros.shape == (columns // group, rows * bits // 32)
+    assert (
+        q.shape == (columns * bits // 32, rows)
+        and scales.shape == (columns // group, rows)
+        and zeros.shape == (columns // group, rows * bits // 32)
+    )
     shifts = torch.arange(0, 32, bits)
     values = (q.unsqueeze(1) >> shifts[None, :, None] & (2**bits - 1)).reshape(columns, rows)
     offsets = (zeros.unsqueeze(2) >> shifts & (2**bits - 1)).reshape(columns // group, rows)
     assert len(offsets.unique()) == 1, "symmetric: one zero point for all"
     middle = 2 ** (bits - 1)
     assert offsets.unique().item() in (middle, middle - 1)
-    assert (order == torch.arange(columns, dtype=order.dtype) // group).all() == (bits == 4), "columns stay in place unless sorted by activation"
+    assert (order == torch.arange(columns, dtype=order.dtype) // group).all() == (bits == 4), (
+        "columns stay in place unless sorted by activation"
+    )
     unpacked = (scales.float()[order.long()] * (values - middle)).T
     steps = ((unpacked - weight).abs() / scales.float()[order.long()].T).median().item()
     print(f"int{bits}: median distance of a weight from its stored value {steps:.2f} steps")
@@ -110,10 +126,17 @@ def test_the_config_says_what_was_asked_for(made):
     bits, made = made
     config = json.loads((made.path / "config.json").read_text())
     for settings in (config["quantization_config"], json.loads((made.path / "quantize_config.json").read_text())):
-        assert (settings["bits"], settings["group_size"], settings["sym"], settings["desc_act"]) == (bits, 128 if bits == 4 else 64, True, bits == 8)
+        assert (settings["bits"], settings["group_size"], settings["sym"], settings["desc_act"]) == (
+            bits,
+            128 if bits == 4 else 64,
+            True,
+            bits == 8,
+        )
     assert config["quantization_config"]["quant_method"] == "gptq"
     source = json.loads((made.path.parent.parent / "model" / "config.json").read_text())
-    assert {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")} == {k: v for k, v in source.items() if k != "dtype"}
+    assert {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")} == {
+        k: v for k, v in source.items() if k != "dtype"
+    }
 
 
 def test_its_files_are_the_source_s_or_its_own_and_name_no_temporary_folder(made, here):
@@ -139,7 +162,14 @@ def test_equal_inputs_give_equal_bytes(int4, here):
 def test_equal_inputs_give_equal_bytes_in_another_process(int4, here):
     """The other process proves in a fresh one, too."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "src.quantize", *argv(here, "elsewhere", 4)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "src.quantize", *argv(here, "elsewhere", 4)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     other = artifact.open_artifact(here / "elsewhere" / "quantize")
     assert other.key == int4.key and other.files == int4.files, "same names, sizes and sha256"
@@ -162,7 +192,15 @@ def test_calibration_is_the_calib_split_through_the_template(int4, here, capsys)
 
 @pytest.fixture(scope="module")
 def on_gptq(int4, here):
-    more = ["tuner=qlora", "tuner.rank=4", "tuner.learning_rate=3e-3", "train.max_steps=8", "train.warmup=0", "train.log_steps=1", "train.eval_steps=8"]
+    more = [
+        "tuner=qlora",
+        "tuner.rank=4",
+        "tuner.learning_rate=3e-3",
+        "train.max_steps=8",
+        "train.warmup=0",
+        "train.log_steps=1",
+        "train.eval_steps=8",
+    ]
     assert go(finetune, f"outputs={here}", "run=q", f"model.path={int4.path}", *more) == 0
     return artifact.open_artifact(here / "q" / "finetune")
 
@@ -217,7 +255,10 @@ def test_such_an_adapter_is_not_merged_but_measured(on_gptq, here, capsys):
 
 @pytest.mark.parametrize(
     "shape,more,words",
-    [((96, 96), [], "group_size=128 does not divide the width 96"), ((30, 128), ["quantizer.group_size=64"], "has 30 rows, which int4 cannot pack by 8")],
+    [
+        ((96, 96), [], "group_size=128 does not divide the width 96"),
+        ((30, 128), ["quantizer.group_size=64"], "has 30 rows, which int4 cannot pack by 8"),
+    ],
 )
 def test_shapes_that_cannot_be_packed_are_refused_before_torch(shape, more, words, here, tmp_path):
     from safetensors.torch import save_file

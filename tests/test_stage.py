@@ -40,7 +40,9 @@ def plan(finished, tmp_path, monkeypatch):
 
 def test_exit_codes_differ_and_stay():
     """Scripts of other people rely on them."""
-    codes = {c: c.exit_code for c in (ConfigError, MissingInput, WrongKind, Moved, BadData, MissingTool, ProofFailed, Tampered, NoRoom, Busy)}
+    codes = {
+        c: c.exit_code for c in (ConfigError, MissingInput, WrongKind, Moved, BadData, MissingTool, ProofFailed, Tampered, NoRoom, Busy)
+    }
     assert list(codes.values()) == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     assert len({c.title for c in codes}) == len(codes)
 
@@ -88,7 +90,12 @@ def test_a_users_fault_inside_the_work_ends_with_its_code(tmp_path, finished, ca
 def test_other_ranks_work_and_never_build(tmp_path, finished, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     seen = []
-    assert through_the_door(lambda cfg, inputs, out: seen.append(out) or {}, f"outputs={tmp_path}", f"data.path={finished / 'inputs' / 'chats.json'}") == 0
+    assert (
+        through_the_door(
+            lambda cfg, inputs, out: seen.append(out) or {}, f"outputs={tmp_path}", f"data.path={finished / 'inputs' / 'chats.json'}"
+        )
+        == 0
+    )
     assert seen == [tmp_path / "default" / "data.partial"] and not (tmp_path / "default").exists()
     assert capsys.readouterr().err == ""
 
@@ -100,7 +107,10 @@ def test_flattened_settings():
 # ---- finished before
 
 
-@pytest.mark.parametrize("verb, argv", [("data", FEW), ("finetune", ["launch.nproc_per_node=1"]), ("merge", []), ("quantize", []), ("evaluate", []), ("deploy", [])])
+@pytest.mark.parametrize(
+    "verb, argv",
+    [("data", FEW), ("finetune", ["launch.nproc_per_node=1"]), ("merge", []), ("quantize", []), ("evaluate", []), ("deploy", [])],
+)
 def test_equal_work_is_skipped(call, road, verb, argv):
     own = {"data": [f"data.path={road / 'inputs' / 'chats.json'}"], "finetune": [f"model.path={road / 'inputs' / 'base'}"]}.get(verb, [])
     before = artifact.hash_files(road / "a")
@@ -135,9 +145,18 @@ def test_an_input_file_that_changed_is_named(call, road):
 # ---- inputs that are not there
 
 
-@pytest.mark.parametrize("verb, lacks", [("finetune", "data"), ("merge", "finetune"), ("quantize", "merge"), ("evaluate", "finetune"), ("deploy", "merge")])
+@pytest.mark.parametrize(
+    "verb, lacks", [("finetune", "data"), ("merge", "finetune"), ("quantize", "merge"), ("evaluate", "finetune"), ("deploy", "merge")]
+)
 def test_a_run_without_its_input_names_runs_that_have_it(call, road, verb, lacks):
-    refused(call(verb, "run=b"), MissingInput, f"run 'b' has no finished '{lacks}'", road / "b" / lacks, f"python -m src.{lacks} run=b", "run=a has one")
+    refused(
+        call(verb, "run=b"),
+        MissingInput,
+        f"run 'b' has no finished '{lacks}'",
+        road / "b" / lacks,
+        f"python -m src.{lacks} run=b",
+        "run=a has one",
+    )
     assert not (road / "b").exists()
 
 
@@ -234,7 +253,9 @@ def test_an_adapter_whose_weights_are_a_pickle(plan, finished, tmp_path):
     refused(plan("merge", f"source={folder}", f"base={finished / 'inputs' / 'base'}"), MissingInput, "no adapter_model.safetensors", folder)
 
 
-@pytest.mark.parametrize("name, error", [("adapter_config.json", BadData), ("tokenizer.json", BadData), ("adapter_model.safetensors", BadData)])
+@pytest.mark.parametrize(
+    "name, error", [("adapter_config.json", BadData), ("tokenizer.json", BadData), ("adapter_model.safetensors", BadData)]
+)
 def test_a_damaged_adapter(plan, finished, tmp_path, name, error):
     folder = shutil.copytree(finished / "a" / "finetune", tmp_path / "adapter")
     (folder / "manifest.json").unlink()
@@ -247,7 +268,9 @@ def test_an_adapter_of_another_model(plan, finished, tmp_path):
     (folder / "manifest.json").unlink()
     at = "base_model.model.transformer.h.0.attn.c_attn"
     save(folder / "adapter_model.safetensors", {f"{at}.lora_A.weight": np.ones((4, 8)), f"{at}.lora_B.weight": np.ones((8, 4))})
-    refused(plan("merge", f"source={folder}", f"base={finished / 'inputs' / 'base'}"), WrongKind, "transformer.h.0.attn.c_attn", "base=FOLDER")
+    refused(
+        plan("merge", f"source={folder}", f"base={finished / 'inputs' / 'base'}"), WrongKind, "transformer.h.0.attn.c_attn", "base=FOLDER"
+    )
 
 
 # ---- model folders that are not whole, or not safe
@@ -310,7 +333,9 @@ def test_weights_of_another_format(plan, model, header):
     refused(plan("finetune", f"model.path={model}"), BadData, "model.safetensors")
 
 
-@pytest.mark.parametrize("content", ["{}", "", '{"weight_map": []}', '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 5}}'])
+@pytest.mark.parametrize(
+    "content", ["{}", "", '{"weight_map": []}', '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 5}}']
+)
 def test_a_damaged_index(plan, model, content):
     (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
     (model / "model.safetensors.index.json").write_text(content)
@@ -341,7 +366,13 @@ def test_a_model_without_tokenizer(plan, model):
 @pytest.mark.parametrize("group", [128, 64])
 def test_a_group_size_that_does_not_divide(plan, tmp_path, group):
     odd = write_model(tmp_path / "odd", hidden_size=96, intermediate_size=160)
-    refused(plan("quantize", f"source={odd}", f"quantizer.group_size={group}"), ConfigError, f"group_size={group} does not divide", "quantizer.group_size=32", "model.layers.0")
+    refused(
+        plan("quantize", f"source={odd}", f"quantizer.group_size={group}"),
+        ConfigError,
+        f"group_size={group} does not divide",
+        "quantizer.group_size=32",
+        "model.layers.0",
+    )
 
 
 def test_a_batch_the_processes_cannot_share(plan):
@@ -352,7 +383,13 @@ def test_a_batch_the_processes_cannot_share(plan):
 
 
 def test_qlora_and_zero3(plan):
-    refused(plan("finetune", "tuner=qlora", "deepspeed=zero3"), ConfigError, "4-bit base cannot be partitioned", "deepspeed=zero2", "tuner=lora deepspeed=zero3")
+    refused(
+        plan("finetune", "tuner=qlora", "deepspeed=zero3"),
+        ConfigError,
+        "4-bit base cannot be partitioned",
+        "deepspeed=zero2",
+        "tuner=lora deepspeed=zero3",
+    )
 
 
 @pytest.mark.parametrize(
@@ -423,7 +460,9 @@ def test_damaged_conversations(call, tmp_path, content, words):
     assert not (tmp_path / "outputs" / "default" / "data").exists()
 
 
-@pytest.mark.parametrize("make, words", [(lambda p: None, "no such file"), (lambda p: p.mkdir(), "not a file"), (lambda p: os.mkfifo(p), "not a file")])
+@pytest.mark.parametrize(
+    "make, words", [(lambda p: None, "no such file"), (lambda p: p.mkdir(), "not a file"), (lambda p: os.mkfifo(p), "not a file")]
+)
 def test_conversations_that_are_nowhere(call, tmp_path, make, words):
     make(tmp_path / "chats.json")
     refused(call("data", f"data.path={tmp_path / 'chats.json'}"), MissingInput, words, tmp_path / "chats.json", "data.path=FILE")

@@ -42,7 +42,9 @@ def imported(node: ast.AST) -> set[str]:
 
 
 def test_light_modules_import_neither_torch_nor_transformers():
-    done, _ = loaded_by("import sys; from src import " + ", ".join(LIGHT) + "; print([m for m in ('torch', 'transformers', 'hydra') if m in sys.modules])")
+    done, _ = loaded_by(
+        "import sys; from src import " + ", ".join(LIGHT) + "; print([m for m in ('torch', 'transformers', 'hydra') if m in sys.modules])"
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -93,7 +95,11 @@ def test_verbs_never_import_each_other():
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__").removesuffix(".__init__")
         # aux_files is a verb and also the step by which every stage completes its folder.
         others = {f"src.{verb}" for verb in VERBS if verb != "aux_files"} - {name}
-        found = {module for module in imported(tree(path)) if module in others and not (name.startswith("src.deploy") and module.startswith("src.deploy"))}
+        found = {
+            module
+            for module in imported(tree(path))
+            if module in others and not (name.startswith("src.deploy") and module.startswith("src.deploy"))
+        }
         assert not found, f"{path} imports {found}"
 
 

@@ -13,7 +13,11 @@ from src.tracking import Trackers
 
 ROOT = Path(__file__).resolve().parent.parent
 WANDB = Wandb(kind="wandb", project="boardwalk-test", mode="offline")
-SECRETS = {"WANDB_API_KEY": "5ec7e7" * 6 + "abcd", "HF_TOKEN": "hf_sentinelSENTINELsentinelSENTINEL", "HUGGING_FACE_HUB_TOKEN": "hf_otherOTHERotherOTHERotherOTHER"}
+SECRETS = {
+    "WANDB_API_KEY": "5ec7e7" * 6 + "abcd",
+    "HF_TOKEN": "hf_sentinelSENTINELsentinelSENTINEL",
+    "HUGGING_FACE_HUB_TOKEN": "hf_otherOTHERotherOTHERotherOTHER",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +55,14 @@ def tracked(tmp_path_factory):
         patch.setattr(tracking, "say", said.append)
         patch.setattr(tracking, "warn", said.append)
         assert go(data, f"outputs={here}", "run=t", f"data.path={here / 'chats.json'}", "data.val=0.15", "data.calib=0.1") == 0
-        argv = ["tracker=[tensorboard,wandb]", "tracker.wandb.mode=offline", "train.max_steps=3", "train.log_steps=1", "train.eval_steps=2", "tuner.rank=4"]
+        argv = [
+            "tracker=[tensorboard,wandb]",
+            "tracker.wandb.mode=offline",
+            "train.max_steps=3",
+            "train.log_steps=1",
+            "train.eval_steps=2",
+            "tuner.rank=4",
+        ]
         assert go(finetune, f"outputs={here}", "run=t", *argv) == 0
     return here, artifact.open_artifact(here / "t" / "finetune").metrics, said
 
@@ -59,18 +70,28 @@ def tracked(tmp_path_factory):
 def test_tensorboard_has_the_curve_the_manifest_has(tracked):
     here, metrics, _ = tracked
     found = events(here / "t" / "tracking" / "tensorboard")
-    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second", "train/memory_gb", "eval/loss", "eval/accuracy"} <= set(found.Tags()["scalars"])
+    assert {
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "train/memory_gb",
+        "eval/loss",
+        "eval/accuracy",
+    } <= set(found.Tags()["scalars"])
     for key in ("loss", "learning_rate"):
         drawn = [(e.step, e.value) for e in found.Scalars(f"train/{key}")]
         assert drawn == [(c["step"], pytest.approx(c[key], rel=1e-6)) for c in metrics["curve"]]
     assert [e.step for e in found.Scalars("eval/loss")] == [0, 2]
     assert found.Scalars("eval/loss")[-1].value == pytest.approx(metrics["val_loss"], rel=1e-6)
-    texts = [found.Tensors(t)[-1].tensor_proto.string_val[0].decode() for t in found.Tags()["tensors"] if t.startswith(("settings", "samples"))]
+    texts = [
+        found.Tensors(t)[-1].tensor_proto.string_val[0].decode() for t in found.Tags()["tensors"] if t.startswith(("settings", "samples"))
+    ]
     assert any('"rank": 4' in t for t in texts) and any(metrics["samples"][0]["prompt"] in t for t in texts)
 
 
 def test_wandb_writes_its_run_offline(tracked):
-    here, metrics, said = tracked
+    here, _, said = tracked
     folder = here / "t" / "tracking" / "wandb"
     [file] = folder.rglob("*.wandb")
     content = file.read_bytes()
@@ -165,7 +186,9 @@ def test_training_goes_on_when_a_tracker_breaks(tracked, monkeypatch, capsys):
     assert go(finetune, f"outputs={here}", "run=broken", f"source={here / 't' / 'data'}", *argv) == 0
     err = capsys.readouterr().err
     assert err.count("tracker wandb stopped") == 1
-    assert artifact.open_artifact(here / "broken" / "finetune").metrics["curve"] == metrics["curve"], "and nothing about the training changed"
+    assert artifact.open_artifact(here / "broken" / "finetune").metrics["curve"] == metrics["curve"], (
+        "and nothing about the training changed"
+    )
 
 
 def test_no_tracker_writes_nothing(tmp_path):
@@ -173,7 +196,10 @@ def test_no_tracker_writes_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("key,mode,wanted", [(None, "auto", "offline"), ("x" * 40, "auto", "online"), ("x" * 40, "offline", "offline"), (None, "online", "online")])
+@pytest.mark.parametrize(
+    "key,mode,wanted",
+    [(None, "auto", "offline"), ("x" * 40, "auto", "online"), ("x" * 40, "offline", "offline"), (None, "online", "online")],
+)
 def test_wandb_is_online_only_where_a_key_or_the_user_says_so(key, mode, wanted, tmp_path, monkeypatch):
     import wandb
 

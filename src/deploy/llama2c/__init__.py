@@ -38,7 +38,11 @@ def check(model_dir: Path, settings) -> None:
     if path.is_file():
         read_tokenizer(read_json(path), str(path))
     elif not (model_dir / "tokenizer.model").is_file():
-        raise MissingInput("the model folder has no tokenizer.json", where=str(model_dir), fix=f"python -m src.aux_files source=BASE_MODEL target={model_dir}")
+        raise MissingInput(
+            "the model folder has no tokenizer.json",
+            where=str(model_dir),
+            fix=f"python -m src.aux_files source=BASE_MODEL target={model_dir}",
+        )
 
 
 def build(model_dir: Path, out: Path, settings) -> dict:
