@@ -81,7 +81,7 @@ def row_rates(model, tuner: Optimizer, used: int) -> dict[str, float]:
     entry by about its rate each step, so a rate of 1 % of a typical entry brings a row there in some hundred steps in either.
     """
     rates = {}
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         owner, _, last = name.rpartition(".")
         layer = None
         if ".trainable_tokens_delta." in name:

@@ -26,7 +26,6 @@ def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
 def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     model, dataset = inputs["model"], inputs["dataset"]
     check_folder(model.path, trust_remote_code=trust_of(model))
-    check_tokenizer(model.path)
     if not dataset.files["calib.jsonl"]["size"]:
         raise MissingInput("the calib split is empty", where=str(dataset.path), fix="python -m src.data data.calib=0.1")
     group = cfg.quantizer.group_size
@@ -48,6 +47,7 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
             fix=["quantizer=gptq_int8"] * (cfg.quantizer.bits == 4 and all(e.shape[0] % 4 == 0 for e in linear))
             + ["deploy target=llama2c target.format=int8_v2 quantizes such models itself"],
         )
+    check_tokenizer(model.path)
     return [f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl"]
 
 

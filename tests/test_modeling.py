@@ -64,7 +64,7 @@ def test_pickles_and_custom_code_are_refused_unless_asked_for(folder):
 
 def test_lfs_pointers_and_missing_shards_are_named(folder):
     (folder / "model.safetensors").write_bytes(modeling.LFS + b"\noid sha256:00\nsize 1\n")
-    with pytest.raises(MissingInput, match="git lfs pull|LFS pointer"):
+    with pytest.raises(MissingInput, match="LFS pointer"):
         modeling.check_folder(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(MissingInput, match="no weights"):
