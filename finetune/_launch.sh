@@ -17,6 +17,9 @@ TEXT
 # Hydra reads quotes, commas and brackets in values; a single-quoted value is taken as it is, but for ${ and for backslashes before a quote.
 quoted() { printf "'%s'" "$(printf '%s' "$1" | sed -e "s/\(\\\\*\)'/\1\1\\\\'/g" -e 's/\(\\*\)$/\1\1/' -e 's/\${/\\${/g')"; }
 
+# Everything runs from the project's root, where outputs/ is; a relative path is the caller's.
+here() { case $1 in /*) printf %s "$1" ;; *) if [ -e "$1" ]; then printf %s "$PWD/$1"; else printf %s "$1"; fi ;; esac; }
+
 launch() {
   local root python data=() train=() common=() given_data=""
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,20 +30,20 @@ launch() {
   while [ $# -gt 0 ]; do
     case $1 in
       -h | --help) usage; return 0 ;;
-      -m | --model) [ $# -ge 2 ] || { echo "$1 needs a value" >&2; return 2; }; train+=("model.path=$(quoted "$2")"); shift 2 ;;
-      -d | --data) [ $# -ge 2 ] || { echo "$1 needs a value" >&2; return 2; }; data+=("data.path=$(quoted "$2")"); given_data=yes; shift 2 ;;
+      -m | --model) [ $# -ge 2 ] || { echo "$1 needs a value" >&2; return 2; }; train+=("model.path=$(quoted "$(here "$2")")"); shift 2 ;;
+      -d | --data) [ $# -ge 2 ] || { echo "$1 needs a value" >&2; return 2; }; data+=("data.path=$(quoted "$(here "$2")")"); given_data=yes; shift 2 ;;
       --deepspeed)
         [ $# -ge 2 ] || { echo "$1 needs a value" >&2; return 2; }
         case $2 in
           *.json)
             # Which ZeRO stage a file is for stands in the file; deepspeed=zero3 beside it says so where its name does not.
             case $2 in *zero3*) train+=(deepspeed=zero3) ;; *) train+=(deepspeed=zero2) ;; esac
-            train+=("deepspeed.config=$(quoted "$2")") ;;
+            train+=("deepspeed.config=$(quoted "$(here "$2")")") ;;
           *) train+=("deepspeed=$2") ;;
         esac
         shift 2 ;;
       data.*) data+=("$1"); given_data=yes; shift ;;
-      run=* | outputs=*) common+=("$1"); shift ;;
+      run=* | outputs=* | dry_run=*) common+=("$1"); shift ;;
       *=*) train+=("$1"); shift ;;
       *) echo "unknown argument '$1'" >&2; usage >&2; return 2 ;;
     esac
@@ -50,8 +53,9 @@ launch() {
   [ -n "${NODE_RANK:-}" ] && train+=("launch.node_rank=$NODE_RANK")
   [ -n "${MASTER_ADDR:-}" ] && train+=("launch.master_addr=$MASTER_ADDR")
   [ -n "${MASTER_PORT:-}" ] && train+=("launch.master_port=$MASTER_PORT")
-  # Relative paths are the caller's; the package is found through the root.
-  export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+  cd "$root"
+  # A misspelt setting or a missing model should not cost the time the data takes.
+  "$python" -m src.finetune "${common[@]}" "${train[@]}" --settings-only || return
   [ -z "$given_data" ] || "$python" -m src.data "${common[@]}" "${data[@]}" || return
   "$python" -m src.finetune "${common[@]}" "${train[@]}"
 }

@@ -1,0 +1,14 @@
+"""Boardwalk: walk a language model from conversations to a board. Every verb is `python -m src.<verb>`; see README.md."""
+
+import importlib.util
+import sys
+
+if not all(importlib.util.find_spec(name) for name in ("hydra", "pydantic")):
+    print(
+        "missing tool: this Python has not the project's packages\n"
+        f"  where: {sys.executable}\n"
+        "  fix:   source .venv/bin/activate\n"
+        "  or:    bash scripts/quickstart.sh makes .venv first",
+        file=sys.stderr,
+    )
+    sys.exit(7)

@@ -254,21 +254,11 @@ def seal(
     out: Path, *, stage: str, kind: str, version: int, settings: dict, inputs: dict[str, Artifact], metrics: dict, seconds: float
 ) -> None:
     """Write manifest.json, the last file of an artifact, into the folder `out`."""
-    parents, ancestors = [], {}
-    for role, artifact in inputs.items():
-        parent = {
-            "role": role,
-            "key": artifact.key,
-            "kind": artifact.kind,
-            "stage": artifact.stage,
-            "path": _relative(artifact.path, out.parent),
-        }
-        if artifact.manifest is None:
-            parent["files"] = artifact.files
-        else:
-            ancestors |= artifact.manifest["ancestors"]
-            ancestors[artifact.key] = {k: artifact.manifest[k] for k in ("stage", "kind", "version", "settings", "parents")}
-        parents.append(parent)
+    ancestors = {}
+    for parent in inputs.values():
+        if parent.manifest:
+            ancestors |= parent.manifest["ancestors"]
+            ancestors[parent.key] = {k: parent.manifest[k] for k in ("stage", "kind", "version", "settings", "parents")}
     manifest = {
         "schema": SCHEMA,
         "stage": stage,
@@ -276,7 +266,7 @@ def seal(
         "version": version,
         "key": key_of(stage, version, settings, {role: a.key for role, a in inputs.items()}),
         "settings": settings,
-        "parents": parents,
+        "parents": parent_records(inputs, out.parent),
         "metrics": metrics,
         "seconds": round(seconds, 2),
         "git": git_revision(),
@@ -286,6 +276,15 @@ def seal(
     }
     manifest["seal"] = seal_of(manifest)
     write_json(out / MANIFEST, manifest)
+
+
+def parent_records(inputs: dict[str, Artifact], folder: Path) -> list[dict]:
+    """What a manifest keeps of each input: role, key, kind, stage, path as seen from `folder`, and the hashes of an outside one."""
+    return [
+        {"role": role, "key": a.key, "kind": a.kind, "stage": a.stage, "path": _relative(a.path, folder)}
+        | ({"files": a.files} if a.manifest is None else {})
+        for role, a in inputs.items()
+    ]
 
 
 def _relative(path: Path, start: Path) -> str:
@@ -311,24 +310,32 @@ def git_revision() -> str | None:
 
 
 @contextlib.contextmanager
-def building(path: Path, key: str, *, resumes: bool) -> Iterator[Path]:
+def building(path: Path, key: str, *, resumes: bool, draft: dict | None = None) -> Iterator[Path]:
     """A folder `<name>.partial` to build in, held by one process; when the block ends well it is renamed to `path`.
 
-    A partial folder left by a crash is continued if the stage resumes and its key is the same; else it is cleared, and that is said.
+    A partial folder left by a crash is continued if the stage resumes and its key is the same; else it is cleared, and that is said. One that
+    cannot be continued is cleared when the block raises.
+    draft: what of the manifest is known beforehand, kept beside the folder for `unfinished`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    note = path.with_name(f".{path.name}.partial.key")
+    partial, note = path.with_name(f"{path.name}.partial"), _note(path)
     replaced = path.with_name(f".{path.name}.replaced")
     with _lock(path.with_name(f".{path.name}.lock"), path):
         if replaced.exists() and not path.exists():
             os.replace(replaced, path)  # killed between the two renames below
-        if partial.exists() and not (resumes and note.is_file() and note.read_text() == key):
+        before = unfinished(path)
+        if partial.exists() and not (resumes and before and before.key == key):
             say(f"clearing an unfinished {partial.name} of an earlier run")
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
-        note.write_text(key)
-        yield partial
+        write_json(note, {"key": key, **(draft or {})})
+        try:
+            yield partial
+        except Exception:
+            if not resumes:
+                shutil.rmtree(partial, ignore_errors=True)
+                note.unlink(missing_ok=True)
+            raise
         if not is_finished(partial):
             raise RuntimeError(f"{partial} was left without a manifest")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -337,6 +344,36 @@ def building(path: Path, key: str, *, resumes: bool) -> Iterator[Path]:
         os.replace(partial, path)
         shutil.rmtree(replaced, ignore_errors=True)
         note.unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> Artifact | None:
+    """What is known of the unfinished `<name>.partial` beside `path`: its key and the draft it was begun with; None where there is none."""
+    partial = path.with_name(f"{path.name}.partial")
+    if not partial.is_dir() or not _note(path).is_file():
+        return None
+    try:
+        draft = json.loads(_note(path).read_text())
+        return Artifact(partial, "unfinished", draft["key"], draft, {})
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial.key")
+
+
+def replaced_since(a: Artifact) -> str | None:
+    """Which ancestor of this artifact was made anew since, in words; None when the chain that is on this disk still holds together."""
+    for parent in (a.manifest or {}).get("parents", []):
+        path = a.path_of(parent)
+        if "files" in parent or not is_finished(path):
+            continue
+        now = open_artifact(path)
+        if now.key != parent["key"]:
+            return f"'{a.path}' was made from an earlier '{path}', which was made anew since"
+        if deeper := replaced_since(now):
+            return deeper
+    return None
 
 
 @contextlib.contextmanager

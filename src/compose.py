@@ -124,6 +124,9 @@ def _parse(overrides: list[str]):
         try:
             override = parser.parse_override(text)
         except _hydra_error():
+            if text.startswith("-"):
+                faults.append(f"'{text}': flags belong to the launchers in finetune/; settings are key=value, such as model.path=FOLDER")
+                continue
             faults.append(f"'{text}': not of the form key=value (a value with special characters needs quotes: \"key='a, b'\")")
             continue
         if override.is_sweep_override():
@@ -196,6 +199,8 @@ def _fault(error: dict) -> str:
         for i, p in enumerate(parts)
         if not (i > 0 and p in ("full", "lora", "qlora", "gptq", "llama2c", "wandb", "tensorboard") and parts[i - 1] != "tracker")
     )
+    if key == "run" and error["type"] == "string_pattern_mismatch":
+        return f"run={error['input']}: a run's name is letters, digits, '.', '_' and '-', and begins with a letter or digit"
     if error["type"] == "extra_forbidden":
         return f"unknown setting '{key}'"
     message = re.sub(

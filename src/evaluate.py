@@ -26,7 +26,7 @@ def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
     names = [name for name in MEASURED if run.has(name)]
     if not names:
         run.open(MEASURED[0])
-    return (cfg.model_copy(update={"source": str(run.folder / name)}) for name in names)
+    return (cfg.model_copy(update={"source": str(run.current(run.open(name)).path)}) for name in names)
 
 
 def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
@@ -64,7 +64,11 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
                 fix="put a backslash before each plain ( [ . * + ?",
             ) from None
     if not inputs["dataset"].files["val.jsonl"]["size"]:
-        raise MissingInput("the validation split is empty", where=str(inputs["dataset"].path), fix="python -m src.data data.val=0.1")
+        raise MissingInput(
+            "the validation split is empty",
+            where=str(inputs["dataset"].path),
+            fix=f"python -m src.data run={cfg.run} data.path=... data.val=0.1 force=true, then fine-tune again",
+        )
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
     return [f"{inputs['model'].path} ({inputs['model'].kind}){parent}"]
 
@@ -110,7 +114,7 @@ def asked(cfg: EvaluateVerb, records: list[dict]) -> list[list[dict]]:
     found = []
     for record in records:
         cut = next(i for i, m in enumerate(record["messages"]) if m["role"] == "assistant")
-        if cut and len(found) < cfg.evaluation.samples:
+        if cut and len(found) < cfg.evaluation.samples and record["messages"][:cut] not in found:
             found.append(record["messages"][:cut])
     return found
 

@@ -17,15 +17,20 @@ from src.zero import user_deepspeed_json
 
 
 def find(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
-    dataset = run.source(cfg.source, "data", kinds={"dataset"})
-    folder = locate(cfg.model.path, cfg.model.revision, download=not cfg.dry_run, allow_pickle=cfg.model.allow_pickle)
-    base = run.source(str(folder), kinds={"model", "quantized"})
-    inputs = {"dataset": dataset, "model": base}
+    base = base_model(cfg, run)
+    inputs = {"dataset": run.source(cfg.source, "data", kinds={"dataset"}), "model": base}
     if cfg.deepspeed.config:
-        if not Path(cfg.deepspeed.config).is_file():
-            raise MissingInput("no such DeepSpeed file", where=cfg.deepspeed.config, fix="deepspeed=zero2 or zero3 needs none")
         inputs["deepspeed"] = outside(Path(cfg.deepspeed.config), "file", run.cache)
     return inputs
+
+
+def base_model(cfg: FinetuneVerb, run: stage.Run) -> Artifact:
+    if cfg.deepspeed.config and not Path(cfg.deepspeed.config).is_file():
+        raise MissingInput(
+            "no such DeepSpeed file", where=cfg.deepspeed.config, fix="deepspeed.config=FILE names a JSON file; deepspeed=zero2 needs none"
+        )
+    folder = locate(cfg.model.path, cfg.model.revision, download=not cfg.dry_run, allow_pickle=cfg.model.allow_pickle)
+    return run.source(str(folder), kinds={"model", "quantized"})
 
 
 def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
@@ -223,7 +228,8 @@ STAGE = stage.Stage(
     around=around,
     run=finetune,
     doc=__doc__,
-    resumes=True,
+    resumes=lambda partial: any(partial.glob("checkpoints/checkpoint-*/whole")),
+    early=lambda cfg, run: check(cfg, {"model": base_model(cfg, run)}),
 )
 
 if __name__ == "__main__":

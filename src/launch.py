@@ -1,11 +1,13 @@
 """How many processes, where: torchrun from Python, so that a user's error keeps its exit code and prints once."""
 
+import logging
 import os
 import sys
 import tempfile
 from pathlib import Path
 
 from src.config import Launch
+from src.log import say
 
 
 def gpu_count() -> int:
@@ -29,8 +31,14 @@ def per_node(launch: Launch) -> int:
 
 def torchrun(module: str, argv: list[str], launch: Launch) -> int:
     """Run `python -m module argv` in every process and return one exit code: 0, or that of the process that failed first."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # A worker says itself why it failed; the agent's own account of it adds nothing.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
     one_machine = launch.nnodes == 1
     with tempfile.TemporaryDirectory() as folder:
@@ -48,9 +56,13 @@ def torchrun(module: str, argv: list[str], launch: Launch) -> int:
             rdzv_configs={} if one_machine else {"rank": launch.node_rank},
             max_restarts=0,
             start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
             elastic_launch(config, sys.executable)("-m", module, *argv)
+        except SignalException as stopped:
+            say("interrupted; the same command goes on, from the last checkpoint where there is one")
+            return 128 + stopped.sigval
         except ChildFailedError as error:
             if status.is_file():
                 return int(status.read_text())

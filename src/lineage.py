@@ -27,8 +27,11 @@ def main(argv: list[str]) -> int:
             fix="python -m src.lineage outputs/default/merge --verify",
         )
     if not artifact.is_finished(paths[0]):
+        here = sorted(str(p) for p in paths[0].glob("*") if artifact.is_finished(p))
         raise MissingInput(
-            "not a finished artifact: no manifest.json", where=str(paths[0]), fix="give the folder of one, such as outputs/default/merge"
+            "not a finished artifact: no manifest.json",
+            where=str(paths[0]),
+            fix=here or "give the folder of one, such as outputs/default/merge",
         )
     verify = "--verify" in flags
     faults = []
@@ -36,7 +39,7 @@ def main(argv: list[str]) -> int:
     if faults:
         raise Tampered(
             f"{len(faults)} difference{'s' * (len(faults) > 1)} from what was sealed:\n" + "\n".join(f"  - {fault}" for fault in faults),
-            fix="make the artifact again with force=true, or restore it from a copy",
+            fix=["copy it again from where it was made", "make it again with force=true"],
         )
     if verify:
         print("verified: every file of every artifact that is here has the hash its manifest says")
@@ -80,8 +83,9 @@ def follow(child: Artifact, parent: dict, path: Path, indent: str, seen: set[str
         record = child.manifest["ancestors"].get(parent["key"])
         if record is None:  # which `verify` reports
             return
+        state = f"made anew since, in {path}" if artifact.is_finished(path) else f"not here (was {path})"
         print(
-            f"{indent}{record['stage']} -> {record['kind']}  not here (was {path})  key {parent['key'][:12]}"
+            f"{indent}{record['stage']} -> {record['kind']}  {state}  key {parent['key'][:12]}"
             + ("; told from the manifest" if not verify else "; its files cannot be verified")
         )
         for key, value in stage.flatten(record["settings"]).items():

@@ -30,14 +30,6 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
         raise MissingInput("the calib split is empty", where=str(dataset.path), fix="python -m src.data data.calib=0.1")
     group = cfg.quantizer.group_size
     linear = [e for e in shards.entries(model.path).values() if ".layers." in e.name and len(e.shape) == 2]
-    odd = [e for e in linear if group > 0 and e.shape[1] % group]
-    if odd:
-        divisors = [g for g in (128, 64, 32, 16) if all(e.shape[1] % g == 0 for e in linear)]
-        raise ConfigError(
-            f"quantizer.group_size={group} does not divide the width {odd[0].shape[1]} of {odd[0].name}",
-            where=str(model.path),
-            fix=[f"quantizer.group_size={g}" for g in divisors[:1]] + ["quantizer.group_size=-1"],
-        )
     # gptqmodel packs 32 / bits output columns into one word.
     pack = 32 // cfg.quantizer.bits
     if narrow := [e for e in linear if e.shape[0] % pack]:
@@ -46,6 +38,14 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
             where=str(model.path),
             fix=["quantizer=gptq_int8"] * (cfg.quantizer.bits == 4 and all(e.shape[0] % 4 == 0 for e in linear))
             + ["deploy target=llama2c target.format=int8_v2 quantizes such models itself"],
+        )
+    odd = [e for e in linear if group > 0 and e.shape[1] % group]
+    if odd:
+        divisors = [g for g in (128, 64, 32, 16) if all(e.shape[1] % g == 0 for e in linear)]
+        raise ConfigError(
+            f"quantizer.group_size={group} does not divide the width {odd[0].shape[1]} of {odd[0].name}",
+            where=str(model.path),
+            fix=[f"quantizer.group_size={g}" for g in divisors[:1]] + ["quantizer.group_size=-1"],
         )
     check_tokenizer(model.path)
     return [f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl"]

@@ -16,7 +16,7 @@ from src import artifact, compose
 from src.artifact import Artifact
 from src.config import Verb
 from src.errors import MissingInput, Moved, NoRoom, UserError, WrongKind
-from src.log import duration, rank, say, size
+from src.log import duration, rank, say, size, warn
 
 ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
@@ -53,12 +53,29 @@ class Run:
             fix=[f"python -m src.{verb} run={self.name}"] + [f"run={other} has one" for other in others[:3]],
         )
 
+    def current(self, found: Artifact) -> Artifact:
+        """The artifact, unless something it was made from was made anew since: building on it would mix two runs."""
+        if outdated := artifact.replaced_since(found):
+            raise Moved(
+                outdated,
+                where=str(found.path),
+                fix=[
+                    f"python -m src.{found.stage} run={self.name} force=true brings it up to date",
+                    f"source={found.path} takes it as it is",
+                ],
+            )
+        return found
+
     def source(self, path: str | None, *names: str, kinds: set[str]) -> Artifact:
         """The artifact or folder at `path`, or the first finished of this run's `names`; it must be of one of `kinds`."""
         if path is not None:
             found = artifact.open_any(Path(path), self.cache)
         else:
             found = self.open(next((n for n in names if self.has(n)), names[0]))
+        if path is None:
+            self.current(found)
+        elif outdated := artifact.replaced_since(found):
+            warn(outdated)
         if found.kind not in kinds:
             raise WrongKind(
                 f"this stage takes {' or '.join(sorted(kinds))}, not {found.kind}" + (f" ({found.stage})" if found.manifest else ""),
@@ -94,7 +111,9 @@ class Stage:
     check(cfg, inputs) -> lines of the plan; raises where a tool, device or rule stands in the way. Before torch is imported.
     each(cfg, run) -> configurations to run in turn, where one call may mean several artifacts.
     around(cfg, overrides) -> exit code, where the work runs in processes of its own; None: in this one.
-    resumes: a partial folder of the same key is continued instead of cleared.
+    resumes(partial) -> whether a partial folder holds work worth keeping. A stage with it goes on in one of the same key, and refuses to clear one
+        of another key; without it partial folders are cleared.
+    early(cfg, run): what can be checked before the inputs that another stage makes are there; for launchers (--settings-only).
     headline: the metric that matters, shown in the summary.
     """
 
@@ -109,7 +128,8 @@ class Stage:
     check: Callable | None = None
     each: Callable | None = None
     around: Callable | None = None
-    resumes: bool = False
+    resumes: Callable | None = None
+    early: Callable | None = None
 
 
 def main(stage: Stage) -> None:
@@ -134,7 +154,8 @@ def guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on")
+        if "BOARDWALK_WORKER" not in os.environ:  # else the process that started the workers says it
+            say("interrupted; the same command goes on, from the last checkpoint where there is one")
         return 130
     except UserError as error:
         return _report(error)
@@ -174,8 +195,12 @@ def _main(stage: Stage, argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(compose.help_text(stage.verb, stage.doc, stage.schema))
         return 0
-    cfg = compose.compose(stage.verb, argv, stage.schema)
+    cfg = compose.compose(stage.verb, [a for a in argv if a != "--settings-only"], stage.schema)
     run = Run(Path(cfg.outputs) / cfg.run)
+    if "--settings-only" in argv:
+        if stage.early:
+            stage.early(cfg, run)
+        return 0
     configs = list(stage.each(cfg, run)) if stage.each else [cfg]
     return max(_one(stage, c, run, argv) for c in configs)
 
@@ -193,7 +218,18 @@ def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
             return 0
         raise Moved(
             f"'{path}' is finished, but was made otherwise:\n" + "\n".join(f"  {line}" for line in moved(old, stage, settings, inputs)),
-            fix=["force=true makes it again in place", "run=OTHER_NAME keeps both", "go back to the old settings"],
+            fix=["force=true makes it again in place", f"{_other_run(stage, inputs)} keeps both", "go back to the old settings"],
+        )
+    begun = artifact.unfinished(path)
+    if begun and stage.resumes and begun.key != key and not cfg.force and stage.resumes(begun.path):
+        raise Moved(
+            f"'{begun.path}' is an unfinished run that can go on, but it was begun otherwise:\n"
+            + "\n".join(f"  {line}" for line in moved(begun, stage, settings, inputs)),
+            fix=[
+                "go back to the old settings: it goes on",
+                f"{_other_run(stage, inputs)} keeps both",
+                "force=true clears it and starts anew",
+            ],
         )
     plan = stage.check(cfg, inputs) if stage.check else []
     if cfg.dry_run:
@@ -210,7 +246,8 @@ def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
     if rank() != 0:
         stage.run(cfg, inputs, path.with_name(f"{name}.partial"))
         return 0
-    with artifact.building(path, key, resumes=stage.resumes) as out:
+    draft = {"version": stage.version, "settings": settings, "parents": artifact.parent_records(inputs, path.parent)}
+    with artifact.building(path, key, resumes=stage.resumes is not None, draft=draft) as out:
         start = time.monotonic()
         metrics = stage.run(cfg, inputs, out)
         seconds = time.monotonic() - start
@@ -221,6 +258,12 @@ def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
     done = artifact.open_artifact(path)
     say(f"{name}: done in {duration(seconds)}, {size(sum(f['size'] for f in done.files.values()))} in {path}")
     return 0
+
+
+def _other_run(stage: Stage, inputs: dict[str, Artifact]) -> str:
+    """The overrides that do the same work under another name."""
+    first = next(iter(inputs.values()))
+    return "run=OTHER_NAME" + (f" source={first.path}" if "source" in stage.schema.model_fields and first.manifest else "")
 
 
 def moved(old: Artifact, stage: Stage, settings: dict, inputs: dict[str, Artifact]) -> list[str]:

@@ -1,7 +1,4 @@
-"""One table of a run: each finished artifact with its seconds, its size on disk and the figure that matters.
-
-usage: python -m src.summary run=NAME
-"""
+"""One table of a run: each finished artifact with its seconds, its size on disk and the figure that matters."""
 
 from pathlib import Path
 
@@ -53,7 +50,8 @@ def summary(cfg: Verb) -> int:
     table = [("stage", "seconds", "on disk", "result")]
     bundles, total = [], 0.0
     for a, name in rows(folder):
-        table.append((name, f"{a.manifest['seconds']:.1f}", size(sum(f["size"] for f in a.files.values())), headline(a)))
+        old = "  (its source was made anew since)" if artifact.replaced_since(a) else ""
+        table.append((name, f"{a.manifest['seconds']:.1f}", size(sum(f["size"] for f in a.files.values())), headline(a) + old))
         total += a.manifest["seconds"]
         bundles += [a.path] if a.kind == "bundle" else []
     widths = [max(len(row[i]) for row in table) for i in range(4)]
@@ -61,7 +59,8 @@ def summary(cfg: Verb) -> int:
         print(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip())
         if k == 0:
             print("  ".join("-" * w for w in widths))
-    print(f"{len(table) - 1} artifacts, {duration(total)}")
+    count = len(table) - 1
+    print(f"{count} artifact{'s' * (count != 1)}, {duration(total)}")
     for bundle in bundles:
         print(f"bundle: {bundle}")
     return 0

@@ -47,10 +47,12 @@ def _wandb(tracker: Wandb, folder: Path, name: str, settings: dict) -> dict[str,
 
     mode = ("online" if os.environ.get("WANDB_API_KEY") else "offline") if tracker.mode == "auto" else tracker.mode
     folder.mkdir(parents=True, exist_ok=True)
+    for place in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
+        os.environ.setdefault(place, str(folder.resolve()))  # else it writes to the home folder
     run = wandb.init(
         project=tracker.project, name=name, dir=folder, config=settings, mode=mode, settings=wandb.Settings(silent=True, init_timeout=30)
     )
-    say(f"wandb: {mode}, in {folder}" + ("; `wandb sync` sends it later" if mode == "offline" else ""))
+    say(f"wandb: {mode}, in {folder}" + (f"; `wandb sync {run.dir.removesuffix('/files')}` sends it later" if mode == "offline" else ""))
     return {
         "numbers": lambda values, step: run.log(values, step=step),
         "samples": lambda rows, step: run.log(

@@ -239,6 +239,8 @@ class Reports(TrainerCallback):
         self.train_seconds = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed state brings the steps of the run it was saved by; what is asked for now counts.
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
         self.first_step, self.start, self.tokens = state.global_step, time.monotonic(), state.num_input_tokens_seen
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -479,6 +481,6 @@ def summary(trainer: ChatTrainer, splits: dict, precision: str) -> dict:
         if metrics["turns_ended"] < 0.5:
             warn(
                 f"the model ends only {metrics['turns_ended']:.0%} of its turns where it should, so its answers will run on however good the loss looks; "
-                "raise train.epochs, tuner.learning_rate or tuner.row_learning_rate"
+                "train for more steps, or raise tuner.learning_rate or tuner.row_learning_rate"
             )
     return metrics

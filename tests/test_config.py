@@ -185,7 +185,7 @@ def test_the_names_of_other_trainers_lead_to_ours(theirs, ours):
         ("tuner@x=lora", "not added or removed"),
         ("tuner=null", "no such tuner"),
         ("tracker=[]", "tracker"),
-        ("--force", "'--force': not of the form key=value"),
+        ("--force", "'--force': flags belong to the launchers"),
         ("force", "'force': not of the form key=value"),
         ("=3", "unknown setting ''"),
         ("model.path@x=3", "not added or removed"),

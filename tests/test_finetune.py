@@ -526,3 +526,33 @@ def test_a_quantized_base_needs_qlora(tmp_path):
     cfg = compose("finetune", [f"model.path={tmp_path}"], FinetuneVerb)
     with pytest.raises(WrongKind, match="gptq"):
         finetune.check(cfg, {"model": artifact.open_any(tmp_path)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_workers_end_quietly_and_the_run_goes_on(tmp_path, number, code):
+    """Ctrl-C reaches every process of the terminal; a batch system's SIGTERM only the one it started."""
+    outputs = tmp_path / "outputs"
+    subprocess.run([sys.executable, "-m", "src.data", f"outputs={outputs}"], check=True, capture_output=True, cwd=ROOT)
+    argv = [
+        f"outputs={outputs}",
+        "deepspeed=zero2",
+        "launch.nproc_per_node=2",
+        "train.max_steps=40",
+        "train.checkpoint_steps=5",
+        "train.log_steps=1",
+    ]
+    command = [sys.executable, "-m", "src.finetune", *argv]
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in started.stderr:
+        if "step 8/" in line:
+            break
+    if number == signal.SIGINT:
+        os.killpg(started.pid, number)
+    else:
+        started.send_signal(number)
+    said = started.stderr.read()
+    assert started.wait(timeout=60) == code
+    assert "interrupted; the same command goes on" in said and "Traceback" not in said
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "goes on from step" in again.stderr, again.stderr

@@ -21,7 +21,7 @@ MEANS = {
 }
 STUB = r"""#!/usr/bin/env bash
 { printf '%s\0' "$@"; printf '\n'; } >> "$CALLS"
-printf '%s' "${PYTHONPATH:-}" > "$CALLS.path"
+printf '%s' "$PWD" > "$CALLS.path"
 case "$*" in *src.data*) exit "${DATA_CODE:-0}" ;; *) exit "${TRAIN_CODE:-0}" ;; esac
 """
 
@@ -50,7 +50,8 @@ def launch(tmp_path):
             timeout=60,
         )
         lines = calls.read_text().split("\0\n")[:-1] if calls.is_file() else []
-        return done, [line.split("\0") for line in lines]
+        # The look at the settings before anything costly is a call of its own, tested below.
+        return done, [line.split("\0") for line in lines if "--settings-only" not in line]
 
     return launch
 
@@ -192,13 +193,21 @@ def test_training_s_code_is_the_launcher_s(launch):
     assert launch("finetune_ds.sh", TRAIN_CODE="8")[0].returncode == 8
 
 
-def test_it_works_from_any_folder_and_finds_the_package(launch, tmp_path):
+def test_it_works_from_any_folder_and_makes_its_outputs_in_the_project(launch, tmp_path):
     elsewhere = tmp_path / "some where"
-    elsewhere.mkdir()
-    done, calls = launch("finetune_ds.sh", "-d", "rel/chat.json", cwd=elsewhere, PYTHONPATH="/mine")
+    (elsewhere / "rel").mkdir(parents=True)
+    (elsewhere / "rel" / "chat.json").write_text("[]")
+    done, calls = launch("finetune_ds.sh", "-d", "rel/chat.json", "-m", "someone/tiny", cwd=elsewhere)
     assert done.returncode == 0, done.stderr
-    assert settings(calls[0])[1].data.path == "rel/chat.json", "the path stays the caller's"
-    assert (tmp_path / "calls.path").read_text() == f"{ROOT}:/mine"
+    assert settings(calls[0])[1].data.path == str(elsewhere / "rel" / "chat.json"), "a path that is there is the caller's"
+    assert settings(calls[1])[1].model.path == "someone/tiny", "one that is not may be a hub id"
+    assert (tmp_path / "calls.path").read_text() == str(ROOT)
+
+
+def test_settings_are_looked_at_before_the_data_is_read(launch):
+    done, calls = launch("finetune_ds.sh", "-d", "chat.json", TRAIN_CODE="2")
+    assert done.returncode == 2
+    assert calls == [], "only the look at the settings was made"
 
 
 def test_a_group_choice_replaces_the_launcher_s(launch):

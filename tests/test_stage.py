@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FEW, in_process, refused, save, write_model
+from conftest import FEW, fake_adapter, in_process, refused, save, worked, write_model
 
 from src import artifact, data, stage
 from src.errors import BadData, Busy, ConfigError, MissingInput, MissingTool, Moved, NoRoom, ProofFailed, Tampered, UserError, WrongKind
@@ -140,6 +140,42 @@ def test_an_input_file_that_changed_is_named(call, road):
     chats = road / "inputs" / "chats.json"
     chats.write_text(json.dumps(json.loads(chats.read_text())[:-1]))
     refused(call("data", "run=a", *FEW, f"data.path={chats}"), Moved, "parent conversations", chats)
+
+
+def test_an_input_made_from_something_since_replaced_is_refused(call, road):
+    """Deploying the merge of an earlier fine-tune would put an old model into a new bundle."""
+    worked("finetune", fake_adapter, "run=a", f"outputs={road}", f"model.path={road / 'inputs' / 'base'}", "tuner.rank=8", "force=true")
+    for verb in ("quantize", "deploy", "evaluate"):
+        refused(call(verb, "run=a", "force=true"), Moved, "earlier", "finetune", "python -m src.merge run=a force=true")
+    told = call("deploy", "run=a", "force=true", "dry_run=true", f"source={road / 'a' / 'merge'}")
+    assert told.returncode == 0 and "warning" in told.stderr and "earlier" in told.stderr
+    assert "made anew since" in call("summary", "run=a").stdout
+    assert "made anew since" in call("lineage", road / "a" / "merge").stdout
+
+
+def test_an_unfinished_run_that_can_go_on_is_not_cleared_by_another_setting(call, road):
+    def stopped(cfg, inputs, out):
+        (out / "checkpoints" / "checkpoint-7").mkdir(parents=True, exist_ok=True)
+        (out / "checkpoints" / "checkpoint-7" / "whole").write_text("1")
+        raise KeyboardInterrupt
+
+    argv = ["run=b", f"outputs={road}", f"source={road / 'a' / 'data'}", f"model.path={road / 'inputs' / 'base'}"]
+    with pytest.raises(AssertionError, match="interrupted"):
+        worked("finetune", stopped, *argv)
+    refused(
+        call("finetune", *argv, "tuner.rank=8", "dry_run=true"), Moved, "tuner.rank 64 -> 8", "unfinished", "force=true", "run=OTHER_NAME"
+    )
+    assert (road / "b" / "finetune.partial" / "checkpoints" / "checkpoint-7").is_dir()
+    worked("finetune", fake_adapter, *argv)
+    assert (road / "b" / "finetune" / "checkpoints" / "checkpoint-7").is_dir(), "the same settings went on in it"
+
+
+def test_settings_alone_can_be_checked(call, road):
+    base = f"model.path={road / 'inputs' / 'base'}"
+    assert call("finetune", "run=none", base, "--settings-only").returncode == 0
+    refused(call("finetune", "run=none", base, "trian.seed=2", "--settings-only"), ConfigError, "train.seed")
+    refused(call("finetune", "run=none", "model.path=./nowhere", "--settings-only"), MissingInput, "nowhere")
+    assert not (road / "none").exists()
 
 
 # ---- inputs that are not there

@@ -78,7 +78,7 @@ def read_shape(model_dir: Path) -> Shape:
     if kind != "llama":
         refuse(
             f"target=llama2c takes Llama-architecture models only; this one is '{kind}'",
-            "choose a target for this architecture; target=openvino_cpu is planned for any of them",
+            "choose a target for this architecture; no target for it yet; the merged or quantized folder itself runs in transformers",
         )
     if config.get("quantization_config"):
         refuse("the model is already quantized", "deploy the merged model instead; format=int8_v2 quantizes it here")

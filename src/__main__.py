@@ -1,0 +1,14 @@
+"""`python -m src` tells which verbs there are."""
+
+import ast
+import sys
+from pathlib import Path
+
+VERBS = ("data", "finetune", "merge", "quantize", "evaluate", "deploy", "aux_files", "lineage", "summary")
+
+for verb in VERBS:
+    folder = Path(__file__).parent
+    file = folder / f"{verb}.py" if (folder / f"{verb}.py").is_file() else folder / verb / "__main__.py"
+    first = ast.get_docstring(ast.parse(file.read_text())).replace("\n", " ").split(". ")[0].split(": ")[0]
+    print(f"  python -m src.{verb:<10} {first}")
+sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
