@@ -21,6 +21,6 @@ make_env() {
   fi
   echo "making $root/.venv from requirements.txt, about two minutes" >&2
   [ -x "$python" ] || "$base" -m venv "$root/.venv" || return 7
-  "$python" -m pip install --quiet --disable-pip-version-check --no-input -r "$root/requirements.txt" || return 7
+  "$python" -m pip install -qq --disable-pip-version-check --no-input -r "$root/requirements.txt" || return 7
   echo "$want" >"$stamp"
 }

@@ -272,10 +272,9 @@ def test_a_wrong_tensor_fails_the_proof_and_publishes_nothing(damage, pair, tmp_
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 8
     err = capsys.readouterr().err
     assert "self-check failed: the merged model's logits differ" in err and "fix:" in err
-    assert not (tmp_path / "m" / "merge").exists()
+    assert not list((tmp_path / "m").glob("merge*")), "neither finished nor half-made"
     monkeypatch.setattr(merge, "merged_tensors", true)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 0
-    assert "clearing an unfinished merge.partial" in capsys.readouterr().err
 
 
 def test_another_tokenizer_in_the_result_fails_the_proof(pair, tmp_path, monkeypatch, capsys):
