@@ -84,6 +84,24 @@ def in_process(verb: str, *argv: str) -> CompletedProcess:
     return CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
+def go(module, *argv) -> int:
+    """The exit code of a verb's module, run in this process for good; what it says is pytest's to capture."""
+    from src import stage
+
+    return stage.guarded(lambda: stage._main(module.STAGE, [str(a) for a in argv]))
+
+
+@pytest.fixture(scope="module")
+def proofs_in_this_process():
+    """A fresh process per proof costs 3 s; test_merge, test_quantize and test_aux_files each have a test with the real thing."""
+    from src import aux_files, merge, quantize
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (aux_files, merge, quantize):
+            patch.setattr(module, "fresh", lambda work, *args: work(*args))
+        yield
+
+
 def worked(verb: str, work, *argv) -> None:
     """Run a verb through its one door, with `work(cfg, inputs, out) -> metrics` in place of the costly part."""
     from src import stage

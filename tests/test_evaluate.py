@@ -7,24 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import go
 from transformers import AutoModelForCausalLM
 
-from src import artifact, aux_files, data, evaluate, finetune, merge, modeling, stage
+from src import artifact, data, evaluate, finetune, merge, modeling
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def proofs_in_this_process():
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (aux_files, merge):
-            patch.setattr(module, "fresh", lambda work, *args: work(*args))
-        yield
-
-
-def go(verb, *argv) -> int:
-    return stage.guarded(lambda: stage._main(verb.STAGE, [str(a) for a in argv]))
+pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import go
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import adapters, artifact, aux_files, data, finetune, merge, modeling, stage, training
+from src import adapters, artifact, data, finetune, merge, modeling, training
 from src.compose import compose
 from src.config import FinetuneVerb
 from src.errors import ConfigError, Moved, WrongKind
@@ -28,23 +29,12 @@ START, END = 1022, 1023
 FAST = ["tuner.rank=8", "tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def proofs_in_this_process():
-    """A fresh process per proof costs 3 s; test_merge has one test with the real thing."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (aux_files, merge):
-            patch.setattr(module, "fresh", lambda work, *args: work(*args))
-        yield
+pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     return tmp_path_factory.mktemp("finetune")
-
-
-def go(verb, *argv) -> int:
-    """Exit code of a verb run in this process, as from the command line."""
-    return stage.guarded(lambda: stage._main(verb.STAGE, [str(a) for a in argv]))
 
 
 def make_base(folder: Path, *, tied=True, dtype=torch.float32, blank=True) -> Path:

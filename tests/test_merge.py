@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import go
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import artifact, aux_files, data, finetune, merge, modeling, stage
+from src import artifact, aux_files, data, finetune, merge, modeling
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
@@ -20,16 +21,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json"
 real_fresh = merge.fresh
 
 
-@pytest.fixture(scope="module", autouse=True)
-def proofs_in_this_process():
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (aux_files, merge):
-            patch.setattr(module, "fresh", lambda work, *args: work(*args))
-        yield
-
-
-def go(verb, *argv) -> int:
-    return stage.guarded(lambda: stage._main(verb.STAGE, [str(a) for a in argv]))
+pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 
 
 def weights(folder: Path) -> dict:

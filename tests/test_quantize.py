@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import go
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import artifact, aux_files, data, evaluate, finetune, merge, modeling, quantize, stage
+from src import artifact, aux_files, data, evaluate, finetune, merge, modeling, quantize
 from src.compose import compose
 from src.config import FinetuneVerb, QuantizeVerb
 from src.errors import ConfigError, ProofFailed
@@ -23,16 +24,7 @@ TINY = ROOT / "assets" / "tiny-chat"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def proofs_in_this_process():
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (aux_files, merge, quantize):
-            patch.setattr(module, "fresh", lambda work, *args: work(*args))
-        yield
-
-
-def go(verb, *argv) -> int:
-    return stage.guarded(lambda: stage._main(verb.STAGE, [str(a) for a in argv]))
+pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import go
 
-from src import artifact, aux_files, data, finetune, stage, tracking
+from src import artifact, aux_files, data, finetune, tracking
 from src.config import Tensorboard, Wandb
 from src.tracking import Trackers
 
@@ -27,10 +28,6 @@ def offline(monkeypatch):
     for name in SECRETS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(aux_files, "fresh", lambda work, *args: work(*args))
-
-
-def go(verb, *argv) -> int:
-    return stage.guarded(lambda: stage._main(verb.STAGE, [str(a) for a in argv]))
 
 
 def events(folder: Path):
