@@ -8,6 +8,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -82,6 +83,11 @@ def in_process(verb: str, *argv: str) -> CompletedProcess:
         finally:
             sys.argv = before
     return CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+def hear_ctrl_c() -> None:
+    """For Popen's preexec_fn: a shell starts background jobs deaf to SIGINT, and what they start inherits it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def go(module, *argv) -> int:

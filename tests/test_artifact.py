@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import FEW, ROOT, in_process, refused
+from conftest import FEW, ROOT, hear_ctrl_c, in_process, refused
 
 from src import artifact, compose, config
 from src.artifact import Artifact, building, key_of, open_artifact, seal
@@ -170,7 +170,7 @@ stage.main(dataclasses.replace(data.STAGE, run=work))
 def slow_data(outputs: Path, chats: Path, *more: str) -> subprocess.Popen:
     """The verb `data` in another process, in the middle of its work."""
     command = [sys.executable, "-c", SLOW, f"outputs={outputs}", f"data.path={chats}", *FEW, *more]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=hear_ctrl_c)
     assert process.stdout.readline() == "building\n"
     return process
 

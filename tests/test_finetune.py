@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import go
+from conftest import go, hear_ctrl_c
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -533,7 +533,7 @@ def test_interrupted_workers_end_quietly_and_the_run_goes_on(tmp_path, number, c
         "train.log_steps=1",
     ]
     command = [sys.executable, "-m", "src.finetune", *argv]
-    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_ctrl_c)
     for line in started.stderr:
         if "step 8/" in line:
             break
