@@ -25,7 +25,7 @@ def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
 
 def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     model, dataset = inputs["model"], inputs["dataset"]
-    check_folder(model.path, trust_remote_code=trust_of(model))
+    config = check_folder(model.path, trust_remote_code=trust_of(model))
     if not dataset.files["calib.jsonl"]["size"]:
         raise MissingInput("the calib split is empty", where=str(dataset.path), fix="python -m src.data data.calib=0.1")
     group = cfg.quantizer.group_size
@@ -37,7 +37,7 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
             f"{narrow[0].name} has {narrow[0].shape[0]} rows, which int{cfg.quantizer.bits} cannot pack by {pack}",
             where=str(model.path),
             fix=["quantizer=gptq_int8"] * (cfg.quantizer.bits == 4 and all(e.shape[0] % 4 == 0 for e in linear))
-            + ["deploy target=llama2c target.format=int8_v2 quantizes such models itself"],
+            + ["python -m src.deploy target=llama2c target.format=int8_v2 quantizes it by itself"] * (config.get("model_type") == "llama"),
         )
     odd = [e for e in linear if group > 0 and e.shape[1] % group]
     if odd:
