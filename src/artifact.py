@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -310,11 +310,11 @@ def git_revision() -> str | None:
 
 
 @contextlib.contextmanager
-def building(path: Path, key: str, *, resumes: bool, draft: dict | None = None) -> Iterator[Path]:
+def building(path: Path, key: str, *, resumes: Callable[[Path], bool] | None = None, draft: dict | None = None) -> Iterator[Path]:
     """A folder `<name>.partial` to build in, held by one process; when the block ends well it is renamed to `path`.
 
-    A partial folder left by a crash is continued if the stage resumes and its key is the same; else it is cleared, and that is said. One that
-    cannot be continued is cleared when the block raises.
+    A partial folder left by a crash is continued if the stage resumes and its key is the same; else it is cleared, and that is said.
+    resumes: tells whether a partial folder holds work worth keeping; when the block raises, one that does not is cleared at once.
     draft: what of the manifest is known beforehand, kept beside the folder for `unfinished`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +332,7 @@ def building(path: Path, key: str, *, resumes: bool, draft: dict | None = None) 
         try:
             yield partial
         except Exception:
-            if not resumes:
+            if not (resumes and resumes(partial)):
                 shutil.rmtree(partial, ignore_errors=True)
                 note.unlink(missing_ok=True)
             raise

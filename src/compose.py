@@ -76,7 +76,7 @@ def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseMod
         faults += [f"{key}: must be given, as {key}=VALUE" for key, value in _leaves(tree).items() if value == "???"]
         cfg = schema.model_validate(tree)
     except ValidationError as error:
-        faults += [_fault(e) for e in error.errors() if e["input"] != "???"]
+        faults += [_fault(e, tree) for e in error.errors() if e["input"] != "???"]
     except _hydra_error() as error:
         faults.append(str(error).splitlines()[0])
     if faults:
@@ -190,15 +190,9 @@ def _nearest(word: str, options) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def _fault(error: dict) -> str:
+def _fault(error: dict, tree: dict) -> str:
     """One pydantic error in the words of a command line."""
-    # A discriminated union puts its tag into the location; the user never typed it.
-    parts = [str(p) for p in error["loc"]]
-    key = ".".join(
-        p
-        for i, p in enumerate(parts)
-        if not (i > 0 and p in ("full", "lora", "qlora", "gptq", "llama2c", "wandb", "tensorboard") and parts[i - 1] != "tracker")
-    )
+    key = _typed(error["loc"], tree)
     if key == "run" and error["type"] == "string_pattern_mismatch":
         return f"run={error['input']}: a run's name is letters, digits, '.', '_' and '-', and begins with a letter or digit"
     if error["type"] == "extra_forbidden":
@@ -210,6 +204,18 @@ def _fault(error: dict) -> str:
     ).strip()
     shown = "" if isinstance(error["input"], dict) else f"={error['input']}"
     return f"{key}{shown}: {message}"
+
+
+def _typed(place: tuple, tree) -> str:
+    """A pydantic location as the dotted key a user types: without the `kind` that a union of settings classes puts into it."""
+    parts = []
+    for part in place:
+        inside = isinstance(tree, dict) and part in tree
+        if inside or not (isinstance(tree, dict) and tree.get("kind") == part):
+            parts.append(str(part))
+        if inside:
+            tree = tree[part]
+    return ".".join(parts)
 
 
 def help_text(verb: str, doc: str, schema: type[BaseModel]) -> str:

@@ -6,16 +6,10 @@ it makes, so it takes no part in an artifact's key.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-Unkeyed = Field(exclude=True)
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=()
-    )
+from src.settings import Fraction, Settings, Unkeyed
+from src.targets import AnyTarget
 
 
 class Verb(Settings):
@@ -284,15 +278,8 @@ class EvaluateVerb(SourcedVerb):
     """what is measured and asked"""
 
 
-class Llama2c(Settings):
-    kind: Literal["llama2c"]
-    """a CPU bundle in the formats of karpathy/llama2.c with a C program to run it"""
-    format: Literal["fp32_v0", "fp32_v1", "int8_v2"]
-    """weight file: what llama2.c's run reads (fp32_v0), its newer header (fp32_v1), or what its runq reads (int8_v2)"""
-    group_size: PositiveInt
-    """int8 weights that share a scale; halved until it divides the model's sizes"""
-
-
 class DeployVerb(SourcedVerb):
-    target: Llama2c
+    target: AnyTarget
     """what to build for"""
+    dataset: Annotated[str | None, Unkeyed]
+    """dataset artifact to calibrate on, for targets that do; null: the run's own"""

@@ -106,3 +106,17 @@ class Busy(UserError):
 
     exit_code = 11
     title = "already running"
+
+
+class Unfinished(UserError):
+    """Everything that could be made is made and kept; what remains needs a vendor's tool that is not here."""
+
+    exit_code = 12
+    title = "prepared, not finished"
+
+
+class ToolFailed(UserError):
+    """A vendor's tool ran and did not give what it should."""
+
+    exit_code = 13
+    title = "the vendor's tool failed"

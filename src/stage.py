@@ -111,8 +111,8 @@ class Stage:
     check(cfg, inputs) -> lines of the plan; raises where a tool, device or rule stands in the way. Before torch is imported.
     each(cfg, run) -> configurations to run in turn, where one call may mean several artifacts.
     around(cfg, overrides) -> exit code, where the work runs in processes of its own; None: in this one.
-    resumes(partial) -> whether a partial folder holds work worth keeping. A stage with it goes on in one of the same key, and refuses to clear one
-        of another key; without it partial folders are cleared.
+    resumes(partial) -> whether a partial folder holds work worth keeping, which is then not cleared for another key unless forced. A stage with it
+        goes on in a partial folder of the same key; without it partial folders are cleared.
     early(cfg, run): what can be checked before the inputs that another stage makes are there; for launchers (--settings-only).
     headline: the metric that matters, shown in the summary.
     """
@@ -128,7 +128,7 @@ class Stage:
     check: Callable | None = None
     each: Callable | None = None
     around: Callable | None = None
-    resumes: Callable | None = None
+    resumes: Callable[[Path], bool] | None = None
     early: Callable | None = None
 
 
@@ -247,7 +247,7 @@ def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
         stage.run(cfg, inputs, path.with_name(f"{name}.partial"))
         return 0
     draft = {"version": stage.version, "settings": settings, "parents": artifact.parent_records(inputs, path.parent)}
-    with artifact.building(path, key, resumes=stage.resumes is not None, draft=draft) as out:
+    with artifact.building(path, key, resumes=stage.resumes, draft=draft) as out:
         start = time.monotonic()
         metrics = stage.run(cfg, inputs, out)
         seconds = time.monotonic() - start

@@ -32,7 +32,7 @@ def headline(a: Artifact) -> str:
             parts.append(f"{m['expected']}/{m['prompts']} as expected")
         return ", ".join(parts)
     if a.stage == "deploy":
-        return f"{m['tokens_per_second']:,.0f} tokens/s here, {m['prompts_equal']}/{m['prompts']} prompts as transformers"
+        return m["summary"]
     return ""
 
 

@@ -32,12 +32,16 @@ def chats(tmp_path) -> Path:
 
 
 def make(
-    path: Path, content: str = "content", *, key: str = "k", settings: dict | None = None, inputs: dict | None = None, resumes: bool = False
+    path: Path, content: str = "content", *, key: str = "k", settings: dict | None = None, inputs: dict | None = None, resumes=None
 ) -> Artifact:
     with building(path, key, resumes=resumes) as out:
         (out / "file.txt").write_text(content)
         seal(out, stage="data", kind="dataset", version=1, settings=settings or {}, inputs=inputs or {}, metrics={"rows": 1}, seconds=0.5)
     return open_artifact(path)
+
+
+def keeps(partial: Path) -> bool:
+    return True
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -121,7 +125,7 @@ def test_the_manifest_is_the_last_file_and_lists_the_others(tmp_path):
 
 def test_nothing_has_the_finished_name_until_all_is_done(tmp_path):
     seen = []
-    with building(tmp_path / "a", "k", resumes=False) as out:
+    with building(tmp_path / "a", "k", resumes=None) as out:
         (out / "file.txt").write_text("x")
         seen.append((tmp_path / "a").exists())
         seal(out, stage="s", kind="model", version=1, settings={}, inputs={}, metrics={}, seconds=0)
@@ -130,14 +134,14 @@ def test_nothing_has_the_finished_name_until_all_is_done(tmp_path):
 
 
 def test_a_stage_that_does_not_seal_is_a_bug(tmp_path):
-    with pytest.raises(RuntimeError, match="without a manifest"), building(tmp_path / "a", "k", resumes=False):
+    with pytest.raises(RuntimeError, match="without a manifest"), building(tmp_path / "a", "k", resumes=None):
         pass
     assert leftovers(tmp_path) == ["a.partial"]
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, MemoryError, BadData("x")])
 def test_a_failed_build_leaves_no_finished_name(tmp_path, interrupt):
-    with pytest.raises(BaseException), building(tmp_path / "a", "k", resumes=False) as out:  # noqa: B017
+    with pytest.raises(BaseException), building(tmp_path / "a", "k", resumes=None) as out:  # noqa: B017
         (out / "half").write_text("x")
         raise interrupt
     # What cannot go on is not left about; only a signal leaves it, and the next run clears it.
@@ -145,8 +149,8 @@ def test_a_failed_build_leaves_no_finished_name(tmp_path, interrupt):
 
 
 def test_a_partial_folder_is_continued_only_for_the_same_key(tmp_path, capsys):
-    for key, resumes, survives in (("k", True, True), ("other", True, False), ("other", False, False)):
-        with contextlib.suppress(KeyboardInterrupt), building(tmp_path / "a", "k", resumes=True) as out:
+    for key, resumes, survives in (("k", keeps, True), ("other", keeps, False), ("other", None, False)):
+        with contextlib.suppress(KeyboardInterrupt), building(tmp_path / "a", "k", resumes=keeps) as out:
             (out / "checkpoint").write_text("step 5")
             raise KeyboardInterrupt
         capsys.readouterr()
@@ -232,7 +236,7 @@ def test_one_of_many_at_once_wins(tmp_path):
     def work():
         start.wait()
         try:
-            with building(tmp_path / "a", "k", resumes=False) as out:
+            with building(tmp_path / "a", "k", resumes=None) as out:
                 (out / "file.txt").write_text("x")
                 threading.Event().wait(0.2)
                 seal(out, stage="s", kind="model", version=1, settings={}, inputs={}, metrics={}, seconds=0)

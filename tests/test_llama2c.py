@@ -43,6 +43,10 @@ CORPUS = [
 ] * 5
 
 
+def given(model: Path) -> dict:
+    return {"model": SimpleNamespace(path=model)}
+
+
 def settings(format: str, group_size: int = 64) -> SimpleNamespace:
     return SimpleNamespace(format=format, group_size=group_size)
 
@@ -160,8 +164,8 @@ def llama(tmp_path_factory) -> Path:
 
 def build(model: Path, out: Path, format: str) -> dict:
     out.mkdir(exist_ok=True)
-    llama2c.check(model, settings(format))
-    return llama2c.build(model, out, settings(format))
+    llama2c.check(given(model), settings(format))
+    return llama2c.build(given(model), out, settings(format))
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +441,7 @@ def edited(llama: Path, out: Path, **changes) -> Path:
 )
 def test_check_refuses_other_architectures(llama, tmp_path, changes, says):
     with pytest.raises(WrongKind, match=says) as caught:
-        llama2c.check(edited(llama, tmp_path / "m", **changes), settings("fp32_v1"))
+        llama2c.check(given(edited(llama, tmp_path / "m", **changes)), settings("fp32_v1"))
     assert caught.value.fix
 
 
@@ -449,18 +453,18 @@ def test_check_refuses_biases_and_shapes(llama, tmp_path):
     bias = {"model.layers.0.self_attn.q_proj.bias": weights["model.norm.weight"].clone()}
     save_file(weights | bias, model / "model.safetensors")
     with pytest.raises(WrongKind, match="biases"):
-        llama2c.check(model, settings("fp32_v1"))
+        llama2c.check(given(model), settings("fp32_v1"))
     save_file({k: v for k, v in weights.items() if "layers.1.mlp.up" not in k}, model / "model.safetensors")
     with pytest.raises(BadData, match=r"no tensor model.layers.1.mlp.up_proj.weight"):
-        llama2c.check(model, settings("fp32_v1"))
+        llama2c.check(given(model), settings("fp32_v1"))
     whole = (llama / "model.safetensors").read_bytes()
     for cut in (0, 5, 100, len(whole) - 1):
         (model / "model.safetensors").write_bytes(whole[:cut])
         with pytest.raises(BadData):
-            llama2c.check(model, settings("fp32_v1"))
+            llama2c.check(given(model), settings("fp32_v1"))
     (model / "model.safetensors").unlink()
     with pytest.raises(MissingInput):
-        llama2c.check(model, settings("fp32_v1"))
+        llama2c.check(given(model), settings("fp32_v1"))
 
 
 @pytest.mark.parametrize(("lacking", "env"), [("make", {"PATH": ""}), ("cc", {"PATH": ""}), ("no-such-gcc", {"CC": "no-such-gcc -m32"})])
@@ -469,7 +473,7 @@ def test_check_asks_for_the_tools_before_it_reads_anything(tmp_path, monkeypatch
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(MissingTool, match=lacking):
-        llama2c.check(tmp_path / "nothing here", settings("fp32_v1"))
+        llama2c.check(given(tmp_path / "nothing here"), settings("fp32_v1"))
 
 
 def test_check_takes_the_compiler_that_the_makefile_takes(llama, tmp_path, monkeypatch):
@@ -479,15 +483,15 @@ def test_check_takes_the_compiler_that_the_makefile_takes(llama, tmp_path, monke
         (tools / name).symlink_to(shutil.which(tool))
     monkeypatch.setenv("PATH", str(tools))
     with pytest.raises(MissingTool, match="not found: cc"):
-        llama2c.check(llama, settings("fp32_v1"))
+        llama2c.check(given(llama), settings("fp32_v1"))
     monkeypatch.setenv("CC", "my-cc -O1")
-    llama2c.check(llama, settings("fp32_v1"))
+    llama2c.check(given(llama), settings("fp32_v1"))
 
 
 def test_check_needs_no_torch(llama):
     code = (
         "import sys; from pathlib import Path; from types import SimpleNamespace as S; from src.deploy import llama2c;"
-        "llama2c.check(Path(sys.argv[1]), S(format='int8_v2', group_size=64)); print({'torch', 'transformers'} & sys.modules.keys())"
+        "llama2c.check({'model': S(path=Path(sys.argv[1]))}, S(format='int8_v2', group_size=64)); print({'torch', 'transformers'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code, llama], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
@@ -506,7 +510,7 @@ def test_check_names_the_unknown_tokenizer_part(llama, tmp_path, part, value, sa
     spec = json.loads((model / "tokenizer.json").read_text())
     (model / "tokenizer.json").write_text(json.dumps(spec | {part: value}))
     with pytest.raises(WrongKind, match=says):
-        llama2c.check(model, settings("fp32_v1"))
+        llama2c.check(given(model), settings("fp32_v1"))
 
 
 def test_group_size_backs_off(llama):

@@ -9,29 +9,46 @@ from pathlib import Path
 from src import stage
 from src.artifact import Artifact
 from src.config import DeployVerb
+from src.deploy.vendor import WORK
 from src.modeling import check_folder, trust_of
 
-# kind of target -> (module that builds for it, kinds of artifact it takes). A module has
-# check(model, settings), which raises early and cheaply, and build(model, out, settings) -> metrics.
-BUILDERS = {"llama2c": ("src.deploy.llama2c", {"model"})}
+# kind of target -> the module that builds for it. It has
+#   TAKES                          kinds of artifact it can build from
+#   wants_dataset(target)          whether it calibrates on the run's dataset
+#   check(inputs, target)          the plan in lines; raises early and cheaply, before torch, where a model or a rule stands in the way
+#   build(inputs, out, target)     makes the bundle in the folder `out` and returns its metrics, `summary` (one line) among them
+BUILDERS = {
+    "llama2c": "src.deploy.llama2c",
+    "axera": "src.deploy.axera",
+    "mobilint": "src.deploy.mobilint",
+    "openvino": "src.deploy.openvino",
+}
 
 
 def builder(cfg: DeployVerb):
-    return importlib.import_module(BUILDERS[cfg.target.kind][0])
+    return importlib.import_module(BUILDERS[cfg.target.kind])
 
 
 def find(cfg: DeployVerb, run: stage.Run) -> dict[str, Artifact]:
-    return {"model": run.source(cfg.source, "merge", "finetune", kinds=BUILDERS[cfg.target.kind][1])}
+    vendor = builder(cfg)
+    inputs = {"model": run.source(cfg.source, "merge", "finetune", kinds=vendor.TAKES)}
+    if vendor.wants_dataset(cfg.target):
+        inputs["dataset"] = stage.data_sources(run, cfg.dataset)
+    return inputs
+
+
+def name(cfg: DeployVerb, inputs: dict[str, Artifact]) -> str:
+    """deploy-ax650 for a plain model, deploy-ax650-quantize for a quantized one, so that both can be had."""
+    return f"deploy-{cfg.target.name}" + ("-quantize" if inputs["model"].kind == "quantized" else "")
 
 
 def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
     check_folder(inputs["model"].path, trust_remote_code=trust_of(inputs["model"]))
-    builder(cfg).check(inputs["model"].path, cfg.target)
-    return [f"{inputs['model'].path} for {cfg.target.kind}"]
+    return [f"{inputs['model'].path} for {cfg.target.name}", *builder(cfg).check(inputs, cfg.target)]
 
 
 def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:
-    return builder(cfg).build(inputs["model"].path, out, cfg.target)
+    return builder(cfg).build(inputs, out, cfg.target)
 
 
 STAGE = stage.Stage(
@@ -40,10 +57,11 @@ STAGE = stage.Stage(
     schema=DeployVerb,
     kind="bundle",
     find=find,
-    name=lambda cfg, inputs: f"deploy-{cfg.target.kind}",
+    name=name,
     check=check,
     run=deploy,
     doc=__doc__,
+    resumes=lambda partial: (partial / WORK).is_dir(),
 )
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from src.artifact import read_json
+from src.artifact import Artifact, read_json
 from src.deploy.llama2c.chat import ChatPieces, find_chat, stop_ids
 from src.deploy.llama2c.proof import prove_ids, prove_text
 from src.deploy.llama2c.runtime import write_runtime
@@ -22,14 +22,20 @@ from src.log import say, size, warn
 from src.modeling import load_tokenizer
 
 SOURCES = Path(__file__).parents[3] / "assets" / "llama2c"
+TAKES = {"model"}
 
 
-def check(model_dir: Path, settings) -> None:
+def wants_dataset(settings) -> bool:
+    return False
+
+
+def check(inputs: dict[str, Artifact], settings) -> list[str]:
     """Refuse in milliseconds what this target cannot carry; reads config.json, safetensors headers and tokenizer.json.
 
     Raises MissingTool, MissingInput, BadData or WrongKind.
     """
     _check_tools()
+    model_dir = inputs["model"].path
     shape = read_shape(model_dir)
     check_tensors(model_dir, shape)
     if settings.format == "int8_v2":
@@ -43,14 +49,16 @@ def check(model_dir: Path, settings) -> None:
             where=str(model_dir),
             fix=f"python -m src.aux_files source=BASE_MODEL target={model_dir}",
         )
+    return [f"format {settings.format}"]
 
 
-def build(model_dir: Path, out: Path, settings) -> dict:
+def build(inputs: dict[str, Artifact], out: Path, settings) -> dict:
     """Write the bundle of a model that `check` let pass into `out`, compile its program and prove it against transformers.
 
     Returns the metrics for the manifest: bytes, group size, ids and tokens compared, tokens per second.
     Raises WrongKind where the tokenizer, once loaded, does not fit, ProofFailed where the program and transformers disagree.
     """
+    model_dir = inputs["model"].path
     shape = read_shape(model_dir)
     hf = load_tokenizer(model_dir)
     # transformers may rebuild the pipeline by the tokenizer's class, so what it runs counts, not tokenizer.json.
@@ -85,6 +93,9 @@ def build(model_dir: Path, out: Path, settings) -> dict:
     }
     metrics |= prove_ids(out, hf, pieces)
     metrics |= prove_text(model_dir, out, hf, stops, exact=group == 0)
+    metrics["summary"] = (
+        f"{metrics['tokens_per_second']:,.0f} tokens/s here, {metrics['prompts_equal']}/{metrics['prompts']} prompts as transformers"
+    )
     say(f"llama2c: model.bin {size(metrics['model_bytes'])}, {metrics['tokens_per_second']:.1f} tokens/s on one core here")
     return metrics
 

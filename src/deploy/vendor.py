@@ -1,0 +1,134 @@
+"""What all vendors' drivers share: running a vendor's tool under watch, and the folder in which unfinished work waits for it.
+
+A vendor's tool stays behind a process boundary: an argv list, logged whole, its output kept beside its work.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from src.log import say
+
+WORK = ".work"
+"""Folder inside an unfinished bundle with what the vendor's tool needs and makes. Hidden, so it is no content; gone when the bundle is finished."""
+
+
+def work_folder(out: Path) -> Path:
+    """The bundle's WORK folder, made if it is not there. From then on an unfinished bundle is kept and gone on with."""
+    (out / WORK).mkdir(exist_ok=True)
+    return out / WORK
+
+
+def finish(out: Path) -> None:
+    """Drop the WORK folder of a bundle that has all it needs."""
+    shutil.rmtree(out / WORK)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file under; it is renamed to `path` when the block ends well, so that a file by this name is always whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    yield partial
+    os.replace(partial, path)
+
+
+@dataclass
+class Done:
+    """How a tool's run ended. tail: its last lines. seen: which of the watched texts it printed."""
+
+    code: int
+    tail: str
+    seen: set[str] = field(default_factory=set)
+
+
+def run(
+    argv: list[str],
+    log: Path,
+    *,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    watch: tuple[str, ...] = (),
+    line: Callable[[str], None] = lambda text: None,
+    stop: Callable[[], None] = lambda: None,
+) -> Done:
+    """Run a vendor's tool, its stdout and stderr together into `log`, and tell how it ended.
+
+    watch: texts whose appearance is recorded. line: called with each line as it comes, progress bars' carriage returns counting as line ends.
+    stop: what to do besides killing the tool's processes when this process is interrupted or terminated, such as stopping a container.
+    """
+    say(f"runs {shlex.join(argv)}")
+    seen, tail = set(), deque(maxlen=30)
+    with open(log, "wb") as file, terminated_as_interrupt():
+        file.write(f"$ {shlex.join(argv)}\n".encode())
+        tool = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            for text in _lines(tool.stdout, file):
+                seen |= {words for words in watch if words in text}
+                tail.append(text)
+                line(text)
+            code = tool.wait()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(tool.pid, signal.SIGTERM)
+            stop()
+            try:
+                tool.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(tool.pid, signal.SIGKILL)
+                tool.wait()
+            raise
+    return Done(code if code >= 0 else 128 - code, "\n".join(tail), seen)
+
+
+def _lines(stream, log) -> Iterator[str]:
+    """Decoded lines of a byte stream, also ended by carriage returns, each copied to `log` as it came; terminal escapes are taken out."""
+    rest = b""
+    while chunk := stream.read1(65536):
+        log.write(chunk)
+        log.flush()
+        *whole_lines, rest = re.split(rb"[\r\n]", rest + chunk)
+        yield from (_plain(text) for text in whole_lines if text.strip())
+    if rest.strip():
+        yield _plain(rest)
+
+
+def _plain(text: bytes) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode(errors="replace")).rstrip()
+
+
+@contextlib.contextmanager
+def terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt in the block, so that what was started is stopped too."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ask(argv: list[str], timeout: float = 120) -> subprocess.CompletedProcess | None:
+    """A short question to a tool, such as its version; None where it is not there or does not answer in time (seconds)."""
+    try:
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout)
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
+        return None
