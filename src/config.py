@@ -5,6 +5,7 @@ it makes, so it takes no part in an artifact's key.
 """
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -269,6 +270,37 @@ class Evaluation(Settings):
     """regular expression that prompt, newline and answer together must match whole; answers that do not end their turn count as wrong"""
 
 
+class Endpoint(Settings):
+    url: str | None
+    """OpenAI-compatible server to measure, http://HOST:PORT with or without /v1; null: models are measured here. A key comes from OPENAI_API_KEY"""
+    model: str | None
+    """name of the model to ask; null: the only one it serves"""
+    timeout: Annotated[PositiveFloat, Unkeyed]
+    """seconds it may be silent or busy"""
+    concurrency: PositiveInt
+    """requests at a time; boards serve one"""
+
+    # Raised for the group, not the field: a field's fault is printed with its value, and that may hold a password.
+    @model_validator(mode="after")
+    def _plain_address(self):
+        if self.url is None:
+            if self.model is not None:
+                raise ValueError("endpoint.model is of use with endpoint.url only")
+            return self
+        try:
+            parts = urlsplit(self.url)
+            port_in_range = parts.port != 0
+        except ValueError:
+            raise ValueError("endpoint.url is not an address; write http://HOST:PORT") from None
+        if parts.username is not None or parts.password is not None or "@" in self.url:
+            raise ValueError("endpoint.url holds a user name or password, which a report would keep; give a key in OPENAI_API_KEY instead")
+        if parts.scheme not in ("http", "https") or not parts.hostname or not port_in_range:
+            raise ValueError("endpoint.url must begin with http://HOST or https://HOST")
+        if parts.query or parts.fragment or not self.url.isascii() or not self.url.isprintable() or " " in self.url:
+            raise ValueError("endpoint.url is a plain address: no spaces, no ? and no #")
+        return self
+
+
 class EvaluateVerb(SourcedVerb):
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to evaluate on; null: the run's own"""
@@ -276,6 +308,8 @@ class EvaluateVerb(SourcedVerb):
     """model to compare with; null: the one this one was made from"""
     evaluation: Evaluation
     """what is measured and asked"""
+    endpoint: Annotated[Endpoint, Field(exclude_if=lambda endpoint: endpoint.url is None)]
+    """a running board or server to measure in place of a model on this machine"""
 
 
 class DeployVerb(SourcedVerb):

@@ -120,3 +120,10 @@ class ToolFailed(UserError):
 
     exit_code = 13
     title = "the vendor's tool failed"
+
+
+class NoAnswer(UserError):
+    """A server could not be reached, refused, or did not answer in its protocol."""
+
+    exit_code = 14
+    title = "no answer from the endpoint"

@@ -1,14 +1,19 @@
 """Measure a model, adapter or quantized model on the validation split: loss and perplexity over the assistant's tokens, agreement with the model it
 was made from, and greedy answers to a few prompts. Without source=, every model of the run is measured in turn.
+
+With endpoint.url= a running board or server is measured instead: the same prompts and, where it gives log-probabilities, the same figures, its speed,
+and how far its answers are those of the local model it was made from (source=, a bundle too; else the run's own).
 """
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from src import stage
+from src import endpoint, served, stage
 from src.artifact import Artifact
 from src.config import EvaluateVerb
 from src.errors import BadData, ConfigError, MissingInput
@@ -16,12 +21,14 @@ from src.log import progress, say, warn
 from src.modeling import base_of
 
 MEASURED = ("finetune", "merge", "quantize")
+BUILT_FROM = ("merge", "finetune", "quantize")
+"""what a bundle is most likely made from, in this order"""
 KINDS = {"adapter", "model", "quantized"}
 
 
 def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
-    """One evaluation for the source given, else for every finished model of the run."""
-    if cfg.source:
+    """One evaluation for the source or endpoint given, else for every finished model of the run."""
+    if cfg.source or cfg.endpoint.url:
         return iter([cfg])
     names = [name for name in MEASURED if run.has(name)]
     if not names:
@@ -30,11 +37,26 @@ def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
 
 
 def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
+    if cfg.endpoint.url:
+        return find_for_endpoint(cfg, run)
     model = run.source(cfg.source, kinds=KINDS)
     inputs = {"model": model, "dataset": run.source(cfg.dataset, "data", kinds={"dataset"})}
     if parent := cfg.parent or parent_path(model):
         inputs["parent"] = run.source(str(parent), kinds=KINDS)
     return inputs
+
+
+def find_for_endpoint(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
+    """The dataset and, as parent, the local model that the endpoint's was made from, where there is one."""
+    if cfg.source and cfg.parent:
+        raise ConfigError("of a running endpoint, source and parent both name the local model to compare with", fix="give one of them")
+    given, inputs = cfg.parent or cfg.source, {}
+    if given or any(run.has(name) for name in BUILT_FROM):
+        found = run.source(given, *BUILT_FROM, kinds=KINDS | {"bundle"})
+        if found.kind == "bundle":
+            found = run.source(str(found.path_of(found.parent("model"))), kinds=KINDS)
+        inputs["parent"] = found
+    return inputs | {"dataset": stage.data_sources(run, cfg.dataset)}
 
 
 def parent_path(model: Artifact) -> Path | None:
@@ -48,7 +70,11 @@ def parent_path(model: Artifact) -> Path | None:
 
 
 def name(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
-    """evaluate-merge for the run's merge; evaluate-<folder> for a model made elsewhere."""
+    """evaluate-merge for the run's merge; evaluate-<folder> for a model made elsewhere; evaluate-<host>-<port> for an endpoint."""
+    if cfg.endpoint.url:
+        parts = urlsplit(cfg.endpoint.url)
+        host = re.sub(r"[^A-Za-z0-9._-]+", "-", parts.hostname)
+        return f"evaluate-{host}-{parts.port or (443 if parts.scheme == 'https' else 80)}"
     folder = re.sub(r"[^A-Za-z0-9._-]+", "-", inputs["model"].path.resolve().name)
     return f"evaluate-{folder}"
 
@@ -70,15 +96,34 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
             fix=f"python -m src.data run={cfg.run} data.path=... data.val=0.1 force=true, then fine-tune again",
         )
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
+    if cfg.endpoint.url:
+        return check_endpoint(cfg, inputs, parent)
     return [f"{inputs['model'].path} ({inputs['model'].kind}){parent}"]
+
+
+def check_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], parent: str) -> list[str]:
+    """What would be asked; nothing is sent before the work begins."""
+    client = connect(cfg)
+    key = "with the key in OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "without a key"
+    count, at_once = len(asked(cfg, validation(cfg, inputs))), cfg.endpoint.concurrency
+    return [
+        f"{client.url}, {cfg.endpoint.model or 'the one model it serves'}, {key}{parent}",
+        f"asks {count} prompts, greedily, for up to {cfg.evaluation.max_new_tokens} tokens each, {at_once} at a time; then for log-probabilities",
+    ]
+
+
+def connect(cfg: EvaluateVerb) -> endpoint.Client:
+    return endpoint.Client(cfg.endpoint.url, timeout=cfg.endpoint.timeout, key=os.environ.get("OPENAI_API_KEY"))
 
 
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json and answers.jsonl."""
+    if cfg.endpoint.url:
+        return evaluate_endpoint(cfg, inputs, out)
     from src import chatml, modeling
 
     device = modeling.device()
-    records = [json.loads(line) for line in open(inputs["dataset"].path / "val.jsonl", encoding="utf-8")][: cfg.evaluation.rows]
+    records = validation(cfg, inputs)
     prompts = asked(cfg, records)
     subjects = {role: inputs[role] for role in ("parent", "model") if role in inputs}
     measured, answers, top = {}, {}, {}
@@ -100,22 +145,62 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if "parent" in subjects:
         metrics |= {f"parent_{k}": v for k, v in measured["parent"].items()}
         metrics["agreement"] = sum(int((a == b).sum()) for a, b in zip(top["model"], top["parent"])) / max(metrics["tokens"], 1)
-    if cfg.evaluation.expect is not None:
-        metrics |= {("" if role == "model" else "parent_") + "expected": sum(a["as_expected"] for a in answers[role]) for role in answers}
+    metrics |= expected(cfg, answers)
     write(out, metrics, answers)
     show(metrics, answers, ("before", "after") if inputs["model"].stage == "finetune" else ("parent", "answer"))
     return metrics
 
 
-def asked(cfg: EvaluateVerb, records: list[dict]) -> list[list[dict]]:
-    """Prompts as conversations: the ones given, else the openings of the first validation records."""
+def evaluate_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    """Writes report.json and answers.jsonl. The endpoint is asked first, while this machine does nothing else, then the local model."""
+    client, parent = connect(cfg), inputs.get("parent")
+    model, description = served.choose(client, cfg.endpoint.model)
+    records = validation(cfg, inputs)
+    prompts, many = asked(cfg, records), cfg.endpoint.concurrency
+    rows = served.ask(client, model, prompts, out, max_tokens=cfg.evaluation.max_new_tokens, workers=many, anew=cfg.force)
+    tokenizer, scored, metrics, answers = None, None, {"served": description}, {"model": rows}
+    if parent:
+        from src import chatml, modeling
+
+        tokenizer = modeling.tokenizer_of(parent)
+        chatml.ensure_chat(tokenizer)
+        end = chatml.turn_end(tokenizer)
+        encoded = encode_all(records, tokenizer, end, cfg.evaluation.max_length)
+        if scored := served.score(client, model, encoded, tokenizer, end, many):
+            figures, top, kept = scored
+            metrics |= {**figures, "rows": len(kept)}
+    metrics |= served.speed(rows, tokenizer)
+    if parent:
+        device = modeling.device()
+        local, _ = modeling.load_any(parent, dtype=compute_dtype(device), device=device)
+        modeling.grow_vocabulary(local, len(tokenizer))
+        metrics |= served.compare_prompts(rows, tokenizer, prompts)
+        answers["parent"] = answer(local, tokenizer, prompts, cfg, end)
+        metrics |= served.likeness(rows, answers["parent"], tokenizer)
+        if scored:
+            own, best = measure(local, [encoded[i] for i in kept], cfg.evaluation.batch_size, tokenizer.pad_token_id, end, "parent")
+            metrics |= {f"parent_{k}": v for k, v in own.items()}
+            metrics["agreement"] = served.agreement(top, best, tokenizer)
+    metrics |= expected(cfg, answers)
+    write(out, metrics, answers)
+    show(metrics, answers, ("parent", "board"))
+    return metrics
+
+
+def validation(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[dict]:
+    return [json.loads(line) for line in open(inputs["dataset"].path / "val.jsonl", encoding="utf-8")][: cfg.evaluation.rows]
+
+
+def asked(cfg: EvaluateVerb, records: list[dict]) -> list[tuple[list[dict], list | None]]:
+    """Prompts as (messages, tools): the ones given, else the openings of the first validation records."""
     if cfg.evaluation.prompts is not None:
-        return [[{"role": "user", "content": text}] for text in cfg.evaluation.prompts]
+        return [([{"role": "user", "content": text}], None) for text in cfg.evaluation.prompts]
     found = []
     for record in records:
         cut = next(i for i, m in enumerate(record["messages"]) if m["role"] == "assistant")
-        if cut and len(found) < cfg.evaluation.samples and record["messages"][:cut] not in found:
-            found.append(record["messages"][:cut])
+        opening = (record["messages"][:cut], record.get("tools"))
+        if cut and len(found) < cfg.evaluation.samples and opening not in found:
+            found.append(opening)
     return found
 
 
@@ -188,13 +273,20 @@ def answer(model, tokenizer, prompts: list, cfg: EvaluateVerb, end: int) -> list
 
     found = []
     for begin in range(0, len(prompts), cfg.evaluation.batch_size):
-        batch = prompts[begin : begin + cfg.evaluation.batch_size]
-        for prompt, (text, ended) in zip(batch, greedy(model, tokenizer, batch, max_new_tokens=cfg.evaluation.max_new_tokens, end=end)):
-            row = {"prompt": prompt[-1]["content"], "answer": text, "ended": ended}
-            if cfg.evaluation.expect is not None:
-                row["as_expected"] = ended and re.fullmatch(cfg.evaluation.expect, f"{row['prompt']}\n{text}", re.DOTALL) is not None
-            found.append(row)
+        batch, tools = zip(*prompts[begin : begin + cfg.evaluation.batch_size])
+        texts = greedy(model, tokenizer, batch, max_new_tokens=cfg.evaluation.max_new_tokens, end=end, tools=tools)
+        found += [{"prompt": p[-1]["content"], "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
     return found
+
+
+def expected(cfg: EvaluateVerb, answers: dict[str, list[dict]]) -> dict:
+    """How many answers of each role match evaluation.expect and end their turn, marked in their rows; nothing where none is expected."""
+    if cfg.evaluation.expect is None:
+        return {}
+    for row in (row for rows in answers.values() for row in rows):
+        text = f"{row['prompt']}\n{row['answer']}"
+        row["as_expected"] = row["ended"] and re.fullmatch(cfg.evaluation.expect, text, re.DOTALL) is not None
+    return {("" if role == "model" else "parent_") + "expected": sum(row["as_expected"] for row in rows) for role, rows in answers.items()}
 
 
 def write(out: Path, metrics: dict, answers: dict) -> None:
@@ -207,10 +299,13 @@ def write(out: Path, metrics: dict, answers: dict) -> None:
 
 def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
     """The figures in a line or two, then each prompt with the parent's and the model's answer under these labels."""
-    line = f"evaluate: loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.3f}, right next token {metrics['accuracy']:.1%} of {metrics['tokens']}, turn ends {metrics['turns_ended']:.0%}"
-    if "agreement" in metrics:
-        line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
-    say(line)
+    if "loss" in metrics:
+        line = f"evaluate: loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.3f}, right next token {metrics['accuracy']:.1%} of {metrics['tokens']}, turn ends {metrics['turns_ended']:.0%}"
+        if "agreement" in metrics:
+            line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
+        say(line)
+    if "answers_ended" in metrics:
+        say(f"evaluate: {served.in_words(metrics)}")
     if "expected" in metrics:
         say(
             f"evaluate: {metrics['expected']} of {metrics['prompts']} answers as expected"
@@ -224,12 +319,24 @@ def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
 
 
 def _short(row: dict) -> str:
-    text = row["answer"].replace("\n", "⏎")
+    if "error" in row:
+        return f"[{row['error']}]"
+    text = "".join(c if c.isprintable() else "�" for c in row["answer"].replace("\n", "⏎"))
     return (text if len(text) <= 160 else f"{text[:100]} … {text[-50:]}") + ("" if row["ended"] else " [turn not ended]")
 
 
 STAGE = stage.Stage(
-    verb="evaluate", version=1, schema=EvaluateVerb, kind="report", find=find, name=name, check=check, run=evaluate, each=each, doc=__doc__
+    verb="evaluate",
+    version=2,
+    schema=EvaluateVerb,
+    kind="report",
+    find=find,
+    name=name,
+    check=check,
+    run=evaluate,
+    each=each,
+    doc=__doc__,
+    resumes=lambda partial: (partial / served.RECEIVED).is_file(),
 )
 
 if __name__ == "__main__":

@@ -181,6 +181,12 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     return PeftModel.from_pretrained(model, artifact.path).to(device).eval(), tokenizer
 
 
+def tokenizer_of(artifact: Artifact):
+    """The tokenizer that belongs to an adapter, a model or a quantized artifact, without loading the model."""
+    folder = base_of(artifact) if artifact.kind == "adapter" and not has_tokenizer(artifact.path) else artifact.path
+    return load_tokenizer(folder, trust_remote_code=bool(trust_of(artifact)))
+
+
 def has_tokenizer(path: Path) -> bool:
     return (path / "tokenizer_config.json").is_file()
 
@@ -276,13 +282,16 @@ def whole(parameters: list):
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
-def greedy(model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, end: int) -> list[tuple[str, bool]]:
-    """Greedy answers to conversations, batched: (text, whether the turn was ended by the stop token)."""
+def greedy(
+    model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, end: int, tools: list[list | None] | None = None
+) -> list[tuple[str, bool]]:
+    """Greedy answers to conversations, batched: (text, whether the turn was ended by the stop token). tools: of each conversation, if any."""
     import torch
 
     from src.chatml import render
 
-    ids = [tokenizer(render(tokenizer, p, prompt=True), add_special_tokens=False).input_ids for p in prompts]
+    offered = tools or [None] * len(prompts)
+    ids = [tokenizer(render(tokenizer, p, t, prompt=True), add_special_tokens=False).input_ids for p, t in zip(prompts, offered)]
     stops = sorted({end, *_as_list(model.generation_config.eos_token_id)})
     longest = max(map(len, ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
@@ -327,6 +336,13 @@ def logits(model, rows: list[list[int]] | None = None):
 
 def _as_list(value) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def stop_ids(folder: Path, tokenizer) -> list[int]:
+    """Ids that end an answer: generation_config.json's (config.json's without one) and the tokenizer's eos."""
+    path = folder / "generation_config.json"
+    stop = _as_list(read_json(path if path.is_file() else folder / "config.json").get("eos_token_id"))
+    return sorted({*stop, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
 def write_generation_config(out: Path, source: Path, tokenizer, end: int) -> None:

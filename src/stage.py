@@ -263,7 +263,8 @@ def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
 def _other_run(stage: Stage, inputs: dict[str, Artifact]) -> str:
     """The overrides that do the same work under another name."""
     first = next(iter(inputs.values()))
-    return "run=OTHER_NAME" + (f" source={first.path}" if "source" in stage.schema.model_fields and first.manifest else "")
+    setting = "dataset" if first.kind == "dataset" and "dataset" in stage.schema.model_fields else "source"
+    return "run=OTHER_NAME" + (f" {setting}={first.path}" if setting in stage.schema.model_fields and first.manifest else "")
 
 
 def moved(old: Artifact, stage: Stage, settings: dict, inputs: dict[str, Artifact]) -> list[str]:

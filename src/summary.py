@@ -25,11 +25,17 @@ def headline(a: Artifact) -> str:
     if a.stage == "quantize":
         return f"logits within {m['logit_error']:.1%} of the unquantized"
     if a.stage == "evaluate":
-        parts = [f"perplexity {m['perplexity']:.3f}"]
+        parts = [f"perplexity {m['perplexity']:.3f}"] if "perplexity" in m else []
         if "parent_perplexity" in m:
             parts.append(f"parent {m['parent_perplexity']:.3f}")
         if "expected" in m:
             parts.append(f"{m['expected']}/{m['prompts']} as expected")
+        if "same_answers" in m:
+            parts.append(f"{m['same_answers']:.0%} of answers as the parent's")
+        if "first_token_seconds" in m:
+            parts.append(f"first token {m['first_token_seconds']:.2f} s")
+        if "tokens_per_second" in m:
+            parts.append(f"{m['tokens_per_second']:.1f} tokens/s")
         return ", ".join(parts)
     if a.stage == "deploy":
         return m["summary"]

@@ -13,7 +13,22 @@ import pytest
 from conftest import FEW, fake_adapter, in_process, refused, save, worked, write_model
 
 from src import artifact, data, stage
-from src.errors import BadData, Busy, ConfigError, MissingInput, MissingTool, Moved, NoRoom, ProofFailed, Tampered, UserError, WrongKind
+from src.errors import (
+    BadData,
+    Busy,
+    ConfigError,
+    MissingInput,
+    MissingTool,
+    Moved,
+    NoAnswer,
+    NoRoom,
+    ProofFailed,
+    Tampered,
+    ToolFailed,
+    Unfinished,
+    UserError,
+    WrongKind,
+)
 
 
 @pytest.fixture
@@ -40,10 +55,9 @@ def plan(finished, tmp_path, monkeypatch):
 
 def test_exit_codes_differ_and_stay():
     """Scripts of other people rely on them."""
-    codes = {
-        c: c.exit_code for c in (ConfigError, MissingInput, WrongKind, Moved, BadData, MissingTool, ProofFailed, Tampered, NoRoom, Busy)
-    }
-    assert list(codes.values()) == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    errors = (ConfigError, MissingInput, WrongKind, Moved, BadData, MissingTool, ProofFailed, Tampered, NoRoom, Busy)
+    codes = {c: c.exit_code for c in (*errors, Unfinished, ToolFailed, NoAnswer)}
+    assert list(codes.values()) == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     assert len({c.title for c in codes}) == len(codes)
 
 
