@@ -148,8 +148,8 @@ class Client:
                     if event.get("error"):
                         raise NoAnswer("the server failed in the middle of an answer", where=f"{self.url}: {self._plain(event['error'])}")
                     usage = event.get("usage") or usage
-                    for choice in event["choices"][:1]:
-                        part = choice.get("delta" if streamed else "message") or {}
+                    for choice in event["choices"][:1] if streamed else [event["choices"][0]]:
+                        part = (choice.get("delta") or {}) if streamed else choice["message"]
                         finish = choice.get("finish_reason") or finish
                         thought = part.get("reasoning_content") or part.get("reasoning")
                         if part.get("content") or thought or part.get("tool_calls"):

@@ -4,6 +4,7 @@ Its words follow OpenAI's API reference; echo with log-probabilities is spelled 
 """
 
 import json
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -58,6 +59,11 @@ class Server(ThreadingHTTPServer):
         self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
         self.behaviour, self.requests = Behaviour(), []
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """A client that hangs up is no fault of the server's; anything else is."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
