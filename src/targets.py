@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from src.settings import Settings, Unkeyed
 
@@ -15,9 +15,11 @@ class Board(Settings):
     host_memory: PositiveFloat | None
     """GiB left to programs on the board's own processor, where the embedding table lives; null: not known"""
     bandwidth: PositiveFloat | None
-    """GB/s at which weights stream while decoding, fitted to published speeds; null: not known"""
-    layer_ms: float | None
+    """GB/s at which weights and KV cache stream while decoding, fitted to published speeds; null: not known"""
+    layer_ms: NonNegativeFloat | None
     """milliseconds a decoder layer costs per token beside its weights; null: not known"""
+    prefill_layer_ms: NonNegativeFloat | None
+    """milliseconds a decoder layer costs per chunk of the prompt beside its arithmetic; null: not known"""
     tera_ops: PositiveFloat | None
     """tera operations per second reached in prefill, fitted to published times; null: not known"""
 

@@ -1,0 +1,268 @@
+"""What a model needs: bytes of its weights by type, of its KV cache, of a board's memory, of the host that compiles it.
+
+Every figure comes as a `Quantity`: a value with the equation it is from. A board's figures are in configs/target; what is not known stays None.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+
+from src.log import size
+from src.shape import Matrix, ModelShape
+from src.targets import Axera, Llama2c, Mobilint, Openvino, Target
+
+GIB = 2**30
+FLOATS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
+LONGEST = 2**20
+
+# AXERA: a layer's file holds the weights once and the code of every subgraph, one to decode and one for each prefill chunk. Bytes of code per
+# subgraph and unit of hidden width: SmolLM2-135M (2 subgraphs) in s4, s8 and fp16, and Qwen3-0.6B's 26 MB layers (pulsar2 documentation 7.0).
+GRAPH_BYTES = 500
+# AXERA's rule for device memory: the engine adds about 30 % to the layers' files for KV cache and buffers, growing with context (ax-llm
+# docs/configuration.md), and 15 % to the output layer's (the factor in its MemGuard.hpp).
+ENGINE_SHARE = 0.30
+POST_FACTOR = 1.15
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A figure with its equation. value: in `unit`; None: not known, and the equation says why."""
+
+    name: str
+    value: float | None
+    unit: str
+    equation: str
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.name}: not known: {self.equation}"
+        shown = size(self.value) if self.unit == "B" else f"{self.value:,.4g} {self.unit}".strip()
+        return f"{self.name} = {self.equation} = {shown}" if self.equation else f"{self.name} = {shown}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a target stores a model: widths in bytes per value, scales of groups included.
+
+    static: its graphs have fixed shapes, so that each token reads the whole KV cache. apart: the embedding table stays in the host's memory.
+    """
+
+    name: str
+    weight: Callable[[Matrix], float]
+    head: float
+    kv: int
+    embedding: float
+    static: bool
+    apart: bool
+    context: int
+    prompt: int
+    chunk: int
+
+
+def quantized(bits: int, group: int | None = None, scale: float = 2.0) -> float:
+    """Bytes per weight of `bits`, with a scale of `scale` bytes for every `group` weights (None or -1: a share that does not count)."""
+    return bits / 8 + (scale / group if group and group > 0 else 0.0)
+
+
+def format_of(shape: ModelShape, target: Target) -> Format:
+    """What the target makes of the model's weights, and the lengths it is built for. A kind not in FORMATS counts in 16 bit."""
+    return FORMATS.get(target.kind, _sixteen_bit)(shape, target)
+
+
+def _sixteen_bit(shape: ModelShape, target: Target) -> Format:
+    longest = shape.max_positions or LONGEST
+    return Format("bf16", lambda m: 2.0, 2.0, 2, 2.0, False, False, longest, longest - 1, 1)
+
+
+def _axera(shape: ModelShape, target: Axera) -> Format:
+    """Weights of the type asked for, output layer in s8 (llm_build's default), activations and KV cache 16 bit, embedding in bf16 on the host."""
+    name = axera_weights(shape, target.weight_type)
+    group = shape.quantization.group_size if shape.quantization else None
+    width = FLOATS.get(name) or quantized(int(name[1:]), group)
+    kv = 4 if target.hidden_type == "fp32" else 2
+    return Format(name, lambda m: width, 1.0, kv, 2.0, True, True, target.context_len, target.prompt_len, target.prefill_chunk)
+
+
+def _mobilint(shape: ModelShape, target: Mobilint) -> Format:
+    """Weights and output layer by bits; chunks of 128 tokens and a 16-bit KV cache are assumed; the embedding stays in fp32 on the host."""
+    bits, value = {"w8": (8, 8), "w4v8": (4, 8), "w4": (4, 4)}[target.weight_type]
+    context = target.context_len
+    width = lambda m: (value if m.name == "v" else bits) / 8
+    return Format(target.weight_type, width, bits / 8, 2, 4.0, False, True, context, context - 1, 128)
+
+
+def _openvino(shape: ModelShape, target: Openvino) -> Format:
+    """Embedding and output layer stay in int8 where the rest is int4, as optimum-intel's exporter does; a 16-bit KV cache is assumed."""
+    group = (128 if shape.params < 1e9 else -1) if target.group_size == "auto" else target.group_size
+    width = quantized(4, group) if target.weight_type == "int4" else 1.0
+    static = target.device == "NPU"
+    return Format(target.weight_type, lambda m: width, 1.0, 2, 1.0, static, False, target.context_len, target.prompt_len, target.prompt_len)
+
+
+def _llama2c(shape: ModelShape, target: Llama2c) -> Format:
+    """All in fp32, or in int8 with an fp32 scale per group; the KV cache is fp32 (llama2.c's run.c and runq.c)."""
+    width = quantized(8, target.group_size, 4.0) if target.format == "int8_v2" else 4.0
+    longest = shape.max_positions or LONGEST
+    return Format(target.format, lambda m: width, width, 4, width, False, False, longest, longest - 1, 1)
+
+
+FORMATS = {"axera": _axera, "mobilint": _mobilint, "openvino": _openvino, "llama2c": _llama2c}
+
+
+def axera_weights(shape: ModelShape, weight_type: str) -> str:
+    """The type llm_build gives the weights: the one asked for, or with auto a GPTQ model's own and s8 for all else."""
+    if weight_type != "auto":
+        return weight_type
+    return f"s{shape.quantization.bits}" if shape.quantization and shape.quantization.bits in (4, 8) else "s8"
+
+
+def layer_bytes(shape: ModelShape, form: Format) -> int:
+    """Bytes of all layers' weights; norms and biases in 16 bit, or in the weights' float type."""
+    plain = max(2.0, form.weight(Matrix("norm", 1, 1)))
+    return round(sum(sum(m.size * form.weight(m) for m in layer.matrices) + layer.vectors * plain for layer in shape.stack))
+
+
+def head_bytes(shape: ModelShape, form: Format) -> int:
+    """Bytes of the output layer. NPUs hold one of their own also where the model shares it with the embedding."""
+    return round(shape.embedding * form.head) if form.apart or not shape.tied else 0
+
+
+def embedding_bytes(shape: ModelShape, form: Format) -> int:
+    return round((shape.embedding + shape.extra_embedding) * form.embedding)
+
+
+def kv_cache_bytes(shape: ModelShape, form: Format, context: int) -> int:
+    """Bytes of a sequence's KV cache as a board allots it: every row of every layer that keeps one, whatever its window."""
+    return form.kv * (context * shape.kv_values + sum(layer.state for layer in shape.stack))
+
+
+def graph_bytes(shape: ModelShape, form: Format, prompt: int) -> int:
+    """Code in AXERA's layer files: a subgraph to decode and one for each chunk of the prompt."""
+    return shape.layers * GRAPH_BYTES * shape.hidden * (1 + ceil(prompt / form.chunk))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a model fits a target.
+
+    parts, host_parts: bytes by part, in the device's memory and in the host's beside it. available, host_available: bytes there are; None: not known.
+    fits: None where the device's memory is not known. lines: the sum in words. longest, longest_prompt: tokens that fit, None where not known.
+    """
+
+    parts: dict[str, int]
+    available: int | None
+    host_parts: dict[str, int]
+    host_available: int | None
+    fits: bool | None
+    longest: int | None
+    longest_prompt: int | None
+    lines: list[str]
+
+    @property
+    def needed(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def host_needed(self) -> int:
+        return sum(self.host_parts.values())
+
+
+def device_parts(shape: ModelShape, target: Target, form: Format, context: int, prompt: int, batch: int = 1) -> dict[str, int]:
+    """Bytes of the device's memory by part, for `batch` sequences of `context` tokens."""
+    kv = batch * kv_cache_bytes(shape, form, context)
+    layers, head = layer_bytes(shape, form), head_bytes(shape, form)
+    if isinstance(target, Axera):
+        files = layers + graph_bytes(shape, form, prompt)
+        engine = round(ENGINE_SHARE * files)
+        return {"layers": files, "KV cache": kv, "buffers": max(engine - kv, 0), "output layer": round(POST_FACTOR * head)}
+    rest = {} if form.apart else {"embedding": embedding_bytes(shape, form)}
+    return {"layers": layers, "KV cache": kv, "output layer": head, **rest}
+
+
+def board_fit(shape: ModelShape, target: Target) -> Fit:
+    """Whether the model fits the target's memory at the target's own context length, and how long a context and prompt would."""
+    form = format_of(shape, target)
+    board = getattr(target, "board", None)
+    context, prompt = form.context, form.prompt
+    parts = device_parts(shape, target, form, context, prompt)
+    available = round(board.npu_memory * GIB) if board and board.npu_memory else None
+    host_parts = {"embedding": embedding_bytes(shape, form)} if form.apart else {}
+    host_available = round(board.host_memory * GIB) if board and board.host_memory else None
+    needed, host_needed = sum(parts.values()), sum(host_parts.values())
+    host_fits = host_available is None or host_needed <= host_available
+    lines = [f"memory = {' + '.join(f'{name} {size(count)}' for name, count in parts.items())} = {size(needed)} for {context:,} tokens"]
+    if available is None:
+        lines.append(
+            "the device's memory is not known: set target.board.npu_memory to have this checked" if board else "no board is described"
+        )
+    else:
+        lines.append(
+            f"{'fits' if needed <= available else 'does NOT fit'} in {size(available)} (target.board.npu_memory={board.npu_memory:g})"
+        )
+    if host_parts and host_available is not None:
+        verdict = "fits" if host_fits else "does NOT fit"
+        lines.append(
+            f"embedding table {size(host_needed)}: {verdict} in the host's {size(host_available)} (target.board.host_memory={board.host_memory:g})"
+        )
+    if shape.max_positions and context > shape.max_positions and not isinstance(target, Llama2c):
+        lines.append(f"context {context:,} is beyond the {shape.max_positions:,} tokens the model is made for")
+    longest = longest_prompt = None
+    if available is not None:
+        longest = longest_context(shape, target, form, available, prompt)
+        longest_prompt = longest_chunks(shape, target, form, available, longest)
+    fits = None if available is None else needed <= available and host_fits
+    return Fit(parts, available, host_parts, host_available, fits, longest, longest_prompt, lines)
+
+
+def longest_context(shape: ModelShape, target: Target, form: Format, available: int, prompt: int) -> int:
+    """Tokens of prompt and answer for which `available` bytes are enough, within the model's own limit; 0: not even one."""
+    return _largest(
+        shape.max_positions or LONGEST, lambda n: sum(device_parts(shape, target, form, n, min(prompt, n)).values()) <= available
+    )
+
+
+def longest_chunks(shape: ModelShape, target: Target, form: Format, available: int, context: int) -> int:
+    """Tokens of the longest prompt, in whole chunks and below `context`; each further chunk is code in the layers' files."""
+    chunks = max(context - 1, 0) // form.chunk
+    return form.chunk * _largest(chunks, lambda n: sum(device_parts(shape, target, form, context, n * form.chunk).values()) <= available)
+
+
+def largest_batch(shape: ModelShape, target: Target, form: Format, available: int, context: int, prompt: int) -> int:
+    """Sequences of `context` tokens whose caches fit beside the weights."""
+    return _largest(2**16, lambda n: sum(device_parts(shape, target, form, context, prompt, n).values()) <= available)
+
+
+def _largest(top: int, holds: Callable[[int], bool]) -> int:
+    """The largest n in 1..top for which a condition holds that, once false, stays false; 0: for none."""
+    low, high = 0, top
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def host_needs(shape: ModelShape, target: Target) -> tuple[int, int, list[str]]:
+    """(bytes of memory, bytes of disk, lines that say why) for the machine that makes the bundle. Estimates: no vendor publishes a rule.
+
+    AXERA's documents ask for more than 32 GB for large models and compile a 0.6B model with --parallel 8 on a host of 32 GB.
+    """
+    form = format_of(shape, target)
+    bundle = layer_bytes(shape, form) + head_bytes(shape, form) + embedding_bytes(shape, form)
+    tool, stored = 4 * GIB, 2 * shape.params
+    if isinstance(target, Axera):
+        bundle += graph_bytes(shape, form, form.prompt)
+        workers = target.parallel * 12 * max(layer.params for layer in shape.stack)
+        ram = tool + 4 * shape.params + max(workers, 12 * shape.embedding)
+        how = (
+            f"tool {size(tool)} + model in fp32 {size(4 * shape.params)} + the larger of parallel {target.parallel} x 3 fp32 copies of a layer "
+            f"({size(workers)}) and 3 of the output layer ({size(12 * shape.embedding)})"
+        )
+    elif isinstance(target, Llama2c):
+        ram, how = 4 * shape.params + GIB // 2, f"model in fp32 {size(4 * shape.params)} + {size(GIB // 2)}"
+    else:
+        ram = tool + 2 * stored + 4 * shape.embedding
+        how = f"tool {size(tool)} + model in 16 bit twice {size(2 * stored)} + embedding in fp32 {size(4 * shape.embedding)}"
+    disk = round(1.1 * bundle)
+    if isinstance(target, Mobilint):
+        disk += 4 * target.samples * target.lengths()[1] * shape.hidden
+    return ram, disk, [f"host memory, estimated: {how} = {size(ram)}", f"disk, estimated: {size(disk)}"]
