@@ -82,24 +82,24 @@ class Mobilint(Target):
     kind: Literal["mobilint"]
     """a Mobilint NPU, through qbcompiler (0.11 and 0.12: qubee)"""
     chip: Literal["aries", "regulus"]
-    """the NPU; Mobilint supports LLMs on ARIES only"""
+    """the NPU; Mobilint's compiler makes LLMs for ARIES only, so REGULUS is refused"""
     weight_type: Literal["w8", "w4v8", "w4"]
     """bits of the weights: 8, 4 with 8 for the value projection, or 4"""
     context_len: PositiveInt
-    """tokens of prompt and answer together"""
-    languages: list[str] | None
+    """prompt and answer together in tokens, within the model's own limit"""
+    languages: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]], Field(min_length=1)] | None
     """calibrate on text in these languages, from `texts`; null: on the dataset's calib split through the training template"""
     texts: Annotated[str | None, Unkeyed]
     """folder of plain text, a file <language>.txt for each of `languages`"""
     samples: PositiveInt
-    """calibration sequences in all"""
-    min_tokens: PositiveInt
-    """shortest calibration sequence; shorter texts are joined"""
-    max_tokens: PositiveInt
-    """longest calibration sequence; longer ones are cut, and counted"""
-    device: Literal["auto", "gpu", "cpu"]
+    """calibration sequences in all, shared evenly by the languages"""
+    min_tokens: Literal["auto"] | PositiveInt
+    """shortest calibration sequence; shorter texts are joined; auto: an eighth of context_len, at most 512"""
+    max_tokens: Literal["auto"] | PositiveInt
+    """longest calibration sequence; longer ones are cut, and counted; auto: half of context_len, at most 2048"""
+    device: Annotated[Literal["auto", "gpu", "cpu"], Unkeyed]
     """where the compiler calibrates; auto: gpu where there is one"""
-    sdk: Literal["auto", "0.11", "0.12", "1.0", "1.1"]
+    sdk: Annotated[Literal["auto", "0.11", "0.12", "1.0", "1.1"], Unkeyed]
     """generation of the compiler's API (1.1 and newer are one); auto: by the version installed"""
     python: Annotated[str | None, Unkeyed]
     """Python interpreter that has the compiler; null: python3 on PATH"""
@@ -110,15 +110,24 @@ class Mobilint(Target):
 
     @model_validator(mode="after")
     def _ranges(self):
-        if self.chip == "regulus":
-            raise ValueError("REGULUS runs no LLMs yet: Mobilint's compiler supports them on ARIES only; use target=mobilint_aries")
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
-        if self.max_tokens > self.context_len:
-            raise ValueError(f"max_tokens {self.max_tokens} is above context_len {self.context_len}")
+        low, high = self.lengths()
+        if low > high:
+            raise ValueError(f"min_tokens {low} is above max_tokens {high}")
+        if high > self.context_len:
+            raise ValueError(f"max_tokens {high} is above context_len {self.context_len}")
         if (self.languages is None) != (self.texts is None):
             raise ValueError("languages and texts go together: the languages, and the folder with a <language>.txt for each")
+        if self.languages and len(set(self.languages)) != len(self.languages):
+            raise ValueError("a language is named twice")
+        if self.languages and self.samples < len(self.languages):
+            raise ValueError(f"samples {self.samples} gives not one sequence to each of {len(self.languages)} languages")
         return self
+
+    def lengths(self) -> tuple[int, int]:
+        """(shortest, longest) calibration sequence in tokens. Mobilint's tutorial has 512 and 2,048 for a context of 4,096."""
+        low = max(1, min(512, self.context_len // 8)) if self.min_tokens == "auto" else self.min_tokens
+        high = max(1, min(2048, self.context_len // 2)) if self.max_tokens == "auto" else self.max_tokens
+        return low, high
 
 
 class Openvino(Target):

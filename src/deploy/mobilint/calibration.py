@@ -1,0 +1,280 @@
+"""Calibration data for Mobilint's compiler: token sequences as rows of the embedding table, one .npy file each, fp32 (1, tokens, hidden).
+
+The compiler reads embeddings, not text, and every file of one folder; so the files are numbered through, whatever the language.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from src import chatml
+from src.deploy.embedding import chunks
+from src.deploy.mobilint.plan import Plan
+from src.deploy.vendor import whole
+from src.errors import BadData, ToolFailed, WrongKind
+from src.log import progress, say, size, warn
+from src.shards import Entry
+
+BARREN = 8
+"""drawings in a row that gave no new sequence, after which the split is taken to hold no more"""
+LINE = 1 << 16
+"""characters of a line read at once; text without line breaks is taken in pieces of it"""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids to calibrate on. parts: the conversations they come from, by id; language: None where they come from conversations."""
+
+    ids: list[int]
+    parts: tuple[str, ...] = ()
+    language: str | None = None
+
+
+# ---- the table
+
+
+def write_table(entry: Entry, path: Path) -> None:
+    """Write the embedding table as embedding.pt: one plain fp32 tensor (vocabulary, hidden), as torch.save has it. Kept where it is there already.
+
+    It goes through a raw file that is mapped, so memory stays small whatever the table's size.
+    """
+    if path.exists():
+        return
+    import torch
+
+    raw = path.with_suffix(".f32")
+    with open(raw, "wb") as file:
+        for data in chunks(entry):
+            file.write(to_fp32(data, entry.dtype))
+    table = torch.from_file(str(raw), shared=True, size=raw.stat().st_size // 4, dtype=torch.float32).view(*entry.shape)
+    with whole(path) as partial:
+        torch.save(table, partial)
+    del table
+    raw.unlink()
+    say(f"embedding.pt: fp32 {entry.shape[0]} x {entry.shape[1]}, {size(path.stat().st_size)}, from {entry.dtype} '{entry.name}'")
+
+
+def to_fp32(data: bytes, dtype: str) -> np.ndarray:
+    """Values of `dtype` (BF16, F16, F32; little endian) as fp32, exactly."""
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype("<f4", copy=False)
+
+
+def open_table(path: Path):
+    """The tensor in embedding.pt, mapped: rows are read from disk as they are used."""
+    import torch
+
+    return torch.load(path, mmap=True, weights_only=True)
+
+
+# ---- sequences
+
+
+def from_conversations(path: Path, tokenizer, low: int, high: int, samples: int) -> tuple[list[Sequence], dict]:
+    """(`samples` sequences or fewer, counts) of a calib split, whole conversations through the training template.
+
+    A conversation shorter than `low` tokens is followed by the next ones until it has as many; what goes beyond `high` is cut. Where the split
+    is used up before there are `samples`, it is drawn again in another order, so that the joins differ; no sequence comes twice. Raises BadData
+    where the split makes not one.
+    """
+    rows = _conversations(path, tokenizer)
+    kept, found, draws, barren = [], {}, 1, 0
+    counts = {"conversations": 0, "refused": 0, "cut": 0, "joined": 0}
+
+    def take(conversations: Iterable) -> None:
+        for ids, parts, cut in join(conversations, low, high):
+            if len(found) < samples and tuple(ids) not in found:
+                found[tuple(ids)] = Sequence(ids, tuple(parts))
+                counts["cut"] += cut
+                counts["joined"] += len(parts) > 1
+            if len(found) == samples:
+                return
+
+    def first() -> Iterator:
+        for name, ids in rows:
+            if ids is None:
+                counts["refused"] += 1
+            else:
+                kept.append((name, ids))
+                yield name, ids
+
+    take(first())
+    once = len(found)
+    while found and len(found) < samples and barren < BARREN:
+        before = len(found)
+        take(random.Random(draws).sample(kept, len(kept)))
+        barren = 0 if len(found) > before else barren + 1
+        draws += 1
+    counts |= {"conversations": len(kept), "drawings": draws - barren}
+    tokens = sum(len(ids) for _, ids in kept)
+    if not found:
+        raise BadData(
+            f"the calib split holds {tokens:,} tokens in {len(kept)} conversations, which makes no sequence of {low}",
+            where=str(path),
+            fix=[
+                "python -m src.data data.calib=0.2, or more records",
+                f"target.min_tokens={max(1, tokens // 4)}",
+                "target.languages=[en] target.texts=FOLDER calibrates on text of yours",
+            ],
+        )
+    if counts["refused"]:
+        say(f"calibration: left out {counts['refused']} conversations that the chat template refuses")
+    if draws > 1:
+        made = (
+            f"to make the {samples} asked for"
+            if len(found) == samples
+            else f"to make {len(found)}; {samples} that differ cannot be made of it"
+        )
+        warn(
+            f"the calib split's {tokens:,} tokens make {once} sequences of at least {low}; it was drawn {draws - barren} times, joined in "
+            f"another order each time, {made}. More records, or a larger data.calib, calibrate better"
+        )
+    return list(found.values()), counts
+
+
+def join(conversations: Iterable[tuple[str, list[int]]], low: int, high: int) -> Iterator[tuple[list[int], list[str], bool]]:
+    """(ids, names, whether it was cut) of sequences of `low` to `high` tokens; a rest shorter than `low` is left over."""
+    ids, names = [], []
+    for name, more in conversations:
+        ids, names = ids + more, names + [name]
+        if len(ids) >= low:
+            yield ids[:high], names, len(ids) > high
+            ids, names = [], []
+
+
+def _conversations(path: Path, tokenizer) -> Iterator[tuple[str, list[int] | None]]:
+    """(id, token ids) of each conversation as it is trained on; None where the template refuses it."""
+    if added := chatml.ensure_chat(tokenizer):
+        raise WrongKind(
+            f"the model has no chat template, and its tokenizer lacks ChatML's {', '.join(added)}: conversations cannot be rendered for it",
+            where=str(tokenizer.name_or_path),
+            fix=["target.languages=[en] target.texts=FOLDER calibrates on plain text", "fine-tune it first"],
+        )
+    end = chatml.turn_end(tokenizer)
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            try:
+                yield record["id"], chatml.encode(tokenizer, record["messages"], record.get("tools"), end=end).input_ids
+            except BadData:
+                yield record["id"], None
+
+
+def from_texts(folder: Path, languages: tuple[str, ...], tokenizer, low: int, high: int, samples: int) -> tuple[list[Sequence], dict]:
+    """(`samples` sequences, counts), as many of each language, of <language>.txt: running text, as the tokenizer takes it by itself.
+
+    Lines are taken together until they are at least `low` tokens, and cut at `high`. Raises BadData where a text is too short.
+    """
+    found, counts = [], {"cut": 0}
+    for number, language in enumerate(languages):
+        wanted = samples // len(languages) + (number < samples % len(languages))
+        made = []
+        for ids in _texts(folder / f"{language}.txt", tokenizer, low):
+            made.append(Sequence(ids[:high], language=language))
+            counts["cut"] += len(ids) > high
+            if len(made) == wanted:
+                break
+        if len(made) < wanted:
+            raise BadData(
+                f"the text makes {len(made)} sequences of at least {low} tokens; {wanted} are wanted of '{language}'",
+                where=str(folder / f"{language}.txt"),
+                fix=["more text", f"target.samples={max(1, len(made)) * len(languages)}", f"target.min_tokens={max(1, low // 4)}"],
+            )
+        counts[language] = len(made)
+        found += made
+    return found, counts
+
+
+def _texts(path: Path, tokenizer, low: int) -> Iterator[list[int]]:
+    pieces, tokens = [], 0
+    with open(path, encoding="utf-8") as file:
+        try:
+            while line := file.readline(LINE):
+                pieces.append(line)
+                tokens += len(tokenizer(line, add_special_tokens=False).input_ids)
+                if tokens >= low and len(ids := tokenizer("".join(pieces)).input_ids) >= low:
+                    yield ids
+                    pieces, tokens = [], 0
+        except UnicodeDecodeError as error:
+            raise BadData(f"not UTF-8 near byte {error.start} of a block", where=str(path), fix="save it as UTF-8") from None
+
+
+# ---- files
+
+
+def sequences(plan: Plan, dataset: Path | None, texts: Path | None, tokenizer) -> tuple[list[Sequence], dict]:
+    """The sequences a plan asks for, from conversations or from texts, and what is to be known of them."""
+    if plan.languages:
+        return from_texts(texts, plan.languages, tokenizer, plan.low, plan.high, plan.samples)
+    return from_conversations(dataset / "calib.jsonl", tokenizer, plan.low, plan.high, plan.samples)
+
+
+def write(found: list[Sequence], table, folder: Path) -> list[dict]:
+    """Write inputs_embeds_<k>.npy for each sequence; whole ones of an earlier run are kept, anything else in the folder goes.
+
+    table: fp32 (vocabulary, hidden). Returns a record per file: its name, tokens, language, conversations and a hash of the ids.
+    Raises WrongKind where a token id has no row.
+    """
+    folder.mkdir(exist_ok=True)
+    largest = max(max(sequence.ids) for sequence in found)
+    if largest >= table.shape[0]:
+        raise WrongKind(
+            f"the tokenizer gives id {largest}, the embedding table has {table.shape[0]} rows",
+            where=str(folder),
+            fix="a model whose tokenizer and weights belong together",
+        )
+    names = [f"inputs_embeds_{k}.npy" for k in range(len(found))]
+    for stray in set(folder.iterdir()) - {folder / name for name in names}:
+        stray.unlink()
+    records, kept = [], 0
+    for name, sequence in progress(list(zip(names, found)), "calibration files"):
+        shape = (1, len(sequence.ids), table.shape[1])
+        if header(folder / name) == ("float32", shape):
+            kept += 1
+        else:
+            with whole(folder / name) as partial, open(partial, "wb") as file:
+                np.save(file, table[sequence.ids].numpy().reshape(shape))
+        records.append(
+            {
+                "file": name,
+                "tokens": len(sequence.ids),
+                "language": sequence.language,
+                "conversations": list(sequence.parts),
+                "ids": hashlib.sha256(np.array(sequence.ids, "<u4").tobytes()).hexdigest(),
+            }
+        )
+    tokens = [record["tokens"] for record in records]
+    say(
+        f"calibration: {len(records)} files of {min(tokens)} to {max(tokens)} tokens, {sum(tokens):,} tokens in all"
+        + (f"; {kept} were there from an earlier run" if kept else "")
+    )
+    return records
+
+
+def header(path: Path) -> tuple[str, tuple] | None:
+    """(dtype, shape) of a .npy file whose data is whole; None where it is not there or not one."""
+    if not path.is_file():
+        return None
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        return None
+    return str(array.dtype), array.shape
+
+
+def check(folder: Path, records: list[dict], low: int, high: int, hidden: int) -> None:
+    """What the compiler will find: just the recorded files, each fp32 (1, low..high, hidden). Raises ToolFailed at the first that differs."""
+    there = {file.name for file in folder.iterdir()}
+    odd = [f"'{name}' is not one of them" for name in sorted(there - {record["file"] for record in records})]
+    for record in records:
+        dtype, shape = header(folder / record["file"]) or ("nothing", ())
+        if (dtype, shape) != ("float32", (1, record["tokens"], hidden)) or not low <= record["tokens"] <= high:
+            odd.append(f"'{record['file']}' is {dtype} {shape}")
+    if odd:
+        raise ToolFailed(f"the calibration folder is not as it was written: {odd[0]}", where=str(folder), fix="run the same command again")

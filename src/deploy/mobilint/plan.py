@@ -1,0 +1,189 @@
+"""What a deploy for Mobilint will do, found out in milliseconds: the model, sizes, lengths, bits and compiler. Raises where something stands in the way."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from src import shards
+from src.artifact import Artifact, read_json
+from src.deploy import preflight
+from src.deploy.embedding import find_embedding
+from src.deploy.mobilint import toolchain
+from src.deploy.mobilint.toolchain import FOUR_BIT, Compiler
+from src.errors import BadData, ConfigError, MissingInput, WrongKind
+from src.log import size
+from src.modeling import trust_of
+from src.shape import read_shape
+from src.targets import Mobilint
+
+FAMILIES = {
+    "llama": "MobilintLlamaForCausalLM",
+    "qwen2": "MobilintQwen2ForCausalLM",
+    "qwen3": "MobilintQwen3ForCausalLM",
+    "exaone": "MobilintExaoneForCausalLM",
+    "exaone4": "MobilintExaone4ForCausalLM",
+    "cohere2": "MobilintCohere2ForCausalLM",
+}
+"""model_type -> class of mblt-model-zoo that runs it: the text models of the zoo's hf_transformers"""
+FLOAT = 4
+"""bytes of an fp32 value"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before the work begins.
+
+    table: the embedding table in the model's shards. values: of all tensors but it. tied: whether the output layer is the embedding table.
+    context: prompt and answer in tokens. low, high: tokens of a calibration sequence. device: gpu or cpu.
+    guarded: the job refuses to run under a compiler of another API. trust: custom code of the model was allowed when it was trained.
+    """
+
+    model: Path
+    config: dict
+    table: shards.Entry
+    values: int
+    tied: bool
+    weight_type: str
+    context: int
+    low: int
+    high: int
+    samples: int
+    languages: tuple[str, ...]
+    source: str
+    device: str
+    compiler: Compiler
+    guarded: bool
+    trust: bool
+    notes: tuple[str, ...]
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.weight_type == "w8" else 4
+
+    @property
+    def value_bits(self) -> int:
+        return 4 if self.weight_type == "w4" else 8
+
+    @property
+    def mxq(self) -> str:
+        """Name of the compiled file."""
+        return f"{self.config['model_type']}-{self.weight_type}.mxq"
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the embedding table in fp32."""
+        return math.prod(self.table.shape) * FLOAT
+
+    @property
+    def calibration_bytes(self) -> int:
+        """Bytes of the calibration files at most."""
+        return self.samples * self.high * self.table.shape[1] * FLOAT
+
+    @property
+    def mxq_bytes(self) -> int:
+        """Bytes of the weights in the compiled file, the output layer's included."""
+        return (self.values + (math.prod(self.table.shape) if self.tied else 0)) * self.bits // 8
+
+    @property
+    def disk(self) -> int:
+        """Bytes at most: embedding.pt beside the raw table it is made from, the bundle's own table, calibration files, compiled file."""
+        return 3 * self.table_bytes + self.calibration_bytes + self.mxq_bytes
+
+    @property
+    def memory(self) -> int:
+        """Bytes at least: the compiler holds the model in bf16 or fp32 and its quantized copy."""
+        return (self.values + math.prod(self.table.shape)) * FLOAT + self.mxq_bytes
+
+    def lines(self, job: Path, argv: str) -> list[str]:
+        rows, hidden = self.table.shape
+        return [
+            f"compiler: {self.compiler}",
+            f"job: {job}, {self.weight_type}, context {self.context}, on {self.device}: {argv}",
+            f"embedding.pt: fp32 {rows} x {hidden}, {size(self.table_bytes)}" + ("; rotated for the bundle" if self.bits == 4 else ""),
+            f"calibration: {self.samples} sequences of {self.low} to {self.high} tokens from {self.source}, {size(self.calibration_bytes)} at most",
+            f"{self.mxq}: about {size(self.mxq_bytes)}",
+            *self.notes,
+        ]
+
+
+def make(inputs: dict[str, Artifact], target: Mobilint) -> Plan:
+    """The plan for a model. Raises ConfigError, WrongKind, MissingInput, BadData or MissingTool."""
+    if target.chip == "regulus":
+        raise ConfigError(
+            "REGULUS runs no language models yet: Mobilint's model zoo lists them for ARIES alone, and for REGULUS as planned",
+            where="target.chip=regulus",
+            fix=["target=mobilint_aries", "another board: target=ax630c is of about its size"],
+        )
+    model = inputs["model"].path
+    config = read_json(model / "config.json")
+    if config.get("model_type") not in FAMILIES:
+        raise WrongKind(
+            f"Mobilint's runtime has no language model of type '{config.get('model_type')}'; it has {', '.join(FAMILIES)}",
+            where=str(model / "config.json"),
+            fix="a model of one of these types, or another board: target=ax650",
+        )
+    shape, table = read_shape(model), find_embedding(model)
+    notes = preflight.check_headers(model, shape, table)
+    limit = shape.max_positions
+    if limit and target.context_len > limit:
+        raise ConfigError(
+            f"target.context_len={target.context_len} is above the model's own limit of {limit} tokens",
+            where=str(model / "config.json"),
+            fix=f"target.context_len={limit}",
+        )
+    if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise MissingInput(
+            "the model folder has no tokenizer", where=str(model), fix=f"python -m src.aux_files source=BASE_MODEL target={model}"
+        )
+    compiler = toolchain.find(target)
+    if target.weight_type != "w8" and compiler.api not in FOUR_BIT:
+        raise ConfigError(
+            f"target.weight_type={target.weight_type}: 4-bit weights take API {' or '.join(FOUR_BIT)}, not {compiler.api}",
+            where=str(compiler),
+            fix=["target.weight_type=w8", "qbcompiler 1.0 or newer"],
+        )
+    low, high = target.lengths()
+    values = sum(math.prod(entry.shape) for entry in shards.entries(model).values()) - math.prod(table.shape)
+    return Plan(
+        model=model,
+        config=config,
+        table=table,
+        values=values,
+        tied=shape.tied,
+        weight_type=target.weight_type,
+        context=target.context_len,
+        low=low,
+        high=high,
+        samples=target.samples,
+        languages=tuple(target.languages or ()),
+        source=_calibration_source(inputs, target),
+        device=("gpu" if toolchain.has_gpu() else "cpu") if target.device == "auto" else target.device,
+        compiler=compiler,
+        guarded=target.sdk == "auto",
+        trust=trust_of(inputs["model"]),
+        notes=(*notes, *(f"warning: {remark}" for remark in toolchain.remarks(compiler, target.sdk))),
+    )
+
+
+def _calibration_source(inputs: dict[str, Artifact], target: Mobilint) -> str:
+    """What the sequences are made of, in words. Raises MissingInput or BadData where there is nothing to make them of."""
+    if target.languages is None:
+        dataset = inputs["dataset"]
+        if not dataset.files["calib.jsonl"]["size"]:
+            raise MissingInput(
+                "the calib split is empty, and the compiler calibrates on it",
+                where=str(dataset.path),
+                fix=["python -m src.data data.calib=0.1", "target.languages=[en] target.texts=FOLDER calibrates on text of yours"],
+            )
+        return f"the calib split of {dataset.path} through the training template"
+    for language in target.languages:
+        file = Path(target.texts) / f"{language}.txt"
+        if not file.is_file():
+            raise MissingInput(
+                f"there is no text to calibrate on for '{language}'",
+                where=str(file),
+                fix=f"put plain UTF-8 text there, or leave '{language}' out of target.languages",
+            )
+        if not file.stat().st_size:
+            raise BadData("the calibration text is empty", where=str(file), fix="put plain UTF-8 text there")
+    return f"{target.texts}/{{{','.join(target.languages)}}}.txt"

@@ -1,0 +1,177 @@
+"""The folder that Mobilint's runtime loads: a Hugging Face folder whose weights are the embedding table alone, beside the compiled file.
+
+Layout of mblt-model-zoo (hf_transformers) and of the tutorial's prepare_model.py; see docs/mobilint.md.
+"""
+
+import zipfile
+from pathlib import Path
+
+from src import aux_files, shards
+from src.artifact import write_json
+from src.deploy.mobilint import transformers4
+from src.deploy.mobilint.plan import FAMILIES, Plan
+from src.deploy.vendor import whole
+from src.errors import ToolFailed
+from src.log import say
+
+EMBEDDING = "model.embed_tokens.weight"
+ROWS = 4096
+"""embedding rows rotated at a time"""
+ORTHOGONAL = {"float64": 1e-4, "float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+"""largest |R R^T - I| of a rotation stored in each dtype, with room for its rounding"""
+
+
+def write_tokenizer(model: Path, tokenizer, out: Path) -> None:
+    """Tokenizer files, generation_config.json and config.json in the form that transformers 4.57 on the board reads."""
+    copied = aux_files.copy(model, out)
+    made = []
+    if not (out / "tokenizer.json").exists():
+        with whole(out / "tokenizer.json") as file:
+            file.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+        made.append("tokenizer.json")
+    if not (out / "special_tokens_map.json").exists():
+        named = {name: token if isinstance(token, str) else [str(t) for t in token] for name, token in tokenizer.special_tokens_map.items()}
+        write_json(out / "special_tokens_map.json", named)
+        made.append("special_tokens_map.json")
+    if copied or made:
+        say(f"runtime folder: copied {', '.join(copied)}" + (f"; wrote {', '.join(made)}, which the runtime wants" if made else ""))
+
+
+def write_config(plan: Plan, out: Path) -> None:
+    """config.json of Mobilint's model class, and the model's own kept apart in hf/config.json.
+
+    The compile is for core 0 of cluster 0 (npu_core_ids), so core_mode is single. Custom code is not carried over: the classes are the zoo's.
+    """
+    config = plan.config
+    write_json(out / "hf" / "config.json", config)
+    ours = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    ours |= {
+        "model_type": f"mobilint-{config['model_type']}",
+        "architectures": [FAMILIES[config["model_type"]]],
+        "tie_word_embeddings": plan.tied,
+        "dtype": "float32",  # what the NPU takes as input
+        "mxq_path": plan.mxq,
+        "dev_no": 0,
+        "max_batch_size": 1,
+        "core_mode": "single",
+        "target_cores": ["0:0"],
+    }
+    transformers4.adapt(out, ours)
+
+
+def write_embedding(plan: Plan, table, work: Path, out: Path) -> None:
+    """model.safetensors with the table (vocabulary, hidden) alone: fp32, or for 4-bit weights bf16 and rotated as the compiler rotated its input."""
+    rotation = find_rotation(work, plan.table.shape[1]) if plan.bits == 4 else None
+    entry = shards.Entry(EMBEDDING, "F32" if rotation is None else "BF16", plan.table.shape, out / "model.safetensors")
+    shards.write(out, [entry], lambda name: table if rotation is None else rotate(table, rotation), entry.size)
+    say(f"model.safetensors: the embedding table in {entry.dtype}" + ("" if rotation is None else ", rotated by the compiler's R1"))
+
+
+def rotate(table, rotation):
+    """(E @ R) in float64, as bf16: table fp32 (vocabulary, hidden), rotation (hidden, hidden); some rows at a time."""
+    import torch
+
+    out = torch.empty(table.shape, dtype=torch.bfloat16)
+    rotation = rotation.double()
+    for start in range(0, len(table), ROWS):
+        out[start : start + ROWS] = (table[start : start + ROWS].double() @ rotation).bfloat16()
+    return out
+
+
+def find_rotation(work: Path, hidden: int):
+    """SpinQuant's global rotation R1 (Liu et al. 2024, arXiv:2405.16406), (hidden, hidden), that the compiler left in spinWeight/<name>/R1.
+
+    Raises ToolFailed where there is none, more than one, or it is not an orthogonal matrix of that size.
+    """
+    import torch
+
+    found = sorted(work.glob("spinWeight/*/R1/global_rotation.pth"))
+    if len(found) != 1:
+        raise ToolFailed(
+            f"a 4-bit compile leaves one spinWeight/<name>/R1/global_rotation.pth; {len(found)} are there",
+            where=str(work),
+            fix=[
+                f"remove {work}/spinWeight and compiled.json there, then run the same command again: it compiles anew",
+                "target.weight_type=w8",
+            ],
+        )
+    rotation = load_matrix(found[0])
+    if rotation is None or tuple(rotation.shape) != (hidden, hidden) or not rotation.is_floating_point():
+        shape = "no tensor" if rotation is None else f"{tuple(rotation.shape)} of {rotation.dtype}"
+        raise ToolFailed(f"the rotation is not a ({hidden}, {hidden}) matrix but {shape}", where=str(found[0]), fix="target.weight_type=w8")
+    limit = ORTHOGONAL[str(rotation.dtype).removeprefix("torch.")]
+    full = rotation.double()
+    off = (full @ full.T - torch.eye(hidden, dtype=torch.float64)).abs().max().item()
+    if not off < limit:
+        raise ToolFailed(
+            f"the rotation is not orthogonal: R R^T is {off:.2g} away from the identity (at most {limit:g})",
+            where=str(found[0]),
+            fix=["compile again: force=true", "target.weight_type=w8"],
+        )
+    say(f"rotation: {found[0].relative_to(work)}, R R^T within {off:.1e} of the identity")
+    return rotation
+
+
+def load_matrix(path: Path):
+    """The first tensor in a .pth file; None where there is none. Raises ToolFailed where it cannot be read.
+
+    The compiler saves a TorchScript module. Loading one runs no Python from the file; all the same, it is code of the compiler that the user
+    just ran with all rights, not of a stranger. Anything else is read by torch's reader for tensors alone.
+    """
+    import torch
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if scripted:
+            return next((parameter.detach() for parameter in torch.jit.load(str(path), map_location="cpu").parameters()), None)
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise ToolFailed(
+            f"the rotation cannot be read: {str(error).strip().splitlines()[0]}", where=str(path), fix="compile again: force=true"
+        ) from None
+    values = value.values() if isinstance(value, dict) else [value]
+    return next((each.detach() for each in values if isinstance(each, torch.Tensor)), None)
+
+
+def board_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Token ids of rendered texts by the tokenizer files of a runtime folder alone; made to run in a fresh process."""
+    from src.modeling import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+
+def readme(plan: Plan, record: dict) -> str:
+    kind = plan.config["model_type"]
+    return f"""# A {kind} model for Mobilint ARIES
+
+{plan.weight_type} weights, context {plan.context} tokens, compiled for one core by {record["package"]} {record["version"]}.
+
+| file | what it is |
+|---|---|
+| `{plan.mxq}` | the compiled layers and output layer |
+| `model.safetensors` | the embedding table{", rotated as 4-bit weights need it" if plan.bits == 4 else ""}; the host looks tokens up in it |
+| `config.json` | model type `mobilint-{kind}`, core mode, the compiled file's name |
+| `hf/config.json` | the model's own config, for reference; the runtime does not read it |
+| `contract.json` | conversations and their token ids, as trained; a runtime that gives others is wrong |
+| `calibration.json`, `compile.json`, `compile.log`, `compile_job.py` | what it was calibrated on and how it was compiled |
+
+Copy this folder to the host of the card, with a driver and runtime for it and Python 3.10 to 3.12:
+
+    pip install mobilint-qb-runtime mblt-model-zoo
+
+Then, in Python, in this folder:
+
+    import mblt_model_zoo.hf_transformers.models.{kind}.modeling_{kind}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+    prompt = tokenizer.apply_chat_template([{{"role": "user", "content": "Hi"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
+
+Or as a server, with vllm-mblt: `vllm serve . --max-model-len {plan.context}`.
+
+Prompt and answer together are at most {plan.context} tokens. `No matching MXQ version` at loading means that the runtime is older than the compiler:
+update mobilint-qb-runtime. `Model_MXQAndModelConfigNotMatch` means that core_mode or target_cores in config.json were changed.
+"""

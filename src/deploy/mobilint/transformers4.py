@@ -1,0 +1,45 @@
+"""Files that transformers 5 writes, made readable for transformers 4, which Mobilint's compiler scripts and model zoo are pinned to (4.57.1).
+
+transformers 4 reads a rope base at the top of config.json only: without it a model whose base is not 10,000 would be compiled wrong without a word.
+"""
+
+import json
+from pathlib import Path
+
+from src.artifact import read_json
+from src.deploy.vendor import whole
+
+
+def adapt(folder: Path, config: dict) -> None:
+    """Write `config` as the folder's config.json, and its tokenizer_config.json, so that both generations of transformers read the same."""
+    _write(folder / "config.json", model_config(config))
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file():
+        _write(tokenizer, tokenizer_config(read_json(tokenizer)))
+
+
+def model_config(config: dict) -> dict:
+    """config.json with rope_theta, rope_scaling and torch_dtype beside transformers 5's rope_parameters and dtype."""
+    config, rope = dict(config), config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+    if dtype := config.get("dtype") or config.get("torch_dtype"):
+        config["dtype"] = config["torch_dtype"] = dtype
+    return config
+
+
+def tokenizer_config(config: dict) -> dict:
+    """tokenizer_config.json with the class name and the form of extra special tokens that transformers 4 knows."""
+    config = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
+
+
+def _write(path: Path, value: dict) -> None:
+    with whole(path) as file:
+        file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
