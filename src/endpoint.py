@@ -113,22 +113,39 @@ class Client:
             return reply
         raise refusal
 
-    def echo(self, model: str, ids: list[int]) -> Echo | None:
-        """Log-probabilities of token ids by /completions with echo, as vLLM and OpenAI's legacy API have it; None where the reply holds none.
+    def echo(self, model: str, ids: list[int]) -> Echo:
+        """Log-probabilities of token ids by /completions with echo, as vLLM and OpenAI's legacy API have it; raises NoAnswer where there are none.
 
         max_tokens is 1, since 0 means "without limit" to some servers; what is generated stands behind the given tokens and is left out.
         """
-        body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
-        with self._asked("POST", "/completions", body | {"return_tokens_as_token_ids": True}) as (response, _):
+        asked = {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
+        with self._asked("POST", "/completions", _completion(model, ids) | asked) as (response, _):
             given = self._json(self._read(response))
         with self._shaped(given):
             found = given["choices"][0].get("logprobs") or {}
             names, values, tops = (found.get(k) or [] for k in ("tokens", "token_logprobs", "top_logprobs"))
             if not len(ids) <= len(names) == len(values) == len(tops) <= len(ids) + 1:
-                return None
+                raise NoAnswer("it gives none of a prompt's tokens", where=self.url)
             best = [max(top, key=top.get) if top else None for top in tops]
             values = [None if v is None else float(v) for v in values]
         return Echo(names[: len(ids)], values[: len(ids)], best[: len(ids)])
+
+    def following(self, model: str, ids: list[int], count: int) -> dict[int, float]:
+        """{token id: log-probability} of the `count` likeliest tokens after these, as llama.cpp's server gives them; raises NoAnswer where there are none.
+
+        The server must have read as many tokens as it was given: one that puts a token of its own first is refused.
+        """
+        with self._asked("POST", "/completions", _completion(model, ids) | {"logprobs": count}) as (response, _):
+            given = self._json(self._read(response))
+        with self._shaped(given):
+            found = (given["choices"][0].get("logprobs") or {}).get("content") or []
+            likeliest = {entry["id"]: float(entry["logprob"]) for entry in (found[0]["top_logprobs"] if found else []) if "id" in entry}
+            read = (given.get("usage") or {}).get("prompt_tokens")
+        if not likeliest:
+            raise NoAnswer("it gives none of the next token's by id", where=self.url)
+        if read != len(ids):
+            raise NoAnswer(f"it read {read} tokens where {len(ids)} were given", where=self.url)
+        return likeliest
 
     def close(self) -> None:
         """End every request under way, from whichever thread."""
@@ -322,6 +339,10 @@ def api_of(url: str) -> str:
     """The API's address without a slash at its end: http://HOST:PORT/v1 of http://HOST:PORT."""
     url = url.rstrip("/")
     return url if url.endswith("/v1") else f"{url}/v1"
+
+
+def _completion(model: str, ids: list[int]) -> dict:
+    return {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0}
 
 
 def _wait(asked: str | None, tries: int) -> float:

@@ -19,6 +19,8 @@ RECEIVED = "received.jsonl"
 """answers as they arrive; an interrupted evaluation goes on from them"""
 FOR_ALL = (*range(300, 400), 401, 403, 404, *BUSY)
 """statuses that concern every request, not the one prompt they came for"""
+FEW, ALL = 20, 1 << 18
+"""next tokens asked for: those that hold nearly every wanted one, and more than any vocabulary has"""
 DESCRIBED = 4000
 """characters that a report keeps of the server's description of its model"""
 
@@ -213,73 +215,92 @@ def score(client: Client, model: str, rows: list, tokenizer, end: int, workers: 
     """The metrics of a local evaluation (loss in nats, perplexity, accuracy, tokens, turns_ended) over the trained tokens of encoded rows.
 
     Returns (metrics, per row the name of the likeliest token at each trained place, indices of the rows measured); None, with the reason said,
-    where the server does not give log-probabilities of given tokens or they are not those of these tokens. Rows it refuses are left out, and said.
+    where the server gives no log-probabilities of given tokens in either way, or not of these. Rows it refuses are left out, and said.
     """
-    reason = None
-    try:
-        shortest = min((row.input_ids for row in rows), key=len)
-        first = client.echo(model, shortest)
-        reason = "its replies hold none" if first is None else _misaligned(first, shortest, tokenizer)
-    except NoAnswer as error:
-        reason = error.what
-    if reason:
-        say(f"endpoint: no log-probabilities of given tokens ({reason}), so no loss, perplexity, right-next-token and turn-end figures")
+    way = _way(client, model, min(rows, key=lambda row: len(row.input_ids)), tokenizer)
+    if way is None:
         return None
+    if way is one_at_a_time:
+        say(f"endpoint: it gives log-probabilities of one next token a request; {sum(len(places(row)) for row in rows)} requests follow")
 
     def one(row):
         try:
-            return client.echo(model, row.input_ids)
+            return way(client, model, row, tokenizer)
         except Refused as error:
             if error.status in FOR_ALL:
                 raise
             return None
 
-    loss, hits, tokens, turns, ended, top, kept = 0.0, 0, 0, 0, 0, [], []
-    for i, echo in enumerate(progress(_each(one, rows, workers, client), "measuring endpoint", len(rows))):
-        if echo is None:
+    losses, hits, ends, top, kept = [], [], [], [], []
+    for i, found in enumerate(progress(_each(one, rows, workers, client), "measuring endpoint", len(rows))):
+        if found is None:
             continue
-        if fault := _misaligned(echo, rows[i].input_ids, tokenizer):
-            raise NoAnswer(
-                f"the server's log-probabilities cannot be trusted: {fault}", where=client.url, fix="report it to the server's makers"
-            )
-        places = [k for k, label in enumerate(rows[i].labels) if k and label != IGNORE]
-        right = [echo.best[k] == echo.names[k] for k in places]
-        loss -= math.fsum(echo.logprobs[k] for k in places)
-        hits, tokens = hits + sum(right), tokens + len(places)
-        turns += sum(rows[i].labels[k] == end for k in places)
-        ended += sum(hit and rows[i].labels[k] == end for k, hit in zip(places, right))
-        top.append([echo.best[k] for k in places])
+        for k, (value, best) in zip(places(rows[i]), found, strict=True):
+            losses.append(-value)
+            hits.append(best in names(tokenizer, rows[i].input_ids[k]))
+            if rows[i].input_ids[k] == end:
+                ends.append(hits[-1])
+        top.append([best for _, best in found])
         kept.append(i)
     if len(kept) < len(rows):
-        warn(
-            f"left out {len(rows) - len(kept)} of {len(rows)} validation rows that the endpoint would not measure, most likely as too long for it"
-        )
-    if not tokens:
+        warn(f"left out {len(rows) - len(kept)} of {len(rows)} validation rows that the endpoint refused, most likely as too long for it")
+    if not losses:
         return None
-    mean = loss / tokens
-    figures = {
-        "loss": mean,
-        "perplexity": math.exp(min(mean, 700)),
-        "accuracy": hits / tokens,
-        "tokens": tokens,
-        "turns_ended": ended / max(turns, 1),
-    }
-    return figures, top, kept
+    loss = math.fsum(losses) / len(losses)
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": sum(hits) / len(hits), "tokens": len(losses)}
+    return figures | {"turns_ended": sum(ends) / max(len(ends), 1)}, top, kept
+
+
+def _way(client: Client, model: str, row, tokenizer) -> Callable | None:
+    """The first way in which the server gives this row's log-probabilities; None, with each reason said, where it has none."""
+    reasons = []
+    for way in (by_echo, one_at_a_time):
+        try:
+            way(client, model, row, tokenizer)
+            return way
+        except NoAnswer as error:
+            reasons.append(error.what)
+    reason = "; ".join(dict.fromkeys(reasons))
+    say(f"endpoint: no log-probabilities of given tokens ({reason}), so no loss, perplexity, right-next-token and turn-end figures")
+    return None
+
+
+def places(row) -> list[int]:
+    """Where an encoded row is trained and something comes before."""
+    return [k for k, label in enumerate(row.labels) if k and label != IGNORE]
+
+
+def by_echo(client: Client, model: str, row, tokenizer) -> list[tuple[float, str]]:
+    """(log-probability, name of the likeliest token) at each trained place, all in one request (vLLM). Raises NoAnswer where they are not of this row.
+
+    Each token of the reply must bear the name of ours; a piece of a character has no text of its own (U+FFFD), so its name proves nothing.
+    """
+    echo, ids = client.echo(model, row.input_ids), row.input_ids
+    for k, name in enumerate(echo.names):
+        text = tokenizer.decode([ids[k]])
+        if name not in names(tokenizer, ids[k]) and "\ufffd" not in text:
+            raise NoAnswer(f"token {k + 1} is {name!r:.40} where {text!r:.40} was given", where=client.url)
+    return [_sound(echo.logprobs[k], echo.best[k], k, client) for k in places(row)]
+
+
+def one_at_a_time(client: Client, model: str, row, tokenizer) -> list[tuple[float, str]]:
+    """The same by a request for each place (llama.cpp): of the likeliest few next tokens, or of all where the wanted one is not among them."""
+    found = []
+    for k in places(row):
+        token, next_tokens = row.input_ids[k], client.following(model, row.input_ids[:k], FEW)
+        if token not in next_tokens:
+            next_tokens = client.following(model, row.input_ids[:k], ALL)
+        best = max(next_tokens, key=next_tokens.get)
+        found.append(_sound(next_tokens.get(token), f"token_id:{best}", k, client))
+    return found
+
+
+def _sound(value: float | None, best: str | None, k: int, client: Client) -> tuple[float, str]:
+    if value is None or best is None or not math.isfinite(value) or value > 1e-4:
+        raise NoAnswer(f"token {k + 1} has the log-probability {value}", where=client.url)
+    return value, best
 
 
 def names(tokenizer, token: int) -> set[str]:
     """What a server may call a token: vLLM's return_tokens_as_token_ids form, its text, or its entry in the vocabulary."""
     return {f"token_id:{token}", tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)}
-
-
-def _misaligned(echo, ids: list[int], tokenizer) -> str | None:
-    """Why these are not log-probabilities of these ids, or None: each must bear the name of its token and a finite value that is no more than 0.
-
-    A piece of a character has no text of its own (U+FFFD); its name proves nothing and is passed over.
-    """
-    for k, (name, value) in enumerate(zip(echo.names, echo.logprobs)):
-        if name not in names(tokenizer, ids[k]) and "\ufffd" not in tokenizer.decode([ids[k]]):
-            return f"token {k + 1} is {name!r:.40} where {tokenizer.decode([ids[k]])!r:.40} was given"
-        if k and (value is None or not math.isfinite(value) or value > 1e-4 or echo.best[k] is None):
-            return f"token {k + 1} has the log-probability {value}"
-    return None

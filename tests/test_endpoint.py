@@ -89,7 +89,7 @@ def local(finished, tmp_path_factory):
     return json.loads((folder / "report.json").read_text()), [json.loads(line) for line in open(folder / "answers.jsonl")]
 
 
-@pytest.mark.parametrize("echo", ["ids", "text"])
+@pytest.mark.parametrize("echo", ["ids", "text", "next"])
 def test_all_figures_are_those_of_the_local_model(echo, measure, server, local):
     server.behaviour.echo = echo
     done = measure("evaluation.expect='.*'")
@@ -174,7 +174,13 @@ def test_shares_of_equal_tokens():
 
 @pytest.mark.parametrize(
     "echo, reason",
-    [("no", "Only no echo is supported"), ("ignored", "its replies hold none"), ("shifted", "token 2 is"), ("other", "token 1 is")],
+    [
+        ("no", "Only no echo is supported"),
+        ("ignored", "it gives none of a prompt's tokens; it gives none of the next token's by id"),
+        ("next_bos", "tokens where "),
+        ("shifted", "token 2 is"),
+        ("other", "token 1 is"),
+    ],
 )
 def test_without_trustworthy_log_probabilities_there_is_no_loss(echo, reason, measure, server):
     server.behaviour.echo = echo

@@ -42,7 +42,8 @@ class Behaviour:
     garbage: bytes | None = None
     """sent in place of the first event, or of the JSON reply"""
     echo: str = "no"
-    """no: HTTP 400; ignored: none in the reply; ids, text: as given; shifted: each value one place late; other: another tokenizer's"""
+    """no: HTTP 400; ignored: none in the reply; ids, text: as given; shifted: each name one place late; other: another tokenizer's; next: of the
+    next token only, by id, as llama.cpp's server has it; next_bos: the same with a token put before the prompt"""
     lists_models: bool = True
     key: str | None = None
     """the bearer token it wants"""
@@ -183,7 +184,14 @@ class Handler(BaseHTTPRequestHandler):
         if how == "no":
             return self.send(400, b'{"error": {"message": "Only no echo is supported"}}')
         reply = {"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}
-        if how != "ignored":
+        if how in ("next", "next_bos"):
+            with torch.no_grad():
+                table = self.server.model(torch.tensor([body["prompt"]])).logits[0, -1].double().log_softmax(-1)
+            best = table.topk(min(body["logprobs"], len(table)))
+            top = [{"id": i, "token": "", "logprob": v} for v, i in zip(best.values.tolist(), best.indices.tolist())]
+            reply["choices"][0]["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
+            reply["usage"] = {"prompt_tokens": len(body["prompt"]) + (how == "next_bos")}
+        elif how != "ignored":
             reply["choices"][0]["logprobs"] = self.server.echoed(body["prompt"])
         self.reply(reply)
 
