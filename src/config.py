@@ -298,6 +298,8 @@ class Endpoint(Settings):
             raise ValueError("endpoint.url must begin with http://HOST or https://HOST")
         if parts.query or parts.fragment or not self.url.isascii() or not self.url.isprintable() or " " in self.url:
             raise ValueError("endpoint.url is a plain address: no spaces, no ? and no #")
+        if parts.path.rstrip("/").endswith("/completions"):
+            raise ValueError("endpoint.url names the server, not a request to it: http://HOST:PORT or http://HOST:PORT/v1")
         return self
 
 

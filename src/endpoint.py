@@ -21,9 +21,10 @@ from src.errors import ConfigError, NoAnswer
 from src.log import say
 
 # Ways to ask for an answer, richest first; a server that refuses one gets the next. vLLM would otherwise take sampling defaults, such as
-# repetition_penalty 1.05, from the model's generation_config.json (vLLM's --generation-config auto); llama.cpp ignores what it does not know.
+# repetition_penalty 1.05, from the model's generation_config.json (vLLM's --generation-config auto). llama.cpp would otherwise keep the prompts of
+# an earlier evaluation (cache_prompt), and so seem quicker to the first token than it is. Each ignores what it does not know.
 FORMS = (
-    {"stream": True, "stream_options": {"include_usage": True}, "repetition_penalty": 1.0},
+    {"stream": True, "stream_options": {"include_usage": True}, "repetition_penalty": 1.0, "cache_prompt": False},
     {"stream": True},
     {},
 )
@@ -49,6 +50,7 @@ class Reply:
     ended: the model ended its turn (finish_reason stop), rather than being cut off.
     seconds: from the request until the last event. first: until the first piece of text; None without streaming.
     pieces: events that carried text. prompt_tokens, tokens: the server's own count, the turn's end included; None where it gives none.
+    cached: prompt tokens that the server says it did not compute anew.
     reasoned: the server kept reasoning apart from the text, which holds none of it.
     """
 
@@ -59,6 +61,7 @@ class Reply:
     pieces: int
     prompt_tokens: int | None
     tokens: int | None
+    cached: int
     reasoned: bool
 
 
@@ -107,7 +110,7 @@ class Client:
                 refusal = error
                 continue
             if refusal and self._form is None:
-                without = "streaming" if not form else "stream_options (token counts) and repetition_penalty"
+                without = "streaming" if not form else "stream_options (token counts), repetition_penalty or cache_prompt"
                 self._say_once(f"endpoint: it refuses {without} (HTTP {refusal.status}), asked without from here on")
             self._form = form
             return reply
@@ -175,6 +178,7 @@ class Client:
                         length += len(text[-1])
                         reasoned = reasoned or bool(thought)
                     counts = [n if isinstance(n := usage.get(k), int) else None for k in ("prompt_tokens", "completion_tokens")]
+                    cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
                     if length > LONGEST_TOKEN * max_tokens:
                         raise NoAnswer(
                             f"the server goes on long after max_tokens={max_tokens}", where=self.url, fix="use a server that keeps it"
@@ -184,7 +188,9 @@ class Client:
             end = time.monotonic()
         if finish is None and streamed:
             raise NoAnswer(f"the stream was cut off after {pieces} pieces, before a finish_reason", where=self.url, fix=AGAIN)
-        return Reply("".join(text), finish == "stop", end - start, first - start if first and streamed else None, pieces, *counts, reasoned)
+        return Reply(
+            "".join(text), finish == "stop", end - start, first - start if first and streamed else None, pieces, *counts, cached, reasoned
+        )
 
     @contextlib.contextmanager
     def _asked(self, method: str, path: str, body: dict | None = None) -> Iterator[tuple[http.client.HTTPResponse, float]]:

@@ -105,6 +105,8 @@ def check_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], parent: str) 
     """What would be asked; nothing is sent before the work begins."""
     client = connect(cfg)
     key = "with the key in OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "without a key"
+    if os.environ.get("OPENAI_API_KEY") and client.url.startswith("http://"):
+        key += " (unencrypted, over http)"
     count, at_once = len(asked(cfg, validation(cfg, inputs))), cfg.endpoint.concurrency
     return [
         f"{client.url}, {cfg.endpoint.model or 'the one model it serves'}, {key}{parent}",

@@ -30,7 +30,9 @@ def choose(client: Client, wanted: str | None) -> tuple[str, dict]:
     try:
         entries = {entry["id"]: entry for entry in client.models()}
     except Refused as error:
-        if error.status not in (404, 405, 501) or wanted is None:
+        if error.status not in (404, 405, 501):
+            raise
+        if wanted is None:
             error.fix.append("endpoint.model=NAME, for a server that does not list its models")
             raise
         return wanted, {"id": wanted}
@@ -82,7 +84,12 @@ def ask(client: Client, model: str, prompts: list[tuple], out: Path, *, max_toke
             "seconds": reply.seconds,
             "pieces": reply.pieces,
         }
-        row |= {"prompt_tokens": reply.prompt_tokens, "answer_tokens": reply.tokens, "reasoned": reply.reasoned}
+        row |= {
+            "prompt_tokens": reply.prompt_tokens,
+            "answer_tokens": reply.tokens,
+            "cached_tokens": reply.cached,
+            "reasoned": reply.reasoned,
+        }
         with lock, open(journal, "a", encoding="utf-8") as file:
             file.write(_line(model, i, row))
         return row
@@ -144,6 +151,11 @@ def speed(rows: list[dict], tokenizer=None) -> dict:
     }
     if all(row["prompt_tokens"] is not None for row in good):
         found["prompt_tokens"] = sum(row["prompt_tokens"] for row in good)
+        if cached := sum(row["cached_tokens"] for row in good):
+            found["cached_tokens"] = cached
+            warn(
+                f"the server had {cached} of {found['prompt_tokens']} prompt tokens in its cache; the first token of a new prompt comes later"
+            )
     counts = [row["answer_tokens"] for row in good]
     if None in counts:
         say(

@@ -90,8 +90,9 @@ def local(finished, tmp_path_factory):
 
 
 @pytest.mark.parametrize("echo", ["ids", "text", "next"])
-def test_all_figures_are_those_of_the_local_model(echo, measure, server, local):
+def test_all_figures_are_those_of_the_local_model(echo, measure, server, local, monkeypatch):
     server.behaviour.echo = echo
+    monkeypatch.setattr(served, "FEW", 1)  # so that the likeliest next token alone is not enough
     done = measure("evaluation.expect='.*'")
     assert done.returncode == 0, done.stderr
     found, (figures, answers) = report(measure), local
@@ -206,9 +207,9 @@ def test_without_streaming_the_time_to_the_first_token_is_left_out(streams, why,
 
 
 def test_what_a_strict_server_refuses_is_left_out_and_said(measure, server):
-    server.behaviour.refuses = ("stream_options", "repetition_penalty")
+    server.behaviour.refuses = ("stream_options", "repetition_penalty", "cache_prompt")
     done = measure()
-    assert done.stderr.count("it refuses stream_options (token counts) and repetition_penalty (HTTP 400)") == 1
+    assert done.stderr.count("it refuses stream_options (token counts), repetition_penalty or cache_prompt (HTTP 400)") == 1
     assert [set(body) >= {"stream_options"} for body in chats(server)] == [True, False, False, False]
     assert "it counts no tokens, so the local tokenizer does" in done.stderr
     assert report(measure)["answer_tokens"] > 0 and "prompt_tokens" not in report(measure)
@@ -262,7 +263,7 @@ def test_waiting_for_a_busy_server_is_no_part_of_its_times(server):
     assert time.monotonic() - start > 1 and reply.seconds < 1
 
 
-def test_figures_by_hand():
+def test_figures_by_hand(capsys):
     row = lambda first, seconds, tokens: {
         "answer": "x",
         "ended": True,
@@ -270,12 +271,20 @@ def test_figures_by_hand():
         "seconds": seconds,
         "pieces": tokens,
         "prompt_tokens": 7,
+        "cached_tokens": 2,
         "answer_tokens": tokens,
     }
     found = served.speed([row(i / 10, i / 10 + 1, 11) for i in range(1, 11)] + [{"answer": "", "ended": False, "error": "HTTP 500"}])
     assert found["first_token_seconds"] == pytest.approx(0.55) and found["first_token_seconds_p90"] == pytest.approx(0.9)
     assert found["tokens_per_second"] == pytest.approx(10) and found["answer_seconds"] == pytest.approx(1.55)
-    assert (found["prompts"], found["errors"], found["prompt_tokens"], found["answer_tokens"]) == (11, 1, 70, 110)
+    assert (found["prompts"], found["errors"], found["prompt_tokens"], found["cached_tokens"], found["answer_tokens"]) == (
+        11,
+        1,
+        70,
+        20,
+        110,
+    )
+    assert "20 of 70 prompt tokens in its cache" in capsys.readouterr().err
 
 
 def test_several_requests_at_a_time(measure, server):
@@ -485,6 +494,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(measure, server, monkeypatc
     done = measure()
     assert done.returncode == 0, done.stderr
     assert {headers.get("Authorization") for _, headers, _ in server.requests} == {f"Bearer {KEY}"}
+    assert "with the key in OPENAI_API_KEY (unencrypted, over http)" in done.stderr
     assert KEY not in done.stderr + done.stdout + everything_written(tmp_path)
 
 
@@ -527,6 +537,7 @@ def test_no_redirect_is_followed(measure, server, monkeypatch):
         ("http://[::1", "not an address"),
         ("http://127.0.0.1:8000/v1?key=secret", "plain address"),
         ("http://127.0.0.1:8000/a b", "plain address"),
+        ("http://127.0.0.1:8000/v1/chat/completions", "names the server, not a request"),
     ],
 )
 def test_addresses_that_are_none(url, words, measure):
