@@ -1,0 +1,83 @@
+"""deploy target=openvino_npu or openvino_cpu: a model folder becomes OpenVINO's model, tokenizer and detokenizer, by optimum-intel's exporter.
+
+The exporter needs a transformers of its own, so it runs in an environment of its own (scripts/openvino_env.sh). One and the same folder is what
+openvino_genai's LLMPipeline loads on "NPU" and on "CPU", so every bundle is proven on this machine's CPU before it is published.
+"""
+
+import os
+from pathlib import Path
+
+from src import shards
+from src.artifact import Artifact, read_json
+from src.deploy import preflight
+from src.deploy.embedding import find_embedding
+from src.deploy.openvino import card, proof, recipe
+from src.deploy.openvino.export import RECORD, export
+from src.deploy.vendor import finish, work_folder
+from src.errors import Unfinished
+from src.log import size
+from src.modeling import check_tokenizer, load_tokenizer, trust_of
+from src.shape import read_shape
+from src.targets import Openvino
+
+TAKES = {"model"}
+
+
+def wants_dataset(target: Openvino) -> bool:
+    return False
+
+
+def check(inputs: dict[str, Artifact], target: Openvino, out: Path) -> list[str]:
+    """The plan: how the weights are rounded, what it takes, the exact argv. Raises WrongKind and BadData for a model that cannot be exported,
+    ConfigError for settings that do not go with it, NoRoom for too small a disk; in milliseconds, without torch."""
+    model = inputs["model"]
+    shape = read_shape(model.path)
+    recipe.check_settings(shape, target, model.path)
+    check_tokenizer(model.path)
+    stored = sum(entry.size for entry in shards.entries(model.path).values())
+    return [
+        *preflight.check_headers(model.path, shape, find_embedding(model.path)),
+        f"weights: {size(stored)} become {recipe.group_size(shape, target)[1]}",
+        *preflight.check_room(out, shape, target),
+        recipe.environment_line(target),
+        f"in .work: {' '.join(recipe.export_argv(model, shape, target, 'export.partial'))}",
+    ]
+
+
+def build(inputs: dict[str, Artifact], out: Path, target: Openvino) -> dict:
+    """Export, prove on this CPU, and describe; an export that ended well is not repeated when something after it failed. Returns the metrics.
+
+    Raises Unfinished where the exporter's environment is not whole, ToolFailed and NoRoom for the exporter's faults, ProofFailed where the bundle
+    and transformers disagree.
+    """
+    model = inputs["model"]
+    shape, trust = read_shape(model.path), bool(trust_of(model))
+    work = work_folder(out)
+    card.write(out, shape, target, recipe.group_size(shape, target)[1])
+    if missing := [name for name in recipe.PACKAGES if name not in recipe.versions(target)]:
+        raise Unfinished(
+            f"OpenVINO's exporter is not on this machine: {target.environment} lacks {', '.join(missing)}",
+            where=str(out),
+            fix=[
+                "bash scripts/openvino_env.sh, two minutes and 1.4 GB; then run the same command again: it goes on from here",
+                "target.environment=FOLDER names an environment that has it",
+            ],
+        )
+    exported = export(model, shape, target, work)
+    for file in sorted(exported.iterdir()):
+        os.replace(file, out / file.name)
+    ask = proof.questioner(target, out, work)
+    tokenizer = load_tokenizer(model.path, trust_remote_code=trust)
+    metrics = {"unmade_pieces": proof.mend_tokenizer(tokenizer, model.path, ask, trust=trust)}
+    metrics |= proof.prove_ids(tokenizer, out, ask)
+    metrics |= proof.prove_answers(model.path, out, tokenizer, target, ask, trust=trust)
+    finish(out)
+    record = read_json(out / RECORD)
+    return {
+        **metrics,
+        **{key: record[key] for key in ("versions", "weights", "peak_memory")},
+        "export_seconds": record["seconds"],
+        "group_size": recipe.group_size(shape, target)[0],
+        "model_bytes": (out / "openvino_model.bin").stat().st_size,
+        "summary": f"{metrics['tokens_per_second']:,.0f} tokens/s on the CPU here, {metrics['prompts_equal']}/{metrics['prompts']} prompts as transformers",
+    }
