@@ -149,9 +149,11 @@ class Openvino(Target):
     """the device, for estimates"""
 
     @model_validator(mode="after")
-    def _lengths(self):
+    def _rules(self):
         if self.context_len <= self.prompt_len:
             raise ValueError(f"context_len {self.context_len} leaves no room for an answer after a prompt of prompt_len {self.prompt_len}")
+        if self.device == "NPU" and self.weight_type == "int4" and self.group_size not in ("auto", -1, 128):
+            raise ValueError(f"group_size {self.group_size}: an NPU takes groups of 128 or whole rows (-1)")
         return self
 
 
