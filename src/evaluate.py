@@ -6,19 +6,17 @@ and how far its answers are those of the local model it was made from (source=, 
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from src import endpoint, served, stage
+from src import chatml, endpoint, measuring, modeling, served, stage
 from src.artifact import Artifact
 from src.config import EvaluateVerb
-from src.errors import BadData, ConfigError, MissingInput
-from src.log import progress, say, warn
-from src.modeling import base_of
+from src.errors import ConfigError, MissingInput
+from src.log import say
 
 MEASURED = ("finetune", "merge", "quantize")
 BUILT_FROM = ("merge", "finetune", "quantize")
@@ -63,7 +61,7 @@ def parent_path(model: Artifact) -> Path | None:
     """The model this one was made from, by its manifest: the base of an adapter or a full fine-tune, the adapter of a merge, the model of a
     quantization; None for a folder made elsewhere."""
     if model.kind == "adapter":
-        return base_of(model)
+        return modeling.base_of(model)
     record = model.parent("adapter") or model.parent("model")
     path = model.path_of(record) if record else None
     return path if path and path.is_dir() else None
@@ -122,8 +120,6 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json and answers.jsonl."""
     if cfg.endpoint.url:
         return evaluate_endpoint(cfg, inputs, out)
-    from src import chatml, modeling
-
     device = modeling.device()
     records = validation(cfg, inputs)
     prompts = asked(cfg, records)
@@ -132,16 +128,16 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     # The parent is read with the child's tokenizer and template, so that both see the same tokens.
     tokenizer = None
     for role in ("model", *(["parent"] if "parent" in subjects else [])):
-        model, own = modeling.load_any(subjects[role], dtype=compute_dtype(device), device=device)
+        model, own = modeling.load_any(subjects[role], dtype=measuring.compute_dtype(device), device=device)
         if tokenizer is None:
             tokenizer = own
             chatml.ensure_chat(tokenizer)
             end = chatml.turn_end(tokenizer)
-            rows = encode_all(records, tokenizer, end, cfg.evaluation.max_length)
+            rows = measuring.encode_all(records, tokenizer, end, cfg.evaluation.max_length)
         else:
             modeling.grow_vocabulary(model, len(tokenizer))
-        measured[role], top[role] = measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, end, role)
-        answers[role] = answer(model, tokenizer, prompts, cfg, end)
+        measured[role], top[role] = measuring.measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, end, role)
+        answers[role] = measuring.answer(model, tokenizer, prompts, cfg.evaluation, end)
         del model
     metrics = {**measured["model"], "rows": len(rows), "prompts": len(prompts)}
     if "parent" in subjects:
@@ -162,29 +158,29 @@ def evaluate_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path)
     rows = served.ask(client, model, prompts, out, max_tokens=cfg.evaluation.max_new_tokens, workers=many, anew=cfg.force)
     tokenizer, scored, metrics, answers = None, None, {"served": description}, {"model": rows}
     if parent:
-        from src import chatml, modeling
-
         tokenizer = modeling.tokenizer_of(parent)
         chatml.ensure_chat(tokenizer)
         end = chatml.turn_end(tokenizer)
-        encoded = encode_all(records, tokenizer, end, cfg.evaluation.max_length)
+        encoded = measuring.encode_all(records, tokenizer, end, cfg.evaluation.max_length)
         if scored := served.score(client, model, encoded, tokenizer, end, many):
             figures, top, kept = scored
             metrics |= {**figures, "rows": len(kept)}
     metrics |= served.speed(rows, tokenizer)
     if parent:
         device = modeling.device()
-        local, _ = modeling.load_any(parent, dtype=compute_dtype(device), device=device)
+        local, _ = modeling.load_any(parent, dtype=measuring.compute_dtype(device), device=device)
         modeling.grow_vocabulary(local, len(tokenizer))
         metrics |= served.compare_prompts(rows, tokenizer, prompts)
-        answers["parent"] = answer(local, tokenizer, prompts, cfg, end)
+        answers["parent"] = measuring.answer(local, tokenizer, prompts, cfg.evaluation, end)
         metrics |= served.likeness(rows, answers["parent"], tokenizer)
         if scored:
-            own, best = measure(local, [encoded[i] for i in kept], cfg.evaluation.batch_size, tokenizer.pad_token_id, end, "parent")
+            same = [encoded[i] for i in kept]
+            own, best = measuring.measure(local, same, cfg.evaluation.batch_size, tokenizer.pad_token_id, end, "parent")
             metrics |= {f"parent_{k}": v for k, v in own.items()}
             metrics["agreement"] = served.agreement(top, best, tokenizer)
     metrics |= expected(cfg, answers)
     write(out, metrics, answers)
+    (out / served.RECEIVED).unlink()
     show(metrics, answers, ("parent", "board"))
     return metrics
 
@@ -203,81 +199,6 @@ def asked(cfg: EvaluateVerb, records: list[dict]) -> list[tuple[list[dict], list
         opening = (record["messages"][:cut], record.get("tools"))
         if cut and len(found) < cfg.evaluation.samples and opening not in found:
             found.append(opening)
-    return found
-
-
-def compute_dtype(device: str) -> str:
-    """fp32 on a CPU, where it is the fastest and exact; on a GPU the stored dtype."""
-    return "auto" if device == "cuda" else "float32"
-
-
-def encode_all(records: list[dict], tokenizer, end: int, max_length: int) -> list:
-    from src import chatml
-
-    rows, long = [], 0
-    for record in records:
-        try:
-            encoded = chatml.encode(tokenizer, record["messages"], record.get("tools"), end=end)
-        except BadData as error:
-            raise BadData(error.what, where=f"record '{record['id']}'") from None
-        if len(encoded.input_ids) > max_length:
-            long += 1
-        else:
-            rows.append(encoded)
-    if long:
-        warn(f"left out {long} of {len(records)} validation rows longer than evaluation.max_length={max_length}")
-    if not rows:
-        raise MissingInput("no validation row is within evaluation.max_length", fix="raise evaluation.max_length")
-    return rows
-
-
-def measure(model, rows: list, batch_size: int, pad: int, end: int, what: str) -> tuple[dict, list]:
-    """({loss in nats, perplexity, accuracy, tokens} over trained tokens and the share of turn ends predicted, per row the top-1 token at each)."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from src.chatml import IGNORE
-
-    device = next(model.parameters()).device
-    loss = hits = tokens = turns = ended = 0
-    top = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for batch in progress(batches, f"measuring {what}"):
-        longest = len(rows[batch[0]].input_ids)
-        ids = torch.tensor([rows[i].input_ids + [pad] * (longest - len(rows[i].input_ids)) for i in batch], device=device)
-        labels = torch.tensor([rows[i].labels + [IGNORE] * (longest - len(rows[i].labels)) for i in batch], device=device)[:, 1:]
-        mask = torch.tensor([[1] * len(rows[i].input_ids) + [0] * (longest - len(rows[i].input_ids)) for i in batch], device=device)
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        for k, i in enumerate(batch):
-            kept = labels[k] != IGNORE
-            chosen, wanted = logits[k][kept].float(), labels[k][kept]
-            loss += cross_entropy(chosen, wanted, reduction="sum").double().item()
-            top[i] = chosen.argmax(-1).cpu()
-            hits += (top[i] == wanted.cpu()).sum().item()
-            tokens += len(wanted)
-            ends = wanted.cpu() == end
-            turns += ends.sum().item()
-            ended += (top[i][ends] == end).sum().item()
-    mean = loss / tokens
-    return {
-        "loss": mean,
-        "perplexity": math.exp(min(mean, 700)),
-        "accuracy": hits / tokens,
-        "tokens": tokens,
-        "turns_ended": ended / max(turns, 1),
-    }, top
-
-
-def answer(model, tokenizer, prompts: list, cfg: EvaluateVerb, end: int) -> list[dict]:
-    from src.modeling import greedy
-
-    found = []
-    for begin in range(0, len(prompts), cfg.evaluation.batch_size):
-        batch, tools = zip(*prompts[begin : begin + cfg.evaluation.batch_size])
-        texts = greedy(model, tokenizer, batch, max_new_tokens=cfg.evaluation.max_new_tokens, end=end, tools=tools)
-        found += [{"prompt": p[-1]["content"], "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
     return found
 
 

@@ -2,6 +2,7 @@
 server gives log-probabilities of given tokens, the loss over the very tokens that a local evaluation counts.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -57,7 +58,8 @@ def _names(entries: Iterable[str]) -> str:
 def ask(client: Client, model: str, prompts: list[tuple], out: Path, *, max_tokens: int, workers: int, anew: bool) -> list[dict]:
     """A row for each (messages, tools): prompt, answer, ended, and its times in seconds and token counts; or its error, where that prompt was refused.
 
-    Answers are kept in out/received.jsonl as they arrive, and those of an interrupted evaluation are taken from it unless `anew`.
+    Answers are kept in out/received.jsonl as they arrive, and those of an interrupted evaluation are taken from it unless `anew`; the caller
+    removes it with the report written.
     Raises NoAnswer where the endpoint fails as a whole, or refuses every prompt.
     """
     journal, lock = out / RECEIVED, threading.Lock()
@@ -104,7 +106,6 @@ def ask(client: Client, model: str, prompts: list[tuple], out: Path, *, max_toke
         warn(f"{len(errors)} of {len(rows)} prompts failed, the first so: {errors[0]}")
     if any(row.get("reasoned") for row in rows):
         say("endpoint: the server keeps reasoning apart; it is timed and counted, but no part of the answers")
-    journal.unlink(missing_ok=True)
     return rows
 
 
@@ -115,9 +116,11 @@ def _line(model: str, i: int, row: dict) -> str:
 def _received(journal: Path, model: str) -> dict[int, dict]:
     """{prompt's index: row} of the whole lines of a journal that an interrupted evaluation of this model left."""
     rows = {}
-    for line in open(journal, encoding="utf-8") if journal.is_file() else []:
-        if line.endswith("\n") and (entry := json.loads(line))["model"] == model:
-            rows[entry["index"]] = entry["row"]
+    for line in open(journal, encoding="utf-8", errors="replace") if journal.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off or damaged is asked for again
+            entry = json.loads(line)
+            if entry["model"] == model:
+                rows[int(entry["index"])] = entry["row"] | {}
     return rows
 
 

@@ -395,7 +395,7 @@ def test_a_stream_that_is_cut_loses_no_answer_that_came_before(measure, server):
         partial = measure.folder.with_name(measure.folder.name + ".partial")
         assert (partial / served.RECEIVED).read_text().count("\n") == 1
         with open(partial / served.RECEIVED, "a") as file:
-            file.write('{"model": "tiny-chat", "ind')  # killed while writing
+            file.write('{"model": "tiny-chat", "index": 1, "row": 7}\n[]\n{"model": "another", "index": 1, "row": {}}\n{"model": "tiny-ch')
         server.requests.clear()
         done = measure()
     finally:
