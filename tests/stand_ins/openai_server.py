@@ -52,7 +52,7 @@ class Behaviour:
 class Server(ThreadingHTTPServer):
     """Listens on a free loopback port; `requests` holds (path, headers, body) of each request. Set `behaviour` at any time."""
 
-    daemon_threads = True
+    daemon_threads = False  # closing waits for answers under way: a thread inside torch at the interpreter's end aborts it
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
