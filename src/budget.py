@@ -264,5 +264,6 @@ def host_needs(shape: ModelShape, target: Target) -> tuple[int, int, list[str]]:
         how = f"tool {size(tool)} + model in 16 bit twice {size(2 * stored)} + embedding in fp32 {size(4 * shape.embedding)}"
     disk = round(1.1 * bundle)
     if isinstance(target, Mobilint):
-        disk += 4 * target.samples * target.lengths()[1] * shape.hidden
+        # Calibration files; embedding.pt and the raw table it is made from.
+        disk += 4 * target.samples * target.lengths()[1] * shape.hidden + 8 * shape.embedding
     return ram, disk, [f"host memory, estimated: {how} = {size(ram)}", f"disk, estimated: {size(disk)}"]

@@ -319,3 +319,46 @@ class DeployVerb(SourcedVerb):
     """what to build for"""
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to calibrate on, for targets that do; null: the run's own"""
+
+
+class Gpu(Settings):
+    name: str
+    """what the GPU is called"""
+    memory: PositiveFloat
+    """GB of memory, by the vendor's datasheet"""
+    bandwidth: PositiveFloat
+    """GB/s of that memory"""
+    tflops: PositiveFloat
+    """dense 16-bit TFLOP/s with fp32 accumulation, without sparsity"""
+    link: PositiveFloat
+    """GB/s in one direction to the other GPUs of the machine"""
+
+
+class PlanTrain(Settings):
+    max_length: PositiveInt
+    """tokens per conversation"""
+    micro_batch_size: PositiveInt
+    """conversations per forward pass and GPU"""
+    global_batch_size: PositiveInt
+    """conversations per optimizer step over all GPUs"""
+    gradient_checkpointing: bool
+    """recompute activations in the backward pass: less memory, about a third more time"""
+
+
+class PlanVerb(Verb):
+    model: str
+    """model folder, or a config.json alone"""
+    target: AnyTarget
+    """what to plan for, unless a GPU is named"""
+    gpu: Gpu | None
+    """GPU to plan training on; null: plan for the target"""
+    gpus: PositiveInt
+    """GPUs that train together"""
+    tuner: Tuner
+    """which weights are trained"""
+    deepspeed: Deepspeed
+    """how training is spread over memory"""
+    train: PlanTrain
+    """in what portions"""
+    plot: str | None
+    """PNG file to draw memory and speed against context length into; null: none"""

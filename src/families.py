@@ -64,7 +64,7 @@ class Family:
     names: our name of a size -> the family's. defaults: what its config.json may leave out, by transformers' config class.
     norms: norms of the hidden width per layer; norm_bias: they have a bias too. qk_norm: one norm of the head's width each for q and k.
     tied: its default for tie_word_embeddings. head_bias: its output layer has one.
-    mlp: matrices of the MLP, 3 gated or 2. mlp_share: real width of the MLP over what config.json says.
+    fused: which matrices are one in its checkpoints, qkv or gate_up. mlp: matrices of the MLP, 3 gated or 2. mlp_share: real width of the MLP over what config.json says.
     full_every: attention is full in every so many layers and slides in those between; 0: it always slides; None: never.
     full_below: config key of the layer from which attention slides, where `use_sliding_window` is set.
     layer: (family, sizes, index) -> Layer, for layers that are built otherwise. outside: (sizes) -> (further token tables, values outside layers).
@@ -81,6 +81,7 @@ class Family:
     norm_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
+    fused: tuple[str, ...] = ()
     mlp: int = 3
     mlp_share: float = 1
     full_every: int | None = None
@@ -219,12 +220,17 @@ def plain_layer(family: Family, s: Sizes, index: int) -> Layer:
     vectors = family.norms * s.hidden * (2 if family.norm_bias else 1) + (2 * s.head_dim if family.qk_norm else 0)
     vectors += (q + 2 * kv if s.flag(family.qkv_bias) else 0) + (s.hidden if s.flag(family.out_bias) else 0)
     vectors += (family.mlp - 1) * s.intermediate + s.hidden if s.flag(family.mlp_bias) else 0
-    matrices = (Matrix("q", q, s.hidden), Matrix("k", kv, s.hidden), Matrix("v", kv, s.hidden), Matrix("o", s.hidden, q))
+    attention = (Matrix("q", q, s.hidden), Matrix("k", kv, s.hidden), Matrix("v", kv, s.hidden))
+    if "qkv" in family.fused:
+        attention = (Matrix("qkv", q + 2 * kv, s.hidden),)
+    matrices = (*attention, Matrix("o", s.hidden, q), *mlp(s, s.intermediate, family.mlp, fused="gate_up" in family.fused))
     kind = s.kinds[index]
-    return Layer(kind, (*matrices, *mlp(s, s.intermediate, family.mlp)), vectors, 2 * kv, s.window if kind == "sliding" else None)
+    return Layer(kind, matrices, vectors, 2 * kv, s.window if kind == "sliding" else None)
 
 
-def mlp(s: Sizes, width: int, count: int = 3) -> tuple[Matrix, ...]:
+def mlp(s: Sizes, width: int, count: int = 3, *, fused: bool = False) -> tuple[Matrix, ...]:
+    if fused:
+        return (Matrix("gate_up", 2 * width, s.hidden), Matrix("down", s.hidden, width))
     gate = (Matrix("gate", width, s.hidden),) if count == 3 else ()
     return (*gate, Matrix("up", width, s.hidden), Matrix("down", s.hidden, width))
 
@@ -296,6 +302,7 @@ FAMILIES = {
         qkv_bias=True,
         out_bias=False,
         mlp_bias=False,
+        fused=("qkv",),
         mlp_share=0.5,
         note="Qwen-1's intermediate_size is twice the width of its MLP, and is halved here",
     ),
@@ -307,7 +314,7 @@ FAMILIES = {
     "qwen3": QWEN3,
     "qwen3_vl_text": Family(mlp_bias=False, qk_norm=True),
     "phi": Family(qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True, norms=1, norm_bias=True, mlp=2),
-    "phi3": Family(qkv_bias=False, out_bias=False, mlp_bias=False, full_every=0),
+    "phi3": Family(qkv_bias=False, out_bias=False, mlp_bias=False, fused=("qkv", "gate_up"), full_every=0),
     "gemma": Family(defaults={"head_dim": 256}, mlp_bias=False, tied=True),
     "gemma2": Family(defaults={"head_dim": 256, "sliding_window": 4096}, mlp_bias=False, norms=4, tied=True, full_every=2),
     "gemma3_text": Family(
@@ -345,12 +352,12 @@ FAMILIES = {
         layer=latent_layer,
         note="latent attention: keys and values are counted expanded, as transformers caches them; a runtime that caches the latent needs less",
     ),
-    "baichuan": Family(qkv_bias=False, out_bias=False, mlp_bias=False),
-    "internlm2": Family(qkv_bias="bias", out_bias="bias", mlp_bias=False),
+    "baichuan": Family(fused=("qkv",), qkv_bias=False, out_bias=False, mlp_bias=False),
+    "internlm2": Family(fused=("qkv",), qkv_bias="bias", out_bias="bias", mlp_bias=False),
     "smollm3": Family(tied=True),
     "granite": Family(),
-    "glm": Family(defaults={"head_dim": 128, "attention_bias": True}, out_bias=False, mlp_bias=False),
-    "glm4": Family(defaults={"head_dim": 128, "attention_bias": True}, out_bias=False, mlp_bias=False, norms=4),
+    "glm": Family(defaults={"head_dim": 128, "attention_bias": True}, out_bias=False, mlp_bias=False, fused=("gate_up",)),
+    "glm4": Family(defaults={"head_dim": 128, "attention_bias": True}, out_bias=False, mlp_bias=False, fused=("gate_up",), norms=4),
     "chatglm": Family(
         names={
             "layers": "num_layers",
@@ -363,6 +370,7 @@ FAMILIES = {
         qkv_bias="add_qkv_bias",
         out_bias="add_bias_linear",
         mlp_bias="add_bias_linear",
+        fused=("qkv", "gate_up"),
     ),
     "exaone": Family(names={"layers": "num_layers"}, qkv_bias=False, out_bias=False, mlp_bias=False),
     "exaone4": Family(qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=True, full_every=4),

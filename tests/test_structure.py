@@ -76,6 +76,7 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
         "quantize": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],
         "evaluate": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],
         "deploy": [f"source={a / 'merge'}"],
+        "plan": [f"model={finished / 'inputs' / 'base'}", f"plot={tmp_path / 'plan.png'}"],
         "aux_files": [f"source={finished / 'inputs' / 'base'}", f"target={write_model(tmp_path / 'made')}"],
         "summary": ["run=a", f"outputs={finished}"],
         "lineage": [a / "deploy-llama2c"],
@@ -86,7 +87,9 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
     assert done.returncode == 0 and "LOADED []" in done.stdout, done.stdout + done.stderr
     assert seconds < 3
     assert not (tmp_path / "outputs" / "new").exists()
-    if verb not in ("summary", "lineage", "aux_files"):
+    if verb == "plan":
+        assert not (tmp_path / "plan.png").exists()
+    if verb not in ("plan", "summary", "lineage", "aux_files"):
         assert f"{verb}: would make {tmp_path / 'outputs' / 'new'}" in done.stderr
 
 

@@ -1,0 +1,90 @@
+"""Memory and speed against length: in the terminal as bars, on paper as curves."""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.errors import ConfigError
+from src.log import on_terminal, size
+
+WIDTH = 28
+
+
+@dataclass(frozen=True)
+class Point:
+    """One length in tokens: bytes needed of `limit` there are (None: not known), tokens per second and seconds to wait (None: not known)."""
+
+    length: int
+    memory: float
+    limit: float | None
+    speed: float | None
+    wait: float | None
+
+
+def table(points: list[Point]) -> list[str]:
+    """A line per length with a bar for memory, full at the limit or else at the most that is needed, and one for speed."""
+    if not points:
+        return []
+    block = "█" if on_terminal() and sys.stdout.isatty() else "#"
+    limit, highest, fastest = points[0].limit, max(p.memory for p in points), max(p.speed or 0 for p in points)
+    most = min(limit or highest, highest)
+    known = fastest > 0
+    head = f"{'tokens':>9}  {'memory':<{WIDTH + 2}} {'':>8}" + (
+        f"  {'speed':<{WIDTH // 2}} {'tokens/s':>8} {'seconds':>8}" if known else ""
+    )
+    lines = [head.rstrip()]
+    for p in points:
+        filled = min(round(WIDTH * p.memory / most), WIDTH)
+        bar = "|" + block * filled + " " * (WIDTH - filled) + ("|" if p.memory <= most else ">")
+        line = f"{p.length:>9,}  {bar} {size(p.memory):>8}"
+        if known:
+            line += f"  {block * round(WIDTH / 2 * p.speed / fastest):<{WIDTH // 2}} {p.speed:>8,.1f} {p.wait:>8,.2f}"
+        lines.append(line + (f"  above {size(limit)}" if limit and p.memory > limit else ""))
+    return lines
+
+
+def draw(points: list[Point], title: str, file: Path) -> None:
+    """The same as a PNG, written beside its place and then renamed. Raises ConfigError for another ending, OSError where it cannot be written."""
+    if file.suffix.lower() != ".png":
+        raise ConfigError(f"plot={file}: the picture is a PNG", fix=f"plot={file.with_suffix('.png')}")
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    ink, accent = "#30343b", "#1f77b4"
+    known = any(p.speed for p in points)
+    figure, axes = pyplot.subplots(1, 2 if known else 1, figsize=(9 if known else 5, 3.4), layout="constrained", squeeze=False)
+    lengths, limit = [p.length for p in points], points[0].limit
+    curves = [("memory, GB", [p.memory / 1e9 for p in points]), *([("tokens/s", [p.speed for p in points])] if known else [])]
+    for axis, (label, values) in zip(axes[0], curves):
+        axis.plot(lengths, values, color=accent, marker="o", markersize=4, linewidth=1.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.set_title(label, loc="left", fontsize=10, color=ink)
+        axis.set_xlabel("tokens", color=ink)
+        axis.grid(axis="y", color="#e3e5e8")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=ink, length=0)
+    if limit:
+        axes[0][0].axhline(limit / 1e9, color="#c0392b", linewidth=1.2, linestyle="--")
+        axes[0][0].annotate(
+            f"{limit / 1e9:.1f} GB there are", (lengths[0], limit / 1e9), (0, 4), textcoords="offset points", fontsize=8, color="#c0392b"
+        )
+        axes[0][0].set_ylim(top=1.15 * max(limit / 1e9, max(curves[0][1])))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=ink)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(suffix=".png", prefix=".", dir=file.parent)
+    os.close(handle)
+    try:
+        figure.savefig(partial, dpi=144)
+        os.chmod(partial, 0o644)
+        os.replace(partial, file)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+        pyplot.close(figure)

@@ -1,0 +1,238 @@
+"""Say what a model needs before anything is run: memory, speed and lengths on a board, or memory and time of training on GPUs.
+
+Every figure is printed with its equation. Boards and GPUs are YAML files in configs/target and configs/gpu; docs/planner.md compares what is said
+here with published measurements.
+"""
+
+import dataclasses
+import typing
+from math import ceil
+from pathlib import Path
+
+from src import stage
+from src.budget import (
+    Fit,
+    Format,
+    Quantity,
+    board_fit,
+    device_parts,
+    embedding_bytes,
+    format_of,
+    head_bytes,
+    host_needs,
+    kv_cache_bytes,
+    largest_batch,
+    layer_bytes,
+)
+from src.chart import Point, draw, table
+from src.config import FullTuner, PlanVerb, QloraTuner
+from src.errors import ConfigError, WrongKind
+from src.gpu import ADAPTERS, AUTOCAST, ZERO, Job, Training, training
+from src.log import say, size
+from src.shape import ModelShape, read_shape
+from src.speed import decode_ms, first_token_ms, speed
+
+
+def plan(cfg: PlanVerb) -> int:
+    shape = read_shape(cfg.model)
+    lines, points = gpu_plan(shape, cfg) if cfg.gpu else board_plan(shape, cfg)
+    print("\n".join([*model_lines(shape), "", *lines, "", *table(points)]))
+    if cfg.plot and cfg.dry_run:
+        say(f"would draw {cfg.plot}")
+    elif cfg.plot:
+        draw(points, f"{Path(cfg.model).stem if cfg.model.endswith('.json') else Path(cfg.model).name}, {where(cfg)}", Path(cfg.plot))
+        say(f"drew {cfg.plot}")
+    return 0
+
+
+def where(cfg: PlanVerb) -> str:
+    return f"{cfg.tuner.kind} on {cfg.gpus} x {cfg.gpu.name}" if cfg.gpu else f"{cfg.target.name}"
+
+
+def model_lines(shape: ModelShape) -> list[str]:
+    """What the model is, and the sum of its parameters."""
+    kinds = {kind: sum(layer.kind == kind for layer in shape.stack) for kind in ("full", "sliding", "linear")}
+    mixed = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    each = sorted({layer.params for layer in shape.stack})
+    layers = f"{shape.layers} layers x {each[0]:,}" if len(each) == 1 else f"{shape.layers} layers {shape.layer_params:,}"
+    terms = [layers, f"embedding {shape.vocab:,} x {shape.hidden:,}", *([] if shape.tied else [f"output layer {shape.head:,}"])]
+    terms += [f"further token tables {shape.extra_embedding:,}"] if shape.extra_embedding else []
+    alike = len({layer.kv_values for layer in shape.stack}) == 1
+    per_token = f"2 x 2 B x {shape.layers} layers x {shape.kv_heads} KV heads x {shape.head_dim}"
+    if not alike or shape.stack[0].kv_values != 2 * shape.kv_heads * shape.head_dim:
+        per_token = f"2 B x {shape.kv_values:,} values in {shape.attending} of {shape.layers} layers"
+    quantization = shape.quantization
+    stored = f", {quantization.method} {quantization.bits} bit" if quantization else ""
+    return [
+        f"{shape.model_type}: {shape.layers} layers ({mixed} attention) of width {shape.hidden:,}, {shape.heads} heads of {shape.head_dim}, "
+        f"{shape.kv_heads} for keys and values, MLP {shape.intermediate:,}, vocabulary {shape.vocab:,}{' tied' if shape.tied else ''}{stored}",
+        *(f"note: {note}" for note in shape.notes),
+        f"parameters = {' + '.join(terms)} + other {shape.outside:,} = {shape.params:,}",
+        f"KV cache per token, 16 bit = {per_token} = {shape.kv_bytes_per_token():,} B",
+        f"longest context by the model's own word: {f'{shape.max_positions:,} tokens' if shape.max_positions else 'not said'}",
+    ]
+
+
+# ---- boards
+
+
+def board_plan(shape: ModelShape, cfg: PlanVerb) -> tuple[list[str], list[Point]]:
+    target, board = cfg.target, getattr(cfg.target, "board", None)
+    form, fit = format_of(shape, target), board_fit(shape, target)
+    rates = speed(shape, form, board, form.context, form.prompt)
+    lines = [
+        f"{target.name} ({target.kind}): weights {form.name}, context {form.context:,}, prompt {form.prompt:,} in chunks of {form.chunk}",
+        *weight_lines(shape, cfg),
+        f"KV cache = {form.kv} B x {shape.kv_values:,} values x {form.context:,} tokens = {size(kv_cache_bytes(shape, form, form.context))} for one sequence",
+        *fit.lines,
+        *length_lines(fit, form, target.name),
+        str(rates.decode),
+        str(rates.tokens_per_second),
+        str(rates.first_token),
+        str(rates.best_batch),
+        *batch_lines(shape, cfg, form, fit),
+        *host_needs(shape, target)[2],
+    ]
+    longest = shape.max_positions or form.context
+    known = rates.decode.value is not None
+    contexts = [n for n in (256 * 2**i for i in range(14)) if n <= min(longest, 4 * max(form.context, 2048))]
+    points = [
+        Point(
+            length=n,
+            memory=sum(device_parts(shape, target, form, n, min(form.prompt, n)).values()),
+            limit=fit.available,
+            speed=1000 / decode_ms(shape, form, board, n) if known else None,
+            wait=first_token_ms(shape, form, board, n) / 1000 if known else None,
+        )
+        for n in contexts
+    ]
+    return lines, points
+
+
+def weight_lines(shape: ModelShape, cfg: PlanVerb) -> list[str]:
+    """Bytes of the weights in each type the target can be given."""
+    setting = "weight_type" if "weight_type" in type(cfg.target).model_fields else "format"
+    if setting not in type(cfg.target).model_fields:
+        return []
+    names = [n for n in typing.get_args(type(cfg.target).model_fields[setting].annotation) if n != "auto"]
+    forms = {name: format_of(shape, cfg.target.model_copy(update={setting: name})) for name in names}
+    width = max(map(len, names))
+    return [
+        f"  {name:<{width}}  layers {size(layer_bytes(shape, f)):>8}  output layer {size(head_bytes(shape, f)):>8}  embedding {size(embedding_bytes(shape, f)):>8}"
+        for name, f in forms.items()
+    ]
+
+
+def length_lines(fit: Fit, form: Format, name: str) -> list[str]:
+    if fit.longest is None:
+        return []
+    lines = [f"longest context that fits with this prompt: {fit.longest:,} tokens" if fit.longest else f"no context fits {name}"]
+    return lines + (
+        [f"longest prompt within it: {fit.longest_prompt:,} tokens, {fit.longest_prompt // form.chunk:,} chunks"] if fit.longest else []
+    )
+
+
+def batch_lines(shape: ModelShape, cfg: PlanVerb, form: Format, fit: Fit) -> list[str]:
+    """The best batch, up to which another sequence costs little, and the largest that memory allows."""
+    if fit.available is None or not fit.fits:
+        return []
+    most = largest_batch(shape, cfg.target, form, fit.available, form.context, form.prompt)
+    kv = kv_cache_bytes(shape, form, form.context)
+    return [
+        str(Quantity("largest batch", most, "sequences", f"KV caches of {size(kv)} in what {size(fit.available)} leave beside the weights"))
+    ]
+
+
+# ---- GPUs
+
+
+def gpu_plan(shape: ModelShape, cfg: PlanVerb) -> tuple[list[str], list[Point]]:
+    job = job_of(shape, cfg)
+    result, limit = training(shape, job, cfg.gpu), cfg.gpu.memory * 1e9
+    fits = result.total.value <= limit
+    verdict = "fits" if fits else "does NOT fit"
+    batch = largest(lambda n: training(shape, dataclasses.replace(job, micro_batch=n), cfg.gpu), limit, 1024)
+    length = largest(lambda n: training(shape, dataclasses.replace(job, length=n), cfg.gpu), limit, shape.max_positions or 2**20)
+    zero = {0: "no DeepSpeed", 2: "ZeRO-2", 3: "ZeRO-3"}[job.stage] + (" with offload" if job.offload else "")
+    lines = [
+        f"{job.method} on {job.gpus} x {cfg.gpu.name}, {zero}, 16 bit, {job.micro_batch} x {job.length:,} tokens a pass, "
+        f"{job.accumulation} passes a step, gradient checkpointing {'on' if job.checkpointing else 'off'}",
+        f"trained = {trained_words(job)} = {result.trained:,} of {shape.params:,}",
+        *map(str, result.parts),
+        str(result.peak),
+        f"{result.total}: {verdict} in {size(limit)}",
+        *([str(result.host)] if job.offload else []),
+        f"largest micro batch at {job.length:,} tokens: {batch:,}; longest conversation at micro batch {job.micro_batch}: {length:,} tokens",
+        f"{result.seconds} = {result.tokens_per_second:,.0f} tokens/s, padding included",
+    ]
+    longest = shape.max_positions or 32768
+    lengths = [n for n in (256 * 2**i for i in range(14)) if n <= min(longest, 8 * max(job.length, 2048))]
+    return lines, [point(training(shape, dataclasses.replace(job, length=n), cfg.gpu), n, limit) for n in lengths]
+
+
+def point(result: Training, length: int, limit: float) -> Point:
+    return Point(length, result.total.value, limit, result.tokens_per_second, result.seconds.value)
+
+
+def trained_words(job: Job) -> str:
+    return "every weight" if not job.rank else f"rank {job.rank} x (rows + columns) of every adapted matrix"
+
+
+def largest(result: typing.Callable[[int], Training], limit: float, top: int) -> int:
+    """The largest n up to `top` with which training fits; 0: not even 1."""
+    low, high = 0, top
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if result(middle).total.value <= limit else (low, middle - 1)
+    return low
+
+
+def job_of(shape: ModelShape, cfg: PlanVerb) -> Job:
+    """The settings as src/finetune.py would carry them out. Raises ConfigError or WrongKind where it would refuse them."""
+    tuner, zero, train = cfg.tuner, cfg.deepspeed, cfg.train
+    full, qlora = isinstance(tuner, FullTuner), isinstance(tuner, QloraTuner)
+    if qlora and zero.stage == 3:
+        raise ConfigError(
+            "tuner=qlora with ZeRO-3: a 4-bit base cannot be partitioned", fix=["deepspeed=zero2", "tuner=lora deepspeed=zero3"]
+        )
+    if shape.quantization and not qlora:
+        raise WrongKind(
+            f"a model quantized with {shape.quantization.method} trains with tuner=qlora only", where=cfg.model, fix="tuner=qlora"
+        )
+    each = ceil(train.global_batch_size / cfg.gpus)
+    if train.global_batch_size % (cfg.gpus * train.micro_batch_size):
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is no multiple of {cfg.gpus} GPUs x train.micro_batch_size={train.micro_batch_size}",
+            fix=f"train.global_batch_size={ceil(each / train.micro_batch_size) * train.micro_batch_size * cfg.gpus}",
+        )
+    targets = (
+        None if full or tuner.target_modules == "all-linear" else frozenset(name.removesuffix("_proj") for name in tuner.target_modules)
+    )
+    known = {m.name for layer in shape.stack for m in layer.matrices}
+    if targets and targets - known:
+        raise ConfigError(f"tuner.target_modules: the model has {', '.join(sorted(known))}, not {', '.join(sorted(targets - known))}")
+    gptq = shape.quantization
+    nf4 = 0.5 + (1 / 64 + 4 / (64 * 256) if qlora and tuner.double_quant else 4 / 64)
+    return Job(
+        method=tuner.kind,
+        rank=0 if full else tuner.rank,
+        targets=targets,
+        dropout=not full and tuner.dropout > 0,
+        base=2,
+        quantized=None if not qlora else (gptq.bits or 4) / 8 + 2.5 / 128 if gptq else nf4,
+        upcast=qlora and not gptq,
+        token_tables=False,
+        stage=zero.stage,
+        offload=zero.offload,
+        bucket=zero.bucket_size,
+        gpus=cfg.gpus,
+        micro_batch=train.micro_batch_size,
+        accumulation=train.global_batch_size // (cfg.gpus * train.micro_batch_size),
+        length=train.max_length,
+        checkpointing=train.gradient_checkpointing,
+        widths=ZERO if zero.stage else AUTOCAST if full else ADAPTERS,
+    )
+
+
+if __name__ == "__main__":
+    stage.main_plain("plan", __doc__, PlanVerb, plan)
