@@ -15,12 +15,14 @@ NAME = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as a header describes it. dtype is safetensors' name, such as BF16; file is the shard that holds it."""
+    """One tensor as a header describes it. dtype is safetensors' name, such as BF16; file is the shard that holds it, start the byte there at
+    which its data begins (0 for one that is yet to be written)."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    start: int = 0
 
     @property
     def size(self) -> int:
@@ -47,7 +49,14 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
                 header = json.loads(stream.read(length))
                 header.pop("__metadata__", None)
                 end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
-                found |= {name: Entry(name, e["dtype"], tuple(map(int, e["shape"])), file) for name, e in header.items()}
+                found |= {
+                    name: Entry(name, e["dtype"], tuple(map(int, e["shape"])), file, 8 + length + int(e["data_offsets"][0]))
+                    for name, e in header.items()
+                }
+                for e in header.values():
+                    begin, stop = e["data_offsets"]
+                    if begin < 0 or (e["dtype"] in ITEM and stop - begin != math.prod(e["shape"]) * ITEM[e["dtype"]]):
+                        raise ValueError("a tensor's bytes do not fit its shape")
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
                 raise BadData("not a safetensors file: its header is damaged", where=str(file), fix="copy or download it again") from None
         if end != size:

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from src.deploy import llama2c
+from src.deploy.byte_level import SPLITS
 from src.deploy.llama2c import proof, weights
 from src.deploy.llama2c.chat import find_chat
 from src.deploy.llama2c.runtime import write_runtime
-from src.deploy.llama2c.tokenizer import SPLITS, read_tokenizer, write_tokenizer
+from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
 from src.deploy.llama2c.weights import Shape, group_size, read_shape
 from src.errors import BadData, MissingInput, MissingTool, ProofFailed, WrongKind
 
@@ -35,6 +36,7 @@ LLAMA2 = (
     "{% else %} {{ m['content'].strip() }} </s>{% endif %}{% endfor %}"
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML.split("{% endif %}", 1)[1]
+OUT = ROOT / "outputs"
 CORPUS = [
     "Once upon a time there was a little girl.",
     "It's 12345 o'clock; they're here!",
@@ -164,7 +166,7 @@ def llama(tmp_path_factory) -> Path:
 
 def build(model: Path, out: Path, format: str) -> dict:
     out.mkdir(exist_ok=True)
-    llama2c.check(given(model), settings(format))
+    llama2c.check(given(model), settings(format), OUT)
     return llama2c.build(given(model), out, settings(format))
 
 
@@ -441,7 +443,7 @@ def edited(llama: Path, out: Path, **changes) -> Path:
 )
 def test_check_refuses_other_architectures(llama, tmp_path, changes, says):
     with pytest.raises(WrongKind, match=says) as caught:
-        llama2c.check(given(edited(llama, tmp_path / "m", **changes)), settings("fp32_v1"))
+        llama2c.check(given(edited(llama, tmp_path / "m", **changes)), settings("fp32_v1"), OUT)
     assert caught.value.fix
 
 
@@ -453,18 +455,18 @@ def test_check_refuses_biases_and_shapes(llama, tmp_path):
     bias = {"model.layers.0.self_attn.q_proj.bias": weights["model.norm.weight"].clone()}
     save_file(weights | bias, model / "model.safetensors")
     with pytest.raises(WrongKind, match="biases"):
-        llama2c.check(given(model), settings("fp32_v1"))
+        llama2c.check(given(model), settings("fp32_v1"), OUT)
     save_file({k: v for k, v in weights.items() if "layers.1.mlp.up" not in k}, model / "model.safetensors")
     with pytest.raises(BadData, match=r"no tensor model.layers.1.mlp.up_proj.weight"):
-        llama2c.check(given(model), settings("fp32_v1"))
+        llama2c.check(given(model), settings("fp32_v1"), OUT)
     whole = (llama / "model.safetensors").read_bytes()
     for cut in (0, 5, 100, len(whole) - 1):
         (model / "model.safetensors").write_bytes(whole[:cut])
         with pytest.raises(BadData):
-            llama2c.check(given(model), settings("fp32_v1"))
+            llama2c.check(given(model), settings("fp32_v1"), OUT)
     (model / "model.safetensors").unlink()
     with pytest.raises(MissingInput):
-        llama2c.check(given(model), settings("fp32_v1"))
+        llama2c.check(given(model), settings("fp32_v1"), OUT)
 
 
 @pytest.mark.parametrize(("lacking", "env"), [("make", {"PATH": ""}), ("cc", {"PATH": ""}), ("no-such-gcc", {"CC": "no-such-gcc -m32"})])
@@ -473,7 +475,7 @@ def test_check_asks_for_the_tools_before_it_reads_anything(tmp_path, monkeypatch
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(MissingTool, match=lacking):
-        llama2c.check(given(tmp_path / "nothing here"), settings("fp32_v1"))
+        llama2c.check(given(tmp_path / "nothing here"), settings("fp32_v1"), OUT)
 
 
 def test_check_takes_the_compiler_that_the_makefile_takes(llama, tmp_path, monkeypatch):
@@ -483,15 +485,15 @@ def test_check_takes_the_compiler_that_the_makefile_takes(llama, tmp_path, monke
         (tools / name).symlink_to(shutil.which(tool))
     monkeypatch.setenv("PATH", str(tools))
     with pytest.raises(MissingTool, match="not found: cc"):
-        llama2c.check(given(llama), settings("fp32_v1"))
+        llama2c.check(given(llama), settings("fp32_v1"), OUT)
     monkeypatch.setenv("CC", "my-cc -O1")
-    llama2c.check(given(llama), settings("fp32_v1"))
+    llama2c.check(given(llama), settings("fp32_v1"), OUT)
 
 
 def test_check_needs_no_torch(llama):
     code = (
         "import sys; from pathlib import Path; from types import SimpleNamespace as S; from src.deploy import llama2c;"
-        "llama2c.check({'model': S(path=Path(sys.argv[1]))}, S(format='int8_v2', group_size=64)); print({'torch', 'transformers'} & sys.modules.keys())"
+        "llama2c.check({'model': S(path=Path(sys.argv[1]))}, S(format='int8_v2', group_size=64), None); print({'torch', 'transformers'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code, llama], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
@@ -510,7 +512,7 @@ def test_check_names_the_unknown_tokenizer_part(llama, tmp_path, part, value, sa
     spec = json.loads((model / "tokenizer.json").read_text())
     (model / "tokenizer.json").write_text(json.dumps(spec | {part: value}))
     with pytest.raises(WrongKind, match=says):
-        llama2c.check(given(model), settings("fp32_v1"))
+        llama2c.check(given(model), settings("fp32_v1"), OUT)
 
 
 def test_group_size_backs_off(llama):

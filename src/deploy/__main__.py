@@ -6,7 +6,7 @@ A target is a YAML file in configs/target; its `kind` names the module here that
 import importlib
 from pathlib import Path
 
-from src import stage
+from src import artifact, stage
 from src.artifact import Artifact
 from src.config import DeployVerb
 from src.deploy.vendor import WORK
@@ -15,7 +15,7 @@ from src.modeling import check_folder, trust_of
 # kind of target -> the module that builds for it. It has
 #   TAKES                          kinds of artifact it can build from
 #   wants_dataset(target)          whether it calibrates on the run's dataset
-#   check(inputs, target)          the plan in lines; raises early and cheaply, before torch, where a model or a rule stands in the way
+#   check(inputs, target, out)     the plan in lines; raises early and cheaply, before torch, where a model, a rule or the room for `out` stands in the way
 #   build(inputs, out, target)     makes the bundle in the folder `out` and returns its metrics, `summary` (one line) among them
 BUILDERS = {
     "llama2c": "src.deploy.llama2c",
@@ -34,6 +34,8 @@ def find(cfg: DeployVerb, run: stage.Run) -> dict[str, Artifact]:
     inputs = {"model": run.source(cfg.source, "merge", "finetune", kinds=vendor.TAKES)}
     if vendor.wants_dataset(cfg.target):
         inputs["dataset"] = stage.data_sources(run, cfg.dataset)
+    if texts := getattr(cfg.target, "texts", None):
+        inputs["texts"] = artifact.outside(Path(texts), "file", run.cache)
     return inputs
 
 
@@ -44,7 +46,8 @@ def name(cfg: DeployVerb, inputs: dict[str, Artifact]) -> str:
 
 def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
     check_folder(inputs["model"].path, trust_remote_code=trust_of(inputs["model"]))
-    return [f"{inputs['model'].path} for {cfg.target.name}", *builder(cfg).check(inputs, cfg.target)]
+    out = Path(cfg.outputs) / cfg.run / f"{name(cfg, inputs)}.partial"
+    return [f"{inputs['model'].path} for {cfg.target.name}", *builder(cfg).check(inputs, cfg.target, out)]
 
 
 def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:

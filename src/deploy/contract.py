@@ -4,7 +4,7 @@ A board whose template or tokenizer file differs by one token answers worse with
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from src import chatml
@@ -92,6 +92,13 @@ def prove(tokenizer, out: Path, board: Callable[[list[str]], list[list[int]]]) -
     count = sum(len(entry["ids"]) for entry in [*talks, *plain])
     say(f"contract: {count} token ids of {len(talks)} conversations and {len(plain)} texts are equal in training, template and board file")
     return {"conversations": len(talks), "texts": len(plain), "ids": count, "refused": len(refused)}
+
+
+def entries(bundle: Path) -> Iterator[tuple[str, str, list[int]]]:
+    """(name, text, token ids) of everything in a bundle's contract.json."""
+    content = json.loads((bundle / FILE).read_text("utf-8"))
+    for entry in (*content["conversations"], *content["texts"]):
+        yield entry.get("name") or repr(entry["text"]), entry["text"], entry["ids"]
 
 
 def _last_turn(labels: list[int]) -> int:

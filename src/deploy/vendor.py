@@ -61,7 +61,7 @@ def run(
 ) -> Done:
     """Run a vendor's tool, its stdout and stderr together into `log`, and tell how it ended.
 
-    watch: texts whose appearance is recorded. line: called with each line as it comes, progress bars' carriage returns counting as line ends.
+    watch: texts whose appearance is recorded. line: called with each line as it comes, also with the beginning of one that has not ended.
     stop: what to do besides killing the tool's processes when this process is interrupted or terminated, such as stopping a container.
     """
     say(f"runs {shlex.join(argv)}")
@@ -78,10 +78,11 @@ def run(
             start_new_session=True,
         )
         try:
-            for text in _lines(tool.stdout, file):
-                seen |= {words for words in watch if words in text}
-                tail.append(text)
+            for text, ended in _lines(tool.stdout, file):
                 line(text)
+                if ended:
+                    seen |= {words for words in watch if words in text}
+                    tail.append(text)
             code = tool.wait()
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
@@ -96,16 +97,21 @@ def run(
     return Done(code if code >= 0 else 128 - code, "\n".join(tail), seen)
 
 
-def _lines(stream, log) -> Iterator[str]:
-    """Decoded lines of a byte stream, also ended by carriage returns, each copied to `log` as it came; terminal escapes are taken out."""
+def _lines(stream, log) -> Iterator[tuple[str, bool]]:
+    """(line, whether it has ended) of a byte stream, each copied to `log` as it came; terminal escapes are taken out.
+
+    A carriage return ends a line too. What has come of the next one is given at once, since a progress bar stands there until it moves on.
+    """
     rest = b""
     while chunk := stream.read1(65536):
         log.write(chunk)
         log.flush()
         *whole_lines, rest = re.split(rb"[\r\n]", rest + chunk)
-        yield from (_plain(text) for text in whole_lines if text.strip())
+        yield from ((_plain(text), True) for text in whole_lines if text.strip())
+        if rest.strip():
+            yield _plain(rest), False
     if rest.strip():
-        yield _plain(rest)
+        yield _plain(rest), True
 
 
 def _plain(text: bytes) -> str:

@@ -12,14 +12,14 @@ import subprocess
 from pathlib import Path
 
 from src.artifact import Artifact, read_json
-from src.deploy.llama2c.chat import ChatPieces, find_chat, stop_ids
+from src.deploy.llama2c.chat import ChatPieces, find_chat
 from src.deploy.llama2c.proof import prove_ids, prove_text
 from src.deploy.llama2c.runtime import write_runtime
 from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
 from src.deploy.llama2c.weights import VERSIONS, Shape, check_tensors, group_size, read_shape, write_model
 from src.errors import MissingInput, MissingTool, ProofFailed, WrongKind
 from src.log import say, size, warn
-from src.modeling import load_tokenizer
+from src.modeling import load_tokenizer, stop_ids
 
 SOURCES = Path(__file__).parents[3] / "assets" / "llama2c"
 TAKES = {"model"}
@@ -29,7 +29,7 @@ def wants_dataset(settings) -> bool:
     return False
 
 
-def check(inputs: dict[str, Artifact], settings) -> list[str]:
+def check(inputs: dict[str, Artifact], settings, out: Path) -> list[str]:
     """Refuse in milliseconds what this target cannot carry; reads config.json, safetensors headers and tokenizer.json.
 
     Raises MissingTool, MissingInput, BadData or WrongKind.

@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from src import chatml
-from src.artifact import read_json
 from src.errors import BadData
 
 # Role, text, role, text, ...: what the pieces are proved on, here as text and in proof.py as ids.
@@ -100,11 +98,3 @@ def _cut(text: str, *marks: str) -> list[str]:
             raise ValueError(f"the template drops or changes {mark!r}")
         parts.append(part)
     return [*parts, text]
-
-
-def stop_ids(model_dir: Path, hf) -> list[int]:
-    """Ids that end an answer: generation_config.json's (config.json's without one) and the tokenizer's eos."""
-    path = model_dir / "generation_config.json"
-    stop = read_json(path if path.is_file() else model_dir / "config.json").get("eos_token_id")
-    ids = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    return sorted({*ids, *([] if hf.eos_token_id is None else [hf.eos_token_id])})

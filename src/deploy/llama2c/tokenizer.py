@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from src.deploy.byte_level import SPLITS, steps_of, symbol_bytes
 from src.errors import BadData, WrongKind
 
-# The regular expressions that run.c knows, by its name for them. Sources: GPT-2's encoder.py, Llama 3's and Qwen2's tokenizer.json.
-SPLITS = {
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama3",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}
+# The names in SPLITS that run.c knows.
+KNOWN_SPLITS = ("gpt2", "llama3", "qwen2")
 
 
 @dataclass
@@ -60,8 +57,8 @@ def read_tokenizer(spec: dict, where: str) -> Tokenizer:
         fuse_unk=bool(model.get("fuse_unk")),
         unk=vocab.get(model.get("unk_token")),
     )
-    normalizers = _steps(spec.get("normalizer"), "normalizers")
-    steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
+    normalizers = steps_of(spec.get("normalizer"), "normalizers")
+    steps = steps_of(spec.get("pre_tokenizer"), "pretokenizers")
     for token in found.added:
         for key in ("single_word", "lstrip", "rstrip"):
             if token.get(key):
@@ -81,10 +78,6 @@ def read_tokenizer(spec: dict, where: str) -> Tokenizer:
 
 def _unknown(what: str, where: str) -> WrongKind:
     return WrongKind(f"the tokenizer has {what}, which run.c does not have", where=where, fix="take a model with a Llama tokenizer")
-
-
-def _steps(step: dict | None, key: str) -> list[dict]:
-    return [] if step is None else step[key] if step["type"] == "Sequence" else [step]
 
 
 def _read_byte_level(found: Tokenizer, normalizers: list[dict], steps: list[dict], where: str) -> None:
@@ -108,7 +101,8 @@ def _byte_level_split(steps: list[dict]) -> str | None:
         return "digits_gpt2" if before == [{"type": "Digits", "individual_digits": True}] else None
     if len(before) != 1 or before[0]["type"] != "Split" or before[0]["behavior"] != "Isolated" or before[0].get("invert"):
         return None
-    return SPLITS.get(before[0]["pattern"].get("Regex"))
+    split = SPLITS.get(before[0]["pattern"].get("Regex"))
+    return split if split in KNOWN_SPLITS else None
 
 
 def _read_sentencepiece(found: Tokenizer, normalizers: list[dict], steps: list[dict], where: str) -> None:
@@ -157,7 +151,7 @@ def write_tokenizer(tokenizer: Tokenizer, vocab: int, bos: int | None, eos: int 
     ranks: dict[int, int] = {}
     for _, _, merged in tokenizer.merges:
         ranks.setdefault(merged, len(ranks))
-    symbols = _byte_symbols()
+    symbols = symbol_bytes()
     special = {token["id"] for token in tokenizer.added}
     entries, unmade = [], len(ranks)
     for id in range(vocab):
@@ -175,10 +169,3 @@ def write_tokenizer(tokenizer: Tokenizer, vocab: int, bos: int | None, eos: int 
         file.write(struct.pack("<I", max(len(raw) for _, raw in entries)))
         for score, raw in entries:
             file.write(struct.pack("<fi", score, len(raw)) + raw)
-
-
-def _byte_symbols() -> dict[str, int]:
-    """GPT-2's printable stand-in -> byte, as in its encoder.py: printable Latin-1 stands for itself, the rest from U+0100 on."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}

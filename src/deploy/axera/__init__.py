@@ -1,0 +1,206 @@
+"""deploy target=ax650 or ax630c: a model folder becomes layers compiled by Pulsar2 and everything AXERA's runtimes read beside them.
+
+Around the compiler this module writes what users otherwise assemble by hand: the bf16 embedding table, tokenizer.txt, axllm's config.json,
+post_config.json, a run script for axllm and for the older `main`, and a README. What needs no compiler is made first; without one it is kept and gone
+on with when there is one.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import time
+from pathlib import Path
+
+from src import aux_files
+from src.artifact import Artifact
+from src.deploy import contract, preflight
+from src.deploy.axera import chat, runtime, tokenizer_txt, toolchain
+from src.deploy.axera.compile import compile_layers, container
+from src.deploy.embedding import find_embedding, write_bf16
+from src.deploy.vendor import WORK, finish, whole, work_folder
+from src.errors import ConfigError, Unfinished
+from src.log import say, size, warn
+from src.modeling import load_tokenizer, stop_ids, trust_of
+from src.shape import ModelShape, read_shape
+from src.targets import Axera
+
+TAKES = {"model", "quantized"}
+# Families that Pulsar2's documents and AXERA's published models name (documents 3.2 to 7.0; model repositories to 2026-08).
+FAMILIES = {
+    *("llama", "qwen2", "qwen3", "qwen3_5_text", "phi", "phi3", "minicpm", "chatglm", "gemma2", "gemma3_text", "gemma4_text"),
+    *("smollm3", "hunyuan_v1_dense"),
+}
+AX650_ONLY = {"smollm3"}
+
+
+def wants_dataset(target: Axera) -> bool:
+    return False
+
+
+def check(inputs: dict[str, Artifact], target: Axera, out: Path) -> list[str]:
+    """The plan: what fits, what it will take, the exact argv. Raises ConfigError with every setting that does not go with this model, BadData and
+    WrongKind for a model that cannot be compiled; in seconds, without torch."""
+    model = inputs["model"].path
+    shape, quantization, embedding = read_shape(model), preflight.gptq_block(model), find_embedding(model)
+    if faults := settings_against(shape, quantization, target):
+        raise ConfigError(
+            "\n".join(["the settings do not go with this model:", *(f"  - {fault}" for fault in faults)]),
+            where=str(model),
+            fix="change them as said",
+        )
+    notes = preflight.check_headers(model, shape, embedding)
+    tool = toolchain.find(target)
+    planned, work = tool or toolchain.documented(), out / WORK
+    command = toolchain.command_line(
+        planned, target, arguments_of(planned, target, quantization, model, work), work, model, container(work)
+    )
+    rows, hidden = embedding.shape
+    return [
+        *notes,
+        *preflight.check_fit(shape, target),
+        *preflight.check_room(out, shape, target),
+        f"embedding table {rows} x {hidden}, {embedding.dtype} to bf16, {size(2 * rows * hidden)}"
+        + ("" if embedding.dtype == "BF16" else ", cut off, not rounded, as AXERA's own tool does"),
+        f"Pulsar2 {planned.version}{f' in {planned.image}' if planned.image else ''}{'' if tool else '; none is here, so this stops before it'}",
+        *(f"environment: {key}={value}" for key, value in toolchain.environment(target).items() if not planned.image),
+        f"command: {shlex.join(command)}",
+    ]
+
+
+def settings_against(shape: ModelShape, quantization: dict | None, target: Axera) -> list[str]:
+    """What of the target's settings this model contradicts, each with its way out."""
+    faults, family = [], target.model_type or shape.model_type
+    limit = shape.max_positions
+    if limit and target.context_len > limit:
+        chunk = next((c for c in (target.prefill_chunk, 64, 32) if c < limit), 32)
+        prompt = max(chunk, limit // 2 // chunk * chunk)
+        faults.append(
+            f"target.context_len={target.context_len} is above the model's own limit of {limit}; write target.context_len={limit} "
+            f"target.prompt_len={prompt} target.prefill_chunk={chunk}"
+        )
+    if quantization and target.weight_type not in ("auto", f"s{quantization['bits']}"):
+        faults.append(
+            f"target.weight_type={target.weight_type}: the model is GPTQ int{quantization['bits']} already; leave it at auto, or give the "
+            "unquantized model with source="
+        )
+    if target.model_type is None and shape.model_type not in FAMILIES:
+        faults.append(
+            f"model family '{shape.model_type}' is not known to Pulsar2; target.model_type=llama if it is a Llama in all but name, "
+            f"target.model_type={shape.model_type} tries it all the same"
+        )
+    if family in AX650_ONLY and target.chip != "AX650":
+        faults.append(f"model family '{family}' runs on AX650 only; target=ax650")
+    known = (*chat.CHATML_TYPES, *chat.OTHER_TYPES)
+    if target.tokenizer_type != "auto" and target.tokenizer_type not in known:
+        faults.append(f"target.tokenizer_type={target.tokenizer_type}: axllm has {', '.join(known)}")
+    return faults
+
+
+def build(inputs: dict[str, Artifact], out: Path, target: Axera) -> dict:
+    """Make the bundle; a compile that ended well is not repeated when something after it failed. Returns its metrics."""
+    model = inputs["model"]
+    shape, quantization = read_shape(model.path), preflight.gptq_block(model.path)
+    work = work_folder(out)
+    made = prepare(model, shape, target, out)
+    tool = toolchain.find(target)
+    if tool is None:
+        raise Unfinished(
+            "all that needs no compiler is made and kept; Pulsar2 is not on this machine",
+            where=str(out),
+            fix=[
+                *toolchain.EASIER,
+                "target.image=IMAGE for an image of another name; then run the same command again: it goes on from here",
+            ],
+        )
+    record = compiled(tool, target, quantization, shape, model.path, work)
+    for name in (*record["layers"], record["post"]):
+        if (work / "build" / name).exists():
+            os.replace(work / "build" / name, out / name)
+    shutil.copyfile(work / "compile.log", out / "compile.log")
+    runtime.write_json(out / "compile.json", record)
+    config = runtime.axllm_config(target, model_name(model, target), layers=record["layers"], post=record["post"], **made["axllm"])
+    runtime.write_json(out / "config.json", config)
+    runtime.write_json(out / "post_config.json", runtime.post_config(model.path))
+    runtime.write_run_script(out, config)
+    expected = preflight.check_fit(shape, target)
+    (out / "README.md").write_text(runtime.readme(target, config, record["pulsar2"], expected), encoding="utf-8")
+    runtime.write_sums(out)
+    finish(out)
+    layer_bytes = sum((out / name).stat().st_size for name in record["layers"])
+    return {
+        **made["metrics"],
+        "pulsar2": record["pulsar2"],
+        "command": record["argv"][0],
+        "weight_type": record["weight_type"],
+        "compile_seconds": record["seconds"],
+        "layer_bytes": layer_bytes,
+        "post_bytes": (out / record["post"]).stat().st_size,
+        "summary": f"{len(record['layers'])} layers {record['weight_type']} for {target.chip}, {made['metrics']['ids']} token ids as in training",
+    }
+
+
+def model_name(model: Artifact, target: Axera) -> str:
+    """What the board's server calls the model: the run's name, or the folder's."""
+    folder = model.path.resolve()
+    return folder.parent.name if model.manifest else folder.name
+
+
+def prepare(model: Artifact, shape: ModelShape, target: Axera, out: Path) -> dict:
+    """Everything that needs no compiler: embedding table, tokenizer file, contract, Hugging Face files. Files that are whole are kept.
+
+    Returns {"axllm": what config.json needs of them, "metrics"}.
+    """
+    embedding = find_embedding(model.path)
+    rows, hidden = embedding.shape
+    table = out / runtime.EMBEDDING
+    if not table.is_file() or table.stat().st_size != 2 * rows * hidden:
+        write_bf16(embedding, table)
+        say(f"wrote {table.name}, {rows} x {hidden}, {size(table.stat().st_size)}")
+    tokenizer = load_tokenizer(model.path, trust_remote_code=trust_of(model))
+    type, system_prompt = chat.choose(tokenizer, target.tokenizer_type, shape.model_type)
+    file = f"{shape.model_type}_tokenizer.txt"
+    tokenizer_txt.write(tokenizer, stop_ids(model.path, tokenizer), out / file)
+    reader = tokenizer_txt.Reader(out / file)
+    metrics = contract.prove(tokenizer, out, lambda texts: [reader.encode(text) for text in texts])
+    older = [name for name, text, ids in contract.entries(out) if reader.encode(text, knows_family=False) != ids]
+    if older:
+        warn(f"axllm builds from before 2026 cut words with accents otherwise; on them these differ: {', '.join(older)}")
+    hf = out / runtime.HF
+    hf.mkdir(exist_ok=True)
+    tokenizer.save_pretrained(hf)
+    aux_files.copy(model.path, hf, tokenizer=False)
+    shutil.copyfile(model.path / "config.json", hf / "config.json")
+    axllm = {"tokenizer_file": file, "tokenizer_type": type, "system_prompt": system_prompt, "rows": rows, "hidden": hidden}
+    return {"axllm": axllm, "metrics": {**metrics, "older_axllm_differs": len(older), "tokenizer_type": type}}
+
+
+def arguments_of(tool: toolchain.Toolchain, target: Axera, quantization: dict | None, model: Path, work: Path) -> list[str]:
+    """Pulsar2's arguments, with the folders as it sees them: below /data in a container."""
+    folders = ("model", "build") if tool.image else (str(model.resolve()), str((work / "build").resolve()))
+    return toolchain.argv(tool, target, quantization, *folders)
+
+
+def compiled(tool: toolchain.Toolchain, target: Axera, quantization: dict | None, shape: ModelShape, model: Path, work: Path) -> dict:
+    """The record of a compile whose files lie in work/build (or were moved from there), run now unless an earlier run of this bundle ended well."""
+    done = work / "compile.json"
+    if done.is_file():
+        say("the compile ended well in an earlier run, so it is not repeated")
+        return json.loads(done.read_text())
+    arguments = arguments_of(tool, target, quantization, model, work)
+    begun = time.monotonic()
+    layers, post = compile_layers(tool, target, arguments, model, work, shape.layers, preflight.equal_layers(shape))
+    record = {
+        "pulsar2": tool.version,
+        "image": tool.image,
+        "image_id": tool.image_id,
+        "argv": arguments,
+        "environment": toolchain.environment(target),
+        "weight_type": f"GPTQ int{quantization['bits']}" if quantization else toolchain.weight_type(target, None),
+        "seconds": round(time.monotonic() - begun, 1),
+        "layers": layers,
+        "post": post,
+    }
+    with whole(done) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+    return record

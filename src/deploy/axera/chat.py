@@ -1,0 +1,77 @@
+"""The chat templates that are compiled into axllm, chosen by `tokenizer_type`, and the one that renders as the model's own template does.
+
+On the board the model's template does not count: axllm has one per type. A type that renders otherwise makes a tuned model answer worse without a word.
+"""
+
+from src import chatml
+from src.deploy import contract
+from src.errors import BadData, WrongKind
+from src.log import say, warn
+
+# axllm's types whose rendering is known: ChatML, a missing system turn filled in from config.json's system_prompt
+# (AXERA's tokenizer repository, Qwen3Tokenizer.hpp; ax-llm docs/configuration.md).
+CHATML_TYPES = ("Qwen2_5", "Qwen3")
+# All others that axllm lists (tools/tokenizer_smoke.cpp), for text models.
+OTHER_TYPES = ("HunYuan", "MiniCPM4", "MiniCPM5", "Gemma3", "Gemma4", "SmolLM2", "SmolLM3", "GLM5", "KimiK25", "Qwen3_5", "MiniMaxM2")
+FAMILY_TYPE = {
+    "qwen2": "Qwen2_5",
+    "qwen3": "Qwen3",
+    "qwen3_5_text": "Qwen3_5",
+    "minicpm": "MiniCPM4",
+    "gemma3_text": "Gemma3",
+    "gemma4_text": "Gemma4",
+    "smollm3": "SmolLM3",
+    "hunyuan_v1_dense": "HunYuan",
+}
+
+
+def board_text(messages: list[dict], system_prompt: str | None) -> str:
+    """What axllm makes of a conversation under one of CHATML_TYPES, opened for the assistant's answer."""
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
+
+
+def choose(tokenizer, wanted: str, model_type: str) -> tuple[str, str | None]:
+    """(tokenizer_type, system_prompt) for axllm's config.json. Raises WrongKind where the type renders conversations otherwise than the model's template.
+
+    wanted: the user's type, or auto: by the family, or, for a family without one, any type that renders as the template does.
+    """
+    type = FAMILY_TYPE.get(model_type, CHATML_TYPES[-1]) if wanted == "auto" else wanted
+    if type not in CHATML_TYPES:
+        warn(f"how axllm's type {type} renders a conversation is not known here, so only the token ids of rendered texts are compared")
+        return type, None
+    if not tokenizer.chat_template:
+        warn(f"the model has no chat template; axllm puts ChatML around every prompt (type {type})")
+        return type, None
+    system_prompt = default_system(tokenizer)
+    for name, (messages, tools) in contract.conversations().items():
+        if tools:
+            continue  # axllm renders tools in a way of its own (docs/tool_calling.md), which is not known here to the letter
+        try:
+            ours = chatml.render(tokenizer, messages, prompt=True)
+        except BadData:
+            continue
+        theirs = board_text(messages, system_prompt)
+        if ours != theirs:
+            at = next((k for k, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+            raise WrongKind(
+                f"axllm's chat template (type {type}) is not the model's: on '{name}' it has {theirs[at : at + 40]!r} where the model was trained on {ours[at : at + 40]!r}",
+                where=str(tokenizer.name_or_path),
+                fix=[
+                    "train with ChatML: remove chat_template from the base's tokenizer_config.json (and chat_template.jinja), then fine-tune again",
+                    f"target.tokenizer_type=TYPE where axllm has the model's own: {', '.join((*CHATML_TYPES, *OTHER_TYPES))}",
+                ],
+            )
+    say(
+        f"axllm's type {type} renders conversations as the model's own template"
+        + (f"; its system prompt becomes {system_prompt!r}" if system_prompt else "")
+    )
+    return type, system_prompt
+
+
+def default_system(tokenizer) -> str | None:
+    """The system text a ChatML template puts in where a conversation has none; None where it puts in none."""
+    text = chatml.render(tokenizer, [{"role": "user", "content": "Q"}], prompt=True)
+    opening = f"{chatml.START}system\n"
+    return text[len(opening) :].partition(chatml.END)[0] if text.startswith(opening) else None

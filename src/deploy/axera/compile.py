@@ -1,0 +1,234 @@
+"""Run Pulsar2 and judge what it made: by its log and its files, not by its exit code, since its own check at the end may crash after a good build."""
+
+import contextlib
+import hashlib
+import re
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+from src.deploy.axera import toolchain
+from src.deploy.axera.toolchain import Toolchain
+from src.deploy.vendor import Done, ask, run
+from src.errors import ToolFailed, WrongKind
+from src.log import duration, say, size, status, warn
+from src.targets import Axera
+
+BUILT, CHECKED = "build llm model done!", "check llm model done!"
+LAYER = re.compile(r"(?P<prefix>.+)_p(?P<chunk>\d+)_l(?P<index>\d+)_together\.axmodel")
+POST = re.compile(r"(?P<prefix>.+)_post\.axmodel")
+SPREAD = 0.05
+"""relative difference of layer sizes that equal layers show at most"""
+
+
+def compile_layers(
+    tool: Toolchain, target: Axera, arguments: list[str], model: Path, work: Path, layers: int, equal_layers: bool
+) -> tuple[list[str], str]:
+    """(layer files in order, post file), names in work/build, of a compile logged in work/compile.log. Raises ToolFailed or WrongKind with what went wrong.
+
+    layers: decoder layers the model has. equal_layers: whether all have the same shapes.
+    """
+    build, log = work / "build", work / "compile.log"
+    name = container(work)
+    if tool.image:
+        ask(["docker", "rm", "-f", name])  # left by a run of this bundle that was killed
+    clear(tool, work, build)
+    build.mkdir()
+    command = toolchain.command_line(tool, target, arguments, work, model, name)
+    done = run(
+        command,
+        log,
+        cwd=work,
+        env=toolchain.environment(target) if tool.image is None else None,
+        watch=(BUILT, CHECKED, *(text for text, _ in FAILURES)),
+        line=Progress(),
+        stop=lambda: tool.image and ask(["docker", "kill", name], timeout=30),
+    )
+    if tool.image:
+        ask([*tool.prefix[:3], "-v", f"{work.resolve()}:/data", tool.image, "chown", "-R", toolchain.owner(), "/data"])
+    if BUILT not in done.seen:
+        raise failure(done, log)
+    files, post = judge(build, layers, target.prefill_chunk, equal_layers, log)
+    if done.code:
+        warn(
+            f"Pulsar2 ended with exit code {done.code} after it had built everything: its own check failed, which the build does not depend on; see {log.name}"
+        )
+    for file in (*files, post):
+        if file.parent != build:
+            file.rename(build / file.name)
+    return [file.name for file in files], post.name
+
+
+def container(work: Path) -> str:
+    """The name of the container that compiles in this folder: always the same, so that one left by a killed run is found."""
+    return f"boardwalk-{hashlib.sha256(str(work.resolve()).encode()).hexdigest()[:16]}"
+
+
+def clear(tool: Toolchain, work: Path, build: Path) -> None:
+    """Remove an earlier attempt's output; what a container left as root's is given back first."""
+    if not build.exists():
+        return
+    with contextlib.suppress(PermissionError):
+        shutil.rmtree(build)
+    if build.exists() and tool.image:
+        ask([*tool.prefix[:3], "-v", f"{work.resolve()}:/data", tool.image, "chown", "-R", toolchain.owner(), "/data"])
+    if build.exists():
+        shutil.rmtree(build)
+
+
+class Progress:
+    """Says where a compile stands, from its progress bars: `building llm decode layers ... 12/28`."""
+
+    def __init__(self):
+        self.begun: dict[str, float] = {}
+        self.said = ""
+
+    def __call__(self, line: str) -> None:
+        found = re.search(r"building ([a-z][a-z_ ]*[a-z])[^a-z/]*?\b(\d+)/(\d+)", line)
+        if not found:
+            return
+        what, done, total = found[1], int(found[2]), int(found[3])
+        begun = self.begun.setdefault(what, time.monotonic())
+        text = f"Pulsar2: {what} {done}/{total}"
+        if text != self.said:
+            self.said = text
+            left = (time.monotonic() - begun) / done * (total - done) if done else 0
+            status(text + (f", {duration(left)} left" if 0 < done < total else ""))
+
+
+def judge(build: Path, layers: int, chunk: int, equal_layers: bool, log: Path) -> tuple[list[Path], Path]:
+    """(layer files by index, post file) in a build folder, each one checked. Raises ToolFailed at the first that is not as it must be."""
+
+    def wrong(what: str, fix: str = "run it again; if it stays, report it to AXERA with the log") -> ToolFailed:
+        return ToolFailed(what, where=f"{build}, log {log}", fix=fix)
+
+    found = {}
+    for file in sorted(build.rglob("*_together.axmodel")):
+        if match := LAYER.fullmatch(file.name):
+            found.setdefault((match["prefix"], int(match["chunk"])), {})[int(match["index"])] = file
+    if len(found) > 1:
+        raise wrong(
+            f"layers of more than one build lie together: {', '.join(f'{p}_p{c}' for p, c in sorted(found))}", "force=true starts clean"
+        )
+    if not found:
+        raise wrong("Pulsar2 says it is done, but no layer file is there")
+    ((prefix, made), by_index) = next(iter(found.items()))
+    if made != chunk:
+        raise wrong(
+            f"the layers are for chunks of {made} tokens ({prefix}_p{made}_...), target.prefill_chunk={chunk} was asked for",
+            f"target.prefill_chunk={made} if that is what you want",
+        )
+    missing = sorted(set(range(layers)) - by_index.keys())
+    extra = sorted(by_index.keys() - set(range(layers)))
+    if missing or extra:
+        raise wrong(
+            f"of {layers} layers, {'missing: ' + ', '.join(map(str, missing[:8])) if missing else 'too many: ' + ', '.join(map(str, extra[:8]))}",
+            "free disk space and run the same command again",
+        )
+    posts = sorted(file for file in build.rglob("*_post.axmodel") if POST.fullmatch(file.name))
+    if len(posts) != 1:
+        raise wrong(f"one post model is needed, {len(posts)} are there")
+    files = [by_index[index] for index in range(layers)]
+    for file in (*files, posts[0]):
+        if not file.stat().st_size:
+            raise wrong(f"{file.name} is empty", "free disk space and run the same command again")
+        if (producer := onnx_producer(file)) != "Pulsar2":
+            raise wrong(f"{file.name} is not an ONNX file by Pulsar2" + (f" but by {producer!r}" if producer else ""))
+    sizes = [file.stat().st_size for file in files]
+    middle = statistics.median(sizes)
+    if equal_layers and (odd := next((f for f, s in zip(files, sizes) if abs(s - middle) > SPREAD * middle), None)):
+        raise wrong(
+            f"{odd.name} has {size(odd.stat().st_size)}, the layers' median is {size(middle)}: one of equal layers is cut off or broken"
+        )
+    say(f"Pulsar2 made {layers} layers of {size(middle)} and {posts[0].name} of {size(posts[0].stat().st_size)}")
+    return files, posts[0]
+
+
+def onnx_producer(file: Path) -> str | None:
+    """producer_name of an ONNX ModelProto (field 2), read from the top of the file; None where it is not one.
+
+    Wire format: protobuf.dev/programming-guides/encoding. ModelProto begins with ir_version, field 1, whose tag is the byte 0x08.
+    """
+    with open(file, "rb") as stream:
+        head = stream.read(4096)
+    if head[:1] != b"\x08":
+        return None
+    at = 0
+    while at < len(head):
+        tag, at = _varint(head, at)
+        value, at = _varint(head, at)
+        if tag & 7 == 2:
+            if tag >> 3 == 2:
+                return head[at : at + value].decode(errors="replace")
+            at += value
+        elif tag & 7:
+            return None
+    return None
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(data):
+        byte = data[at]
+        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+        if byte < 128:
+            break
+    return value, at
+
+
+# Text in the log -> (what it means, ways out). The first that was printed counts.
+FAILURES = (
+    (
+        "model_type error",
+        ("this Pulsar2 does not know the model's family", ("target.model_type=llama if it is a Llama in all but name", "a newer Pulsar2")),
+    ),
+    (
+        "unrecognized arguments",
+        ("Pulsar2 does not know an option that its help lists", ("another version of Pulsar2",)),
+    ),
+    (
+        "ocm alloc",
+        ("a layer does not fit the chip's on-chip memory", ("target.prefill_chunk=64", "a smaller model", "target.weight_type=s4")),
+    ),
+    (
+        "NPUBackendError",
+        ("a layer does not fit the chip", ("target.prefill_chunk=64", "a smaller model", "target.weight_type=s4")),
+    ),
+    (
+        "LLM_PREPARE",
+        ("Pulsar2 could not read the model", ("see the exception in the log",)),
+    ),
+    (
+        "No space left on device",
+        ("the disk is full", ("free space and run the same command again",)),
+    ),
+    (
+        "ermission denied",
+        (
+            "Pulsar2 may not write where it should",
+            ("remove the folder that an earlier container left as root's, then run the same command again",),
+        ),
+    ),
+)
+
+
+def failure(done: Done, log: Path) -> ToolFailed | WrongKind:
+    """What a run without the success line died of."""
+    own = [line for line in done.tail.splitlines() if not line.startswith(("Traceback", "  "))]
+    last = "\n".join(f"    {line[:200]}" for line in own[-6:])
+    known = next(((text, meaning) for text, meaning in FAILURES if text in done.seen), None)
+    if done.code == 137:
+        what, ways = (
+            "the compile was killed (exit code 137), most likely for lack of memory; AXERA asks for more than 32 GB for large models",
+            ("target.parallel=1 takes less memory", "a host with more memory, or swap"),
+        )
+    elif known:
+        what, ways = known[1]
+        exception = re.findall(r"^.*(?:Error|Exception)\b.*$", done.tail, re.MULTILINE)
+        what += f": {exception[-1].strip()[:200]}" if exception else ""
+    elif done.code:
+        what, ways = f"Pulsar2 ended with exit code {done.code}", ("see the log",)
+    else:
+        what, ways = f"Pulsar2 ended well, but never said '{BUILT}'", ("see the log", "run the same command again")
+    return (WrongKind if known and known[0] == "model_type error" else ToolFailed)(f"{what}\n{last}", where=str(log), fix=list(ways))

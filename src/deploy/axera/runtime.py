@@ -1,0 +1,157 @@
+"""The files around the compiled layers: axllm's config.json, post_config.json, the run script, checksums and a README.
+
+Sources: ax-llm docs/configuration.md, src/main.cpp (the old runtime's flags), src/runner/LLMPostprocess.hpp (post_config.json).
+"""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+from src.artifact import read_json, sha256
+from src.deploy.axera.compile import LAYER, POST
+from src.deploy.vendor import whole
+from src.targets import Axera
+
+ASSETS = Path(__file__).parents[3] / "assets" / "axera"
+EMBEDDING = "model.embed_tokens.weight.bfloat16.bin"
+SUMS = "SHA256SUMS"
+HF = "hf"
+"""Folder in the bundle with the Hugging Face files. Apart from axllm's, whose config.json has the same name and which would read theirs."""
+
+
+def axllm_config(
+    target: Axera,
+    model_name: str,
+    tokenizer_file: str,
+    tokenizer_type: str,
+    system_prompt: str | None,
+    layers: list[str],
+    post: str,
+    rows: int,
+    hidden: int,
+) -> dict:
+    """config.json as axllm reads it. layers: file names by index; rows, hidden: of the embedding table."""
+    match = LAYER.fullmatch(layers[0])
+    config = {
+        "model_name": model_name,
+        "tokenizer_type": tokenizer_type,
+        "url_tokenizer_model": tokenizer_file,
+        "template_filename_axmodel": f"{match['prefix']}_p{match['chunk']}_l%d_together.axmodel",
+        "axmodel_num": len(layers),
+        "filename_post_axmodel": post,
+        "filename_tokens_embed": EMBEDDING,
+        "tokens_embed_num": rows,
+        "tokens_embed_size": hidden,
+        "post_config_path": "post_config.json",
+        "use_mmap_load_embed": True,
+        "devices": [0],
+    }
+    if target.chip == "AX650":
+        config["use_mmap_load_layer"] = True
+    if system_prompt is not None:
+        config["system_prompt"] = system_prompt
+    return config
+
+
+def post_config(model_dir: Path) -> dict:
+    """post_config.json: greedy, unless generation_config.json asks for sampling. Every key must be there; axllm crashes on a missing one."""
+    file = model_dir / "generation_config.json"
+    generation = read_json(file) if file.is_file() else {}
+    samples = bool(generation.get("do_sample"))
+    temperature, top_p, top_k = (generation.get(key) for key in ("temperature", "top_p", "top_k"))
+    penalty = generation.get("repetition_penalty") or 1.0
+    return {
+        "enable_temperature": samples and temperature is not None,
+        "temperature": temperature or 1.0,
+        "enable_repetition_penalty": penalty != 1.0,
+        "repetition_penalty": penalty,
+        "penalty_window": 20,
+        "enable_top_p_sampling": samples and top_p is not None and top_p < 1,
+        "top_p": top_p or 1.0,
+        "enable_top_k_sampling": samples and bool(top_k),
+        "top_k": top_k or 1,
+    }
+
+
+def write_json(path: Path, value: dict) -> None:
+    with whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_run_script(out: Path, config: dict) -> None:
+    """run.sh, which starts axllm or the old `main`, and the tokenizer server the latter needs."""
+    text = (ASSETS / "run.sh").read_text()
+    values = {
+        "LAYERS": config["template_filename_axmodel"],
+        "COUNT": config["axmodel_num"],
+        "POST": config["filename_post_axmodel"],
+        "EMBEDDING": config["filename_tokens_embed"],
+        "ROWS": config["tokens_embed_num"],
+        "WIDTH": config["tokens_embed_size"],
+        "SYSTEM": config.get("system_prompt", ""),
+    }
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", shlex.quote(str(value)))
+    with whole(out / "run.sh") as partial:
+        partial.write_text(text)
+        partial.chmod(0o755)
+    shutil.copyfile(ASSETS / "tokenizer_server.py", out / "tokenizer_server.py")
+
+
+def write_sums(out: Path) -> None:
+    """SHA256SUMS, for a board without Python: sha256sum -c SHA256SUMS."""
+    files = sorted(
+        p.relative_to(out).as_posix()
+        for p in out.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(out).parts)
+    )
+    with whole(out / SUMS) as partial:
+        partial.write_text("".join(f"{sha256(out / name)}  {name}\n" for name in files if name != SUMS))
+
+
+def readme(target: Axera, config: dict, tool: str, fit: list[str]) -> str:
+    sdk = "AX650 SDK 3.6.2" if target.chip == "AX650" else "AX630C SDK 3.0.0"
+    estimate = "\n".join(f"    {line}" for line in fit)
+    return f"""# {config["model_name"]} for {target.name}
+
+{config["axmodel_num"]} layers compiled by Pulsar2 ({tool}) for {target.chip}: prompts of up to {target.prompt_len} tokens, taken {target.prefill_chunk} at a time,
+{target.context_len} tokens of prompt and answer together.
+
+## Copy and start
+
+    rsync -a --info=progress2 . root@BOARD:/root/{target.name}/
+    ssh root@BOARD
+    cd /root/{target.name} && sha256sum -c --quiet {SUMS}
+    ./run.sh run            # talk to it in the terminal
+    ./run.sh serve          # an OpenAI-compatible server on port 8000; it asks for no key, so keep the board in a network you trust
+
+`run.sh` needs axllm on the board (branch axllm of AXERA-TECH/ax-llm, {sdk} or newer). For an image that has only the older `main` runtime beside it:
+
+    python3 -m pip install tokenizers jinja2       # its tokenizer is a small server, on loopback
+    ./run.sh main "What is the capital of Sweden?"
+
+## What is in here
+
+| file | what |
+|---|---|
+| {config["template_filename_axmodel"].replace("%d", "0")} ... | decoder layers, one file each |
+| {config["filename_post_axmodel"]} | final norm and output layer |
+| {EMBEDDING} | embedding table, bf16, {config["tokens_embed_num"]} x {config["tokens_embed_size"]} |
+| {config["url_tokenizer_model"]} | tokenizer, as axllm reads it (type {config["tokenizer_type"]}) |
+| config.json, post_config.json | settings of axllm; sampling |
+| contract.json | conversations with the token ids they must have here |
+| hf/ | the Hugging Face config and tokenizer, apart, since axllm's config.json has the same name |
+| compile.json, compile.log | how it was compiled |
+| manifest.json | the chain from your conversations to this folder: `python -m src.lineage FOLDER --verify` |
+
+## What to expect
+
+{estimate}
+
+Measure it from the project: `python -m src.evaluate run=RUN endpoint.url=http://BOARD:8000`
+"""
+
+
+def is_layer_or_post(name: str) -> bool:
+    return bool(LAYER.fullmatch(name) or POST.fullmatch(name))

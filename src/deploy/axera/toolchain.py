@@ -1,0 +1,162 @@
+"""Pulsar2 as it is installed here: where it is, what its help says it offers, and the argv that means the same in either of its two commands.
+
+`llm_build` and `llm_build2` give one option name two meanings: --prefill_len is the chunk in the first and the whole prompt in the second
+(AXERA-TECH/Qwen3_5.AXERA, model_convert/README.md). Which of them a version has is asked, not derived from the version.
+"""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from src.deploy.vendor import ask
+from src.errors import ConfigError, MissingTool, ToolFailed
+from src.targets import Axera
+
+DOCUMENTED = {
+    # The options and choices of the 7.0 documents, for plans made where no Pulsar2 is.
+    "llm_build2": """--input_path --output_path --prefill_len --prefill_step_size --max_context --decode_step_size --parallel
+        --hidden_state_type {fp16,bf16,fp32} --weight_type {fp16,bf16,fp32,s8,s4,fp8_e5m2,fp8_e4m3} --chip {AX620E,AX650,LAMBERT} --model_type""",
+}
+EASIER = ("install Pulsar2 so that `pulsar2` is on PATH", "docker load -i ax_pulsar2_VERSION.tar.gz (AXERA-TECH/Pulsar2 on the hub has it)")
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Pulsar2, found. prefix: argv up to the command's own words. help: {command: its help text} of those it offers. image: None where it is local."""
+
+    prefix: tuple[str, ...]
+    version: str
+    help: dict[str, str] = field(repr=False)
+    image: str | None = None
+    image_id: str | None = None
+    here: bool = True
+
+    @property
+    def command(self) -> str:
+        return "llm_build2" if "llm_build2" in self.help else "llm_build"
+
+    def offers(self, option: str) -> bool:
+        return re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", self.help[self.command]) is not None
+
+    def choices(self, option: str) -> list[str]:
+        """Values the help lists for an option, --chip {AX620E,AX650} or --chip [AX620E|AX650]; empty where it lists none."""
+        found = re.search(rf"{re.escape(option)}[\s=]+(?:\{{([^}}]*)\}}|\[([^]]*\|[^]]*)\])", self.help[self.command])
+        return re.split(r"\s*[,|]\s*", (found[1] or found[2]).strip()) if found else []
+
+
+def find(target: Axera) -> Toolchain | None:
+    """The installed Pulsar2, or None. Raises MissingTool where it was asked for by name and is not there, ToolFailed where it is there and does not answer."""
+    if target.toolchain in ("auto", "local") and (version := ask(["pulsar2", "version"])):
+        return _probe(("pulsar2",), version.stdout + version.stderr)
+    if target.toolchain in ("auto", "docker") and (image := _image(target)):
+        prefix = ("docker", "run", "--rm", image[0], "pulsar2")
+        version = ask([*prefix, "version"])
+        return _probe(prefix, version.stdout + version.stderr if version else "", *image)
+    if target.image:
+        raise MissingTool(f"there is no Docker image '{target.image}'", where="docker image inspect", fix=EASIER[1])
+    return None
+
+
+def _image(target: Axera) -> tuple[str, str] | None:
+    """(name, id) of the image asked for, or of the newest one called pulsar2."""
+    if target.image is None:
+        listed = ask(["docker", "images", "--format", "{{.Repository}}:{{.Tag}}", "pulsar2"])
+        names = listed.stdout.split() if listed and listed.returncode == 0 else []
+        if not names:
+            return None
+        name = max(names, key=lambda n: [int(part) for part in re.findall(r"\d+", n.partition(":")[2])])
+    else:
+        name = target.image
+    found = ask(["docker", "image", "inspect", "--format", "{{.Id}}", name])
+    return (name, found.stdout.strip()) if found and found.returncode == 0 else None
+
+
+def _probe(prefix: tuple[str, ...], version: str, image: str | None = None, image_id: str | None = None) -> Toolchain:
+    helps = {}
+    for command in ("llm_build2", "llm_build"):
+        answer = ask([*prefix, command, "-h"])
+        text = answer.stdout + answer.stderr if answer else ""
+        if answer and answer.returncode == 0 and "--input_path" in text:
+            helps[command] = text
+    if not helps:
+        raise ToolFailed(
+            "Pulsar2 is here, but offers neither llm_build2 nor llm_build",
+            where=" ".join(prefix),
+            fix="a version that compiles language models: 3.0 or newer; the -lite images have llm_build",
+        )
+    found = re.search(r"version:\s*(\S+)", version)
+    return Toolchain(prefix, found[1] if found else "unknown", helps, image, image_id)
+
+
+def documented() -> Toolchain:
+    """Pulsar2 as its 7.0 documents describe it, to plan with where none is installed."""
+    return Toolchain(("pulsar2",), "7.0, as documented", DOCUMENTED, here=False)
+
+
+def weight_type(target: Axera, quantization: dict | None) -> str | None:
+    """What to tell Pulsar2 of the weights' type; None: nothing, it reads it from a GPTQ model (AX620E wants s4 said: HY-MT1.5-1.8B.axera, model_convert)."""
+    if quantization is None:
+        return "s8" if target.weight_type == "auto" else target.weight_type
+    return "s4" if quantization["bits"] == 4 and target.chip == "AX620E" else None
+
+
+def argv(tool: Toolchain, target: Axera, quantization: dict | None, input_path: str, output_path: str) -> list[str]:
+    """Arguments after `pulsar2`, from what this version's help lists. Raises ConfigError where it lacks what the target asks for; every lack at once."""
+    weight, faults = weight_type(target, quantization), []
+    options = {"--input_path": [input_path], "--output_path": [output_path], "--hidden_state_type": [target.hidden_type]}
+    if weight:
+        options["--weight_type"] = [weight]
+    chunk, prompt, context = target.prefill_chunk, target.prompt_len, target.context_len
+    if tool.command == "llm_build2":
+        options |= {"--prefill_len": [str(prompt)], "--prefill_step_size": [str(chunk)], "--max_context": [str(context)]}
+    else:
+        options |= {"--prefill_len": [str(chunk)], "--kv_cache_len": [str(context - 1)]}
+        if tool.offers("--last_kv_cache_len"):
+            options["--last_kv_cache_len"] = [str(length) for length in range(chunk, prompt + 1, chunk)]
+        elif prompt != chunk:
+            faults.append(f"it takes prompts of one chunk only: target.prompt_len={chunk}, or Pulsar2 4.0 and newer")
+    options |= {"--parallel": [str(target.parallel)]}
+    if tool.offers("--chip") or target.chip != "AX650":
+        options["--chip"] = [target.chip]
+    if target.model_type:
+        options["--model_type"] = [target.model_type]
+    settings = {
+        "--weight_type": "target.weight_type",
+        "--hidden_state_type": "target.hidden_type",
+        "--chip": "target.chip",
+        "--model_type": "target.model_type",
+    }
+    for option, values in options.items():
+        if not tool.offers(option):
+            faults.append(f"it has no {option}" + (f", so {settings[option]}={values[0]} cannot be had" if option in settings else ""))
+        elif (known := tool.choices(option)) and values[0] not in known:
+            faults.append(f"{settings.get(option, option)}={values[0]} is none of what it knows: {', '.join(known)}")
+    if faults:
+        raise ConfigError(
+            f"this Pulsar2 ({tool.version}, {tool.command}) cannot build that:\n" + "\n".join(f"  - {fault}" for fault in faults),
+            where=tool.image or "pulsar2 on PATH",
+            fix="change the settings, or install another version",
+        )
+    return [tool.command, *(word for option, values in options.items() for value in values for word in (option, value))]
+
+
+def environment(target: Axera) -> dict[str, str]:
+    """What AXERA's recipe exports: a large gain in time to first token on AX650, none on AX620E (HY-MT1.5-1.8B.axera, model_convert)."""
+    return {"FLOAT_MATMUL_USE_CONV_EU": "1"} if target.chip == "AX650" else {}
+
+
+def command_line(tool: Toolchain, target: Axera, arguments: list[str], work: Path, model: Path, name: str) -> list[str]:
+    """The whole argv: local as it is; in a container called `name` with `work` as /data and the model read-only at /data/model.
+
+    The container runs as root, since Pulsar2's licence files lie under /root and an unknown user breaks it.
+    """
+    if tool.image is None:
+        return [*tool.prefix, *arguments]
+    mounts = ["-v", f"{work.resolve()}:/data", "-v", f"{model.resolve()}:/data/model:ro"]
+    env = [word for key, value in environment(target).items() for word in ("-e", f"{key}={value}")]
+    return ["docker", "run", "--rm", "--name", name, *mounts, "-w", "/data", *env, tool.image, "pulsar2", *arguments]
+
+
+def owner() -> str:
+    return f"{os.getuid()}:{os.getgid()}"

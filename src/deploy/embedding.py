@@ -1,0 +1,99 @@
+"""The embedding table of a model folder, found by its header and streamed from its shard: no model is loaded, and no torch."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from src import shards
+from src.deploy.vendor import whole
+from src.errors import BadData, WrongKind
+from src.shards import Entry
+
+# The keys AXERA's extract_embed.py knows, in its order, then those that newer transformers give to models with a vision part
+# (Qwen3.5, Gemma 3), ChatGLM's, InternLM2's and Qwen-1's.
+KEYS = (
+    "model.embed_tokens.weight",
+    "llm.model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "language_model.embed_tokens.weight",
+    "model.text_model.embed_tokens.weight",
+    "transformer.embedding.word_embeddings.weight",
+    "model.tok_embeddings.weight",
+    "language_model.model.tok_embeddings.weight",
+    "transformer.wte.weight",
+)
+CHUNK = 1 << 24
+"""bytes read at a time"""
+
+
+def find_embedding(model_dir: Path) -> Entry:
+    """The embedding table's entry, (vocabulary rows, hidden size). Raises WrongKind where no known key is there or its dtype is not a float."""
+    entries = shards.entries(model_dir)
+    found = next((entries[key] for key in KEYS if key in entries), None)
+    if found is None:
+        named = [name for name in entries if "emb" in name.lower()][:3]
+        raise WrongKind(
+            "the model's embedding table is under none of the known names" + (f"; similar: {', '.join(named)}" if named else ""),
+            where=str(model_dir),
+            fix=f"a model whose table is called {KEYS[0]}",
+        )
+    if found.dtype not in ("BF16", "F16", "F32") or len(found.shape) != 2:
+        raise WrongKind(
+            f"'{found.name}' is {found.dtype} {list(found.shape)}, not a table of 16- or 32-bit floats",
+            where=str(found.file),
+            fix="a model saved in bf16, fp16 or fp32",
+        )
+    return found
+
+
+def chunks(entry: Entry) -> Iterator[bytes]:
+    """The stored bytes of a tensor, CHUNK at a time."""
+    with open(entry.file, "rb", buffering=0) as file:
+        file.seek(entry.start)
+        left = entry.size
+        while left:
+            data = file.read(min(CHUNK, left))
+            if not data:
+                raise _cut(entry)
+            left -= len(data)
+            yield data
+
+
+def _cut(entry: Entry) -> BadData:
+    return BadData("the file became shorter while it was read", where=str(entry.file), fix="copy or download it again")
+
+
+def bf16_truncated(data: bytes, dtype: str) -> bytes | np.ndarray:
+    """Values of `dtype` (BF16, F16, F32; little endian) as bf16 by truncation: the upper half of the fp32 bits, as AXERA's fp32_to_bf16 has it."""
+    if dtype == "BF16":
+        return data
+    values = np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype("<f4", copy=False)
+    return values.view("<u2")[1::2].copy()
+
+
+def write_bf16(entry: Entry, path: Path) -> int:
+    """Write the table to `path` as raw bf16, little endian, row major, without a header; returns its bytes.
+
+    A bf16 table is copied by the kernel; others pass through in pieces of CHUNK bytes.
+    """
+    with whole(path) as partial, open(partial, "wb", buffering=0) as out:
+        if entry.dtype == "BF16" and sys.byteorder == "little":
+            _copy(entry, out.fileno())
+        else:
+            for data in chunks(entry):
+                out.write(bf16_truncated(data, entry.dtype))
+    return path.stat().st_size
+
+
+def _copy(entry: Entry, out: int) -> None:
+    with open(entry.file, "rb") as file:
+        at, left = entry.start, entry.size
+        while left:
+            sent = os.sendfile(out, file.fileno(), at, min(left, CHUNK))
+            if not sent:
+                raise _cut(entry)
+            at, left = at + sent, left - sent

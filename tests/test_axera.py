@@ -1,0 +1,661 @@
+"""deploy target=ax650 and ax630c against a stand-in for Pulsar2 and docker: argv, files, judgement, every known failure, and going on after one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, hear_ctrl_c, in_process, refused, save, write_model
+from safetensors.numpy import load_file
+
+from src.deploy.axera import compile, runtime, tokenizer_txt, toolchain
+from src.deploy.embedding import KEYS, bf16_truncated, find_embedding, write_bf16
+from src.errors import BadData, ConfigError, MissingInput, MissingTool, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
+
+STAND_IN = ROOT / "tests" / "stand_ins" / "pulsar2.py"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LENGTHS = ["target.context_len=512", "target.prompt_len=256", "target.prefill_chunk=64"]
+LAYERS = 3
+END = 336
+"""id of <|im_end|>; <|im_start|> and <|endoftext|> are the two before it"""
+SHA256SUM = shutil.which("sha256sum")
+
+
+def write_tokenizer(folder: Path, template: str = CHATML, **special: str) -> None:
+    """A small byte-level BPE that cuts words as Qwen2 does, with ChatML's tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from src.deploy.byte_level import SPLITS
+
+    pattern = next(pattern for pattern, name in SPLITS.items() if name == "qwen2")
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    corpus = [
+        "What is the capital of Sweden? It's here.\n\n",
+        "hello world, hello there 안녕하세요 오늘 날씨",
+        "  indented\tcode = x_1 + 12345\n",
+    ] * 4
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator(corpus, trainer)
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>", **special)
+    wrapped.chat_template = template
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    wrapped.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory) -> Path:
+    """A Qwen2 model folder with random weights in bf16's neighbourhood, byte-level tokenizer and ChatML template."""
+    folder = write_model(tmp_path_factory.mktemp("qwen") / "model", "qwen2", num_hidden_layers=LAYERS, vocab_size=512, eos_token_id=END)
+    write_tokenizer(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, END - 2]}))
+    return folder
+
+
+@pytest.fixture
+def model(qwen, tmp_path) -> Path:
+    """A copy of it to change."""
+    return Path(shutil.copytree(qwen, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def gptq(qwen, tmp_path_factory) -> Path:
+    """The same folder with the config of a symmetric GPTQ int4 model; the stand-in reads no weights."""
+    folder = Path(shutil.copytree(qwen, tmp_path_factory.mktemp("gptq") / "model"))
+    change(folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False})
+    return folder
+
+
+def change(folder: Path, **values) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    return folder
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """tools("pulsar2", fault=..., version=...): a stand-in on PATH under that name and no other; returns what it was asked, argv by argv."""
+    folder, state, log = tmp_path / "bin", tmp_path / "state", tmp_path / "asked.jsonl"
+    folder.mkdir()
+    state.mkdir()
+
+    def put(*names: str, **settings):
+        for name in ("pulsar2", "docker"):
+            (folder / name).unlink(missing_ok=True)
+        for name in names:
+            (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {STAND_IN} {name} "$@"\n')
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv(
+            "PATH", f"{folder}:/usr/sbin:/sbin:/usr/bin:/bin" if "docker" in names else str(folder) + ":" + lean_path(tmp_path)
+        )
+        monkeypatch.setenv("STAND_IN", json.dumps({"log": str(log), "state": str(state), **settings}))
+        return lambda: [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+
+    return put
+
+
+def lean_path(tmp_path: Path) -> str:
+    """A PATH with sh and git but without docker."""
+    lean = tmp_path / "lean"
+    lean.mkdir(exist_ok=True)
+    for name in ("sh", "git"):
+        if not (lean / name).exists():
+            (lean / name).symlink_to(shutil.which(name))
+    return str(lean)
+
+
+@pytest.fixture
+def deploy(tmp_path, monkeypatch):
+    """deploy(model, *overrides): a deploy to ax650 in this process. The bundle is where(...)."""
+    monkeypatch.chdir(ROOT)
+
+    def run(source: Path, *overrides: str, target: str = "ax650"):
+        return in_process("deploy", f"outputs={tmp_path / 'out'}", f"source={source}", f"target={target}", *LENGTHS, *overrides)
+
+    return run
+
+
+@pytest.fixture
+def where(tmp_path):
+    return lambda name="deploy-ax650": tmp_path / "out" / "default" / name
+
+
+def compiles(asked: list[list[str]]) -> list[list[str]]:
+    """The builds among what was asked, without the questions for help."""
+    return [words for words in asked if any(w.startswith("llm_build") for w in words) and "-h" not in words]
+
+
+# ---- complete bundles
+
+
+@pytest.mark.parametrize("kind", ["qwen", "gptq"])
+@pytest.mark.parametrize("target, chip", [("ax650", "AX650"), ("ax630c", "AX620E")])
+@pytest.mark.parametrize("version", ["4.1", "7.0"])
+def test_a_bundle_is_complete_and_verified(request, tools, deploy, where, call, tmp_path, kind, target, chip, version):
+    asked = tools("pulsar2", version=version)
+    source = request.getfixturevalue(kind)
+    done = deploy(source, target=target)
+    assert done.returncode == 0, done.stderr
+    bundle = where(f"deploy-{target}" + ("-quantize" if kind == "gptq" else ""))
+    names = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()}
+    layers = {f"qwen2_p64_l{i}_together.axmodel" for i in range(LAYERS)}
+    ours = {"config.json", "post_config.json", "contract.json", "compile.json", "compile.log", "run.sh", "tokenizer_server.py", "README.md"}
+    assert layers | ours | {"qwen2_post.axmodel", "qwen2_tokenizer.txt", runtime.EMBEDDING, "SHA256SUMS", "manifest.json"} <= names
+    assert {"hf/config.json", "hf/tokenizer.json", "hf/tokenizer_config.json"} <= names and not any(".work" in name for name in names)
+
+    config = json.loads((bundle / "config.json").read_text())
+    assert config["template_filename_axmodel"] == "qwen2_p64_l%d_together.axmodel" and config["axmodel_num"] == LAYERS
+    assert (config["tokens_embed_num"], config["tokens_embed_size"], config["tokenizer_type"]) == (512, 128, "Qwen2_5")
+    assert (bundle / runtime.EMBEDDING).stat().st_size == 512 * 128 * 2
+    assert all(
+        (bundle / config[key]).is_file()
+        for key in ("filename_post_axmodel", "filename_tokens_embed", "url_tokenizer_model", "post_config_path")
+    )
+
+    ((_, command, *words),) = compiles(asked())
+    given = list(zip(words[::2], words[1::2]))
+    assert command == ("llm_build" if version < "7" else "llm_build2") and ("--chip", chip) in given
+    if command == "llm_build2":
+        assert [v for o, v in given if o in ("--prefill_len", "--prefill_step_size", "--max_context")] == ["256", "64", "512"]
+    else:
+        assert [v for o, v in given if o in ("--prefill_len", "--kv_cache_len")] == ["64", "511"]
+        assert [v for o, v in given if o == "--last_kv_cache_len"] == ["64", "128", "192", "256"]
+    weight = [v for o, v in given if o == "--weight_type"]
+    assert weight == {("qwen", "AX650"): ["s8"], ("qwen", "AX620E"): ["s8"], ("gptq", "AX650"): [], ("gptq", "AX620E"): ["s4"]}[kind, chip]
+
+    board = Path(shutil.copytree(bundle, tmp_path / "board" / "anywhere"))
+    verified = call("lineage", board, "--verify")
+    assert verified.returncode == 0 and "verified" in verified.stdout, verified.stderr
+    assert subprocess.run([SHA256SUM, "-c", "--quiet", "SHA256SUMS"], cwd=board).returncode == 0
+    with open(board / runtime.EMBEDDING, "r+b") as file:
+        file.write(b"\xff")
+    assert call("lineage", board, "--verify").returncode == 9
+    assert subprocess.run([SHA256SUM, "-c", "--quiet", "SHA256SUMS"], cwd=board, capture_output=True).returncode == 1
+
+
+def test_in_a_container_the_same(tools, deploy, where, qwen, tmp_path):
+    asked = tools("docker", images=["pulsar2:5.2", "pulsar2:6.0-lite"], version="6.0-lite")
+    done = deploy(qwen)
+    assert done.returncode == 0, done.stderr
+    (words,) = compiles(asked())
+    assert words[:4] == ["docker", "run", "--rm", "--name"] and "pulsar2:6.0-lite" in words and "-it" not in words and "-u" not in words
+    assert [words[i + 1] for i, w in enumerate(words) if w in ("-w", "-e")] == ["/data", "FLOAT_MATMUL_USE_CONV_EU=1"]
+    mounts = [words[i + 1] for i, w in enumerate(words) if w == "-v"]
+    assert mounts == [f"{where('deploy-ax650.partial')}/.work:/data", f"{qwen.resolve()}:/data/model:ro"]
+    assert words[words.index("--input_path") + 1] == "model" and words[words.index("--output_path") + 1] == "build"
+    record = json.loads((where() / "compile.json").read_text())
+    assert (record["image"], record["image_id"], record["pulsar2"]) == ("pulsar2:6.0-lite", "sha256:0000feed", "6.0-lite")
+    assert (where() / "qwen2_p64_l2_together.axmodel").is_file()
+
+
+def test_a_local_install_comes_first_and_can_be_passed_over(tools, deploy, qwen):
+    asked = tools("pulsar2", "docker")
+    assert deploy(qwen, "dry_run=true").returncode == 0 and {words[0] for words in asked()} == {"pulsar2"}
+    assert "docker run --rm" in deploy(qwen, "dry_run=true", "target.toolchain=docker").stderr
+    refused(deploy(qwen, "dry_run=true", "target.toolchain=docker", "target.image=pulsar2:9"), MissingTool, "pulsar2:9", "docker load")
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize(
+    "fault, error, words",
+    [
+        ("oom", ToolFailed, ["137", "memory", "target.parallel=1"]),
+        ("missing_layer", ToolFailed, [f"of {LAYERS} layers, missing: {LAYERS - 1}"]),
+        ("wrong_chunk", ToolFailed, ["chunks of 128", "target.prefill_chunk=64"]),
+        ("empty_layer", ToolFailed, ["qwen2_p64_l1_together.axmodel is empty"]),
+        ("short_layer", ToolFailed, ["qwen2_p64_l1_together.axmodel", "cut off"]),
+        ("not_onnx", ToolFailed, ["not an ONNX file by Pulsar2"]),
+        ("other_producer", ToolFailed, ["'pytorch'"]),
+        ("two_posts", ToolFailed, ["one post model is needed, 2 are there"]),
+        ("silent", ToolFailed, ["never said 'build llm model done!'"]),
+        ("ocm", ToolFailed, ["on-chip memory", "need 9437184", "target.prefill_chunk"]),
+        ("unknown_option", ToolFailed, ["an option that its help lists", "--no_such_option"]),
+    ],
+)
+def test_each_failure_has_its_message_and_no_finished_bundle(tools, deploy, where, qwen, fault, error, words):
+    tools("pulsar2", fault=fault)
+    refused(deploy(qwen), error, *words)
+    assert not where().exists() and where("deploy-ax650.partial").is_dir()
+    tools("pulsar2")
+    assert deploy(qwen).returncode == 0 and where().is_dir() and not where("deploy-ax650.partial").exists()
+
+
+def test_an_unsupported_family(tools, deploy, where, model):
+    change(model, model_type="qwen2")
+    tools("pulsar2")
+    refused(
+        deploy(model, "target.model_type=ministral3"),
+        WrongKind,
+        "does not know the model's family",
+        "model_type error ministral3",
+        "target.model_type=llama",
+    )
+    assert not where().exists()
+
+
+def test_a_crash_of_the_check_after_success_is_a_warning(tools, deploy, where, gptq):
+    tools("pulsar2", fault="check_crash")
+    done = deploy(gptq)
+    assert done.returncode == 0 and "warning: Pulsar2 ended with exit code 1 after it had built everything" in done.stderr
+    assert where("deploy-ax650-quantize").is_dir()
+
+
+def test_a_version_without_either_command(tools, deploy, qwen):
+    tools("pulsar2", commands=[])
+    refused(deploy(qwen), ToolFailed, "neither llm_build2 nor llm_build")
+
+
+@pytest.mark.parametrize(
+    "version, overrides, words",
+    [
+        ("3.2", ["target.weight_type=fp8_e4m3"], ["target.weight_type=fp8_e4m3 is none of what it knows", "one chunk only"]),
+        ("3.0", ["target.prompt_len=64"], []),
+        ("3.0", ["target.prompt_len=64", "target.chip=AX620E"], ["no --chip"]),
+        ("4.1", ["target.model_type=llama"], ["no --model_type", "target.model_type=llama cannot be had"]),
+        ("7.0", ["target.chip=AX999"], ["target.chip=AX999 is none of what it knows: AX620E, AX650, LAMBERT"]),
+    ],
+)
+def test_what_the_installed_version_lacks_is_told_before_anything_is_made(tools, deploy, where, qwen, version, overrides, words):
+    tools("pulsar2", version=version)
+    done = deploy(qwen, "dry_run=true", *overrides)
+    if words:
+        refused(done, ConfigError, version, *words)
+    else:
+        assert done.returncode == 0, done.stderr
+    assert not where().exists() and not where("deploy-ax650.partial").exists()
+
+
+# ---- going on
+
+
+def test_without_a_toolchain_all_else_is_made_and_kept(tools, deploy, where, qwen):
+    tools()
+    refused(deploy(qwen), Unfinished, "Pulsar2 is not on this machine", "docker load", "goes on from here")
+    partial = where("deploy-ax650.partial")
+    assert {runtime.EMBEDDING, "qwen2_tokenizer.txt", "contract.json"} <= {p.name for p in partial.iterdir()} and not where().exists()
+    table = (partial / runtime.EMBEDDING).stat()
+    tools("pulsar2")
+    assert deploy(qwen).returncode == 0
+    after = (where() / runtime.EMBEDDING).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (table.st_ino, table.st_mtime_ns)
+    refused(deploy(qwen, "target.prompt_len=128"), Moved, "target.prompt_len 256 -> 128")
+
+
+def test_a_compile_that_ended_well_is_not_repeated(tools, deploy, where, qwen, monkeypatch):
+    asked = tools("pulsar2")
+    for broken in ("write_sums", "write_run_script"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, broken, lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device", "x")))
+            refused(deploy(qwen), NoRoom, "No space left")
+    done = deploy(qwen)
+    assert done.returncode == 0 and "not repeated" in done.stderr and len(compiles(asked())) == 1
+
+
+def start(tmp_path, qwen) -> subprocess.Popen:
+    argv = [sys.executable, "-m", "src.deploy", f"outputs={tmp_path / 'out'}", f"source={qwen}", "target=ax650", *LENGTHS]
+    return subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
+
+
+def until_building(process: subprocess.Popen) -> None:
+    for line in process.stderr:
+        if "llm decode layers 1/" in line:
+            return
+    raise AssertionError("it ended before it built anything")
+
+
+def test_killed_in_the_middle_it_goes_on(tools, deploy, where, qwen, tmp_path):
+    tools("docker", fault="slow")
+    process = start(tmp_path, qwen)
+    until_building(process)
+    process.kill()
+    process.wait()
+    (container,) = (tmp_path / "state").iterdir()
+    tools("docker")
+    assert deploy(qwen).returncode == 0 and where().is_dir()
+    # The container that went on without its client was stopped first.
+    assert (tmp_path / "state" / "killed").read_text() == container.name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_the_container_too(tools, where, qwen, tmp_path, number):
+    tools("docker", fault="slow")
+    process = start(tmp_path, qwen)
+    until_building(process)
+    process.send_signal(number)
+    assert "interrupted; the same command goes on" in process.stderr.read()
+    assert process.wait(20) == 130
+    assert (tmp_path / "state" / "killed").is_file() and not where().exists()
+
+
+# ---- preflight
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_hidden_layers": 4}, ["config.json says 4 layers; the weights lack 3"]),
+        ({"num_hidden_layers": 2}, ["config.json says 2 layers; the weights also have 2"]),
+        ({"hidden_size": 256, "head_dim": 64}, ["hidden_size 256", "is 128 wide"]),
+        ({"tie_word_embeddings": False}, ["there is no output layer"]),
+        ({"num_hidden_layers": 9, "hidden_size": 64, "head_dim": 16}, ["9 layers", "hidden_size 64"]),
+    ],
+)
+def test_config_against_headers(tools, deploy, model, changes, words):
+    tools("pulsar2")
+    refused(deploy(change(model, **changes), "dry_run=true"), BadData, *words)
+
+
+def test_a_table_smaller_than_the_tokenizer(tools, deploy, model):
+    weights = load_file(model / "model.safetensors")
+    save(model / "model.safetensors", {**weights, "model.embed_tokens.weight": weights["model.embed_tokens.weight"][:300]})
+    tools("pulsar2")
+    refused(deploy(model, "dry_run=true"), BadData, f"the tokenizer has id {END}, the embedding table 300 rows")
+
+
+def test_a_table_larger_than_config_says_counts(tools, deploy, where, model):
+    tools("pulsar2")
+    done = deploy(change(model, vocab_size=END + 1))
+    assert done.returncode == 0 and f"512 rows in the weights, {END + 1} in config.json; the weights count" in done.stderr
+    assert json.loads((where() / "config.json").read_text())["tokens_embed_num"] == 512
+
+
+@pytest.mark.parametrize(
+    "block, words",
+    [
+        ({"quant_method": "awq", "bits": 4}, ["it is awq", "source=UNQUANTIZED_MODEL"]),
+        ({"quant_method": "gptq", "bits": 4, "sym": False}, ["not symmetric"]),
+        ({"quant_method": "gptq", "bits": 3, "sym": True}, ["3 bits"]),
+        ({"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": True}, ["desc_act"]),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes"]),
+    ],
+)
+def test_other_quantizations_are_refused_with_the_way_out(tools, deploy, model, block, words):
+    tools("pulsar2")
+    refused(deploy(change(model, quantization_config=block), "dry_run=true"), WrongKind, *words, "quantizer=gptq_int4")
+
+
+def test_settings_that_do_not_go_with_the_model_are_told_at_once(tools, deploy, gptq, model):
+    tools("pulsar2")
+    done = deploy(gptq, "target.context_len=1024", "target.weight_type=s8", "target.tokenizer_type=Qwen9", "dry_run=true")
+    refused(done, ConfigError, "limit of 512", "target.context_len=512", "GPTQ int4 already", "Qwen9", "Qwen2_5")
+    refused(deploy(change(model, model_type="smollm3", no_rope_layers=[1] * LAYERS), target="ax630c"), ConfigError, "AX650 only")
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("target.prompt_len=100", ["not a multiple of prefill_chunk 64", "target.prompt_len=64"]),
+        ("target.context_len=256", ["leaves no room"]),
+        ("target.prefill_chunk=100", ["prefill_chunk=100"]),
+        ("target.weight_type=int8", ["target.weight_type=int8", "'s8'"]),
+        ("target.prefil_chunk=64", ["did you mean 'target.prefill_chunk'"]),
+    ],
+)
+def test_rules_among_the_settings(deploy, qwen, override, words):
+    refused(deploy(qwen, override), ConfigError, *words)
+
+
+def test_an_adapter_and_a_pointer_are_refused(tools, deploy, model, finished):
+    tools("pulsar2")
+    refused(deploy(finished / "a" / "finetune"), WrongKind, "not adapter", "merge")
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(deploy(model), MissingInput, "Git LFS pointer", "git lfs pull")
+
+
+def test_no_room_on_the_disk(tools, deploy, qwen, monkeypatch):
+    tools("pulsar2")
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refused(deploy(qwen, "dry_run=true"), NoRoom, "1.0 kB are free", "outputs=")
+
+
+# ---- embedding table
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_the_table_is_cut_off_not_rounded(tmp_path, dtype):
+    values = np.random.default_rng(0).normal(0, 1, (300, 8)).astype("<f4" if dtype == "F32" else "<f2")
+    values[0, :4] = [0.0, -0.0, np.inf, -np.inf]
+    save(tmp_path / "model.safetensors", {"model.embed_tokens.weight": values}, "float32" if dtype == "F32" else "float16")
+    entry = find_embedding(tmp_path)
+    assert write_bf16(entry, tmp_path / "table.bin") == values.size * 2
+    bits = values.astype("<f4").view("<u4")
+    assert np.array_equal(np.fromfile(tmp_path / "table.bin", "<u2").reshape(values.shape), (bits >> 16).astype("<u2"))
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    assert not np.array_equal(rounded, (bits >> 16).astype("<u2"))
+
+
+def test_a_bf16_table_is_copied_byte_for_byte_from_its_shard(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    table = torch.randn(1000, 64).bfloat16()
+    save_file({"a": torch.zeros(3)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.zeros(5, dtype=torch.int8), "model.embed_tokens.weight": table}, tmp_path / "model-00002-of-00002.safetensors")
+    write_bf16(find_embedding(tmp_path), tmp_path / "table.bin")
+    assert (tmp_path / "table.bin").read_bytes() == table.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_known_name_of_the_table(tmp_path, key):
+    save(tmp_path / "model.safetensors", {key: np.zeros((4, 2)), "lm_head.weight": np.zeros((4, 2))})
+    assert find_embedding(tmp_path).name == key
+
+
+def test_a_table_under_another_name_is_told(tmp_path):
+    save(tmp_path / "model.safetensors", {"my.embedding": np.zeros((4, 2))})
+    with pytest.raises(WrongKind, match=r"similar: my\.embedding"):
+        find_embedding(tmp_path)
+
+
+def test_truncation_is_the_vendors():
+    """fp32_to_bf16 of ax-llm takes uint32 >> 16; a table of cases, among them a NaN whose payload lies below."""
+    given = np.array([0x3F800000, 0x3F80FFFF, 0xBF80FFFF, 0x7F800001, 0x00000001], "<u4")
+    assert bf16_truncated(given.tobytes(), "F32").tolist() == [0x3F80, 0x3F80, 0xBF80, 0x7F80, 0x0000]
+
+
+# ---- tokenizer.txt and the board's template
+
+
+def test_the_tokenizer_file_line_by_line(qwen, tmp_path):
+    from src.modeling import load_tokenizer
+
+    tokenizer_txt.write(load_tokenizer(qwen), [END - 2, END], tmp_path / "t.txt")
+    spec = json.loads((qwen / "tokenizer.json").read_text())
+    lines = (tmp_path / "t.txt").read_text().split("\n")
+    assert lines[:3] == ["430 3", "3 2 0", f"{END - 2} {END - 1} {END} {END - 2} {END} "]
+    assert lines[3] == f"{END + 1} {len(spec['model']['merges'])} 2"
+    assert lines[4 + END - 1] == "<|im_start|>" and lines[4 + END + 1] == " ".join(spec["model"]["merges"][0])
+    assert len(lines) == 4 + END + 1 + len(spec["model"]["merges"]) + 1 and lines[-1] == ""
+
+
+def test_the_reader_reads_as_transformers_does(qwen, tmp_path):
+    from src.modeling import load_tokenizer
+
+    tokenizer = load_tokenizer(qwen)
+    tokenizer_txt.write(tokenizer, [END], tmp_path / "t.txt")
+    reader = tokenizer_txt.Reader(tmp_path / "t.txt")
+    draw, alphabet = np.random.default_rng(1), list("aàbcéZ  \n\t'1239_-.!?안녕你🙂\u00a0") + ["<|im_end|>", "'s", "  ", "\r\n"]
+    for _ in range(300):
+        text = "".join(draw.choice(alphabet, draw.integers(0, 25)))
+        assert reader.encode(text) == tokenizer(text, add_special_tokens=False).input_ids, repr(text)
+
+
+def test_older_axllm_differs_on_accents_and_that_is_said(shared, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen2.5")
+    tokenizer_txt.write(tokenizer, [151645], tmp_path / "t.txt")
+    reader = tokenizer_txt.Reader(tmp_path / "t.txt")
+    for text, same in (("Hello, world! 12345\n\nNext.", True), ("안녕하세요, 오늘", True), ("Où est le café?", False)):
+        ids = tokenizer(text).input_ids
+        assert reader.encode(text) == ids and (reader.encode(text, knows_family=False) == ids) is same
+
+
+def test_a_damaged_tokenizer_file_is_noticed(tools, deploy, where, qwen, monkeypatch):
+    def broken(tokenizer, stops, path):
+        written(tokenizer, stops, path)
+        text = path.read_text().split("\n")
+        h, e = (text.index(piece, 4) for piece in "he")
+        text[h], text[e] = text[e], text[h]
+        path.write_text("\n".join(text))
+
+    written = tokenizer_txt.write
+    monkeypatch.setattr(tokenizer_txt, "write", broken)
+    tools("pulsar2")
+    refused(deploy(qwen), ProofFailed, "the board's tokenizer file has")
+    assert not where().exists()
+
+
+def test_a_template_the_board_does_not_have_is_refused(tools, deploy, where, model):
+    write_tokenizer(
+        model, CHATML.replace("<|im_start|>{{", "<|im_start|>### {{").replace("<|im_start|>assistant", "<|im_start|>### assistant")
+    )
+    tools("pulsar2")
+    refused(deploy(model), WrongKind, "axllm's chat template (type Qwen2_5) is not the model's", "target.tokenizer_type=")
+    assert not where().exists()
+
+
+def test_the_default_system_text_of_a_template_becomes_the_boards(tools, deploy, where, model):
+    write_tokenizer(model, "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}" + CHATML)
+    tools("pulsar2")
+    assert deploy(model).returncode == 0
+    assert json.loads((where() / "config.json").read_text())["system_prompt"] == "You are kind."
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused(tools, deploy, tiny_model):
+    tools("pulsar2")
+    refused(deploy(tiny_model("llama"), "target.model_type=llama"), WrongKind, "without byte-level pieces", "Qwen")
+
+
+# ---- what runs on the board
+
+
+@pytest.fixture
+def bundle(tools, deploy, where, qwen) -> Path:
+    tools("pulsar2")
+    assert deploy(qwen).returncode == 0
+    return where()
+
+
+def test_the_run_script_starts_axllm_and_the_older_runtime(bundle, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    board = tmp_path / "boardbin"
+    board.mkdir()
+    for name in ("axllm", "main_ax650"):
+        (board / name).write_text(f'#!/bin/sh\nfor w in "$@"; do printf "%s\\n" "$w"; done > {tmp_path}/{name}.argv\n')
+        (board / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{board}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PORT": "23871"}
+    for words, argv in (
+        (["run"], ["run", "."]),
+        (["serve"], ["serve", ".", "--port", "8000"]),
+        (["serve", "9000"], ["serve", ".", "--port", "9000"]),
+    ):
+        assert subprocess.run(["sh", bundle / "run.sh", *words], env=env).returncode == 0
+        assert (tmp_path / "axllm.argv").read_text().split("\n")[:-1] == argv
+    assert subprocess.run(["sh", bundle / "run.sh", "main", "Hi 'there' $x"], env=env, timeout=60).returncode == 0
+    argv = (tmp_path / "main_ax650.argv").read_text().split("\n")[:-1]
+    given = dict(zip(argv[::2], argv[1::2]))
+    assert given["--template_filename_axmodel"] == "qwen2_p64_l%d_together.axmodel" and given["--prompt"] == "Hi 'there' $x"
+    assert (given["--axmodel_num"], given["--tokens_embed_num"], given["--tokens_embed_size"]) == (str(LAYERS), "512", "128")
+    assert given["--filename_tokenizer_model"] == "http://127.0.0.1:23871" and given["--tokenizer_type"] == "2"
+    wrong = subprocess.run(["sh", bundle / "run.sh"], env=env, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "./run.sh serve" in wrong.stderr
+
+
+def test_the_tokenizer_server_gives_the_contracts_ids(bundle, monkeypatch):
+    monkeypatch.undo()
+    server = subprocess.Popen([sys.executable, bundle / "tokenizer_server.py", "--port", "23872"])
+    try:
+        assert subprocess.run([sys.executable, bundle / "tokenizer_server.py", "--port", "23872", "--wait"], timeout=60).returncode == 0
+
+        def ask(path: str, body: dict | None = None) -> dict:
+            request = urllib.request.Request(f"http://127.0.0.1:23872{path}", json.dumps(body).encode() if body else None)
+            return json.load(urllib.request.urlopen(request, timeout=5))
+
+        assert ask("/eos_id") == {"eos_id": END} and ask("/bos_id") == {"bos_id": -1}
+        asked = 0
+        for talk in json.loads((bundle / "contract.json").read_text())["conversations"]:
+            if len(talk["messages"]) == 1 and not talk["tools"]:
+                assert ask("/encode", {"text": talk["messages"][0]["content"], "img_prompt": False})["token_ids"] == talk["ids"]
+                assert ask("/decode", {"token_ids": talk["ids"]})["text"] == talk["text"]
+                asked += 1
+        assert asked >= 5
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            ask("/encode", {"no": "text"})
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.parametrize(
+    "generation, enabled",
+    [
+        ({}, set()),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.8}, set()),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+            {"temperature", "top_p_sampling", "top_k_sampling", "repetition_penalty"},
+        ),
+    ],
+)
+def test_sampling_is_the_models_own(model, generation, enabled):
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    config = runtime.post_config(model)
+    assert {key.removeprefix("enable_") for key, value in config.items() if value is True} == enabled
+    assert config.keys() == {
+        *("enable_temperature", "temperature", "enable_repetition_penalty", "repetition_penalty", "penalty_window"),
+        *("enable_top_p_sampling", "top_p", "enable_top_k_sampling", "top_k"),
+    }
+
+
+# ---- small parts
+
+
+def test_progress_lines(capsys):
+    progress = compile.Progress()
+    for line in (
+        "building llm decode layers   ━━━━━━━━ 3/28 0:01:02",
+        "building llm decode layers   ━━━━━━━━ 3/28 0:01:03",
+        "building llm post layer   ━━ 1/1 0:00:01",
+    ):
+        progress(line)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in said] == ["Pulsar2: llm decode layers 3/28", "Pulsar2: llm post layer 1/1"]
+
+
+def test_the_help_is_read_whoever_prints_it():
+    tool = toolchain.Toolchain(
+        ("pulsar2",), "x", {"llm_build": "--chip [AX650|AX620E]  the chip\n  -w {s8, s4}, --weight_type {s8, s4}\n --last_kv_cache_len N"}
+    )
+    assert tool.choices("--chip") == ["AX650", "AX620E"] and tool.choices("--weight_type") == ["s8", "s4"]
+    assert tool.offers("--last_kv_cache_len") and not tool.offers("--kv_cache_len") and tool.command == "llm_build"
+
+
+def test_onnx_producer(tmp_path):
+    for content, producer in (
+        (b"\x08\x0a\x12\x07Pulsar2\x1a\x01x", "Pulsar2"),
+        (b"\x08\x0a\x1a\x01x\x12\x03abc", "abc"),
+        (b"", None),
+        (b"\x12\x07Pulsar2", None),
+        (b"\x08\x0a", None),
+    ):
+        (tmp_path / "f").write_bytes(content)
+        assert compile.onnx_producer(tmp_path / "f") == producer
