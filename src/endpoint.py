@@ -305,11 +305,12 @@ class Client:
         return b"".join(parts)
 
     def _json(self, data: str | bytes):
+        """A reply's JSON, without the key where the server repeats it, for it goes into reports."""
+        text = data if isinstance(data, str) else data.decode(errors="replace")
         try:
-            return json.loads(data)
+            return json.loads(text.replace(self._key, "***") if self._key else text)
         except (ValueError, RecursionError):
-            shown = data if isinstance(data, str) else data.decode(errors="replace")
-            raise NoAnswer("the reply is not JSON", where=f"{self.url}: {self._plain(shown)}", fix=NOT_OPENAI) from None
+            raise NoAnswer("the reply is not JSON", where=f"{self.url}: {self._plain(text)}", fix=NOT_OPENAI) from None
 
     @contextlib.contextmanager
     def _shaped(self, value) -> Iterator[None]:
