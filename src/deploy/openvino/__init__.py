@@ -12,7 +12,7 @@ from src.artifact import Artifact, read_json
 from src.deploy import preflight
 from src.deploy.embedding import find_embedding
 from src.deploy.openvino import card, proof, recipe
-from src.deploy.openvino.export import RECORD, export
+from src.deploy.openvino.exporter import RECORD, export
 from src.deploy.vendor import finish, work_folder
 from src.errors import Unfinished
 from src.log import size

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.deploy import contract
 from src.deploy.openvino import recipe
-from src.deploy.openvino.export import OFFLINE
+from src.deploy.openvino.exporter import OFFLINE, READ
 from src.deploy.vendor import run
 from src.errors import ProofFailed, ToolFailed
 from src.log import say, warn
@@ -43,7 +43,9 @@ def questioner(target: Openvino, bundle: Path, work: Path) -> Callable[..., dict
         question.write_text(json.dumps({"do": do, "bundle": str(bundle.absolute()), "device": "CPU", **what}), "utf-8")
         done = run([str(recipe.python(target)), "-I", str(INSIDE), str(question), str(answer)], log, env=OFFLINE)
         if done.code or not answer.is_file():
-            raise ToolFailed(f"OpenVINO could not {do} with the bundle (exit code {done.code}):\n{done.tail[-1500:]}", where=str(log))
+            raise ToolFailed(
+                f"OpenVINO could not {do} with the bundle (exit code {done.code}):\n{done.tail[-1500:]}", where=str(log), fix=READ
+            )
         return json.loads(answer.read_text("utf-8"))
 
     return ask
@@ -120,6 +122,7 @@ def prove_answers(model_dir: Path, out: Path, tokenizer, target: Openvino, ask: 
             raise ProofFailed(
                 f"OpenVINO's answer of {len(ours)} tokens does not end where the model's stop tokens {sorted(stops)} say: {ours[-8:]}",
                 where=str(out / "generation_config.json"),
+                fix="the model's own generation_config.json with every stop token in eos_token_id",
             )
         with torch.inference_mode():
             logits = model(torch.tensor([row + ours[:-1]]), use_cache=False).logits[0, len(row) - 1 :]

@@ -37,21 +37,18 @@ def check_settings(shape: ModelShape, target: Openvino, where: Path) -> None:
             where=str(where / "config.json"),
             fix=["a model of one of its families: llama, mistral, qwen2, qwen3, phi3, gemma2, ...", "another target"],
         )
-    faults = []
+    faults, ways = [], []
     limit = shape.max_positions
     if limit and target.context_len > limit:
-        faults.append(
-            f"target.context_len={target.context_len} is above the model's own limit of {limit}; "
-            f"write target.context_len={limit} target.prompt_len={min(target.prompt_len, limit // 2)}"
-        )
+        faults.append(f"target.context_len={target.context_len} is above the model's own limit of {limit}")
+        ways.append(f"target.context_len={limit} target.prompt_len={min(target.prompt_len, limit // 2)}")
     if target.weight_type == "int4" and target.group_size not in ("auto", -1) and (odd := _undivided(shape, target.group_size)):
         fitting = next((g for g in (128, 64, 32) if not _undivided(shape, g)), -1)
-        faults.append(
-            f"target.group_size={target.group_size} does not divide the model's rows of {', '.join(map(str, odd))}; "
-            f"write target.group_size={fitting if target.device == 'CPU' or fitting == 128 else -1}"
-        )
+        faults.append(f"target.group_size={target.group_size} does not divide the model's rows of {', '.join(map(str, odd))}")
+        ways.append(f"target.group_size={fitting if target.device == 'CPU' or fitting == 128 else -1}")
     if faults:
-        raise ConfigError("\n".join(["the settings do not go with this model:", *(f"  - {fault}" for fault in faults)]), where=str(where))
+        what = "\n".join(["the settings do not go with this model:", *(f"  - {fault}" for fault in faults)])
+        raise ConfigError(what, where=str(where), fix=" ".join(ways))
 
 
 def _undivided(shape: ModelShape, group: int) -> list[int]:

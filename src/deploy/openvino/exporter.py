@@ -19,6 +19,7 @@ RECORD, LOG = "export.json", "export.log"
 MODEL = ("openvino_model.xml", "openvino_model.bin", "config.json")
 TOKENIZER = ("openvino_tokenizer.xml", "openvino_tokenizer.bin", "openvino_detokenizer.xml", "openvino_detokenizer.bin")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+READ = "the log has all that it said; its first line is the command, which can be run by hand"
 # What appears in the exporter's output -> what it is doing.
 STEPS = {
     "Loading weights": "loading the weights",
@@ -81,7 +82,7 @@ def judge(done: Done, made: Path, log: Path) -> None:
     if done.code:
         raise _known(done, output, log)
     if missing := [name for name in MODEL if not _filled(made / name)]:
-        raise ToolFailed(f"the exporter ended without an error, but did not write {', '.join(missing)}", where=str(log))
+        raise ToolFailed(f"the exporter ended without an error, but did not write {', '.join(missing)}", where=str(log), fix=READ)
     if missing := [name for name in TOKENIZER if not _filled(made / name)]:
         reason = next((line.strip() for line in output.splitlines() if "okenizer" in line and "not" in line), "")
         raise ProofFailed(
@@ -123,7 +124,7 @@ def _known(done: Done, output: str, log: Path) -> ToolFailed | NoRoom:
         )
     if "No module named" in output:
         return ToolFailed("the exporter's environment is not whole", where=where, fix="bash scripts/openvino_env.sh mends it")
-    return ToolFailed(f"the exporter failed:\n{done.tail[-1500:]}", where=where)
+    return ToolFailed(f"the exporter failed:\n{done.tail[-1500:]}", where=where, fix=READ)
 
 
 def _filled(file: Path) -> bool:
