@@ -26,8 +26,11 @@ def check(inputs: dict[str, Artifact], target: Mobilint, out: Path) -> list[str]
     """The plan in lines, from config.json, headers and a question to the compiler; see plan.make for what is refused. Raises NoRoom too."""
     made = plan.make(inputs, target)
     argv = toolchain.command_line(target, made.device, (out / WORK).absolute(), job.JOB, job.container(out))
-    there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return [*made.lines(out / WORK / job.JOB, shlex.join(argv)), *preflight.check_room(out, max(0, made.disk - there), made.memory)]
+    return [
+        *made.lines(out / WORK / job.JOB, shlex.join(argv)),
+        *preflight.check_fit(made.shape, target),
+        *preflight.check_room(out, made.shape, target),
+    ]
 
 
 def build(inputs: dict[str, Artifact], out: Path, target: Mobilint) -> dict:

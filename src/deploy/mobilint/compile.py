@@ -104,7 +104,8 @@ def check_file(plan: Plan, file: Path) -> None:
 def failure(plan: Plan, done: Done, log: Path) -> UserError:
     """The error that a failed compile's log and exit code tell."""
     what, fix = _reason(plan, done)
-    last = "\n".join(f"    {line}" for line in done.tail.splitlines()[-6:])
+    said = [line for line in done.tail.splitlines() if not line.startswith((" ", "Traceback"))]
+    last = "\n".join(f"    {line}" for line in said[-3:])
     kind = NoRoom if "No space left on device" in done.tail else ToolFailed
     return kind(f"{what}\n  its last lines:\n{last}" if last else what, where=str(log), fix=[*fix, "the same command goes on from here"])
 
@@ -114,7 +115,7 @@ def _reason(plan: Plan, done: Done) -> tuple[str, list[str]]:
     tail, package, name = done.tail, plan.compiler.package, str(plan.compiler)
     if done.code == 137:
         return "the compiler was killed (exit code 137), most likely for lack of memory", [
-            f"a machine or container with more memory: the model alone takes {size(plan.memory)} here",
+            "a machine or container with more memory; dry_run=true prints an estimate",
             f"fewer or shorter calibration sequences: target.samples={max(1, plan.samples // 2)}, target.max_tokens={max(plan.low, plan.high // 2)}",
         ]
     if "No space left on device" in tail:

@@ -13,7 +13,7 @@ from src.deploy.mobilint.toolchain import FOUR_BIT, Compiler
 from src.errors import BadData, ConfigError, MissingInput, WrongKind
 from src.log import size
 from src.modeling import trust_of
-from src.shape import read_shape
+from src.shape import ModelShape, read_shape
 from src.targets import Mobilint
 
 FAMILIES = {
@@ -33,16 +33,16 @@ FLOAT = 4
 class Plan:
     """Everything decided before the work begins.
 
-    table: the embedding table in the model's shards. values: of all tensors but it. tied: whether the output layer is the embedding table.
+    table: the embedding table in the model's shards. values: of all tensors but it.
     context: prompt and answer in tokens. low, high: tokens of a calibration sequence. device: gpu or cpu.
     guarded: the job refuses to run under a compiler of another API. trust: custom code of the model was allowed when it was trained.
     """
 
     model: Path
     config: dict
+    shape: ModelShape
     table: shards.Entry
     values: int
-    tied: bool
     weight_type: str
     context: int
     low: int
@@ -82,17 +82,7 @@ class Plan:
     @property
     def mxq_bytes(self) -> int:
         """Bytes of the weights in the compiled file, the output layer's included."""
-        return (self.values + (math.prod(self.table.shape) if self.tied else 0)) * self.bits // 8
-
-    @property
-    def disk(self) -> int:
-        """Bytes at most: embedding.pt beside the raw table it is made from, the bundle's own table, calibration files, compiled file."""
-        return 3 * self.table_bytes + self.calibration_bytes + self.mxq_bytes
-
-    @property
-    def memory(self) -> int:
-        """Bytes at least: the compiler holds the model in bf16 or fp32 and its quantized copy."""
-        return (self.values + math.prod(self.table.shape)) * FLOAT + self.mxq_bytes
+        return (self.values + (math.prod(self.table.shape) if self.shape.tied else 0)) * self.bits // 8
 
     def lines(self, job: Path, argv: str) -> list[str]:
         rows, hidden = self.table.shape
@@ -147,9 +137,9 @@ def make(inputs: dict[str, Artifact], target: Mobilint) -> Plan:
     return Plan(
         model=model,
         config=config,
+        shape=shape,
         table=table,
         values=values,
-        tied=shape.tied,
         weight_type=target.weight_type,
         context=target.context_len,
         low=low,

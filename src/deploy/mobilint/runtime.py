@@ -3,15 +3,16 @@
 Layout of mblt-model-zoo (hf_transformers) and of the tutorial's prepare_model.py; see docs/mobilint.md.
 """
 
+import json
 import zipfile
 from pathlib import Path
 
 from src import aux_files, shards
-from src.artifact import write_json
+from src.artifact import read_json, write_json
 from src.deploy.mobilint import transformers4
 from src.deploy.mobilint.plan import FAMILIES, Plan
 from src.deploy.vendor import whole
-from src.errors import ToolFailed
+from src.errors import ToolFailed, WrongKind
 from src.log import say
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -22,19 +23,30 @@ ORTHOGONAL = {"float64": 1e-4, "float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-
 
 
 def write_tokenizer(model: Path, tokenizer, out: Path) -> None:
-    """Tokenizer files, generation_config.json and config.json in the form that transformers 4.57 on the board reads."""
+    """The tokenizer's files and generation_config.json.
+
+    transformers 5 may rebuild a tokenizer by its class, whatever tokenizer.json says, and transformers 4 on the board does not; so tokenizer.json
+    is what runs here, and write_config names the class that takes it as it is. Raises WrongKind where there is no such form of the tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise WrongKind(
+            f"{type(tokenizer).__name__} has no tokenizer.json, which Mobilint's runtime reads",
+            where=str(model),
+            fix="a version of the model whose folder has a tokenizer.json",
+        )
     copied = aux_files.copy(model, out)
+    runs, stored = json.loads(tokenizer.backend_tokenizer.to_str()), out / "tokenizer.json"
     made = []
-    if not (out / "tokenizer.json").exists():
-        with whole(out / "tokenizer.json") as file:
-            file.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
-        made.append("tokenizer.json")
+    if not stored.exists() or read_json(stored) != runs:
+        with whole(stored) as file:
+            file.write_text(json.dumps(runs, ensure_ascii=False), encoding="utf-8")
+        made.append("tokenizer.json as it runs here")
     if not (out / "special_tokens_map.json").exists():
         named = {name: token if isinstance(token, str) else [str(t) for t in token] for name, token in tokenizer.special_tokens_map.items()}
         write_json(out / "special_tokens_map.json", named)
-        made.append("special_tokens_map.json")
+        made.append("special_tokens_map.json, which the runtime wants")
     if copied or made:
-        say(f"runtime folder: copied {', '.join(copied)}" + (f"; wrote {', '.join(made)}, which the runtime wants" if made else ""))
+        say(f"runtime folder: copied {', '.join(copied)}" + (f"; wrote {', '.join(made)}" if made else ""))
 
 
 def write_config(plan: Plan, out: Path) -> None:
@@ -48,7 +60,7 @@ def write_config(plan: Plan, out: Path) -> None:
     ours |= {
         "model_type": f"mobilint-{config['model_type']}",
         "architectures": [FAMILIES[config["model_type"]]],
-        "tie_word_embeddings": plan.tied,
+        "tie_word_embeddings": plan.shape.tied,
         "dtype": "float32",  # what the NPU takes as input
         "mxq_path": plan.mxq,
         "dev_no": 0,
@@ -56,7 +68,7 @@ def write_config(plan: Plan, out: Path) -> None:
         "core_mode": "single",
         "target_cores": ["0:0"],
     }
-    transformers4.adapt(out, ours)
+    transformers4.adapt(out, ours, tokenizer_class="PreTrainedTokenizerFast")
 
 
 def write_embedding(plan: Plan, table, work: Path, out: Path) -> None:
@@ -113,25 +125,21 @@ def find_rotation(work: Path, hidden: int):
 
 
 def load_matrix(path: Path):
-    """The first tensor in a .pth file; None where there is none. Raises ToolFailed where it cannot be read.
+    """The first parameter of a TorchScript module; None where it has none. Raises ToolFailed for any other file: nothing is unpickled.
 
-    The compiler saves a TorchScript module. Loading one runs no Python from the file; all the same, it is code of the compiler that the user
-    just ran with all rights, not of a stranger. Anything else is read by torch's reader for tensors alone.
+    TorchScript runs no Python from the file; all the same, it is the work of the compiler that the user just ran with all rights, not of a stranger.
     """
     import torch
 
+    fix = ["compile again: force=true", "qbcompiler 1.1 or newer, where an older one pickles its rotation", "target.weight_type=w8"]
     try:
         with zipfile.ZipFile(path) as archive:
             scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if scripted:
-            return next((parameter.detach() for parameter in torch.jit.load(str(path), map_location="cpu").parameters()), None)
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise ToolFailed(
-            f"the rotation cannot be read: {str(error).strip().splitlines()[0]}", where=str(path), fix="compile again: force=true"
-        ) from None
-    values = value.values() if isinstance(value, dict) else [value]
-    return next((each.detach() for each in values if isinstance(each, torch.Tensor)), None)
+        if not scripted:
+            raise ToolFailed("the rotation is not the TorchScript module that the compiler saves", where=str(path), fix=fix)
+        return next((parameter.detach() for parameter in torch.jit.load(str(path), map_location="cpu").parameters()), None)
+    except (zipfile.BadZipFile, RuntimeError, OSError) as error:
+        raise ToolFailed(f"the rotation cannot be read: {str(error).strip().splitlines()[0]}", where=str(path), fix=fix) from None
 
 
 def board_ids(folder: Path, texts: list[str]) -> list[list[int]]:

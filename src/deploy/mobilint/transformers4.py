@@ -10,21 +10,21 @@ from src.artifact import read_json
 from src.deploy.vendor import whole
 
 
-def adapt(folder: Path, config: dict) -> None:
+def adapt(folder: Path, config: dict, tokenizer_class: str | None = None) -> None:
     """Write `config` as the folder's config.json, and its tokenizer_config.json, so that both generations of transformers read the same."""
     _write(folder / "config.json", model_config(config))
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.is_file():
-        _write(tokenizer, tokenizer_config(read_json(tokenizer)))
+    file = folder / "tokenizer_config.json"
+    tokenizer = tokenizer_config(read_json(file) if file.is_file() else {})
+    _write(file, tokenizer | ({"tokenizer_class": tokenizer_class} if tokenizer_class else {}))
 
 
 def model_config(config: dict) -> dict:
     """config.json with rope_theta, rope_scaling and torch_dtype beside transformers 5's rope_parameters and dtype."""
     config, rope = dict(config), config.get("rope_parameters") or {}
     if "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+        config["rope_theta"] = rope["rope_theta"]  # where both are there, transformers 5 takes this one
+        if rope.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if dtype := config.get("dtype") or config.get("torch_dtype"):
         config["dtype"] = config["torch_dtype"] = dtype
     return config

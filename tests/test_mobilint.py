@@ -1,0 +1,703 @@
+"""deploy target=mobilint_aries, with stand-ins for the vendor's compilers that refuse what the real ones would ignore."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+from conftest import CHAT, ROOT, write_model
+
+from src.deploy import mobilint
+from src.deploy.embedding import find_embedding
+from src.deploy.mobilint import calibration, job, runtime, transformers4
+from src.errors import BadData, ConfigError, MissingInput, MissingTool, NoRoom, ToolFailed, Unfinished, WrongKind
+from src.modeling import load_tokenizer
+
+STAND_INS = ROOT / "tests" / "stand_ins"
+VERSIONS = {"0.11": "0.11.0.1", "0.12": "0.12.0.0", "1.0": "1.0.0", "1.1": "1.1.2"}
+FILES = {
+    "config.json", "hf/config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "generation_config.json", "contract.json", "calibration.json", "compile.json", "compile.log", "compile_job.py", "README.md",
+}  # fmt: skip
+SETTINGS = ["run=a", "target=mobilint_aries", "target.context_len=512", "target.samples=6", "target.device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def proof_in_this_process(monkeypatch):
+    monkeypatch.setattr(mobilint, "fresh", lambda work, *args: work(*args))
+
+
+def interpreter(folder: Path, version: str, fault: str = "") -> Path:
+    """A Python that has a stand-in of this version: the package is chosen by it, and tells it by its metadata."""
+    package = "qubee" if version.startswith("0.") else "qbcompiler"
+    place = folder / f"{package}-{version}{fault and '-' + fault}"
+    site = place / "site"
+    (site / f"{package}-{version}.dist-info").mkdir(parents=True, exist_ok=True)
+    (site / f"{package}-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    shutil.copytree(STAND_INS / package, site / package, dirs_exist_ok=True)
+    shutil.copy(STAND_INS / "mobilint_compiler.py", site)
+    python = place / "python"
+    python.write_text(f'#!/bin/sh\nexport PYTHONPATH="{site}" STAND_IN_FAULT={fault}\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@pytest.fixture
+def python(tmp_path):
+    return lambda version, fault="": interpreter(tmp_path, version, fault)
+
+
+@pytest.fixture
+def no_compiler(tmp_path) -> str:
+    """An interpreter without any compiler, whatever is on PATH."""
+    return f"target.python={sys.executable}"
+
+
+def refused(done: subprocess.CompletedProcess, error: type, *words: str) -> None:
+    """As conftest's, of what comes after the plan and the progress, which are long where a deploy fails late."""
+    at = max(0, done.stderr.rfind(f"{error.title}:"))
+    conftest.refused(subprocess.CompletedProcess(done.args, done.returncode, done.stdout, done.stderr[at:]), error, *words)
+
+
+def bundle_of(road: Path) -> Path:
+    return road / "a" / "deploy-mobilint_aries"
+
+
+def work_of(road: Path) -> Path:
+    return road / "a" / "deploy-mobilint_aries.partial" / ".work"
+
+
+def files(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def tensors(file: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+# ---- whole deploys
+
+
+@pytest.mark.parametrize(
+    ("version", "weight_type"),
+    [("0.11.0.1", "w8"), ("0.12.0.0", "w8"), ("1.0.0", "w8"), ("1.0.0", "w4v8"), ("1.1.2", "w8"), ("1.1.2", "w4"), ("1.2.0", "w8")],
+)
+def test_each_generation_gives_a_whole_verified_bundle(version, weight_type, road, python, call, tmp_path):
+    import torch
+
+    done = call("deploy", *SETTINGS, f"target.python={python(version)}", f"target.weight_type={weight_type}")
+    assert done.returncode == 0, done.stderr
+    bundle, mxq = bundle_of(road), f"llama-{weight_type}.mxq"
+    assert files(bundle) == FILES | {mxq, "manifest.json"}
+    config = json.loads((bundle / "config.json").read_text())
+    wanted = {
+        "model_type": "mobilint-llama", "architectures": ["MobilintLlamaForCausalLM"], "mxq_path": mxq, "core_mode": "single",
+        "target_cores": ["0:0"], "tie_word_embeddings": True, "hidden_size": 128,
+    }  # fmt: skip
+    assert {key: config[key] for key in wanted} == wanted
+    assert json.loads((bundle / "hf" / "config.json").read_text())["model_type"] == "llama"
+    table = tensors(road / "a" / "merge" / "model.safetensors")[runtime.EMBEDDING]
+    made = tensors(bundle / "model.safetensors")
+    assert list(made) == [runtime.EMBEDDING]
+    if weight_type != "w8":
+        rotation = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(1)))[0]
+        table = (table.double() @ rotation.double()).bfloat16()
+    assert torch.equal(made[runtime.EMBEDDING], table)
+    record = json.loads((bundle / "compile.json").read_text())
+    assert record["version"] == version and record["argv"][1:] == ["compile_job.py"]
+    assert record["mxq"]["sha256"] == hashlib.sha256((bundle / mxq).read_bytes()).hexdigest()
+    assert f"{weight_type} by" in call("summary", "run=a").stdout
+    elsewhere = shutil.copytree(bundle, tmp_path / "elsewhere" / "bundle")
+    assert call("lineage", elsewhere, "--verify").returncode == 0
+    (elsewhere / mxq).write_bytes(b"other")
+    assert call("lineage", elsewhere, "--verify").returncode == 9
+
+
+def test_a_second_run_skips(road, python, call):
+    settings = [*SETTINGS, f"target.python={python('1.1.2')}"]
+    assert call("deploy", *settings).returncode == 0
+    again = call("deploy", *settings)
+    assert again.returncode == 0 and "up to date" in again.stderr
+
+
+# ---- the job
+
+
+@pytest.fixture(scope="module")
+def prepared(finished, tmp_path_factory) -> Path:
+    """A WORK folder for 8 bits, with all that a job reads."""
+    outputs = shutil.copytree(finished, tmp_path_factory.mktemp("prepared") / "outputs")
+    from conftest import in_process
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(mobilint, "fresh", lambda work, *args: work(*args))
+        done = in_process("deploy", *SETTINGS, f"target.python={sys.executable}", f"outputs={outputs}")
+    assert done.returncode == Unfinished.exit_code, done.stderr
+    return work_of(outputs)
+
+
+def job_of(api: str, *, guarded: bool = True) -> str:
+    from types import SimpleNamespace as S
+
+    package = job.PACKAGES[api]
+    return job.text(
+        S(
+            compiler=S(api=api, package=package),
+            guarded=guarded,
+            bits=8,
+            value_bits=8,
+            mxq="m.mxq",
+            device="cpu",
+            context=512,
+            trust=False,
+        )
+    )
+
+
+def run_job(text: str, prepared: Path, folder: Path, python: Path) -> subprocess.CompletedProcess:
+    shutil.copytree(prepared, folder)
+    (folder / job.JOB).write_text(text)
+    return subprocess.run([python, job.JOB], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("installed", VERSIONS)
+@pytest.mark.parametrize("api", VERSIONS)
+def test_a_job_passes_under_its_own_generation_alone(api, installed, prepared, python, tmp_path):
+    """Without its guard, so that the stand-ins show that they tell every wrong keyword."""
+    done = run_job(job_of(api, guarded=False), prepared, tmp_path / "work", python(VERSIONS[installed]))
+    assert (done.returncode == 0) == (api == installed), done.stderr
+    assert (job.DONE in done.stdout) == (api == installed)
+
+
+@pytest.mark.parametrize("api, installed", [("1.1", "1.0"), ("1.0", "1.1"), ("0.11", "0.12"), ("0.12", "0.11")])
+def test_a_job_refuses_another_version_of_its_package(api, installed, prepared, python, tmp_path):
+    done = run_job(job_of(api), prepared, tmp_path / "work", python(VERSIONS[installed]))
+    assert done.returncode == 1 and done.stderr.startswith(job.OTHER_API)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("calibration_config=Cal", "calib_config=Cal", "unexpected keyword argument"),
+        ("    save_path=str(MXQ),\n", "", "missing 1 required keyword-only argument: 'save_path'"),
+        ("head=BITS", "head=8.0", "is 8.0, not int"),
+        ('DEVICE = "cpu"', 'DEVICE = "cuda"', "not gpu or cpu"),
+        ("npu_core_ids=[0]", "npu_core_ids=[0, 1]", "npu_core_ids"),
+    ],
+)
+def test_a_wrong_keyword_or_value_is_caught(right, wrong, says, prepared, python, tmp_path):
+    text = job_of("1.1")
+    assert text.count(right) == 1
+    done = run_job(text.replace(right, wrong), prepared, tmp_path / "work", python("1.1.2"))
+    assert done.returncode == 1 and says in done.stderr
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "inputs_embeds_0.npy").unlink(),
+        lambda folder: np.save(folder / "inputs_embeds_0.npy", np.zeros((1, 64, 128), "float16")),
+        lambda folder: np.save(folder / "inputs_embeds_0.npy", np.zeros((64, 128), "float32")),
+        lambda folder: np.save(folder / "inputs_embeds_0.npy", np.zeros((1, 513, 128), "float32")),
+        lambda folder: (folder / "en").mkdir(),
+    ],
+)
+def test_wrong_calibration_files_are_caught_by_the_stand_in(damage, prepared, python, tmp_path):
+    damage(shutil.copytree(prepared, tmp_path / "damaged") / "calibration")
+    done = run_job(job_of("1.1"), tmp_path / "damaged", tmp_path / "work", python("1.1.2"))
+    assert done.returncode == 1 and "Error" in done.stderr
+
+
+def test_what_a_job_says_and_leaves(prepared, python, tmp_path):
+    work = tmp_path / "work"
+    done = run_job(job_of("1.1"), prepared, work, python("1.1.2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("qbcompiler 1.1.2, API 1.1\ncompiling ") and done.stdout.endswith(f"{job.DONE}\n")
+    record = json.loads((work / job.RECORD).read_text())
+    assert record["job"] == hashlib.sha256((work / job.JOB).read_bytes()).hexdigest() and record["version"] == "1.1.2"
+
+
+# ---- without the compiler, and going on
+
+
+def test_without_the_compiler_everything_else_is_made_and_gone_on_with(road, python, no_compiler, call):
+    done = call("deploy", *SETTINGS, no_compiler)
+    refused(done, Unfinished, "neither qbcompiler nor qubee", "dl.mobilint.com", "target.python=", "docker commit", work_of(road))
+    work = work_of(road)
+    assert files(work) >= {"embedding.pt", "compile_job.py", "model/config.json", "model/model.safetensors"}
+    before = {file: file.stat().st_mtime_ns for file in (*work.glob("calibration/*.npy"), work / "embedding.pt")}
+    assert len(before) == 7 and not bundle_of(road).exists()
+    done = call("deploy", *SETTINGS, f"target.python={python('1.1.2', 'oom')}")
+    assert done.returncode == ToolFailed.exit_code
+    assert {file: file.stat().st_mtime_ns for file in before} == before, "whole files are kept"
+    assert "6 were there from an earlier run" in done.stderr
+    assert call("deploy", *SETTINGS, f"target.python={python('1.1.2')}").returncode == 0
+    assert files(bundle_of(road)) >= FILES
+
+
+def test_a_job_run_by_hand_elsewhere_is_taken(road, python, no_compiler, call):
+    assert call("deploy", *SETTINGS, no_compiler).returncode == Unfinished.exit_code
+    subprocess.run([python("1.2.0"), "compile_job.py"], cwd=work_of(road), check=True, capture_output=True)
+    done = call("deploy", *SETTINGS, no_compiler)
+    assert done.returncode == 0 and "is there from an earlier run, by qbcompiler 1.2.0" in done.stderr
+    assert "compile.log" not in files(bundle_of(road))
+
+
+def test_a_damaged_calibration_file_is_made_again(road, python, no_compiler, call):
+    call("deploy", *SETTINGS, no_compiler)
+    folder = work_of(road) / "calibration"
+    whole = (folder / "inputs_embeds_3.npy").read_bytes()
+    (folder / "inputs_embeds_3.npy").write_bytes(whole[:1000])
+    (folder / "inputs_embeds_9.npy.partial").write_bytes(b"x")
+    done = call("deploy", *SETTINGS, f"target.python={python('1.1.2', 'oom')}")
+    assert "5 were there from an earlier run" in done.stderr
+    assert (folder / "inputs_embeds_3.npy").read_bytes() == whole and len(list(folder.iterdir())) == 6
+
+
+def interrupt_when(text: str, file: Path) -> threading.Thread:
+    """Terminates this process, as a scheduler would, once `text` is in `file`."""
+
+    def wait() -> None:
+        until = time.monotonic() + 60
+        while not (file.is_file() and text in file.read_text()) and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("where", ["interpreter", "container"])
+def test_killed_in_the_middle_and_run_again(where, road, python, docker, call, monkeypatch):
+    slow, good = python("1.1.2", "slow"), python("1.1.2")
+    env, log = docker({"slow": slow, "good": good})
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    chosen = (lambda path, name: f"target.python={path}") if where == "interpreter" else (lambda path, name: f"target.image={name}")
+    thread = interrupt_when("calibrating", work_of(road) / "compile.log")
+    done = call("deploy", *SETTINGS, chosen(slow, "slow"))
+    thread.join()
+    assert done.returncode == 130, done.stderr
+    assert (work_of(road) / "llama-w8.mxq").read_bytes() == b"half a file" and not bundle_of(road).exists()
+    if where == "container":
+        assert ["kill", job.container(work_of(road).parent)] in [json.loads(line) for line in log.read_text().splitlines()]
+    done = call("deploy", *SETTINGS, chosen(good, "good"))
+    assert done.returncode == 0, done.stderr
+    assert "6 were there from an earlier run" in done.stderr and (bundle_of(road) / "llama-w8.mxq").stat().st_size > 100_000
+
+
+@pytest.mark.slow
+def test_killed_outright_and_run_again_in_processes_of_their_own(road, python, cli):
+    argv = [sys.executable, "-m", "src.deploy", *SETTINGS, f"outputs={road}", f"target.python={python('1.1.2', 'slow')}"]
+    tool = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.DEVNULL)
+    watched, until = work_of(road) / "compile.log", time.monotonic() + 120
+    while not (watched.is_file() and "calibrating" in watched.read_text()) and time.monotonic() < until and tool.poll() is None:
+        time.sleep(0.05)
+    tool.kill()
+    tool.wait()
+    assert not bundle_of(road).exists()
+    done = cli("deploy", *SETTINGS, f"target.python={python('1.1.2')}")
+    assert done.returncode == 0 and "6 were there from an earlier run" in done.stderr, done.stderr
+    assert cli("lineage", bundle_of(road), "--verify").returncode == 0
+
+
+# ---- failures
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        ("oom", ToolFailed, ["exit code 137", "memory", "target.samples=3"]),
+        ("zeropoint", ToolFailed, ["cannot be quantized", "src.evaluate", "zeropoint=-2147483648"]),
+        ("package", ToolFailed, ["'a_package_the_compiler_needs' is missing", "pip install a_package_the_compiler_needs"]),
+        ("keyword", ToolFailed, ["does not know what its API has", "target.sdk=1.0"]),
+        ("cuda", ToolFailed, ["no CUDA", "target.device=cpu", "cuda12.8.1"]),
+        ("gpu_oom", ToolFailed, ["GPU's memory", "target.device=cpu"]),
+        ("transformers", ToolFailed, ["transformers==4.57.1"]),
+        ("disk", NoRoom, ["disk is full", "outputs="]),
+        ("crash", ToolFailed, ["exit code 1", "something new", "read the log"]),
+        ("no_file", ToolFailed, ["made no llama-w8.mxq"]),
+        ("small", ToolFailed, ["llama-w8.mxq has 1.0 kB", "weights alone are"]),
+    ],
+)
+def test_each_failure_has_its_message(fault, error, words, road, python, call):
+    done = call("deploy", *SETTINGS, f"target.python={python('1.1.2', fault)}")
+    refused(done, error, *words, work_of(road))
+    assert not bundle_of(road).exists() and (work_of(road) / "embedding.pt").is_file()
+
+
+def rotation(work: Path, matrix, name: str = "model") -> None:
+    """A matrix as the compiler leaves it: the only parameter of a TorchScript module."""
+    import torch
+
+    module = torch.nn.Module()
+    module.rotation = torch.nn.Parameter(matrix)
+    (work / "spinWeight" / name / "R1").mkdir(parents=True)
+    torch.jit.script(module).save(str(work / "spinWeight" / name / "R1" / "global_rotation.pth"))
+
+
+def test_a_rotation_is_taken_only_if_it_is_one(tmp_path):
+    import torch
+
+    right = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))[0]
+    skewed = right.clone()
+    skewed[0] *= 1.01
+    for name, matrix in {"right": right, "half": right.bfloat16(), "skewed": skewed, "wide": torch.eye(17)}.items():
+        rotation(tmp_path / name, matrix)
+    assert torch.equal(runtime.find_rotation(tmp_path / "right", 16), right)
+    runtime.find_rotation(tmp_path / "half", 16)
+    for name, words in {"skewed": "not orthogonal: R R", "wide": "not a .16, 16. matrix but .17, 17.", "none": "0 are there"}.items():
+        with pytest.raises(ToolFailed, match=words):
+            runtime.find_rotation(tmp_path / name, 16)
+    rotation(tmp_path / "right", right, "other")
+    with pytest.raises(ToolFailed, match="2 are there"):
+        runtime.find_rotation(tmp_path / "right", 16)
+
+
+def test_a_table_is_rotated_some_rows_at_a_time_as_it_would_be_at_once(monkeypatch):
+    import torch
+
+    table, matrix = torch.randn(100, 16), torch.linalg.qr(torch.randn(16, 16))[0]
+    monkeypatch.setattr(runtime, "ROWS", 7)
+    assert torch.equal(runtime.rotate(table, matrix), (table.double() @ matrix.double()).bfloat16())
+
+
+def test_a_rotation_that_is_none_stops_the_deploy(road, python, call):
+    done = call("deploy", *SETTINGS, "target.weight_type=w4", f"target.python={python('1.1.2', 'no_rotation')}")
+    refused(done, ToolFailed, "0 are there", "target.weight_type=w8")
+    assert not bundle_of(road).exists()
+
+
+def test_a_gpu_that_is_not_there(road, python, call):
+    done = call("deploy", *SETTINGS[:-1], "target.device=gpu", f"target.python={python('1.1.2')}")
+    refused(done, ToolFailed, "no CUDA", "target.device=cpu")
+
+
+def test_a_rotation_file_that_would_run_code_is_not_unpickled(tmp_path):
+    import pickle
+    import zipfile
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    for name, data in (("plain.pth", pickle.dumps(Evil())), ("cut.pth", b"PK\x03\x04")):
+        (tmp_path / name).write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Evil()))
+        archive.writestr("archive/version", "3\n")
+    for name in ("plain.pth", "cut.pth", "zip.pth"):
+        with pytest.raises(ToolFailed, match=r"cannot be read|not the TorchScript module"):
+            runtime.load_matrix(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- the plan
+
+
+def test_a_plan_says_everything_and_makes_nothing(road, python, call):
+    compiler = python("1.1.2")
+    done = call("deploy", *SETTINGS, f"target.python={compiler}", "dry_run=true")
+    assert done.returncode == 0
+    for words in (
+        f"compiler: qbcompiler 1.1.2 in {compiler}, API 1.1",
+        f"{work_of(road)}/compile_job.py, w8, context 512, on cpu: {compiler} compile_job.py",
+        "embedding.pt: fp32 1024 x 128, 524 kB",
+        "calibration: 6 sequences of 64 to 256 tokens",
+        "llama-w8.mxq: about",
+        "disk",
+    ):
+        assert words in done.stderr, words
+    assert not work_of(road).exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        (["target=mobilint_regulus"], ConfigError, ["REGULUS runs no language models yet", "target=mobilint_aries"]),
+        (["target.context_len=1024"], ConfigError, ["the model's own limit of 512", "target.context_len=512"]),
+        (["target.min_tokens=300"], ConfigError, ["min_tokens 300 is above max_tokens 256"]),
+        (["target.max_tokens=600"], ConfigError, ["max_tokens 600 is above context_len 512"]),
+        (["target.languages=[en]"], ConfigError, ["languages and texts go together"]),
+        (["target.languages=[en,en]", "target.texts=x"], ConfigError, ["named twice"]),
+        (["target.languages=[../en]", "target.texts=x"], ConfigError, ["target.languages.0=../en"]),
+        (["target.languages=[en,ko]", "target.texts=x", "target.samples=1"], ConfigError, ["not one sequence to each"]),
+        (["target.python=/no/such/python"], MissingTool, ["/no/such/python"]),
+        (["target.weight_type=w2"], ConfigError, ["target.weight_type=w2"]),
+    ],
+)
+def test_wrong_settings_are_refused(settings, error, words, road, call):
+    refused(call("deploy", *SETTINGS, *settings), error, *words)
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "words"),
+    [
+        ("0.12.0.0", ["target.weight_type=w4"], ["4-bit weights take API 1.0 or 1.1", "target.weight_type=w8"]),
+        ("0.9.1", [], ["qubee 0.9.1 has no API known here", "target.sdk=0.12"]),
+        ("1.1.2", ["target.sdk=0.12"], ["API 0.12 is that of qubee, but qbcompiler 1.1.2 is installed"]),
+    ],
+)
+def test_a_compiler_that_cannot_do_it_is_refused(version, settings, words, road, python, call):
+    refused(call("deploy", *SETTINGS, f"target.python={python(version)}", *settings), ConfigError, *words)
+
+
+def test_another_api_than_the_version_has_can_be_asked_for(road, python, call):
+    done = call("deploy", *SETTINGS, f"target.python={python('1.1.2')}", "target.sdk=1.0")
+    assert "warning: target.sdk=1.0 was asked for, though 1.1.2 has another API" in done.stderr
+    refused(done, ToolFailed, "does not know what its API has")
+
+
+def test_a_version_newer_than_the_documents_is_said(road, python, call):
+    done = call("deploy", *SETTINGS, f"target.python={python('1.4.0')}", "dry_run=true")
+    assert "API 1.1" in done.stderr and "1.4.0 is newer than the documents" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])
+def test_families_that_the_runtime_lacks_are_refused(name, road, call):
+    config = road / "a" / "merge" / "config.json"
+    model = shutil.copytree(road / "inputs" / "base", road / name)
+    (model / "config.json").write_text(json.dumps(json.loads(config.read_text()) | {"model_type": name}))
+    refused(call("deploy", *SETTINGS, f"source={model}"), WrongKind, f"no language model of type '{name}'", "llama, qwen2, qwen3, exaone")
+
+
+def test_a_quantized_model_is_refused_with_the_way_out(road, call):
+    refused(call("deploy", *SETTINGS, f"source={road / 'a' / 'quantize'}"), WrongKind, "not quantized", "merge")
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_other_families_deploy_too(arch, road, python, call, tmp_path):
+    model = write_model(tmp_path / "m", arch, tie_word_embeddings=False, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    done = call("deploy", *SETTINGS, f"source={model}", f"target.python={python('1.1.2')}")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((bundle_of(road) / "config.json").read_text())
+    assert config["model_type"] == f"mobilint-{arch}" and config["tie_word_embeddings"] is False
+
+
+# ---- docker
+
+
+@pytest.fixture
+def docker(tmp_path):
+    """docker({image: interpreter}) -> (environment with the stand-in first on PATH, its log)."""
+
+    def make(images: dict) -> tuple[dict, Path]:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        program = tmp_path / "bin" / "docker"
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STAND_INS}/mobilint_docker.py" "$@"\n')
+        program.chmod(0o755)
+        log = tmp_path / "docker.log"
+        images = {name: str(python) for name, python in images.items()}
+        return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STAND_IN_IMAGES": json.dumps(images), "STAND_IN_LOG": str(log)}, log
+
+    return make
+
+
+def test_in_a_container(road, python, docker, call, monkeypatch):
+    env, log = docker({"mine:1.1": python("1.1.2")})
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    done = call("deploy", *SETTINGS, "target.image=mine:1.1")
+    assert done.returncode == 0, done.stderr
+    work, lines = work_of(road), [json.loads(line) for line in log.read_text().splitlines()]
+    name = job.container(work.parent)
+    assert [
+        "run",
+        "--rm",
+        "--name",
+        name,
+        "--ipc=host",
+        "-v",
+        f"{work}:/job",
+        "-w",
+        "/job",
+        "mine:1.1",
+        "python",
+        "compile_job.py",
+    ] in lines
+    assert json.loads((bundle_of(road) / "compile.json").read_text())["image"] == "sha256:" + "0" * 64
+    monkeypatch.setenv("STAND_IN_GPU", "1")
+    done = call("deploy", *SETTINGS[:-1], "target.device=gpu", "target.image=mine:1.1", "force=true", "dry_run=true")
+    assert "--ipc=host --gpus=all -v" in done.stderr
+
+
+def test_an_image_that_is_not_here(road, docker, call, monkeypatch):
+    for key, value in docker({})[0].items():
+        monkeypatch.setenv(key, value)
+    refused(call("deploy", *SETTINGS, "target.image=gone"), Unfinished, "No such image: gone", "docker commit")
+
+
+# ---- the table
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_embedding_pt_is_a_plain_fp32_tensor(dtype, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    table = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    save_file({"model.embed_tokens.weight": table, "model.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    calibration.write_table(find_embedding(tmp_path), tmp_path / "embedding.pt")
+    made = torch.load(tmp_path / "embedding.pt", weights_only=True)
+    assert type(made) is torch.Tensor and made.dtype == torch.float32 and not made.requires_grad
+    assert torch.equal(made, table.float()) and files(tmp_path) == {"model.safetensors", "embedding.pt"}
+
+
+# ---- calibration
+
+
+def test_calibration_files_are_rows_of_the_table_for_the_trained_ids(prepared, finished):
+    from src import chatml
+
+    tokenizer = load_tokenizer(CHAT)
+    end = chatml.turn_end(tokenizer)
+    talks = {}
+    for line in (finished / "a" / "data" / "calib.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        talks[record["id"]] = chatml.encode(tokenizer, record["messages"], record["tools"], end=end).input_ids
+    table = np.array(tensors(finished / "a" / "merge" / "model.safetensors")[runtime.EMBEDDING])
+    found, _ = calibration.from_conversations(finished / "a" / "data" / "calib.jsonl", tokenizer, 64, 256, 6)
+    for k, sequence in enumerate(found):
+        ids = [i for part in sequence.parts for i in talks[part]][:256]
+        array = np.load(prepared / "calibration" / f"inputs_embeds_{k}.npy")
+        assert array.dtype == np.float32 and array.shape == (1, len(ids), 128) and 64 <= len(ids) <= 256
+        assert (array[0] == table[ids]).all()
+    assert len(found) == len(list((prepared / "calibration").iterdir())) == 6
+
+
+def conversations(path: Path, *texts: str) -> Path:
+    rows = [
+        {"id": str(k), "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}], "tools": None}
+        for k, text in enumerate(texts)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_short_conversations_are_joined_and_long_ones_cut():
+    rows = [("a", [1] * 3), ("b", [2] * 3), ("c", [3] * 20), ("d", [4] * 6), ("e", [5] * 2)]
+    made = list(calibration.join(rows, 5, 8))
+    assert made == [([1] * 3 + [2] * 3, ["a", "b"], False), ([3] * 8, ["c"], True), ([4] * 6, ["d"], False)]
+
+
+def test_a_small_split_is_drawn_again_in_other_orders_and_that_is_said(tmp_path, capsys):
+    path = conversations(tmp_path / "c.jsonl", *(f"What is {n} plus {n}?" for n in range(12)))
+    found, counts = calibration.from_conversations(path, load_tokenizer(CHAT), 64, 128, 20)
+    assert len({tuple(s.ids) for s in found}) == 20 and counts["drawings"] > 1
+    assert all(64 <= len(s.ids) <= 128 and len(s.parts) > 1 for s in found)
+    assert "to make the 20 asked for" in capsys.readouterr().err
+    again, _ = calibration.from_conversations(path, load_tokenizer(CHAT), 64, 128, 20)
+    assert again == found, "the same sequences on every machine and at every run"
+
+
+def test_no_sequence_comes_twice_where_nothing_can_be_joined(tmp_path, capsys):
+    path = conversations(tmp_path / "c.jsonl", *("How many? " * 30 + str(n) for n in range(3)))
+    found, _ = calibration.from_conversations(path, load_tokenizer(CHAT), 16, 512, 10)
+    assert len(found) == 3 and "10 that differ cannot be made of it" in capsys.readouterr().err
+
+
+def test_a_split_too_small_for_one_sequence_is_refused(tmp_path):
+    path = conversations(tmp_path / "c.jsonl", "Hi")
+    with pytest.raises(BadData, match="makes no sequence of 512") as caught:
+        calibration.from_conversations(path, load_tokenizer(CHAT), 512, 2048, 10)
+    assert any("data.calib" in way for way in caught.value.fix) and any("target.languages" in way for way in caught.value.fix)
+
+
+def test_an_empty_calib_split_is_refused_early(road, call, tmp_path):
+    dataset = road / "empty"
+    assert call("data", "run=empty", "data.calib=0", "data.val=0.1").returncode == 0
+    refused(call("deploy", *SETTINGS, f"dataset={dataset / 'data'}"), MissingInput, "calib split is empty", "data.calib=0.1")
+
+
+def texts(folder: Path, **content: str) -> Path:
+    folder.mkdir()
+    for language, text in content.items():
+        (folder / f"{language}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_calibration_on_texts_of_several_languages(road, python, call, tmp_path):
+    folder = texts(
+        tmp_path / "texts", en="The cat sat on the mat, and it was warm.\n\n" * 60, ko="안녕하세요, 오늘은 날씨가 좋네요.\n" * 60
+    )
+    given = ["target.languages=[en,ko]", f"target.texts={folder}", "target.samples=5"]
+    done = call("deploy", *SETTINGS, f"dataset={tmp_path / 'none'}", *given, f"target.python={python('1.1.2')}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((bundle_of(road) / "calibration.json").read_text())
+    assert [(f["file"], f["language"]) for f in record["files"]] == [(f"inputs_embeds_{k}.npy", "en" if k < 3 else "ko") for k in range(5)]
+    assert record["counts"] == {"cut": 0, "en": 3, "ko": 2} and all(64 <= f["tokens"] <= 256 for f in record["files"])
+    (folder / "ko.txt").write_text("안녕")
+    changed = call("deploy", *SETTINGS, *given, f"target.python={python('1.1.2')}")
+    assert changed.returncode == 5 and "parent texts" in changed.stderr, "other text, other bundle"
+
+
+def test_texts_are_taken_as_the_tokenizer_takes_them(tmp_path):
+    text = "".join(f"Line {n} of a long story.\n" for n in range(200)) + "x" * 10_000
+    folder = texts(tmp_path / "texts", en=text)
+    tokenizer = load_tokenizer(CHAT)
+    found, counts = calibration.from_texts(folder, ("en",), tokenizer, 50, 60, 4)
+    assert "".join(tokenizer.decode(s.ids) for s in found) == text[: sum(len(tokenizer.decode(s.ids)) for s in found)] or counts["cut"]
+    assert all(50 <= len(s.ids) <= 60 for s in found)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [
+        ({"en": "Too short."}, BadData, ["makes 0 sequences of at least 64 tokens", "more text", "target.min_tokens=16"]),
+        ({"ko": "x"}, MissingInput, ["no text to calibrate on for 'en'"]),
+        ({"en": ""}, BadData, ["text is empty"]),
+    ],
+)
+def test_texts_that_will_not_do_are_refused(content, error, words, road, no_compiler, call, tmp_path):
+    folder = texts(tmp_path / "texts", **content)
+    refused(call("deploy", *SETTINGS, "target.languages=[en]", f"target.texts={folder}", no_compiler), error, *words)
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    folder = texts(tmp_path / "texts")
+    (folder / "en.txt").write_bytes(b"caf\xe9 " * 500)
+    with pytest.raises(BadData, match="not UTF-8"):
+        calibration.from_texts(folder, ("en",), load_tokenizer(CHAT), 16, 64, 2)
+
+
+# ---- for transformers 4
+
+
+def test_what_transformers_5_writes_is_written_for_4_too():
+    rope = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
+    made = transformers4.model_config({"rope_parameters": rope, "dtype": "bfloat16"})
+    assert (
+        made["rope_theta"] == 5e5 and made["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0} and made["torch_dtype"] == "bfloat16"
+    )
+    plain = {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    assert transformers4.model_config(plain) == plain
+    made = transformers4.tokenizer_config({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]})
+    assert made == {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"]}
+
+
+def test_a_hub_cache_of_links_reaches_the_job_as_files(tmp_path):
+    blobs = tmp_path / "blobs"
+    write_model(blobs)
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (tmp_path / "work").mkdir()
+    job.lend_model(snapshot, tmp_path / "work")
+    lent = tmp_path / "work" / "model"
+    assert files(lent) == files(blobs) and not any(file.is_symlink() for file in lent.iterdir())
+    assert (lent / "model.safetensors").stat().st_ino == (blobs / "model.safetensors").stat().st_ino, "linked, not copied"
+    assert (lent / "config.json").stat().st_ino != (blobs / "config.json").stat().st_ino
