@@ -95,7 +95,7 @@ class Client:
         with self._asked("GET", "/models") as (response, _):
             listed = self._json(self._read(response))
         with self._shaped(listed):
-            return [entry for entry in listed["data"] if isinstance(entry["id"], str)]
+            return [entry for entry in listed["data"] if entry["id"].encode()]
 
     def chat(self, model: str, messages: list[dict], tools: list | None, *, max_tokens: int) -> Reply:
         """The greedy answer to a conversation. Raises Refused where the server refuses it, NoAnswer where it fails."""
@@ -129,6 +129,7 @@ class Client:
             names, values, tops = (found.get(k) or [] for k in ("tokens", "token_logprobs", "top_logprobs"))
             if not len(ids) <= len(names) == len(values) == len(tops) <= len(ids) + 1:
                 raise NoAnswer("it gives none of a prompt's tokens", where=self.url)
+            names = ["".join(name) for name in names]
             best = [max(top, key=top.get) if top else None for top in tops]
             values = [None if v is None else float(v) for v in values]
         return Echo(names[: len(ids)], values[: len(ids)], best[: len(ids)])
@@ -174,7 +175,7 @@ class Client:
                         thought = part.get("reasoning_content") or part.get("reasoning")
                         if part.get("content") or thought or part.get("tool_calls"):
                             first, pieces, progressed = first or now, pieces + 1, now
-                        text.append(part.get("content") or "")
+                        text.append("".join(part.get("content") or ""))
                         length += len(text[-1])
                         reasoned = reasoned or bool(thought)
                     counts = [n if isinstance(n := usage.get(k), int) else None for k in ("prompt_tokens", "completion_tokens")]
@@ -188,9 +189,9 @@ class Client:
             end = time.monotonic()
         if finish is None and streamed:
             raise NoAnswer(f"the stream was cut off after {pieces} pieces, before a finish_reason", where=self.url, fix=AGAIN)
-        return Reply(
-            "".join(text), finish == "stop", end - start, first - start if first and streamed else None, pieces, *counts, cached, reasoned
-        )
+        # An emoji may come as two halves of a surrogate pair, in two pieces; a half that stays alone cannot be written to a file.
+        whole = "".join(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return Reply(whole, finish == "stop", end - start, first - start if first and streamed else None, pieces, *counts, cached, reasoned)
 
     @contextlib.contextmanager
     def _asked(self, method: str, path: str, body: dict | None = None) -> Iterator[tuple[http.client.HTTPResponse, float]]:

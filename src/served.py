@@ -23,7 +23,7 @@ FOR_ALL = (*range(300, 400), 401, 403, 404, *BUSY)
 FEW, ALL = 20, 1 << 18
 """next tokens asked for: those that hold nearly every wanted one, and more than any vocabulary has"""
 DESCRIBED = 4000
-"""characters that a report keeps of the server's description of its model"""
+"""bytes that a report keeps of the server's description of its model"""
 
 
 def choose(client: Client, wanted: str | None) -> tuple[str, dict]:
@@ -47,7 +47,11 @@ def choose(client: Client, wanted: str | None) -> tuple[str, dict]:
             f"the endpoint does not serve '{name}', but {_names(entries)}", where=client.url, fix="endpoint.model=NAME of these"
         )
     entry = entries[name]
-    return name, entry if len(json.dumps(entry)) <= DESCRIBED else {"id": name}
+    try:
+        short = len(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) <= DESCRIBED
+    except ValueError:  # NaN, infinity or half a character, which no manifest can hold
+        short = False
+    return name, entry if short else {"id": name}
 
 
 def _names(entries: Iterable[str]) -> str:

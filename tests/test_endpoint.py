@@ -353,6 +353,8 @@ def test_a_server_that_refuses_everything(status, words, measure, server):
         (b"data: {broken\n\n", "the reply is not JSON"),
         (b'data: {"choices": 3}\n\n', "not of OpenAI's form"),
         (b'data: {"choices": [{"delta": {"content": 5}}]}\n\n', "not of OpenAI's form"),
+        (b'data: {"choices": [{"delta": {"content": [{"text": "x"}]}}]}\n\n', "not of OpenAI's form"),
+        (b'data: {"choices": [{"delta": {}}], "usage": 3}\n\n', "not of OpenAI's form"),
         (b"data: [1, 2]\n\n", "not of OpenAI's form"),
         (b"data: " + b"[" * 100_000 + b"\n\n", "the reply is not JSON"),
         (b'data: {"error": {"message": "slot\\u0007 lost"}}\n\n', "failed in the middle of an answer"),
@@ -404,6 +406,52 @@ def test_a_stream_that_is_cut_loses_no_answer_that_came_before(measure, server):
     assert [body["messages"][0]["content"] for body in chats(server)] == ASKED[1:]
     assert [r["prompt"] for r in rows(measure)] == ASKED and report(measure)["same_answers"] == 1.0
     assert sorted(p.name for p in measure.folder.iterdir()) == ["answers.jsonl", "manifest.json", "report.json"]
+
+
+def test_half_characters_and_infinities_do_not_reach_a_file(measure, server):
+    """Split emoji are put together; what stays half becomes the replacement character. A description that no manifest can hold is left out."""
+    server.behaviour.models = [{"id": "tiny-chat", "n": float("nan"), "half": "\ud83d"}]
+    reply = {"choices": [{"message": {"content": "\ud83d\ude00 \ud83d"}, "finish_reason": "stop"}]}
+    server.behaviour.garbage, server.behaviour.streams = json.dumps(reply).encode(), "ignored"
+    done = measure()
+    assert done.returncode == 0, done.stderr
+    assert {r["answer"] for r in rows(measure)} == {"😀 \ufffd"} and report(measure)["served"] == {"id": "tiny-chat"}
+    server.behaviour.models = ["half \ud83d"]
+    refused(measure("force=true"), NoAnswer, "not of OpenAI's form")
+
+
+@pytest.mark.parametrize("models", [[{"id": 7}], [{}], ["a"] * 3, [{"id": "x" * 10_000}]])
+def test_lists_of_anything_else(models, measure, server):
+    server.behaviour.models = models
+    done = measure("evaluation.max_new_tokens=2")
+    assert done.returncode in (0, NoAnswer.exit_code) and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 0 or "not of OpenAI's form" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        7,
+        {"tokens": 3},
+        {"tokens": [[1]] * 30, "token_logprobs": [0] * 30, "top_logprobs": [{}] * 30},
+        {"tokens": ["x"] * 30, "token_logprobs": [float("nan")] * 30, "top_logprobs": [{"x": 0}] * 30},
+        {"tokens": ["x"] * 30, "token_logprobs": ["a"] * 30, "top_logprobs": [{"x": "a", "y": 1}] * 30},
+        {"content": [{"top_logprobs": [{"id": [1], "logprob": 0}]}]},
+        {"content": [{"top_logprobs": [{"id": 1, "logprob": "much"}]}]},
+        {"content": [7]},
+    ],
+)
+def test_log_probabilities_of_anything_else(logprobs, server, monkeypatch):
+    monkeypatch.setattr(server, "echoed", lambda ids: logprobs)
+    server.behaviour.echo = "ids"
+    for ask in (lambda: client(server).echo("m", [5] * 30), lambda: client(server).following("m", [5] * 30, 4)):
+        try:
+            ask()
+        except NoAnswer:
+            continue
+        assert ask().logprobs[0] != ask().logprobs[0], "NaN is for the one who sums up to refuse"
+    row = type("Row", (), {"input_ids": [5] * 30, "labels": [5] * 30})
+    assert served._way(client(server), "m", row, server.tokenizer) is None
 
 
 def test_a_silent_server_is_given_up(server):

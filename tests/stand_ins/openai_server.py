@@ -20,6 +20,7 @@ class Behaviour:
     """What the server does to requests for an answer; the defaults are a server without faults."""
 
     models: list = field(default_factory=lambda: ["tiny-chat"])
+    """names, or whole entries of the list"""
     first_delay: float = 0.0
     """seconds before the first token"""
     token_delay: float = 0.0
@@ -113,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, b'{"error": {"message": "not found"}}')
         if self.unknown():
             return
-        self.reply({"object": "list", "data": [{"id": name, "object": "model", "owned_by": "stand-in"} for name in behaviour.models]})
+        given = [m if isinstance(m, dict) else {"id": m, "object": "model", "owned_by": "stand-in"} for m in behaviour.models]
+        self.reply({"object": "list", "data": given})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
