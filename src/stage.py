@@ -111,8 +111,9 @@ class Stage:
     check(cfg, inputs) -> lines of the plan; raises where a tool, device or rule stands in the way. Before torch is imported.
     each(cfg, run) -> configurations to run in turn, where one call may mean several artifacts.
     around(cfg, overrides) -> exit code, where the work runs in processes of its own; None: in this one.
-    resumes(partial) -> whether a partial folder holds work worth keeping, which is then not cleared for another key unless forced. A stage with it
-        goes on in a partial folder of the same key; without it partial folders are cleared.
+    resumes(partial) -> whether a partial folder holds work worth keeping when the stage fails. A stage with it goes on in a partial folder of the
+        same key; without it partial folders are cleared.
+    guards(partial) -> whether that work is so costly that one of another key is not cleared unless forced; as `resumes` unless given.
     early(cfg, run): what can be checked before the inputs that another stage makes are there; for launchers (--settings-only).
     headline: the metric that matters, shown in the summary.
     """
@@ -129,6 +130,7 @@ class Stage:
     each: Callable | None = None
     around: Callable | None = None
     resumes: Callable[[Path], bool] | None = None
+    guards: Callable[[Path], bool] | None = None
     early: Callable | None = None
 
 
@@ -221,7 +223,8 @@ def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
             fix=["force=true makes it again in place", f"{_other_run(stage, inputs)} keeps both", "go back to the old settings"],
         )
     begun = artifact.unfinished(path)
-    if begun and stage.resumes and begun.key != key and not cfg.force and stage.resumes(begun.path):
+    guards = stage.guards or stage.resumes
+    if begun and guards and begun.key != key and not cfg.force and guards(begun.path):
         raise Moved(
             f"'{begun.path}' is an unfinished run that can go on, but it was begun otherwise:\n"
             + "\n".join(f"  {line}" for line in moved(begun, stage, settings, inputs)),

@@ -295,7 +295,6 @@ def test_without_a_toolchain_all_else_is_made_and_kept(tools, deploy, where, qwe
     assert deploy(qwen).returncode == 0
     after = (where() / runtime.EMBEDDING).stat()
     assert (after.st_ino, after.st_mtime_ns) == (table.st_ino, table.st_mtime_ns)
-    refused(deploy(qwen, "target.prompt_len=128"), Moved, "target.prompt_len 256 -> 128")
 
 
 def test_a_compile_that_ended_well_is_not_repeated(tools, deploy, where, qwen, monkeypatch):
@@ -304,8 +303,17 @@ def test_a_compile_that_ended_well_is_not_repeated(tools, deploy, where, qwen, m
         with monkeypatch.context() as patch:
             patch.setattr(runtime, broken, lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device", "x")))
             refused(deploy(qwen), NoRoom, "No space left")
+    refused(deploy(qwen, "target.prompt_len=128"), Moved, "target.prompt_len 256 -> 128", "force=true clears it")
     done = deploy(qwen)
     assert done.returncode == 0 and "not repeated" in done.stderr and len(compiles(asked())) == 1
+
+
+def test_what_is_only_prepared_gives_way_to_other_settings(tools, deploy, where, qwen):
+    tools()
+    refused(deploy(qwen), Unfinished)
+    tools("pulsar2")
+    done = deploy(qwen, "target.prompt_len=128")
+    assert done.returncode == 0 and "clearing an unfinished deploy-ax650.partial" in done.stderr
 
 
 def start(tmp_path, qwen) -> subprocess.Popen:

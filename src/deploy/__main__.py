@@ -9,7 +9,7 @@ from pathlib import Path
 from src import artifact, stage
 from src.artifact import Artifact
 from src.config import DeployVerb
-from src.deploy.vendor import WORK
+from src.deploy.vendor import COMPILED, WORK
 from src.modeling import check_folder, trust_of
 
 # kind of target -> the module that builds for it. It has
@@ -65,6 +65,7 @@ STAGE = stage.Stage(
     run=deploy,
     doc=__doc__,
     resumes=lambda partial: (partial / WORK).is_dir(),
+    guards=lambda partial: (partial / WORK / COMPILED).is_file(),
 )
 
 if __name__ == "__main__":

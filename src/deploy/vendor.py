@@ -19,6 +19,8 @@ from src.log import say
 
 WORK = ".work"
 """Folder inside an unfinished bundle with what the vendor's tool needs and makes. Hidden, so it is no content; gone when the bundle is finished."""
+COMPILED = "compiled.json"
+"""The record in WORK of a compile that ended well, which is not repeated; written last."""
 
 
 def work_folder(out: Path) -> Path:

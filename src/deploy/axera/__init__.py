@@ -18,7 +18,7 @@ from src.deploy import contract, preflight
 from src.deploy.axera import chat, runtime, tokenizer_txt, toolchain
 from src.deploy.axera.compile import compile_layers, container
 from src.deploy.embedding import find_embedding, write_bf16
-from src.deploy.vendor import WORK, finish, whole, work_folder
+from src.deploy.vendor import COMPILED, WORK, finish, whole, work_folder
 from src.errors import ConfigError, Unfinished
 from src.log import say, size, warn
 from src.modeling import load_tokenizer, stop_ids, trust_of
@@ -183,7 +183,7 @@ def arguments_of(tool: toolchain.Toolchain, target: Axera, quantization: dict | 
 
 def compiled(tool: toolchain.Toolchain, target: Axera, quantization: dict | None, shape: ModelShape, model: Path, work: Path) -> dict:
     """The record of a compile whose files lie in work/build (or were moved from there), run now unless an earlier run of this bundle ended well."""
-    done = work / "compile.json"
+    done = work / COMPILED
     if done.is_file():
         say("the compile ended well in an earlier run, so it is not repeated")
         return json.loads(done.read_text())

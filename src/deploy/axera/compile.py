@@ -225,8 +225,8 @@ def failure(done: Done, log: Path) -> ToolFailed | WrongKind:
         )
     elif known:
         what, ways = known[1]
-        exception = re.findall(r"^.*(?:Error|Exception)\b.*$", done.tail, re.MULTILINE)
-        what += f": {exception[-1].strip()[:200]}" if exception else ""
+        told = next(line.strip() for line in log.read_text(errors="replace").splitlines() if known[0] in line)
+        what += f": {told[:200]}"
     elif done.code:
         what, ways = f"Pulsar2 ended with exit code {done.code}", ("see the log",)
     else:
