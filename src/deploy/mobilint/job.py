@@ -56,7 +56,7 @@ except importlib.metadata.PackageNotFoundError:
 print(f"{{PACKAGE}} {{version}}, API {api}", flush=True)
 {guard}
 '''
-GUARD = """if not {fits}:
+GUARD = """if not ({fits}):
     raise SystemExit(f"{other}: this job is for API {api}; {{PACKAGE}} {{version}} has another and would ignore its keywords without a word")
 """
 FITS = {
