@@ -16,8 +16,8 @@ FLOATS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.
 LONGEST = 2**20
 
 # AXERA: a layer's file holds the weights once and the code of every subgraph, one to decode and one for each prefill chunk. Bytes of code per
-# subgraph and unit of hidden width: SmolLM2-135M (2 subgraphs) in s4, s8 and fp16, and Qwen3-0.6B's 26 MB layers (pulsar2 documentation 7.0).
-GRAPH_BYTES = 500
+# subgraph and unit of hidden width: SmolLM2-135M (2 subgraphs) in s4, s8 and fp16 (onnxsim PR #1240), Qwen3-0.6B's layers of 26 MiB (17 of them).
+GRAPH_BYTES = 700
 # AXERA's rule for device memory: the engine adds about 30 % to the layers' files for KV cache and buffers, growing with context (ax-llm
 # docs/configuration.md), and 15 % to the output layer's (the factor in its MemGuard.hpp).
 ENGINE_SHARE = 0.30

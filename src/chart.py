@@ -64,7 +64,7 @@ def draw(points: list[Point], title: str, file: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
         axis.minorticks_off()
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * max(*values, limit / 1e9 if limit and label.startswith("memory") else 0))
         axis.set_title(label, loc="left", fontsize=10, color=ink)
         axis.set_xlabel("tokens", color=ink)
         axis.grid(axis="y", color="#e3e5e8")
@@ -74,9 +74,13 @@ def draw(points: list[Point], title: str, file: Path) -> None:
     if limit:
         axes[0][0].axhline(limit / 1e9, color="#c0392b", linewidth=1.2, linestyle="--")
         axes[0][0].annotate(
-            f"{limit / 1e9:.1f} GB there are", (lengths[0], limit / 1e9), (0, 4), textcoords="offset points", fontsize=8, color="#c0392b"
+            f"{limit / 1e9:.1f} GB on the device",
+            (lengths[0], limit / 1e9),
+            (0, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color="#c0392b",
         )
-        axes[0][0].set_ylim(top=1.15 * max(limit / 1e9, max(curves[0][1])))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=ink)
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(suffix=".png", prefix=".", dir=file.parent)

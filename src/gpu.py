@@ -143,7 +143,7 @@ def memory_parts(shape: ModelShape, job: Job) -> list[Quantity]:
     w, trained, tokens = job.widths, trained_values(shape, job), job.tokens
     share = job.gpus if job.stage else 1
     frozen, how = frozen_bytes(shape, job)
-    weights = frozen + w.weight * trained
+    weights, words = frozen + w.weight * trained, f"{how}trained {trained:,} x {w.weight:g} B"
     by3, ways = (share, f" / {job.gpus} GPUs") if job.stage == 3 else (1, "")
     device = 0 if job.offload else 1
     by2 = f" / {share} GPUs" if share > 1 else ""
@@ -151,11 +151,13 @@ def memory_parts(shape: ModelShape, job: Job) -> list[Quantity]:
     twice = 2 if job.gpus > 1 and not job.stage else 1
     dense = max(layer.params for layer in shape.stack)
     kept = tokens * 2 * shape.hidden * shape.layers
-    widest = tokens * max(layer_activations(layer, shape, job) for layer in shape.stack)
-    per_layer = " + ".join(["16 h", "6 q", "6 kv", "8 MLP"] + (["3 adapters' inputs"] if job.rank and job.dropout else []))
+    each = max(layer_activations(layer, shape, job) for layer in shape.stack)
+    widest = tokens * each
+    per_layer = f"{each:,} B (16 x width + 6 x q + 6 x kv + 8 x MLP{' + 3 x adapted inputs' if job.rank and job.dropout else ''})"
     if not job.checkpointing:
         kept, widest = tokens * sum(layer_activations(layer, shape, job) for layer in shape.stack), 0
     local = trained / share
+    stepped = min(local, SUBGROUP) if job.stage == 3 else local
     buffers, buffered = buffer_bytes(shape, job, trained, dense)
     params_away = job.offload and job.stage == 3
     return [
@@ -163,7 +165,7 @@ def memory_parts(shape: ModelShape, job: Job) -> list[Quantity]:
             "weights",
             0 if params_away else weights / by3,
             "B",
-            (f"({how}trained {trained:,} x {w.weight:g} B){ways}" if not params_away else "in the host's memory"),
+            "in the host's memory" if params_away else f"({words}){ways}" if ways else words,
         ),
         Quantity(
             "gradients",
@@ -177,16 +179,15 @@ def memory_parts(shape: ModelShape, job: Job) -> list[Quantity]:
             "kept activations",
             kept,
             "B",
-            f"{tokens:,} tokens x {shape.layers} layers x "
-            + (f"2 x {shape.hidden} B (checkpoints)" if job.checkpointing else f"({per_layer}) B"),
+            f"{tokens:,} tokens x {shape.layers} layers x " + (f"2 x {shape.hidden:,} B (checkpoints)" if job.checkpointing else per_layer),
         ),
-        Quantity("widest layer", widest, "B", f"{tokens:,} tokens x ({per_layer}) B" if job.checkpointing else "kept already"),
+        Quantity("widest layer", widest, "B", f"{tokens:,} tokens x {per_layer}" if job.checkpointing else "kept already"),
         Quantity("logits", tokens * shape.vocab * w.logit, "B", f"{tokens:,} tokens x {shape.vocab:,} x {w.logit:g} B"),
         Quantity(
             "step",
-            device * w.step * min(local, SUBGROUP if job.stage == 3 else local),
+            device * w.step * stepped,
             "B",
-            f"temporaries of the optimizer, {w.step:g} B x {min(local, SUBGROUP if job.stage == 3 else local):,.0f}{away}",
+            f"temporaries of the optimizer, {w.step:g} B x {stepped:,.0f}{away}",
         ),
     ]
 

@@ -95,7 +95,7 @@ def board_plan(shape: ModelShape, cfg: PlanVerb) -> tuple[list[str], list[Point]
     ]
     longest = shape.max_positions or form.context
     known = rates.decode.value is not None
-    contexts = [n for n in (256 * 2**i for i in range(14)) if n <= min(longest, 4 * max(form.context, 2048))]
+    contexts = [n for n in (256 * 2**i for i in range(14)) if n <= min(longest, max(form.context, 32768))]
     points = [
         Point(
             length=n,
