@@ -98,7 +98,7 @@ def test_a_group_that_does_not_divide_is_refused_with_one_that_does(tmp_path):
 
 def argv(model: Path, environment: Path, *, weights: list[str]) -> str:
     words = [environment / "bin" / "python", "-I -m optimum.commands.optimum_cli export openvino --model", model]
-    return " ".join(map(str, [*words, "--task text-generation-with-past", *weights, "export.partial"]))
+    return " ".join(map(str, [*words, "--task text-generation-with-past", *weights, "export"]))
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,15 @@ openvino_genai's LLMPipeline loads on "NPU" and on "CPU", so every bundle is pro
 """
 
 import os
+import shutil
 from pathlib import Path
 
 from src import shards
-from src.artifact import Artifact, read_json
+from src.artifact import Artifact, write_json
 from src.deploy import preflight
 from src.deploy.embedding import find_embedding
 from src.deploy.openvino import card, proof, recipe
-from src.deploy.openvino.exporter import RECORD, export
+from src.deploy.openvino.exporter import LOG, MADE, export
 from src.deploy.vendor import finish, work_folder
 from src.errors import Unfinished
 from src.log import size
@@ -40,7 +41,7 @@ def check(inputs: dict[str, Artifact], target: Openvino, out: Path) -> list[str]
         f"weights: {size(stored)} become {recipe.group_size(shape, target)[1]}",
         *preflight.check_room(out, shape, target),
         recipe.environment_line(target),
-        f"in .work: {' '.join(recipe.export_argv(model, shape, target, 'export.partial'))}",
+        f"in .work: {' '.join(recipe.export_argv(model, shape, target, MADE))}",
     ]
 
 
@@ -63,21 +64,23 @@ def build(inputs: dict[str, Artifact], out: Path, target: Openvino) -> dict:
                 "target.environment=FOLDER names an environment that has it",
             ],
         )
-    exported = export(model, shape, target, work)
-    for file in sorted(exported.iterdir()):
+    record = export(model, shape, target, work)
+    for file in sorted((work / MADE).iterdir()):
         os.replace(file, out / file.name)
+    shutil.copyfile(work / LOG, out / LOG)
+    write_json(out / "export.json", record)
     ask = proof.questioner(target, out, work)
     tokenizer = load_tokenizer(model.path, trust_remote_code=trust)
     metrics = {"unmade_pieces": proof.mend_tokenizer(tokenizer, model.path, ask, trust=trust)}
     metrics |= proof.prove_ids(tokenizer, out, ask)
     metrics |= proof.prove_answers(model.path, out, tokenizer, target, ask, trust=trust)
     finish(out)
-    record = read_json(out / RECORD)
     return {
         **metrics,
         **{key: record[key] for key in ("versions", "weights", "peak_memory")},
         "export_seconds": record["seconds"],
         "group_size": recipe.group_size(shape, target)[0],
         "model_bytes": (out / "openvino_model.bin").stat().st_size,
-        "summary": f"{metrics['tokens_per_second']:,.0f} tokens/s on the CPU here, {metrics['prompts_equal']}/{metrics['prompts']} prompts as transformers",
+        "summary": f"{metrics['tokens_per_second']:,.0f} tokens/s on the CPU here, {metrics['prompts_near']}/{metrics['prompts']} prompts as transformers "
+        f"but for near ties, {metrics['prompts_equal']} token by token",
     }

@@ -7,15 +7,15 @@ import shutil
 import time
 from pathlib import Path
 
-from src.artifact import Artifact
+from src.artifact import Artifact, read_json, write_json
 from src.deploy.openvino import recipe
-from src.deploy.vendor import Done, run
+from src.deploy.vendor import COMPILED, Done, run
 from src.errors import NoRoom, ProofFailed, ToolFailed
 from src.log import duration, say, size, status
 from src.shape import ModelShape
 from src.targets import Openvino
 
-RECORD, LOG = "export.json", "export.log"
+MADE, LOG = "export", "export.log"
 MODEL = ("openvino_model.xml", "openvino_model.bin", "config.json")
 TOKENIZER = ("openvino_tokenizer.xml", "openvino_tokenizer.bin", "openvino_detokenizer.xml", "openvino_detokenizer.bin")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -28,27 +28,27 @@ STEPS = {
 }
 
 
-def export(model: Artifact, shape: ModelShape, target: Openvino, work: Path) -> Path:
-    """The folder work/export with the exporter's files, its log and a record of what was run; kept from an earlier run if that ended well.
+def export(model: Artifact, shape: ModelShape, target: Openvino, work: Path) -> dict:
+    """The record of an export whose files lie in work/export (or were moved from there), made now unless an earlier run of this bundle ended well.
 
     The record: {"argv", "versions", "seconds", "peak_memory" (bytes), "weights": {kind: percent of the parameters}}.
     """
-    whole, making = work / "export", work / "export.partial"
-    if whole.is_dir():
+    done, made, log = work / COMPILED, work / MADE, work / LOG
+    if done.is_file():
         say("the export ended well in an earlier run, so it is not repeated")
-        return whole
-    shutil.rmtree(making, ignore_errors=True)
-    argv, log = recipe.export_argv(model, shape, target, making.name), work / LOG
+        return read_json(done)
+    shutil.rmtree(made, ignore_errors=True)
+    argv = recipe.export_argv(model, shape, target, MADE)
     begun = time.monotonic()
-    done = run(argv, log, cwd=work, env={**OFFLINE, "TMPDIR": str(work.absolute())}, line=_follow())
-    judge(done, making, log)
+    ended = run(argv, log, cwd=work, env={**OFFLINE, "TMPDIR": str(work.absolute())}, line=_follow())
+    judge(ended, made, log)
     seconds, peak = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     kinds = compressed(log.read_text("utf-8", errors="replace"))
     say(
         f"exported in {duration(seconds)}, {size(peak)} of memory at most: "
         + ", ".join(f"{share} % {kind}" for kind, share in kinds.items())
     )
-    _forget_place(making / "openvino_config.json")
+    _forget_place(made / "openvino_config.json")
     record = {
         "argv": argv,
         "versions": recipe.versions(target),
@@ -56,10 +56,8 @@ def export(model: Artifact, shape: ModelShape, target: Openvino, work: Path) -> 
         "peak_memory": peak,
         "weights": kinds,
     }
-    (making / RECORD).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    shutil.copyfile(log, making / LOG)
-    making.rename(whole)
-    return whole
+    write_json(done, record)
+    return record
 
 
 def _follow():
