@@ -31,7 +31,7 @@ def pieces_and_merges(spec: dict, where: str) -> tuple[list[str], list[tuple[str
     model, steps = spec["model"], steps_of(spec.get("pre_tokenizer"), "pretokenizers")
     if model.get("type") != "BPE" or not any(step["type"] == "ByteLevel" for step in steps):
         raise WrongKind(
-            f"the tokenizer is {model.get('type')} without byte-level pieces; axllm's file for those is broken upstream and not written here",
+            f"the tokenizer is {model.get('type')} without byte-level pieces, which axllm reads otherwise than transformers: without the space mark in front",
             where=where,
             fix="a model with a byte-level BPE tokenizer, as Qwen, Llama 3 and SmolLM have",
         )
