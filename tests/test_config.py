@@ -7,12 +7,15 @@ import shutil
 import pytest
 from conftest import ROOT, refused
 
-from src import compose, config
+from src import compose, config, targets
 from src.errors import ConfigError
 
 CONFIGS = ROOT / "configs"
 ROOTS = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
-SCHEMAS = [c for c in vars(config).values() if inspect.isclass(c) and issubclass(c, config.Settings)]
+SCHEMAS = sorted(
+    {c for module in (config, targets) for c in vars(module).values() if inspect.isclass(c) and issubclass(c, config.Settings)},
+    key=lambda c: c.__name__,
+)
 
 
 def schema_of(verb: str) -> type:
@@ -108,11 +111,22 @@ def test_fields_have_no_default_and_say_what_they_mean(schema):
 def test_every_field_is_read_somewhere():
     read = set()
     for path in (ROOT / "src").rglob("*.py"):
-        if path.name != "config.py":
-            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    # Rules among the schema's own fields count as reading too.
+        if path.name == "config.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and isinstance(node.args[1], ast.Constant):
+                read.add(node.args[1].value)
+    # A target's own methods count as readers.
     unread = {name for schema in SCHEMAS for name in schema.model_fields} - read
     assert not unread, f"settings that no code reads: {sorted(unread)}"
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "target").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_target_is_named_as_its_file(path):
+    if path.stem != "mobilint_regulus":
+        assert composed("deploy", f"target={path.stem}").target.name == path.stem
 
 
 def test_every_schema_is_used():
