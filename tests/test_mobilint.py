@@ -19,6 +19,7 @@ from conftest import CHAT, ROOT, write_model
 from src.deploy import mobilint
 from src.deploy.embedding import find_embedding
 from src.deploy.mobilint import calibration, job, runtime, transformers4
+from src.deploy.vendor import COMPILED
 from src.errors import BadData, ConfigError, MissingInput, MissingTool, NoRoom, ToolFailed, Unfinished, WrongKind
 from src.modeling import load_tokenizer
 
@@ -225,7 +226,7 @@ def test_what_a_job_says_and_leaves(prepared, python, tmp_path):
     done = run_job(job_of("1.1"), prepared, work, python("1.1.2"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("qbcompiler 1.1.2, API 1.1\ncompiling ") and done.stdout.endswith(f"{job.DONE}\n")
-    record = json.loads((work / job.RECORD).read_text())
+    record = json.loads((work / COMPILED).read_text())
     assert record["job"] == hashlib.sha256((work / job.JOB).read_bytes()).hexdigest() and record["version"] == "1.1.2"
 
 
@@ -376,6 +377,10 @@ def test_a_table_is_rotated_some_rows_at_a_time_as_it_would_be_at_once(monkeypat
 
 
 def test_a_rotation_that_is_none_stops_the_deploy(road, python, call):
+    rotation_of_another_compile = work_of(road) / "spinWeight" / "old" / "R1" / "global_rotation.pth"
+    call("deploy", *SETTINGS, "target.weight_type=w4", f"target.python={python('1.1.2', 'oom')}")
+    rotation_of_another_compile.parent.mkdir(parents=True)
+    rotation_of_another_compile.write_bytes(b"stale")
     done = call("deploy", *SETTINGS, "target.weight_type=w4", f"target.python={python('1.1.2', 'no_rotation')}")
     refused(done, ToolFailed, "0 are there", "target.weight_type=w8")
     assert not bundle_of(road).exists()

@@ -1,17 +1,20 @@
 """Run the compile job under watch and judge what it made; each known way to fail has its own message."""
 
+import re
+import shutil
 import time
 from pathlib import Path
 
 from src.artifact import read_json, sha256, write_json
 from src.deploy.mobilint import job, toolchain
 from src.deploy.mobilint.plan import Plan
-from src.deploy.vendor import Done, run
+from src.deploy.vendor import COMPILED, Done, run
 from src.errors import BadData, NoRoom, ToolFailed, Unfinished, UserError
 from src.log import say, size
 from src.targets import Mobilint
 
 LOG = "compile.log"
+OWN_LINE = re.compile(r"(qubee|qbcompiler) \S+, API [\d.]+|compiling .* calibration files")
 PLAUSIBLE = 0.8
 """least share of the weights' own bytes that a compiled file has"""
 
@@ -32,7 +35,7 @@ def prepared(plan: Plan, work: Path) -> Unfinished:
 def compiled_before(plan: Plan, work: Path, digest: str) -> dict | None:
     """The record of a compile by just this job whose file is still there, made by an earlier run or by hand elsewhere; else None."""
     try:
-        record = read_json(work / job.RECORD) if (work / job.RECORD).is_file() else {}
+        record = read_json(work / COMPILED) if (work / COMPILED).is_file() else {}
     except BadData:
         return None
     return record if record.get("job") == digest and (work / plan.mxq).is_file() else None
@@ -55,8 +58,10 @@ def compile_model(plan: Plan, target: Mobilint, work: Path, digest: str, contain
 
 
 def _run(plan: Plan, target: Mobilint, work: Path, digest: str, container: str) -> dict:
-    for stale in (work / plan.mxq, work / job.RECORD):
+    for stale in (work / plan.mxq, work / COMPILED):
         stale.unlink(missing_ok=True)
+    if (work / "spinWeight").is_dir():
+        shutil.rmtree(work / "spinWeight")  # an earlier compile's rotation would not fit this one's weights
     argv = toolchain.command_line(target, plan.device, work.resolve(), job.JOB, container)
     began = time.monotonic()
     try:
@@ -75,15 +80,17 @@ def _run(plan: Plan, target: Mobilint, work: Path, digest: str, container: str) 
     if done.code or job.DONE not in done.seen or record is None:
         raise failure(plan, done, work / LOG)
     record |= {"argv": argv, "image": toolchain.image_id(target), "seconds": round(time.monotonic() - began, 1)}
-    write_json(work / job.RECORD, record)
+    write_json(work / COMPILED, record)
     return record
 
 
 def _progress():
-    """Says what the job says of itself; the compiler's own lines go to the log."""
+    """Says what the job says of itself, each line once; the compiler's own lines go to the log."""
+    said = set()
 
     def line(text: str) -> None:
-        if text.startswith(("compiling ", "qubee ", "qbcompiler ")):
+        if OWN_LINE.fullmatch(text) and text not in said:
+            said.add(text)
             say(f"  {text}")
 
     return line

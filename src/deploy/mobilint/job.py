@@ -13,13 +13,11 @@ from src.artifact import MANIFEST, read_json
 from src.deploy.mobilint import transformers4
 from src.deploy.mobilint.plan import Plan
 from src.deploy.mobilint.toolchain import PACKAGES
-from src.deploy.vendor import whole
+from src.deploy.vendor import COMPILED, whole
 from src.log import say, size
 
 JOB = "compile_job.py"
 DONE = "Model compiled successfully."
-RECORD = "compiled.json"
-"""what a job leaves when `mxq_compile` returned: package, version, seconds, and its own sha256"""
 CALIBRATION = "calibration"
 OTHER_API = "version mismatch"
 """how the job begins its complaint where it is run under a compiler of another API"""
@@ -228,8 +226,8 @@ record = {{
     "seconds": round(time.time() - began, 1),
     "job": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
 }}
-(HERE / "{RECORD}.partial").write_text(json.dumps(record) + "\\n")
-os.replace(HERE / "{RECORD}.partial", HERE / "{RECORD}")
+(HERE / "{COMPILED}.partial").write_text(json.dumps(record) + "\\n")
+os.replace(HERE / "{COMPILED}.partial", HERE / "{COMPILED}")
 print(f"{{MXQ.name}}: {{MXQ.stat().st_size:,}} bytes")
 print("{DONE}")
 '''
@@ -274,7 +272,7 @@ def container(out: Path) -> str:
 
 
 def write(plan: Plan, work: Path) -> str:
-    """Write the job into the folder it runs in; returns its sha256, by which its RECORD is known again."""
+    """Write the job into the folder it runs in; returns its sha256, by which its record is known again."""
     source = text(plan)
     with whole(work / JOB) as file:
         file.write_text(source, encoding="utf-8")
