@@ -603,7 +603,8 @@ def test_a_small_split_is_drawn_again_in_other_orders_and_that_is_said(tmp_path,
     found, counts = calibration.from_conversations(path, load_tokenizer(CHAT), 64, 128, 20)
     assert len({tuple(s.ids) for s in found}) == 20 and counts["drawings"] > 1
     assert all(64 <= len(s.ids) <= 128 and len(s.parts) > 1 for s in found)
-    assert "to make the 20 asked for" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "joined anew in" in err and "It makes 20 different sequences of at least 64 tokens, 20 were asked for" in err
     again, _ = calibration.from_conversations(path, load_tokenizer(CHAT), 64, 128, 20)
     assert again == found, "the same sequences on every machine and at every run"
 
@@ -611,7 +612,7 @@ def test_a_small_split_is_drawn_again_in_other_orders_and_that_is_said(tmp_path,
 def test_no_sequence_comes_twice_where_nothing_can_be_joined(tmp_path, capsys):
     path = conversations(tmp_path / "c.jsonl", *("How many? " * 30 + str(n) for n in range(3)))
     found, _ = calibration.from_conversations(path, load_tokenizer(CHAT), 16, 512, 10)
-    assert len(found) == 3 and "10 that differ cannot be made of it" in capsys.readouterr().err
+    assert len(found) == 3 and "It makes 3 different sequences of at least 16 tokens, 10 were asked for" in capsys.readouterr().err
 
 
 def test_a_split_too_small_for_one_sequence_is_refused(tmp_path):
@@ -701,7 +702,7 @@ def test_a_hub_cache_of_links_reaches_the_job_as_files(tmp_path):
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)
     (tmp_path / "work").mkdir()
-    job.lend_model(snapshot, tmp_path / "work")
+    transformers4.lend_model(snapshot, tmp_path / "work")
     lent = tmp_path / "work" / "model"
     assert files(lent) == files(blobs) and not any(file.is_symlink() for file in lent.iterdir())
     assert (lent / "model.safetensors").stat().st_ino == (blobs / "model.safetensors").stat().st_ino, "linked, not copied"

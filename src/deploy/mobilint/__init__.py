@@ -10,7 +10,7 @@ from pathlib import Path
 
 from src.artifact import Artifact, write_json
 from src.deploy import contract, preflight
-from src.deploy.mobilint import calibration, compile, job, plan, runtime, toolchain
+from src.deploy.mobilint import calibration, compile, job, plan, runtime, toolchain, transformers4
 from src.deploy.vendor import WORK, finish, whole, work_folder
 from src.modeling import fresh, load_tokenizer
 from src.targets import Mobilint
@@ -53,7 +53,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Mobilint) -> dict:
     records = calibration.write(found, table, work / job.CALIBRATION)
     calibration.check(work / job.CALIBRATION, records, made.low, made.high, table.shape[1])
 
-    job.lend_model(made.model, work)
+    transformers4.lend_model(made.model, work)
     digest = job.write(made, work)
     record = compile.compile_model(made, target, work, digest, job.container(out))
 

@@ -125,15 +125,14 @@ def from_conversations(path: Path, tokenizer, low: int, high: int, samples: int)
         )
     if counts["refused"]:
         say(f"calibration: left out {counts['refused']} conversations that the chat template refuses")
-    if draws > 1:
-        made = (
-            f"to make the {samples} asked for"
-            if len(found) == samples
-            else f"to make {len(found)}; {samples} that differ cannot be made of it"
+    if len(found) > once:
+        say(
+            f"calibration: {once} sequences of the calib split as it is, {len(found) - once} joined anew in {draws - barren - 1} other orders of it"
         )
+    if draws > 1:
         warn(
-            f"the calib split's {tokens:,} tokens make {once} sequences of at least {low}; it was drawn {draws - barren} times, joined in "
-            f"another order each time, {made}. More records, or a larger data.calib, calibrate better"
+            f"the calib split is small: {tokens:,} tokens in {len(kept)} conversations. It makes {len(found)} different sequences of at least "
+            f"{low} tokens, {samples} were asked for; more records, or a larger data.calib, calibrate better"
         )
     return list(found.values()), counts
 

@@ -1,20 +1,15 @@
-"""The compile job: a Python file that calls Mobilint's `mxq_compile` with the keywords of one API generation, and the folder it runs in.
+"""The compile job: a Python file that calls Mobilint's `mxq_compile` with the keywords of one API generation.
 
 Keywords and values are those of Mobilint's tutorial scripts at v0.11.0.1, v0.12.0.0, v1.0.0 and v1.1.2 (docs/mobilint.md). The job refuses to run
 under another version than it was written for, since the compiler ignores keywords it does not know.
 """
 
 import hashlib
-import os
-import shutil
 from pathlib import Path
 
-from src.artifact import MANIFEST, read_json
-from src.deploy.mobilint import transformers4
 from src.deploy.mobilint.plan import Plan
 from src.deploy.mobilint.toolchain import PACKAGES
 from src.deploy.vendor import COMPILED, whole
-from src.log import say, size
 
 JOB = "compile_job.py"
 DONE = "Model compiled successfully."
@@ -277,31 +272,3 @@ def write(plan: Plan, work: Path) -> str:
     with whole(work / JOB) as file:
         file.write_text(source, encoding="utf-8")
     return hashlib.sha256(source.encode()).hexdigest()
-
-
-def lend_model(source: Path, work: Path) -> None:
-    """Put the model into work/model, where an interpreter and a container both see it, also from a hub's cache of symbolic links.
-
-    Weights are hard links, or copies on another disk; JSON files are copies, with what transformers 4 needs beside what transformers 5 writes.
-    """
-    model, copied = work / "model", 0
-    model.mkdir(exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or file.name.startswith(".") or file.name == MANIFEST:
-            continue
-        copy = model / file.name
-        if copy.exists() and copy.stat().st_size == file.stat().st_size and file.suffix != ".json":
-            continue
-        with whole(copy) as partial:
-            partial.unlink(missing_ok=True)
-            if file.suffix == ".json":
-                shutil.copyfile(file, partial)
-                continue
-            try:
-                os.link(file.resolve(), partial)
-            except OSError:  # another disk, or a file system without links
-                shutil.copyfile(file, partial)
-                copied += file.stat().st_size
-    transformers4.adapt(model, read_json(source / "config.json"))
-    if copied:
-        say(f"copied {size(copied)} of the model for the compiler, since it lies on another disk")

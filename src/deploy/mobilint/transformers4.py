@@ -4,10 +4,41 @@ transformers 4 reads a rope base at the top of config.json only: without it a mo
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 
-from src.artifact import read_json
+from src.artifact import MANIFEST, read_json
 from src.deploy.vendor import whole
+from src.log import say, size
+
+
+def lend_model(source: Path, work: Path) -> None:
+    """Put the model into work/model, where an interpreter and a container both see it, also from a hub's cache of symbolic links.
+
+    Weights are hard links, or copies on another disk; JSON files are copies, with what transformers 4 needs beside what transformers 5 writes.
+    """
+    model, copied = work / "model", 0
+    model.mkdir(exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or file.name.startswith(".") or file.name == MANIFEST:
+            continue
+        copy = model / file.name
+        if copy.exists() and copy.stat().st_size == file.stat().st_size and file.suffix != ".json":
+            continue
+        with whole(copy) as partial:
+            partial.unlink(missing_ok=True)
+            if file.suffix == ".json":
+                shutil.copyfile(file, partial)
+                continue
+            try:
+                os.link(file.resolve(), partial)
+            except OSError:  # another disk, or a file system without links
+                shutil.copyfile(file, partial)
+                copied += file.stat().st_size
+    adapt(model, read_json(source / "config.json"))
+    if copied:
+        say(f"copied {size(copied)} of the model for the compiler, since it lies on another disk")
 
 
 def adapt(folder: Path, config: dict, tokenizer_class: str | None = None) -> None:

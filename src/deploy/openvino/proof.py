@@ -117,6 +117,7 @@ def prove_answers(model_dir: Path, out: Path, tokenizer, target: Openvino, ask: 
     answer = ask("answer", prompts=rows, tokens=TOKENS)
     stops = set(stop_ids(model_dir, tokenizer))
     equal = near = agreed = made = 0
+    largest = 0.0
     for row, ours in zip(rows, answer["ids"], strict=True):
         if not ours or (len(ours) < TOKENS and ours[-1] not in stops) or stops & set(ours[:-1]):
             raise ProofFailed(
@@ -130,10 +131,12 @@ def prove_answers(model_dir: Path, out: Path, tokenizer, target: Openvino, ask: 
         gaps = (best.values - logits.gather(-1, torch.tensor(ours)[:, None])[:, 0]) / logits.std(-1)
         wrong = [gap for gap, theirs, mine in zip(gaps.tolist(), best.indices.tolist(), ours, strict=True) if theirs != mine]
         equal, near = equal + (not wrong), near + all(gap <= NEAR for gap in wrong)
+        largest = max([largest, *wrong])
         agreed, made = agreed + len(ours) - len(wrong), made + len(ours)
     say(
         f"greedy answers against transformers fp32: {equal} of {len(rows)} prompts equal token by token, {near} but for near ties; "
         f"{agreed} of {made} tokens are its likeliest"
+        + (f", the others at most {largest:.3f} of the logits' spread below it" if largest else "")
     )
     if (target.weight_type == "int8" and near < len(rows) - len(rows) // 10) or agreed < 0.5 * made:
         raise ProofFailed(
@@ -149,5 +152,6 @@ def prove_answers(model_dir: Path, out: Path, tokenizer, target: Openvino, ask: 
         "prompts_near": near,
         "greedy_tokens": made,
         "greedy_agreement": round(agreed / made, 4),
+        "largest_gap": round(largest, 4),
         **{key: answer[key] for key in ("tokens_per_second", "first_token_ms", "load_seconds")},
     }
