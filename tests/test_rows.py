@@ -33,7 +33,8 @@ def logits(model):
 def test_splitting_off_changes_no_output_and_moves_all_gradient_of_the_rows(model):
     before = logits(model)
     rows.split_off(model, IDS)
-    assert torch.equal(logits(model), before)
+    # The rows' logits come from a product of their own, whose last bit may differ with how its operands lie in memory.
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
     logits(model).square().sum().backward()
     embedding = model.get_input_embeddings()
     assert (embedding.rows.grad.norm(dim=1) > 0).all()
