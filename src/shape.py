@@ -1,6 +1,6 @@
 """The shape of a model, from its config.json alone: sizes, parameter counts, KV cache. No weights, no torch, milliseconds.
 
-What each family calls its sizes and which matrices its layers hold is in families.py.
+What each family calls its sizes is in families.py, which matrices its layers hold in decoder.py.
 """
 
 from dataclasses import dataclass
