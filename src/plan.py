@@ -10,7 +10,10 @@ from math import ceil
 from pathlib import Path
 
 from src import stage
-from src.budget import (
+from src.config import FullTuner, PlanVerb, QloraTuner
+from src.errors import ConfigError, WrongKind
+from src.log import say, size
+from src.sizing.budget import (
     Fit,
     Format,
     Quantity,
@@ -24,13 +27,10 @@ from src.budget import (
     largest_batch,
     layer_bytes,
 )
-from src.chart import Point, draw, table
-from src.config import FullTuner, PlanVerb, QloraTuner
-from src.errors import ConfigError, WrongKind
-from src.gpu import ADAPTERS, AUTOCAST, ZERO, Job, Training, training
-from src.log import say, size
-from src.shape import ModelShape, read_shape
-from src.speed import decode_ms, first_token_ms, speed
+from src.sizing.chart import Point, draw, table
+from src.sizing.gpu import ADAPTERS, AUTOCAST, ZERO, Job, Training, training
+from src.sizing.shape import ModelShape, read_shape
+from src.sizing.speed import decode_ms, first_token_ms, speed
 
 
 def plan(cfg: PlanVerb) -> int:

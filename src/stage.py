@@ -115,7 +115,6 @@ class Stage:
         same key; without it partial folders are cleared.
     guards(partial) -> whether that work is so costly that one of another key is not cleared unless forced; as `resumes` unless given.
     early(cfg, run): what can be checked before the inputs that another stage makes are there; for launchers (--settings-only).
-    headline: the metric that matters, shown in the summary.
     """
 
     verb: str

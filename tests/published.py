@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src import budget, compose, speed
-from src.budget import format_of
+from src import compose
 from src.config import Gpu, PlanVerb
-from src.families import shape_of
-from src.gpu import Job, Widths, training
-from src.shape import ModelShape
+from src.sizing import budget, speed
+from src.sizing.budget import format_of
+from src.sizing.families import shape_of
+from src.sizing.gpu import Job, Widths, training
+from src.sizing.shape import ModelShape
 from src.targets import Board, Target
 
 MIB = 2**20

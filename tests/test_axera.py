@@ -203,6 +203,19 @@ def test_in_a_container_the_same(tools, deploy, where, qwen, tmp_path):
     assert (where() / "qwen2_p64_l2_together.axmodel").is_file()
 
 
+def test_a_hub_cache_of_links_reaches_the_container_as_files(tools, deploy, where, model, tmp_path):
+    linked = tmp_path / "snapshot"
+    linked.mkdir()
+    for file in model.iterdir():
+        (linked / file.name).symlink_to(file)
+    asked = tools("docker")
+    done = deploy(linked)
+    assert done.returncode == 0, done.stderr
+    (words,) = [words for words in compiles(asked()) if words[0] == "docker"]
+    mounts = [words[i + 1] for i, w in enumerate(words) if w == "-v"]
+    assert f"{model / 'model.safetensors'}:/data/model/model.safetensors:ro" in mounts and all(m.endswith(":ro") for m in mounts[1:])
+
+
 def test_a_local_install_comes_first_and_can_be_passed_over(tools, deploy, qwen):
     asked = tools("pulsar2", "docker")
     assert deploy(qwen, "dry_run=true").returncode == 0 and {words[0] for words in asked()} == {"pulsar2"}

@@ -125,8 +125,7 @@ def test_every_field_is_read_somewhere():
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "target").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_target_is_named_as_its_file(path):
-    if path.stem != "mobilint_regulus":
-        assert composed("deploy", f"target={path.stem}").target.name == path.stem
+    assert composed("deploy", f"target={path.stem}").target.name == path.stem
 
 
 def test_every_schema_is_used():

@@ -13,7 +13,7 @@ from conftest import CHAT, ROOT, in_process, refused, write_model
 
 from src.deploy.openvino import exporter, proof, recipe
 from src.errors import ConfigError, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
-from src.shape import read_shape
+from src.sizing.shape import read_shape
 
 sys.path.insert(0, str(ROOT / "tests" / "stand_ins"))
 from openvino_python import DYING, TABLE, make

@@ -10,12 +10,13 @@ from conftest import ROOT, refused
 from published import MODELS, target
 from test_structure import WATCH, loaded_by
 
-from src import budget, compose, speed
-from src.budget import board_fit, device_parts, format_of, head_bytes, host_needs, layer_bytes
+from src import compose
 from src.config import PlanVerb
 from src.errors import BadData, ConfigError, MissingInput, NoRoom, WrongKind
-from src.gpu import ADAPTERS, AUTOCAST, ZERO, layer_activations, trained_values, training
 from src.plan import job_of, largest
+from src.sizing import budget, speed
+from src.sizing.budget import board_fit, device_parts, format_of, head_bytes, host_needs, layer_bytes
+from src.sizing.gpu import ADAPTERS, AUTOCAST, ZERO, layer_activations, trained_values, training
 
 QWEN = MODELS["Qwen2-0.5B"]
 
@@ -194,7 +195,7 @@ def test_adapters_are_as_large_as_pefts():
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from src.families import shape_of
+    from src.sizing.families import shape_of
 
     sizes = {
         "model_type": "qwen2",
@@ -222,7 +223,7 @@ def test_activations_are_near_what_torch_keeps(lora):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from src.families import shape_of
+    from src.sizing.families import shape_of
 
     tokens, kept = 128, []
     for layers in (1, 2):

@@ -5,11 +5,12 @@ import re
 import shutil
 from pathlib import Path
 
-from src import budget, shards
+from src import shards
 from src.artifact import read_json
 from src.errors import BadData, ConfigError, NoRoom, WrongKind
 from src.log import size
-from src.shape import ModelShape
+from src.sizing import budget
+from src.sizing.shape import ModelShape
 
 OTHER_TOWERS = re.compile(r"vision|visual|audio|image|mtp")
 

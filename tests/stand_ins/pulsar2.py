@@ -8,9 +8,11 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -166,6 +168,12 @@ def docker(words: list[str]) -> int:
             name = value
         else:
             assert (option, value) == ("-w", "/data") or (option == "-e" and re.fullmatch(r"[A-Z_]+=\w+", value)), (option, value)
+    if single := {inside: place for inside, place in mounts.items() if inside.startswith("/data/model/")}:
+        lent = Path(tempfile.mkdtemp(dir=state.parent))
+        for inside, place in single.items():
+            assert Path(place).is_file() and not Path(place).is_symlink(), place
+            shutil.copy(place, lent / Path(inside).name)
+        mounts["/data/model"] = str(lent)
     image, *command = words
     assert image in images, image
     if command[0] == "chown":

@@ -22,7 +22,7 @@ from src.deploy.vendor import COMPILED, WORK, finish, whole, work_folder
 from src.errors import ConfigError, Unfinished
 from src.log import say, size, warn
 from src.modeling import load_tokenizer, stop_ids, trust_of
-from src.shape import ModelShape, read_shape
+from src.sizing.shape import ModelShape, read_shape
 from src.targets import Axera
 
 TAKES = {"model", "quantized"}
@@ -119,7 +119,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Axera) -> dict:
             os.replace(work / "build" / name, out / name)
     shutil.copyfile(work / "compile.log", out / "compile.log")
     runtime.write_json(out / "compile.json", record)
-    config = runtime.axllm_config(target, model_name(model, target), layers=record["layers"], post=record["post"], **made["axllm"])
+    config = runtime.axllm_config(target, model_name(model), layers=record["layers"], post=record["post"], **made["axllm"])
     runtime.write_json(out / "config.json", config)
     runtime.write_json(out / "post_config.json", runtime.post_config(model.path))
     runtime.write_run_script(out, config)
@@ -140,7 +140,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Axera) -> dict:
     }
 
 
-def model_name(model: Artifact, target: Axera) -> str:
+def model_name(model: Artifact) -> str:
     """What the board's server calls the model: the run's name, or the folder's."""
     folder = model.path.resolve()
     return folder.parent.name if model.manifest else folder.name

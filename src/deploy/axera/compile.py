@@ -15,7 +15,7 @@ from src.errors import ToolFailed, WrongKind
 from src.log import duration, say, size, status, warn
 from src.targets import Axera
 
-BUILT, CHECKED = "build llm model done!", "check llm model done!"
+BUILT = "build llm model done!"
 LAYER = re.compile(r"(?P<prefix>.+)_p(?P<chunk>\d+)_l(?P<index>\d+)_together\.axmodel")
 POST = re.compile(r"(?P<prefix>.+)_post\.axmodel")
 SPREAD = 0.05
@@ -41,7 +41,7 @@ def compile_layers(
         log,
         cwd=work,
         env=toolchain.environment(target) if tool.image is None else None,
-        watch=(BUILT, CHECKED, *(text for text, _ in FAILURES)),
+        watch=(BUILT, *(text for text, _ in FAILURES)),
         line=Progress(),
         stop=lambda: tool.image and ask(["docker", "kill", name], timeout=30),
     )

@@ -8,8 +8,8 @@ import shlex
 import shutil
 from pathlib import Path
 
-from src.artifact import read_json, sha256
-from src.deploy.axera.compile import LAYER, POST
+from src.artifact import hash_files, read_json
+from src.deploy.axera.compile import LAYER
 from src.deploy.vendor import whole
 from src.targets import Axera
 
@@ -101,13 +101,8 @@ def write_run_script(out: Path, config: dict) -> None:
 
 def write_sums(out: Path) -> None:
     """SHA256SUMS, for a board without Python: sha256sum -c SHA256SUMS."""
-    files = sorted(
-        p.relative_to(out).as_posix()
-        for p in out.rglob("*")
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(out).parts)
-    )
     with whole(out / SUMS) as partial:
-        partial.write_text("".join(f"{sha256(out / name)}  {name}\n" for name in files if name != SUMS))
+        partial.write_text("".join(f"{entry['sha256']}  {name}\n" for name, entry in hash_files(out).items() if name != partial.name))
 
 
 def readme(target: Axera, config: dict, tool: str, fit: list[str]) -> str:
@@ -120,9 +115,9 @@ def readme(target: Axera, config: dict, tool: str, fit: list[str]) -> str:
 
 ## Copy and start
 
-    rsync -a --info=progress2 . root@BOARD:/root/{target.name}/
+    rsync -a --info=progress2 . root@BOARD:{target.name}/
     ssh root@BOARD
-    cd /root/{target.name} && sha256sum -c --quiet {SUMS}
+    cd {target.name} && sha256sum -c --quiet {SUMS}
     ./run.sh run            # talk to it in the terminal
     ./run.sh serve          # an OpenAI-compatible server on port 8000; it asks for no key, so keep the board in a network you trust
 
@@ -151,7 +146,3 @@ def readme(target: Axera, config: dict, tool: str, fit: list[str]) -> str:
 
 Measure it from the project: `python -m src.evaluate run=RUN endpoint.url=http://BOARD:8000`
 """
-
-
-def is_layer_or_post(name: str) -> bool:
-    return bool(LAYER.fullmatch(name) or POST.fullmatch(name))

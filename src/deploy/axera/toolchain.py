@@ -147,13 +147,16 @@ def environment(target: Axera) -> dict[str, str]:
 
 
 def command_line(tool: Toolchain, target: Axera, arguments: list[str], work: Path, model: Path, name: str) -> list[str]:
-    """The whole argv: local as it is; in a container called `name` with `work` as /data and the model read-only at /data/model.
+    """The whole argv: local as it is; in a container called `name` with `work` as /data and the model read-only at /data/model. A model of symbolic
+    links, as a hub's cache has it, is mounted file by file, since in the container they would point nowhere.
 
     The container runs as root, since Pulsar2's licence files lie under /root and an unknown user breaks it.
     """
     if tool.image is None:
         return [*tool.prefix, *arguments]
-    mounts = ["-v", f"{work.resolve()}:/data", "-v", f"{model.resolve()}:/data/model:ro"]
+    files = [file for file in sorted(model.iterdir()) if file.is_file()] if any(file.is_symlink() for file in model.iterdir()) else []
+    lent = [f"{file.resolve()}:/data/model/{file.name}:ro" for file in files] or [f"{model.resolve()}:/data/model:ro"]
+    mounts = [word for mount in (f"{work.resolve()}:/data", *lent) for word in ("-v", mount)]
     env = [word for key, value in environment(target).items() for word in ("-e", f"{key}={value}")]
     return ["docker", "run", "--rm", "--name", name, *mounts, "-w", "/data", *env, tool.image, "pulsar2", *arguments]
 

@@ -13,7 +13,7 @@ from src.deploy.mobilint.toolchain import FOUR_BIT, Compiler
 from src.errors import BadData, ConfigError, MissingInput, WrongKind
 from src.log import size
 from src.modeling import trust_of
-from src.shape import ModelShape, read_shape
+from src.sizing.shape import ModelShape, read_shape
 from src.targets import Mobilint
 
 FAMILIES = {

@@ -18,7 +18,7 @@ from src.deploy.vendor import finish, work_folder
 from src.errors import Unfinished
 from src.log import size
 from src.modeling import check_tokenizer, load_tokenizer, trust_of
-from src.shape import read_shape
+from src.sizing.shape import read_shape
 from src.targets import Openvino
 
 TAKES = {"model"}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from src.shape import ModelShape
+from src.sizing.shape import ModelShape
 from src.targets import Openvino
 
 RUN = '''"""python run.py "your prompt" [{device}]: the answer, token by token. On an NPU the first start compiles the model into .cache."""

@@ -12,7 +12,7 @@ from src.deploy.openvino import recipe
 from src.deploy.vendor import COMPILED, Done, run
 from src.errors import NoRoom, ProofFailed, ToolFailed
 from src.log import duration, say, size, status
-from src.shape import ModelShape
+from src.sizing.shape import ModelShape
 from src.targets import Openvino
 
 MADE, LOG = "export", "export.log"

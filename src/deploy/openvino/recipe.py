@@ -10,7 +10,7 @@ from pathlib import Path
 from src.artifact import Artifact
 from src.errors import ConfigError, WrongKind
 from src.modeling import trust_of
-from src.shape import ModelShape
+from src.sizing.shape import ModelShape
 from src.targets import Openvino
 
 TASK = "text-generation-with-past"

@@ -7,9 +7,9 @@ does. Where the two meet is the batch beyond which more sequences cost time (Wil
 from dataclasses import dataclass
 from math import ceil
 
-from src.budget import Format, Quantity, head_bytes, kv_cache_bytes, layer_bytes
 from src.log import size
-from src.shape import ModelShape
+from src.sizing.budget import Format, Quantity, head_bytes, kv_cache_bytes, layer_bytes
+from src.sizing.shape import ModelShape
 from src.targets import Board
 
 

@@ -7,10 +7,10 @@ own does the same). The constants below were fitted once to the Qwen-1 README's 
 
 from dataclasses import dataclass
 
-from src.budget import Quantity
 from src.config import Gpu
 from src.log import size
-from src.shape import Layer, ModelShape
+from src.sizing.budget import Quantity
+from src.sizing.shape import Layer, ModelShape
 
 # What the allocator holds beside what is alive, and what CUDA, cuBLAS and NCCL take before any tensor.
 SLACK = 1.05

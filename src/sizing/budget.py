@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from src.log import size
-from src.shape import Matrix, ModelShape
+from src.sizing.shape import Matrix, ModelShape
 from src.targets import Axera, Llama2c, Mobilint, Openvino, Target
 
 GIB = 2**30

@@ -4,9 +4,9 @@ Llama's layer is the rule (Touvron et al. 2023, arXiv:2302.13971): q, k, v, o, g
 differs, by its modelling code in transformers or, for those that bring their code along, in their hub repository.
 """
 
-from src.decoder import AGAIN, Family, Sizes, gemma4_layer, gemma4_outside, hybrid_layer, latent_layer, plain_layer
 from src.errors import BadData, WrongKind
-from src.shape import ModelShape, Quantization
+from src.sizing.decoder import AGAIN, Family, Sizes, gemma4_layer, gemma4_outside, hybrid_layer, latent_layer, plain_layer
+from src.sizing.shape import ModelShape, Quantization
 
 NAMES = {
     "layers": "num_hidden_layers",
@@ -70,7 +70,7 @@ def _family(config: dict, where: str, notes: list[str]) -> tuple[str, Family]:
     if any(config.get(key) for key in ENCODERS):
         raise WrongKind(f"'{name}' is not a decoder-only language model", where=where, fix="give a decoder-only language model")
     if name not in FAMILIES:
-        notes.append(f"the family '{name}' is not in src/families.py: its layers are counted as if they were Llama's")
+        notes.append(f"the family '{name}' is not in src/sizing/families.py: its layers are counted as if they were Llama's")
     return name, FAMILIES.get(name, Family())
 
 

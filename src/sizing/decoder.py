@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from src.errors import BadData
-from src.shape import Layer, Matrix
+from src.sizing.shape import Layer, Matrix
 
 LARGEST = 2**40
 AGAIN = "copy config.json again from the model's repository"

@@ -149,7 +149,7 @@ def read_shape(path: str | Path) -> ModelShape:
     decoder-only language model.
     """
     from src.artifact import read_json
-    from src.families import shape_of
+    from src.sizing.families import shape_of
 
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
