@@ -216,6 +216,14 @@ def test_a_hub_cache_of_links_reaches_the_container_as_files(tools, deploy, wher
     assert f"{model / 'model.safetensors'}:/data/model/model.safetensors:ro" in mounts and all(m.endswith(":ro") for m in mounts[1:])
 
 
+def test_what_a_container_leaves_as_roots_is_handed_back(tools, deploy, qwen, monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 1234)
+    asked = tools("docker")
+    assert deploy(qwen).returncode == 0
+    owners = [words[words.index("chown") + 2] for words in asked() if "chown" in words]
+    assert owners == [f"1234:{os.getgid()}"] * 2  # before, for what an earlier run left, and after
+
+
 def test_a_local_install_comes_first_and_can_be_passed_over(tools, deploy, qwen):
     asked = tools("pulsar2", "docker")
     assert deploy(qwen, "dry_run=true").returncode == 0 and {words[0] for words in asked()} == {"pulsar2"}

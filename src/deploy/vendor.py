@@ -140,3 +140,21 @@ def ask(argv: list[str], timeout: float = 120) -> subprocess.CompletedProcess | 
         return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout)
     except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
         return None
+
+
+def image_id(image: str) -> str | None:
+    """A Docker image's content id, which its name does not tell; None where there is no such image here."""
+    done = ask(["docker", "image", "inspect", "--format", "{{.Id}}", image])
+    return done.stdout.strip() if done and done.returncode == 0 else None
+
+
+def stop_container(name: str) -> None:
+    """Stop a container that was started with --rm, if it is there; it goes on when the client that started it is killed."""
+    ask(["docker", "kill", name], timeout=30)
+
+
+def hand_back(image: str, folder: Path) -> None:
+    """Give the caller what a container of this image left as root's in a folder."""
+    if os.getuid():
+        owner = f"{os.getuid()}:{os.getgid()}"
+        ask(["docker", "run", "--rm", "-v", f"{folder.resolve()}:/work", image, "chown", "-R", owner, "/work"])

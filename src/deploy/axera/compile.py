@@ -1,6 +1,5 @@
 """Run Pulsar2 and judge what it made: by its log and its files, not by its exit code, since its own check at the end may crash after a good build."""
 
-import contextlib
 import hashlib
 import re
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from src.deploy.axera import toolchain
 from src.deploy.axera.toolchain import Toolchain
-from src.deploy.vendor import Done, ask, run
+from src.deploy.vendor import Done, hand_back, run, stop_container
 from src.errors import ToolFailed, WrongKind
 from src.log import duration, say, size, status, warn
 from src.targets import Axera
@@ -32,21 +31,25 @@ def compile_layers(
     build, log = work / "build", work / "compile.log"
     name = container(work)
     if tool.image:
-        ask(["docker", "rm", "-f", name])  # left by a run of this bundle that was killed
-    clear(tool, work, build)
+        stop_container(name)  # left by a run of this bundle that was killed
+        hand_back(tool.image, work)
+    if build.exists():
+        shutil.rmtree(build)
     build.mkdir()
     command = toolchain.command_line(tool, target, arguments, work, model, name)
-    done = run(
-        command,
-        log,
-        cwd=work,
-        env=toolchain.environment(target) if tool.image is None else None,
-        watch=(BUILT, *(text for text, _ in FAILURES)),
-        line=Progress(),
-        stop=lambda: tool.image and ask(["docker", "kill", name], timeout=30),
-    )
-    if tool.image:
-        ask([*tool.prefix[:3], "-v", f"{work.resolve()}:/data", tool.image, "chown", "-R", toolchain.owner(), "/data"])
+    try:
+        done = run(
+            command,
+            log,
+            cwd=work,
+            env=toolchain.environment(target) if tool.image is None else None,
+            watch=(BUILT, *(text for text, _ in FAILURES)),
+            line=Progress(),
+            stop=lambda: tool.image and stop_container(name),
+        )
+    finally:
+        if tool.image:
+            hand_back(tool.image, work)
     if BUILT not in done.seen:
         raise failure(done, log)
     files, post = judge(build, layers, target.prefill_chunk, equal_layers, log)
@@ -63,18 +66,6 @@ def compile_layers(
 def container(work: Path) -> str:
     """The name of the container that compiles in this folder: always the same, so that one left by a killed run is found."""
     return f"boardwalk-{hashlib.sha256(str(work.resolve()).encode()).hexdigest()[:16]}"
-
-
-def clear(tool: Toolchain, work: Path, build: Path) -> None:
-    """Remove an earlier attempt's output; what a container left as root's is given back first."""
-    if not build.exists():
-        return
-    with contextlib.suppress(PermissionError):
-        shutil.rmtree(build)
-    if build.exists() and tool.image:
-        ask([*tool.prefix[:3], "-v", f"{work.resolve()}:/data", tool.image, "chown", "-R", toolchain.owner(), "/data"])
-    if build.exists():
-        shutil.rmtree(build)
 
 
 class Progress:

@@ -4,12 +4,11 @@
 (AXERA-TECH/Qwen3_5.AXERA, model_convert/README.md). Which of them a version has is asked, not derived from the version.
 """
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from src.deploy.vendor import ask
+from src.deploy.vendor import ask, image_id
 from src.errors import ConfigError, MissingTool, ToolFailed
 from src.targets import Axera
 
@@ -68,8 +67,8 @@ def _image(target: Axera) -> tuple[str, str] | None:
         name = max(names, key=lambda n: [int(part) for part in re.findall(r"\d+", n.partition(":")[2])])
     else:
         name = target.image
-    found = ask(["docker", "image", "inspect", "--format", "{{.Id}}", name])
-    return (name, found.stdout.strip()) if found and found.returncode == 0 else None
+    id = image_id(name)
+    return (name, id) if id else None
 
 
 def _probe(prefix: tuple[str, ...], version: str, image: str | None = None, image_id: str | None = None) -> Toolchain:
@@ -159,7 +158,3 @@ def command_line(tool: Toolchain, target: Axera, arguments: list[str], work: Pat
     mounts = [word for mount in (f"{work.resolve()}:/data", *lent) for word in ("-v", mount)]
     env = [word for key, value in environment(target).items() for word in ("-e", f"{key}={value}")]
     return ["docker", "run", "--rm", "--name", name, *mounts, "-w", "/data", *env, tool.image, "pulsar2", *arguments]
-
-
-def owner() -> str:
-    return f"{os.getuid()}:{os.getgid()}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from src.artifact import read_json, sha256, write_json
 from src.deploy.mobilint import job, toolchain
 from src.deploy.mobilint.plan import Plan
-from src.deploy.vendor import COMPILED, Done, run
+from src.deploy.vendor import COMPILED, Done, hand_back, image_id, run, stop_container
 from src.errors import BadData, NoRoom, ToolFailed, Unfinished, UserError
 from src.log import say, size
 from src.targets import Mobilint
@@ -72,14 +72,15 @@ def _run(plan: Plan, target: Mobilint, work: Path, digest: str, container: str) 
             env={"PYTHONUNBUFFERED": "1"},
             watch=(job.DONE,),
             line=_progress(),
-            stop=lambda: toolchain.stop(target, container),
+            stop=lambda: target.image and stop_container(container),
         )
     finally:
-        toolchain.hand_back(target, work.resolve())
+        if target.image:
+            hand_back(target.image, work)
     record = compiled_before(plan, work, digest)
     if done.code or job.DONE not in done.seen or record is None:
         raise failure(plan, done, work / LOG)
-    record |= {"argv": argv, "image": toolchain.image_id(target), "seconds": round(time.monotonic() - began, 1)}
+    record |= {"argv": argv, "image": image_id(target.image) if target.image else None, "seconds": round(time.monotonic() - began, 1)}
     write_json(work / COMPILED, record)
     return record
 

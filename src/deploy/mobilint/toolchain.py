@@ -4,7 +4,6 @@ The keywords of `mxq_compile` changed between versions, and the compiler takes u
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,21 +160,3 @@ def command_line(target: Mobilint, device: str, work: Path | str, job: str, name
         return [*_python(target), job]
     gpus = ["--gpus=all"] if device == "gpu" else []
     return ["docker", "run", "--rm", "--name", name, "--ipc=host", *gpus, "-v", f"{work}:/job", "-w", "/job", target.image, "python", job]
-
-
-def hand_back(target: Mobilint, work: Path) -> None:
-    """Give the caller what a container left as root's."""
-    if target.image and os.getuid():
-        ask(["docker", "run", "--rm", "-v", f"{work}:/job", target.image, "chown", "-R", f"{os.getuid()}:{os.getgid()}", "/job"])
-
-
-def stop(target: Mobilint, name: str) -> None:
-    """Stop the container; a killed client leaves it running."""
-    if target.image:
-        ask(["docker", "kill", name], timeout=30)
-
-
-def image_id(target: Mobilint) -> str | None:
-    """The image's content id, which a name does not tell."""
-    done = ask(["docker", "image", "inspect", "--format", "{{.Id}}", target.image]) if target.image else None
-    return done.stdout.strip() if done and done.returncode == 0 else None
