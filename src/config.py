@@ -85,10 +85,32 @@ class LoraTuner(Optimizer):
     """rank of the update matrices"""
     alpha: PositiveFloat
     """the update is scaled by alpha / rank"""
+    rslora: bool
+    """scale by alpha / sqrt(rank) instead, so that large ranks learn as fast as small ones (Kalajdzievski 2023, arXiv:2312.03732)"""
+    dora: bool
+    """train the length of each output's weights apart from their direction (Liu et al. 2024, arXiv:2402.09353)"""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+    """where the matrices start; pissa: the base's largest singular directions (arXiv:2404.02948), olora: its QR (arXiv:2406.01775)"""
+    lora_plus: PositiveFloat
+    """learning rate of the B matrices over that of the A matrices, 16 in the paper (Hayou et al. 2024, arXiv:2402.12354); 1: the same"""
     dropout: Fraction
     """dropout on the adapter's input"""
     target_modules: Literal["all-linear"] | list[str]
     """names of the linear layers that get adapters; all-linear: every one but the output layer"""
+    modules_to_save: list[str]
+    """names of layers trained whole beside the adapters, such as embed_tokens and lm_head"""
+
+    @model_validator(mode="after")
+    def _go_together(self):
+        if self.init in ("pissa", "olora") and self.dora:
+            raise ValueError(
+                f"init={self.init} takes its part out of the base weights, whose lengths dora=true would train; choose one of them"
+            )
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f"init=orthogonal splits the rank in halves, so it must be even, not {self.rank}")
+        if both := set(self.modules_to_save) & (set() if self.target_modules == "all-linear" else set(self.target_modules)):
+            raise ValueError(f"target_modules and modules_to_save both name {', '.join(sorted(both))}; a layer is adapted or trained whole")
+        return self
 
 
 class QloraTuner(LoraTuner):
@@ -96,6 +118,12 @@ class QloraTuner(LoraTuner):
     """low-rank adapters on a 4-bit base (Dettmers et al. 2023, arXiv:2305.14314)"""
     double_quant: bool
     """quantize the NF4 scales too; unused when the base is a GPTQ folder"""
+
+    @model_validator(mode="after")
+    def _base_stays_as_quantized(self):
+        if self.init not in ("default", "gaussian"):
+            raise ValueError(f"init={self.init} works on the base's own weights, and here they are 4-bit; init=default or tuner=lora")
+        return self
 
 
 Tuner = Annotated[FullTuner | LoraTuner | QloraTuner, Field(discriminator="kind")]

@@ -1,7 +1,8 @@
 """Merge a LoRA adapter into its base, tensor by tensor, and prove the result: its logits, reloaded alone, equal those of the adapter on the base.
 
-Each adapted weight is (W + (B A) x scale) in fp32, rounded once to the stored dtype, which is byte for byte what peft computes. An adapter trained
-on NF4 merges into the base as NF4 made it, since that is what it was trained against.
+Each adapted weight is V = W + (B A) x scale in fp32, with DoRA each output's weights of V brought to the length that was trained, rounded once to the
+stored dtype, which is byte for byte what peft computes. An adapter trained on NF4 merges into the base as NF4 made it, since that is what it was
+trained against. Where an adapter changes one end only of a base whose embedding and output layer are one matrix, the result holds two.
 """
 
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from src import aux_files, shards, stage
@@ -20,6 +22,22 @@ from src.modeling import base_of, check_folder, fresh, has_tokenizer, import_qui
 
 # Relative L2 distance of logits that rounding to the stored dtype alone explains, with room to spare (8, 11 and 24 bits of mantissa).
 TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3, "float32": 1e-4}
+UNKNOWN = (
+    "lora_bias",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "arrow_config",
+    "target_parameters",
+    "layer_replication",
+)
+"""keys of adapter_config.json that change what an adapter computes in ways this merge does not know"""
+LORA = {"lora_A", "lora_embedding_A"}
+HEAD = "lm_head.weight"
+TABLES = ("embed_tokens.weight", "wte.weight")
 
 
 def find(cfg: MergeVerb, run: stage.Run) -> dict[str, Artifact]:
@@ -51,13 +69,13 @@ def check(cfg: MergeVerb, inputs: dict[str, Artifact]) -> list[str]:
     return [f"{adapter.path} into {base.path}, written as {cfg.dtype}"]
 
 
-def plan(cfg: MergeVerb, adapter: Artifact, base: Path) -> tuple[list[shards.Entry], dict]:
-    """(tensors to write, in the base's order; what the adapter holds for each: {"lora": ..., "rows": ..., "whole": ...}).
+def plan(cfg: MergeVerb, adapter: Artifact, base: Path) -> tuple[list[shards.Entry], dict[str, dict]]:
+    """(tensors to write, in the base's order; for each its entry in the base as "base", beside what `changes_of` found).
 
     Raises WrongKind where the adapter does not fit the base, or uses what this merge does not know.
     """
     settings = read_json(adapter.path / "adapter_config.json")
-    unknown = [k for k in ("use_dora", "lora_bias", "megatron_config", "alora_invocation_tokens") if settings.get(k)]
+    unknown = [k for k in UNKNOWN if settings.get(k)]
     unknown += ["bias"] if settings.get("bias", "none") != "none" else []
     if settings.get("peft_type") != "LORA" or unknown:
         raise WrongKind(
@@ -65,51 +83,76 @@ def plan(cfg: MergeVerb, adapter: Artifact, base: Path) -> tuple[list[shards.Ent
             where=str(adapter.path),
             fix="tuner=lora trains one that merges; for others peft has merge_and_unload()",
         )
-    rows = settings.get("trainable_token_indices") or {}
+    if str(start := settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "lora_ga")):
+        raise WrongKind(
+            f"this adapter was saved for a base that init_lora_weights={start} took a part out of",
+            where=str(adapter.path),
+            fix="save it with peft's path_initial_model_for_weight_conversion, which makes it one for the base as it was",
+        )
     config = read_json(base / "config.json")
     stored = shards.entries(base)
-    changes: dict[str, dict] = {}
+    changes = changes_of(adapter, settings)
+    if config.get("tie_word_embeddings", HEAD not in stored):
+        untie(stored, changes, keep=bool(settings.get("ensure_weight_tying")))
+    if missing := [name for name in changes if name not in stored]:
+        raise WrongKind(
+            f"the adapter changes weights this base does not have, such as {missing[0]}",
+            where=str(base),
+            fix="base=FOLDER names the base it was trained on",
+        )
+    grown = max(config["vocab_size"], len(load_vocabulary(adapter.path)) if has_tokenizer(adapter.path) else 0)
+    written = []
+    for name, entry in stored.items():
+        changes.setdefault(name, {})["base"] = entry
+        rows = (grown,) if name.endswith((*TABLES, HEAD)) and entry.shape[0] == config["vocab_size"] else entry.shape[:1]
+        dtype = entry.dtype if cfg.dtype == "auto" or not entry.dtype.startswith(("F", "BF")) else shards.NAME[cfg.dtype]
+        written.append(replace(entry, name=name, dtype=dtype, shape=(*rows, *entry.shape[1:])))
+    return written, changes
+
+
+def changes_of(adapter: Artifact, settings: dict) -> dict[str, dict]:
+    """{name of a base weight: what the adapter holds for it}, entries of its file: "lora_A" and "lora_B", or "lora_embedding_A" and "..._B", with
+    "lora_magnitude_vector" for DoRA; "rows", with their "index"; "whole"."""
     if not list(adapter.path.glob("adapter_model*.safetensors")):
         raise MissingInput(
             "the adapter has no adapter_model.safetensors",
             where=str(adapter.path),
             fix="copy it again, or save it with safe_serialization=True",
         )
-    for name in shards.entries(adapter.path, "adapter_model*.safetensors"):
+    rows = settings.get("trainable_token_indices") or {}
+    changes: dict[str, dict] = {}
+    for name, entry in shards.entries(adapter.path, "adapter_model*.safetensors").items():
         module, _, what = name.removeprefix("base_model.model.").rpartition(".")
         if module.endswith((".lora_A", ".lora_B")):
             module, _, what = module.rpartition(".")
-            changes.setdefault(f"{module}.weight", {})[what] = name
+        if what.startswith("lora_"):
+            changes.setdefault(f"{module}.weight", {})[what] = entry
         elif what == "trainable_tokens_delta":
             layer = module.removesuffix(".token_adapter")
-            if layer == "lm_head" and config.get("tie_word_embeddings"):
-                continue  # peft saves the rows of a tied matrix twice
-            changes.setdefault(f"{layer}.weight", {}).update(
-                rows=name, index=rows[layer.rsplit(".", 1)[-1]] if isinstance(rows, dict) else rows
-            )
+            index = rows[layer.rsplit(".", 1)[-1]] if isinstance(rows, dict) else rows
+            changes.setdefault(f"{layer}.weight", {}).update(rows=entry, index=index)
         else:
-            changes.setdefault(f"{module.removesuffix('.token_adapter.base_layer')}.{what}", {})["whole"] = name
-    if missing := [name for name in changes if name not in stored and not (name == "lm_head.weight" and config.get("tie_word_embeddings"))]:
-        raise WrongKind(
-            f"the adapter changes weights this base does not have, such as {missing[0]}",
-            where=str(base),
-            fix="base=FOLDER names the base it was trained on",
-        )
-    vocabulary = config["vocab_size"]
-    grown = max(vocabulary, len(load_vocabulary(adapter.path)) if has_tokenizer(adapter.path) else 0)
-    tied = "lm_head.weight" in stored and config.get("tie_word_embeddings")
-    written = []
-    for entry in stored.values():
-        if tied and entry.name == "lm_head.weight":
-            continue
-        shape = (
-            (grown, *entry.shape[1:])
-            if entry.name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")) and entry.shape[0] == vocabulary
-            else entry.shape
-        )
-        dtype = entry.dtype if cfg.dtype == "auto" or not entry.dtype.startswith(("F", "BF")) else shards.NAME[cfg.dtype]
-        written.append(shards.Entry(entry.name, dtype, shape, entry.file))
-    return written, changes
+            changes.setdefault(f"{module.removesuffix('.token_adapter.base_layer')}.{what}", {})["whole"] = entry
+    return changes
+
+
+def untie(stored: dict[str, shards.Entry], changes: dict[str, dict], *, keep: bool) -> None:
+    """For a base whose output layer is its embedding: make it a tensor of its own in `stored` where the adapter changes the two apart.
+
+    keep: what was trained whole was trained as the one matrix it is (peft's ensure_weight_tying), and was saved under both names; so are rows.
+    """
+    stored.pop(HEAD, None)
+    table = next(name for name in stored if name.endswith(TABLES))
+    embedding, head = changes.get(table, {}), changes.pop(HEAD, {})
+    apart = {what for what in (*embedding, *head) if what not in ("rows", "index")}
+    if not apart - ({"whole"} if keep else set()):
+        return
+    say(f"merge: the adapter changes {table} and {HEAD} apart, which are one matrix in the base; the result holds both")
+    stored[HEAD] = stored[table]
+    shared = {what: value for what, value in (*head.items(), *embedding.items()) if what in ("rows", "index")}
+    changes[HEAD] = head | shared
+    if embedding or shared:
+        changes[table] = embedding | shared
 
 
 def load_vocabulary(folder: Path) -> dict:
@@ -130,52 +173,69 @@ def merge(cfg: MergeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     shards.write(out, written, tensor, shards.parse_size(cfg.shard_size))
     complete(adapter, base, out, written)
     error, tolerance = prove(cfg, adapter, base, out, written)
-    return {"tensors": len(written), "adapted": sum("lora_A" in c for c in changes.values()), "logit_error": error, "tolerance": tolerance}
+    return {
+        "tensors": len(written),
+        "adapted": sum(bool(LORA & c.keys()) for c in changes.values()),
+        "logit_error": error,
+        "tolerance": tolerance,
+    }
 
 
-def merged_tensors(adapter: Artifact, base: Path, written: list[shards.Entry], changes: dict) -> Callable:
-    """A function from a tensor's name to its merged value, computed when asked for."""
+def merged_tensors(adapter: Artifact, base: Path, written: list[shards.Entry], changes: dict[str, dict]) -> Callable:
+    """A function from a tensor's name to its merged value, computed when asked for, or to its entry in the base where that stays as it is."""
     import torch
-    from safetensors import safe_open
 
     from src.modeling import mean_row
 
     settings = read_json(adapter.path / "adapter_config.json")
-    files = {}
-    delta = safe_open(next(adapter.path.glob("adapter_model*.safetensors")), "pt")
     quantized = nf4_layers(adapter, base)
     plans = {entry.name: entry for entry in written}
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
-    def scale(module: str, rank: int) -> float:
-        # peft's keys are regular expressions for the end of a name (peft.utils.other.get_pattern_key).
-        alpha = next(
-            (v for k, v in (settings.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", module)), settings["lora_alpha"]
-        )
-        return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
     def tensor(name: str):
-        entry, change = plans[name], changes.get(name, {})
-        source = files.setdefault(entry.file, safe_open(entry.file, "pt"))
-        weight = delta.get_tensor(change["whole"]) if "whole" in change else source.get_tensor(name)
-        dtype = dtypes.get(entry.dtype, weight.dtype)
-        if (module := name.removesuffix(".weight")) in quantized:
+        entry, change = plans[name], changes[name]
+        source, module = change["base"], name.removesuffix(".weight")
+        if len(change) == 1 and module not in quantized and (entry.dtype, entry.shape) == (source.dtype, source.shape):
+            return source
+        weight = shards.load(change.get("whole", source))
+        if module in quantized:
             weight = as_nf4_made_it(weight, adapter.metrics["nf4"])
-        if "lora_A" in change:
-            a, b = delta.get_tensor(change["lora_A"]).float(), delta.get_tensor(change["lora_B"]).float()
-            if (b.shape[0], a.shape[1]) != tuple(weight.shape):
-                raise WrongKind(
-                    f"{name}: the adapter is for shape {(b.shape[0], a.shape[1])}, the base has {tuple(weight.shape)}", where=str(base)
-                )
-            weight = weight.float() + (b @ a) * scale(module, a.shape[0])
-        weight = weight.to(dtype)
         if entry.shape[:1] > weight.shape[:1]:
             weight = torch.cat([weight, mean_row(weight).expand(entry.shape[0] - weight.shape[0], -1)])
+        if LORA & change.keys():
+            weight = adapted(weight, change, settings, module, base)
+        weight = weight.to(getattr(torch, shards.TORCH[entry.dtype]))
         if "rows" in change:
-            weight = weight.index_copy(0, torch.tensor(change["index"]), delta.get_tensor(change["rows"]).to(dtype))
+            weight.index_copy_(0, torch.tensor(change["index"]), shards.load(change["rows"]).to(weight.dtype))
         return weight
 
     return tensor
+
+
+def adapted(weight, change: dict, settings: dict, module: str, base: Path):
+    """V = W + (B A) x scale, fp32, of W's shape; with DoRA each output's weights of V at their trained length (Liu et al. 2024, arXiv:2402.09353,
+    eq. 5; peft takes it over the vocabulary for an embedding, whose outputs are its columns)."""
+    import torch
+
+    first, second = ("lora_A", "lora_B") if "lora_A" in change else ("lora_embedding_A", "lora_embedding_B")
+    a, b = shards.load(change[first]).float(), shards.load(change[second]).float()
+    # Weights of embeddings and of GPT-2's layers are stored as (in, out).
+    turned = first == "lora_embedding_A" or settings.get("fan_in_fan_out")
+    shape = (b.shape[0], a.shape[1])
+    if (shape[::-1] if turned else shape) != tuple(weight.shape):
+        raise WrongKind(f"{module}.weight: the adapter is for shape {shape}, the base has {tuple(weight.shape)}", where=str(base))
+    merged = b @ a
+    merged = (merged.T if turned else merged).mul_(scale(settings, module, a.shape[0])).add_(weight)
+    if "lora_magnitude_vector" in change:
+        outputs = merged.T if turned else merged
+        outputs.mul_((shards.load(change["lora_magnitude_vector"]).float() / torch.linalg.norm(outputs, dim=1)).view(-1, 1))
+    return merged
+
+
+def scale(settings: dict, module: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA. Patterns are regular expressions for the end of a name (peft.utils.other.get_pattern_key)."""
+    patterns = settings.get("alpha_pattern") or {}
+    alpha = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), settings["lora_alpha"])
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def nf4_layers(adapter: Artifact, base: Path) -> set[str]:
@@ -213,6 +273,8 @@ def complete(adapter: Artifact, base: Path, out: Path, written: list[shards.Entr
         (e for e in written if len(e.shape) == 2 and e.shape[0] >= config["vocab_size"]), key=lambda e: "embed" in e.name or "wte" in e.name
     )
     config["vocab_size"] = embedding.shape[0]
+    if any(entry.name == HEAD for entry in written):
+        config["tie_word_embeddings"] = False
     config["dtype"] = {v: k for k, v in shards.NAME.items()}.get(embedding.dtype, "float32")
     config.pop("torch_dtype", None)
     if end := adapter.metrics.get("turn_end"):

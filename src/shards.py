@@ -1,4 +1,7 @@
-"""Safetensors as a stream: read the headers of a folder, write a folder tensor by tensor. Never more than one tensor in memory; no torch at import."""
+"""Safetensors as a stream: read the headers of a folder, write a folder tensor by tensor. Never more than one tensor in memory; no torch at import.
+
+Tensors are read into memory, not mapped: the pages of a mapped file count as the process's own for as long as it is open.
+"""
 
 import json
 import math
@@ -10,6 +13,22 @@ from pathlib import Path
 from src.errors import BadData
 
 ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+TORCH = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+BUFFER = 4 << 20
+"""bytes copied at a time; larger ones leave the processor's cache between reading and writing"""
 NAME = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
@@ -66,11 +85,47 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
     return found
 
 
+def load(entry: Entry):
+    """The tensor an entry describes, as a torch tensor in memory of its own."""
+    import torch
+
+    raw = torch.empty(entry.size, dtype=torch.uint8)
+    left = memoryview(raw.numpy())
+    with open(entry.file, "rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        while left:
+            left = left[_some(stream.readinto(left), entry) :]
+    return raw.view(getattr(torch, TORCH[entry.dtype])).reshape(entry.shape)
+
+
+def copy(entry: Entry, out) -> None:
+    """Append the bytes of a stored tensor to a file that is open for unbuffered writing."""
+    buffer, left = memoryview(bytearray(min(BUFFER, entry.size))), entry.size
+    with open(entry.file, "rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        while left:
+            count = _some(stream.readinto(buffer[:left]), entry)
+            _append(out, buffer[:count])
+            left -= count
+
+
+def _some(count: int, entry: Entry) -> int:
+    if not count:
+        raise BadData(f"'{entry.name}' ends before its header says", where=str(entry.file), fix="copy or download it again")
+    return count
+
+
+def _append(out, data: memoryview) -> None:
+    while data:
+        data = data[out.write(data) :]
+
+
 def write(
     out: Path, plan: Iterable[Entry], tensor: Callable[[str], "object"], shard_size: int, tick: Callable[[], None] = lambda: None
 ) -> None:
     """Write model*.safetensors into `out` in the order of `plan`, taking each tensor from `tensor(name)` when its turn comes.
 
+    tensor: gives a torch tensor, or the Entry of one stored elsewhere whose bytes are copied as they are.
     shard_size: bytes per file at most, a larger single tensor excepted. More than one file gets the index transformers looks for.
     """
     groups, room = [], 0
@@ -101,13 +156,17 @@ def _write_shard(file: Path, group: list[Entry], tensor: Callable, tick: Callabl
         offset += entry.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(file, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+    with open(file, "wb", buffering=0) as stream:
+        _append(stream, memoryview(struct.pack("<Q", len(text)) + text))
         for entry in group:
-            value = tensor(entry.name).contiguous()
-            if tuple(value.shape) != entry.shape or NAME.get(str(value.dtype).removeprefix("torch."), entry.dtype) != entry.dtype:
+            value = tensor(entry.name)
+            dtype = value.dtype if isinstance(value, Entry) else NAME.get(str(value.dtype).removeprefix("torch."), entry.dtype)
+            if tuple(value.shape) != entry.shape or dtype != entry.dtype:
                 raise ValueError(f"{entry.name}: planned {entry.dtype} {entry.shape}, got {value.dtype} {tuple(value.shape)}")
-            stream.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            if isinstance(value, Entry):
+                copy(value, stream)
+            else:
+                _append(stream, memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))
             del value  # before the next one is made
             tick()
 
