@@ -227,7 +227,7 @@ def test_a_template_without_a_stop_token_is_refused():
 def test_a_template_that_rewrites_history_is_refused():
     tokenizer = load_tokenizer(TINY)
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
-    with pytest.raises(BadData, match="message 2"):
+    with pytest.raises(BadData, match="message 4"):
         chatml.encode(tokenizer, TURNS, end=1023)
 
 
