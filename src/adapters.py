@@ -71,6 +71,8 @@ def attach(model, tuner: LoraTuner, rows: list[int], *, deepspeed: bool):
         trainable_token_indices=dict.fromkeys(tables, rows) if tables else None,
     )
     attached = get_peft_model(model, config, autocast_adapter_dtype=not deepspeed)
+    if tuner.dora:
+        refuse_zero_lengths(attached)
     if kept and not deepspeed:
         train_in_fp32(attached)
     if tuner.init in TAKEN_FROM_BASE:
@@ -154,6 +156,17 @@ def train_in_fp32(attached) -> None:
                 layer.float()
                 layer.register_forward_pre_hook(widened)
                 layer.register_forward_hook(lambda layer, args, out, dtype=dtype: out.to(dtype))
+
+
+def refuse_zero_lengths(attached) -> None:
+    """DoRA divides each output's weights by their length. Raises ConfigError where all of an output's weights are zero, as in pruned or widened models."""
+    for name, parameter in attached.named_parameters():
+        if ".lora_magnitude_vector." in name and not parameter.detach().all():
+            layer = name.removeprefix("base_model.model.").split(".lora_magnitude_vector")[0]
+            raise ConfigError(
+                f"tuner.dora=true divides by the length of each output's weights, and {layer} has outputs whose weights are all zero",
+                fix="tuner.dora=false",
+            )
 
 
 def take_from_base(attached, init: str) -> None:

@@ -223,8 +223,9 @@ def adapted(weight, change: dict, settings: dict, module: str, base: Path):
     shape = (b.shape[0], a.shape[1])
     if (shape[::-1] if turned else shape) != tuple(weight.shape):
         raise WrongKind(f"{module}.weight: the adapter is for shape {shape}, the base has {tuple(weight.shape)}", where=str(base))
-    merged = b @ a
-    merged = (merged.T if turned else merged).mul_(scale(settings, module, a.shape[0])).add_(weight)
+    update = (b @ a).mul_(scale(settings, module, a.shape[0]))
+    # Laid out as the weight is, as in peft: the norm below sums in the order of the memory.
+    merged = weight.float().add_(update.T) if turned else update.add_(weight)
     if "lora_magnitude_vector" in change:
         outputs = merged.T if turned else merged
         outputs.mul_((shards.load(change["lora_magnitude_vector"]).float() / torch.linalg.norm(outputs, dim=1)).view(-1, 1))

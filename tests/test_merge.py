@@ -201,9 +201,10 @@ def test_a_base_without_chatml_grows_by_its_tokens(tied, padded, dataset, tmp_pa
     assert len(answers) == 1
 
 
-def test_nf4_merges_into_what_it_was_trained_against(dataset, tmp_path):
+@pytest.mark.parametrize("dora", ["false", "true"])
+def test_nf4_merges_into_what_it_was_trained_against(dora, dataset, tmp_path):
     """Merged with the dequantized base, the model is the one that was trained; merged with the base's own weights it is another."""
-    adapter = tune(tmp_path, dataset, TINY, "tuner=qlora", "train.max_steps=6")
+    adapter = tune(tmp_path, dataset, TINY, "tuner=qlora", f"tuner.dora={dora}", "train.max_steps=6")
     assert adapter.metrics["nf4"] == {"double_quant": True, "compute_dtype": "float32"}
     assert go(merge, f"outputs={tmp_path}", "run=r") == 0
     trained, _ = modeling.load_any(adapter)
