@@ -148,11 +148,27 @@ class Train(Settings):
     global_batch_size: PositiveInt
     """conversations per optimizer step over all processes"""
     micro_batch_size: Annotated[PositiveInt | Literal["auto"], Unkeyed]
-    """conversations per forward pass and process; accumulation makes up the global batch; auto: up to 4"""
+    """conversations as long as the longest per forward pass and process, more where they are shorter; auto: as many as fit in memory"""
+    packing: Annotated[Literal["auto"] | bool, Unkeyed]
+    """lay conversations end to end instead of padding them, each seeing itself alone; auto: where that is proven equal on the model"""
     max_length: PositiveInt
-    """tokens per conversation; longer ones are dropped and counted"""
+    """tokens per conversation; see long_rows for longer ones"""
+    long_rows: Literal["drop", "split_turns", "keep_end", "error"]
+    """conversations over max_length: left out, cut between turns into several, cut to their last tokens, or an error; counted and said"""
+    long_share: Annotated[float, Field(ge=0, le=1)]
+    """share of conversations that may be left out or cut for their length; above it the stage fails"""
     precision: Literal["auto", "fp32", "bf16", "fp16"]
-    """auto: bf16 on GPUs that have it, fp32 on CPU"""
+    """auto: bf16 on GPUs and CPUs with units for it, else fp32"""
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], Unkeyed]
+    """auto: each packed conversation by itself, on a GPU in one kernel; else as transformers calls it"""
+    chunked_loss: Annotated[Literal["auto"] | bool, Unkeyed]
+    """compute the output layer for trained tokens only and a chunk at a time; auto: where that is proven equal on the model"""
+    optimizer: Literal["auto", "adamw", "adamw_8bit"]
+    """auto: AdamW, its step in one kernel; adamw_8bit: bitsandbytes' with states in 8 bit, on a GPU"""
+    kernels: Annotated[Literal["auto", "torch", "liger"], Unkeyed]
+    """auto: Liger's for norms, rotation and MLP on a GPU where liger-kernel is installed"""
+    compile: Annotated[bool, Unkeyed]
+    """torch.compile the model; off, since batches of chats change shape with every step"""
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"]
     """shape of the learning rate over the run"""
     warmup: Fraction
@@ -165,8 +181,8 @@ class Train(Settings):
     """second-moment decay of AdamW"""
     max_grad_norm: NonNegativeFloat
     """gradients are clipped to this norm; 0: never"""
-    gradient_checkpointing: bool
-    """recompute activations in the backward pass: less memory, about a third more time"""
+    gradient_checkpointing: Annotated[Literal["auto"] | bool, Unkeyed]
+    """recompute activations in the backward pass: less memory, about a third more time; auto: only where the longest conversation needs it"""
     eval_steps: Annotated[PositiveInt | None, Unkeyed]
     """evaluate every so many steps; null: at the end of each epoch"""
     checkpoint_steps: Annotated[PositiveInt, Unkeyed]

@@ -127,3 +127,10 @@ class NoAnswer(UserError):
 
     exit_code = 14
     title = "no answer from the endpoint"
+
+
+class NoMemory(UserError):
+    """What was asked for does not fit in the memory of the GPU or the machine."""
+
+    exit_code = 15
+    title = "does not fit in memory"

@@ -3,6 +3,7 @@
 The result is an adapter (tuner=lora, qlora) or a model (tuner=full), complete with tokenizer, chat template and generation config.
 """
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -60,33 +61,14 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
         user_deepspeed_json(Path(cfg.deepspeed.config), cfg.deepspeed.stage)
         if not cfg.deepspeed.stage:
             raise ConfigError("deepspeed.config is given, but deepspeed=none would ignore it", fix="deepspeed=zero2 or deepspeed=zero3")
-    world = launch.world_size(cfg.launch)
-    micro, accumulation = batch_plan(cfg, world)
+    world, batch = launch.world_size(cfg.launch), cfg.train.global_batch_size
+    if batch % world:
+        raise ConfigError(
+            f"train.global_batch_size={batch} cannot be shared by {world} processes",
+            fix=[f"train.global_batch_size={-(-batch // world) * world}", "launch.nproc_per_node=N with N a divisor of it"],
+        )
     name = {0: "no DeepSpeed", 2: "ZeRO-2", 3: "ZeRO-3"}[cfg.deepspeed.stage] + (" with offload" if cfg.deepspeed.offload else "")
-    return [
-        f"{cfg.tuner.kind} on {base.path}, {name}, {world} process{'es' * (world > 1)}",
-        f"batch: {micro} a process x {world} x {accumulation} accumulated = {cfg.train.global_batch_size}",
-    ]
-
-
-def batch_plan(cfg: FinetuneVerb, world: int) -> tuple[int, int]:
-    """(micro batch, accumulation steps) whose product over all processes is the global batch."""
-    size, micro = cfg.train.global_batch_size, cfg.train.micro_batch_size
-    if size % world:
-        raise ConfigError(
-            f"train.global_batch_size={size} cannot be shared by {world} processes",
-            fix=[f"train.global_batch_size={-(-size // world) * world}", "launch.nproc_per_node=N with N a divisor of it"],
-        )
-    share = size // world
-    if micro == "auto":
-        micro = next(m for m in (4, 3, 2, 1) if share % m == 0)
-    if share % micro:
-        fits = [m for m in range(1, share + 1) if share % m == 0]
-        raise ConfigError(
-            f"train.micro_batch_size={micro} does not divide the {share} conversations of each process and step",
-            fix=f"one of {', '.join(map(str, fits))}",
-        )
-    return micro, share // micro
+    return [f"{cfg.tuner.kind} on {base.path}, {name}, {world} process{'es' * (world > 1)}, {batch} conversations a step"]
 
 
 def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:
@@ -100,34 +82,57 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if not launch.gpu_count():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
     modeling.import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
-    from src import adapters, training
+    from src import adapters
+    from src.training import batches, checkpoints, choices, layout, probe, reports, tokens, trainer
+    from src.training.head import HeadLoss
 
-    device, precision = training.start(cfg)
+    world, records = launch.world_size(cfg.launch), inputs["dataset"].path
+    device, precision = choices.start(cfg)
     base = inputs["model"].path
     tokenizer, end, added = chat_tokenizer(cfg, base)
-    splits = {split: training.tokenized(cfg, inputs["dataset"].path, split, out, tokenizer, end) for split in ("train", "val")}
-    if not len(splits["train"]):
-        raise MissingInput("no training row is within train.max_length", where=str(inputs["dataset"].path), fix="raise train.max_length")
-    training.preview(splits["train"][0], tokenizer)
+    cache = out.parent.parent / ".cache" / "tokens"
+    train, val = (tokens.token_rows(cfg, inputs["dataset"], inputs["model"], split, cache) for split in ("train", "val"))
+    if not len(train):
+        raise MissingInput("no training row is within train.max_length", where=str(records), fix="raise train.max_length")
+    reports.preview(train[0], tokenizer)
 
     # Before the model: under ZeRO-3 making the arguments is what has it loaded in parts.
-    resume = training.Checkpoints.last(out / "checkpoints", launch.world_size(cfg.launch))
-    arguments = training.arguments(cfg, out, splits, batch_plan(cfg, launch.world_size(cfg.launch)), precision, resumes=bool(resume))
+    total = cfg.train.max_steps * cfg.train.global_batch_size if cfg.train.max_steps else round(len(train) * cfg.train.epochs)
+    resume = checkpoints.Checkpoints.last(out / "checkpoints", world)
+    steps = math.ceil(total / cfg.train.global_batch_size)
+    arguments = choices.arguments(cfg, out, steps, precision, world=world, evaluates=len(val) > 0 and not resume)
     model, rows, nf4 = prepare(cfg, inputs["model"], tokenizer, end, added, device, precision)
     adapters.describe(model, rows)
+    chosen = layout.choose_layout(cfg, model, train, out, precision)
+    plan = batches.Plan(train.lengths, cfg.train.global_batch_size, world, chosen.capacity, chosen.packed, total, cfg.train.seed)
+    head = HeadLoss(model, chunked=cfg.deepspeed.stage != 3) if chosen.fused else None
     rates = adapters.row_rates(model, cfg.tuner, len(tokenizer) - len(added)) if rows else {}
-    trainer = training.trainer(cfg, model, arguments, splits, tokenizer, end, rates, inputs["dataset"].path, out)
-    trainer.train(resume_from_checkpoint=resume and str(resume))
-    trainer.finished = True
-    trainer.save_model(str(out))
-    trainer.reports.trackers.close()
-    training.barrier()
+    rates = {n: (r, 0.0) for n, r in rates.items()}
+    told = reports.Reports(cfg, out, tokenizer, records)
+    proof = probe.Probe(out, precision, proven=cfg.deepspeed.stage != 3)
+    run = trainer.ChatTrainer(
+        model,
+        arguments,
+        plan,
+        train,
+        val,
+        pad=tokenizer.pad_token_id,
+        end=end,
+        rates=rates,
+        head=head,
+        callbacks=[told, proof, checkpoints.Checkpoints(world)],
+    )
+    run.train(resume_from_checkpoint=resume and str(resume))
+    run.finished = True
+    run.save_model(str(out))
+    told.trackers.close()
+    checkpoints.barrier()
     if rank() != 0:
         return {}
     finish(cfg, base, tokenizer, end, out, keep_tokenizer=not added)
-    metrics = training.summary(trainer, splits, precision)
-    for unfinished in ("checkpoints", "rows"):
-        shutil.rmtree(out / unfinished, ignore_errors=True)
+    metrics = reports.summary(run, told, precision)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    (out / "layout.json").unlink()
     return metrics | {"added_tokens": added, "trained_rows": rows, "turn_end": end} | ({"nf4": nf4} if nf4 else {})
 
 
@@ -182,17 +187,13 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
     if isinstance(cfg.tuner, FullTuner):
         if rows:
             token_rows.split_off(model, rows)
-        if cfg.train.gradient_checkpointing:
-            model.enable_input_require_grads()
-        return model, rows, None
+        return model.to(device), rows, None
     if nf4 or base.kind == "quantized":
         from peft import prepare_model_for_kbit_training
 
         modeling.keep_gptq_trainable(model)
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.train.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = adapters.attach(model, cfg.tuner, rows, deepspeed=bool(cfg.deepspeed.stage))
-    if cfg.train.gradient_checkpointing:
-        model.enable_input_require_grads()
     return model, rows, nf4
 
 

@@ -192,6 +192,55 @@ def save(file: Path, weights: dict, dtype: str = "float32") -> None:
     save_file({name: array.astype(dtype) for name, array in weights.items()}, file, {"format": "pt"})
 
 
+START, END = 1022, 1023
+"""ids of assets/tiny-chat's <|im_start|> and <|im_end|>"""
+
+
+def make_base(folder: Path, *, tied=True, dtype="float32", blank=True) -> Path:
+    """tiny-chat with its two ChatML rows as if never trained: zero, and where untied the mean in the embedding."""
+    if not folder.is_dir():
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(CHAT, local_files_only=True)
+        if not tied:
+            model.config.tie_word_embeddings = False
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        with torch.no_grad():
+            if blank:
+                embedding = model.get_input_embeddings().weight
+                embedding[START:] = 0 if tied else embedding[:START].mean(0)
+                model.get_output_embeddings().weight[START:] = 0
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            shutil.copy(CHAT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def eighty(tmp_path_factory) -> Path:
+    """A dataset artifact of 80 embedded conversations, an eighth of them held out."""
+    folder = tmp_path_factory.mktemp("eighty")
+    rows = json.loads((ROOT / "assets" / "conversations.json").read_text())[:80]
+    (folder / "chats.json").write_text(json.dumps(rows))
+    splits = ["data.val=0.125", "data.calib=0.125"]
+    done = in_process("data", f"outputs={folder}", "run=d", f"data.path={folder / 'chats.json'}", *splits)
+    assert done.returncode == 0, done.stderr
+    return folder / "d" / "data"
+
+
+def process(*argv, **environment) -> subprocess.Popen:
+    """`python -m src.finetune` with its stderr to read."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "src.finetune", *map(str, argv)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
 # ---- one finished run
 
 

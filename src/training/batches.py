@@ -1,0 +1,155 @@
+"""Which conversations make up which step, and how they are laid into micro-batches.
+
+A step's conversations follow from the seed alone. How they are spread over processes and forward passes changes the speed, never what is learnt:
+losses are summed over trained tokens and divided by the step's count.
+"""
+
+import functools
+import heapq
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from src import chatml
+from src.training.tokens import TokenRows
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The order of a whole run.
+
+    lengths: tokens of each row, int64. batch: rows of a step over all processes. world: processes. capacity: tokens a forward pass may hold,
+    padding included. packed: whether rows are laid end to end; else the shorter are padded to the longest of their micro-batch.
+    total: rows of the whole run, each epoch a permutation of its own.
+    """
+
+    lengths: np.ndarray
+    batch: int
+    world: int
+    capacity: int
+    packed: bool
+    total: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.total / self.batch)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the rows that are done after so many steps."""
+        return min(step * self.batch, self.total) / len(self.lengths)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether a pass over the rows is completed by this step, counted from 1, or the run is."""
+        return step == self.steps or int(self.epoch(step)) > int(self.epoch(step - 1))
+
+    def rows(self, step: int) -> list[int]:
+        """Rows of a step, counted from 0."""
+        count, found = len(self.lengths), []
+        at, end = step * self.batch, min((step + 1) * self.batch, self.total)
+        while at < end:
+            epoch, begin = divmod(at, count)
+            taken = min(end - at, count - begin)
+            found += self._order(epoch)[begin : begin + taken].tolist()
+            at += taken
+        return found
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+
+    def layout(self, step: int) -> list[list[list[int]]]:
+        """[micro-batch][process] -> rows. Every process gets as many micro-batches, as few as their capacity allows; one may be empty in the
+        last step of a run.
+
+        Rows are dealt longest first, each to the micro-batch with the fewest tokens, so that the processes finish together.
+        """
+        rows = sorted(self.rows(step), key=lambda row: (-self.lengths[row], row))
+        passes = max(1, math.ceil(int(self.lengths[rows].sum()) / (self.capacity * self.world)))
+        while True:
+            bins = self._dealt(rows, passes * self.world)
+            if max(map(self.size, bins)) <= self.capacity or passes * self.world >= len(rows):
+                return [bins[i : i + self.world] for i in range(0, len(bins), self.world)]
+            passes += 1
+
+    def _dealt(self, rows: list[int], count: int) -> list[list[int]]:
+        bins = [[] for _ in range(count)]
+        if not self.packed:  # neighbours in length share a micro-batch, so that little is padded
+            share = math.ceil(len(rows) / count)
+            for i in range(count):
+                bins[i] = rows[i * share : (i + 1) * share]
+            return bins
+        fill = [(0, i) for i in range(count)]
+        for row in rows:
+            tokens, i = heapq.heappop(fill)
+            bins[i].append(row)
+            heapq.heappush(fill, (tokens + int(self.lengths[row]), i))
+        return bins
+
+    def size(self, rows: list[int]) -> int:
+        """Tokens a forward pass over these rows holds, padding included."""
+        lengths = self.lengths[rows]
+        return int(lengths.sum()) if self.packed else int(lengths.max(initial=0)) * len(rows)
+
+    def longest(self) -> list[int]:
+        """Rows of a forward pass as large as the run's largest: the longest, filled up to the capacity."""
+        taken = []
+        for row in np.argsort(-self.lengths, kind="stable").tolist():
+            if len(taken) < self.batch and (not taken or self.size([*taken, row]) <= self.capacity):
+                taken.append(row)
+        return taken
+
+
+class Steps(torch.utils.data.Dataset):
+    """What one process computes in each step: its micro_batches, and how many tokens the step has over all processes: of rows, trained, and laid
+    out with padding."""
+
+    def __init__(self, plan: Plan, rows: TokenRows, rank: int, pad: int):
+        self.plan, self.data, self.rank, self.pad = plan, rows, rank, pad
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, step: int) -> dict:
+        layout, rows = self.plan.layout(step), self.plan.rows(step)
+        return {
+            "micro_batches": [micro_batch(self.data, bins[self.rank], self.pad, packed=self.plan.packed) for bins in layout],
+            "tokens": int(self.plan.lengths[rows].sum()),
+            "trained": int(self.data.trained_tokens[rows].sum()),
+            "laid": sum(self.plan.size(bins) for bins in itertools.chain(*layout)),
+        }
+
+
+def micro_batch(data: TokenRows, rows: list[int], pad: int, *, packed: bool) -> dict:
+    """One forward pass over rows, as the model takes it.
+
+    input_ids: int64 (1, tokens) where packed, with position_ids that begin at 0 in every row and where each begins (cu_seq_lens, int32); else
+    (rows, longest), padded on the right, with attention_mask. keep: bool of the same shape, true where the next token is trained. targets: those
+    tokens, int64 (trained,). No rows make a pass over one padding token with nothing trained, for processes that must keep step with others.
+    """
+    found = [data[row] for row in rows]
+    ids = [row.input_ids for row in found] or [np.array([pad], dtype=np.int32)]
+    labels = [row.labels for row in found] or [np.array([chatml.IGNORE], dtype=np.int32)]
+    after = [np.append(row[1:], chatml.IGNORE) for row in labels]
+    if packed:
+        lengths = [len(row) for row in ids]
+        bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        batch = {
+            "input_ids": torch.from_numpy(np.concatenate(ids)).long()[None],
+            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }
+        shifted = torch.from_numpy(np.concatenate(after)).long()[None]
+    else:
+        longest = max(map(len, ids))
+        block = lambda parts, fill: torch.tensor([[*part, *[fill] * (longest - len(part))] for part in parts])
+        batch = {"input_ids": block(ids, pad), "attention_mask": block([[1] * len(row) for row in ids], 0)}
+        shifted = block(after, chatml.IGNORE)
+    keep = shifted != chatml.IGNORE
+    return batch | {"keep": keep, "targets": shifted[keep]}

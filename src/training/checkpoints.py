@@ -1,0 +1,50 @@
+"""States a killed run goes on from."""
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from src.errors import Moved
+from src.log import rank, say
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint as whole once every rank has written its part, and keeps only the newest; resume looks at nothing unmarked."""
+
+    MARK = "whole"
+
+    def __init__(self, world: int):
+        self.world = world
+
+    def on_save(self, args, state, control, **kwargs):
+        barrier()
+        if rank() == 0:
+            folder = Path(args.output_dir)
+            newest = folder / f"checkpoint-{state.global_step}"
+            (newest / self.MARK).write_text(str(self.world))
+            for other in folder.glob("checkpoint-*"):
+                if other != newest:
+                    shutil.rmtree(other)
+        barrier()
+
+    @classmethod
+    def last(cls, folder: Path, world: int) -> Path | None:
+        """The newest whole checkpoint, or None. Raises Moved when it was made by another number of processes, which cannot continue it."""
+        newest = max(folder.glob(f"checkpoint-*/{cls.MARK}"), key=lambda p: int(p.parent.name.split("-")[1]), default=None)
+        if newest is None:
+            return None
+        if (made := int(newest.read_text())) != world:
+            raise Moved(
+                f"the unfinished run was trained by {made} processes and cannot go on with {world}",
+                where=str(newest.parent),
+                fix=[f"launch.nproc_per_node={made}", f"remove {folder.parent} to start over"],
+            )
+        say(f"goes on from step {newest.parent.name.split('-')[1]}")
+        return newest.parent

@@ -1,0 +1,134 @@
+"""What follows from the device: precision, optimizer, kernels; each choice is said."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from transformers import TrainingArguments, set_seed
+
+from src.config import FinetuneVerb
+from src.errors import ConfigError, MissingTool
+from src.log import say
+from src.modeling import device, say_device
+from src.zero import deepspeed_json
+
+GPUS = Path(__file__).resolve().parent.parent.parent / "configs" / "gpu"
+
+
+def start(cfg: FinetuneVerb) -> tuple[str, str]:
+    """Join the other processes and seed; returns (device, precision)."""
+    init_distributed(cfg.deepspeed.stage)
+    set_seed(cfg.train.seed)
+    name = device()
+    say_device(name)
+    precision = precision_of(cfg.train.precision)
+    optimizer = optimizer_of(cfg.train.optimizer)
+    say(f"precision {precision}, optimizer {optimizer}, {'compiled' if cfg.train.compile else 'not compiled'}")
+    return name, precision
+
+
+def init_distributed(deepspeed_stage: int) -> None:
+    """Join the other processes. On a CPU the trainer would leave DeepSpeed's part out, which ZeRO-3 needs before the model is made."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not deepspeed_stage:
+        dist.init_process_group(backend)
+        return
+    import deepspeed
+    import deepspeed.ops
+
+    # DeepSpeed would compile a shared-memory all-reduce for CPUs (40 s), and a compile killed half-way hangs every later run.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def precision_of(asked: str) -> str:
+    """fp32, bf16 or fp16: what was asked for, or what the device has units for."""
+    if asked == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("train.precision=fp16 needs a GPU", fix="train.precision=auto")
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    # Without AMX a CPU does bf16 products more slowly than fp32 ones.
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def optimizer_of(asked: str) -> str:
+    """The name transformers gives the optimizer."""
+    if asked == "adamw_8bit" and not torch.cuda.is_available():
+        raise ConfigError("train.optimizer=adamw_8bit needs a GPU", fix="train.optimizer=auto")
+    return {"auto": "adamw_torch_fused", "adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}[asked]
+
+
+def apply_kernels(model, asked: str) -> None:
+    """Put Liger's kernels into a model where they are wanted and a GPU is there; its loss is not used, see head.py."""
+    import importlib.util
+
+    there = importlib.util.find_spec("liger_kernel") is not None
+    if asked == "liger" and not (there and torch.cuda.is_available()):
+        raise MissingTool("train.kernels=liger needs a GPU and liger-kernel", fix=["pip install liger-kernel", "train.kernels=auto"])
+    if asked == "torch" or not there or not torch.cuda.is_available():
+        return
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    say("kernels: Liger's for norms, rotation and MLP")
+
+
+def peak_operations(name: str) -> float | None:
+    """FLOP/s in 16 bit of the GPU torch calls so, such as "NVIDIA H100 80GB HBM3", by its datasheet; None where configs/gpu does not know it."""
+    plain = re.sub(r"\W", "", name.lower())
+    for file in sorted(GPUS.glob("*.yaml"), key=lambda f: -len(f.stem)):
+        if all(part in plain for part in file.stem.split("_")):
+            return (yaml.safe_load(file.read_text()) or {}).get("tflops", 0) * 1e12 or None
+    return None
+
+
+def arguments(cfg: FinetuneVerb, out: Path, steps: int, precision: str, *, world: int, evaluates: bool) -> TrainingArguments:
+    """transformers' TrainingArguments for our settings. What a step holds is the plan's affair, and trackers, saving of the result and reports are
+    ours, so its own are off."""
+    t, gpu = cfg.train, torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=t.global_batch_size // world,
+        gradient_accumulation_steps=1,
+        max_steps=steps,
+        learning_rate=cfg.tuner.learning_rate,
+        lr_scheduler_type=t.lr_scheduler,
+        # transformers 5 reads a float below 1 as a share of the steps and rounds up.
+        warmup_steps=t.warmup,
+        weight_decay=t.weight_decay,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        max_grad_norm=t.max_grad_norm,
+        optim=optimizer_of(t.optimizer),
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        torch_compile=t.compile,
+        eval_strategy="no",
+        eval_on_start=evaluates,
+        save_strategy="steps",
+        save_steps=t.checkpoint_steps,
+        logging_steps=t.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+        dataloader_pin_memory=gpu,
+        use_cpu=not gpu,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        seed=t.seed,
+        data_seed=t.seed,
+        deepspeed=deepspeed_json(cfg.deepspeed, gpu=gpu) if cfg.deepspeed.stage else None,
+    )

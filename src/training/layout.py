@@ -1,0 +1,250 @@
+"""How a run computes: packed or padded, how much at a time, which attention, loss and recomputing. What is fast is taken where it is proven right on
+the model itself."""
+
+import contextlib
+import inspect
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from src import chatml, launch
+from src.artifact import read_json, write_json
+from src.config import FinetuneVerb
+from src.errors import NoMemory, ProofFailed
+from src.log import rank, say, size
+from src.training import attention
+from src.training.batches import micro_batch
+from src.training.checkpoints import barrier
+from src.training.head import LOGITS, HeadLoss, token_results
+from src.training.tokens import Row, TokenRows
+
+EQUAL = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+"""largest difference of a token's loss (nats) that a precision explains"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run computes, which does not change what it learns but its last bits: a resumed run keeps it.
+
+    packed: rows end to end. capacity: tokens of a forward pass. fused: the loss is computed chunk by chunk at the output layer.
+    checkpointing: activations are recomputed.
+    """
+
+    packed: bool
+    capacity: int
+    fused: bool
+    checkpointing: bool
+
+
+def choose_layout(cfg: FinetuneVerb, model, rows: TokenRows, out: Path, precision: str) -> Layout:
+    """The layout of the unfinished run in `out`, or a new one that this model is proven to take. Leaves the model set up for it."""
+    file, asked = out / "layout.json", {name: getattr(cfg.train, name) for name in ASKED}
+    if file.is_file():
+        kept = read_json(file)
+        layout = Layout(**kept["layout"])
+        if kept["asked"] != asked:
+            moved = ", ".join(f"train.{name}={kept['asked'][name]}" for name in ASKED if kept["asked"][name] != asked[name])
+            say(f"goes on as it began, with {moved}: another layout would change the last bits of what is learnt")
+        set_up(model, layout, cfg.train.attention)
+    else:
+        layout = new_layout(cfg, model, rows, precision)
+        barrier()
+        if rank() == 0:
+            write_json(file, {"layout": asdict(layout), "asked": asked})
+        barrier()
+        layout = Layout(**read_json(file)["layout"])
+    say(
+        f"batches: {'packed' if layout.packed else 'padded'}, up to {layout.capacity:,} tokens a forward pass; attention "
+        f"{model.config._attn_implementation}; loss {'in chunks at the trained tokens' if layout.fused else 'from the logits of the trained tokens'}; "
+        f"activations {'recomputed' if layout.checkpointing else 'kept'}"
+    )
+    return layout
+
+
+ASKED = ("micro_batch_size", "packing", "attention", "chunked_loss", "gradient_checkpointing")
+
+
+def new_layout(cfg: FinetuneVerb, model, rows: TokenRows, precision: str) -> Layout:
+    t, longest = cfg.train, int(rows.lengths.max())
+    share = t.global_batch_size // launch.world_size(cfg.launch)
+    # Under ZeRO-3 the model runs inside DeepSpeed's engine only: what looks right is taken, and Probe proves it there.
+    partitioned = cfg.deepspeed.stage == 3
+    packed = t.packing is not False and (may_pack(model) if partitioned else packs(model, t.attention, precision))
+    fused = t.chunked_loss is not False and (partitioned or fuses(model, precision))
+    for name, asked, holds in (("packing", t.packing, packed), ("chunked_loss", t.chunked_loss, fused)):
+        if asked is True and not holds:
+            raise ProofFailed(f"train.{name}=true, but on this model it changes the loss", fix=f"train.{name}=auto")
+    layout = Layout(packed, share * longest, fused, t.gradient_checkpointing is True)
+    set_up(model, layout, t.attention)
+    if t.micro_batch_size != "auto":
+        return replace(layout, capacity=min(share, t.micro_batch_size) * longest)
+    if partitioned:
+        return replace(layout, capacity=min(share, 4) * longest)
+    fits = tokens_that_fit(cfg, model, rows, layout)
+    if fits < longest and t.gradient_checkpointing == "auto":
+        layout = replace(layout, checkpointing=True)
+        set_up(model, layout, t.attention)
+        fits = tokens_that_fit(cfg, model, rows, layout)
+    return replace(layout, capacity=max(longest, min(fits, share * longest)))
+
+
+def set_up(model, layout: Layout, asked: str) -> None:
+    """Give the model the attention and the recomputing of a layout."""
+    if asked != "auto":
+        model.set_attn_implementation(asked)
+    elif layout.packed:
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+    if layout.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+
+
+# ---- is it right
+
+
+def may_pack(model) -> bool:
+    """Whether the model's class takes attention from outside and each token's position from its caller."""
+    config = model.config
+    return (
+        model._supports_attention_backend
+        and {"position_ids", "kwargs"} <= arguments_of(model)
+        and not getattr(config, "attention_chunk_size", None)
+        and not getattr(config, "attn_logit_softcapping", None)
+    )
+
+
+def arguments_of(model) -> set[str]:
+    """Names of the arguments the model's own forward takes, also where peft wraps it."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return set(inspect.signature(inner.forward).parameters)
+
+
+def packs(model, asked: str, precision: str) -> bool:
+    """Whether two short rows have the same losses end to end as each has alone, through the attention the model came with."""
+    if not may_pack(model):
+        return False
+    before, rows = model.config._attn_implementation, sample_rows(model)
+    with as_in_use(model):
+        alone = torch.cat([losses(model, micro_batch(rows, [i], 0, packed=False)) for i in range(len(rows))])
+        set_up(model, Layout(True, 0, False, False), asked)
+        together = losses(model, micro_batch(rows, list(range(len(rows))), 0, packed=True))
+    holds = (alone - together).abs().max().item() <= EQUAL[precision]
+    if not holds:
+        model.set_attn_implementation(before)
+        say("packing changes the losses of this model, so its batches are padded")
+    return holds
+
+
+def fuses(model, precision: str) -> bool:
+    """Whether the loss computed at the output layer is the loss of the model's logits, which some models scale or cap behind that layer."""
+    if "logits_to_keep" not in arguments_of(model) or precision == "fp16":
+        return False
+    rows = sample_rows(model)
+    batch = micro_batch(rows, [0], 0, packed=False)
+    with as_in_use(model):
+        plain = losses(model, batch)
+        head = HeadLoss(model, chunked=True)
+        head.targets = batch["targets"].to(model.device)
+        fused = model(**inputs_of(batch, model.device), logits_to_keep=batch["keep"].to(model.device), use_cache=False).logits
+        head.remove()
+    return fused.shape == (len(plain), 2) and (fused[:, 0] - plain).abs().max().item() <= EQUAL[precision]
+
+
+def sample_rows(model) -> list[Row]:
+    """Two short rows of token ids drawn at random, the same in every process; their second halves are trained."""
+    vocabulary = model.config.get_text_config().vocab_size
+    draw, rows = np.random.default_rng(0), []
+    for length in (9, 14):
+        ids = draw.integers(0, vocabulary, length, dtype=np.int32)
+        rows.append(Row(ids, np.where(np.arange(length) < length // 2, chatml.IGNORE, ids)))
+    return rows
+
+
+def losses(model, batch: dict) -> torch.Tensor:
+    """fp32 losses of a micro-batch's trained tokens, from the model's full logits."""
+    logits = model(**inputs_of(batch, model.device), use_cache=False).logits
+    return token_results(logits[batch["keep"].to(logits.device)], batch["targets"].to(logits.device))[:, 0]
+
+
+def inputs_of(batch: dict, device) -> dict:
+    """What of a micro-batch the model takes."""
+    given = {name: value for name, value in batch.items() if name not in ("keep", "targets")}
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+
+
+@contextlib.contextmanager
+def as_in_use(model):
+    """The model without dropout and gradients."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
+
+
+# ---- how much fits
+
+
+def tokens_that_fit(cfg: FinetuneVerb, model, rows: TokenRows, layout: Layout) -> int:
+    """Tokens whose activations fit beside the weights, gradients and optimizer states of this process, by the bytes a short forward pass keeps.
+
+    Raises NoMemory where a machine without a GPU could not hold even one row: there the system would kill the process without a word.
+    """
+    longest = int(np.argmax(rows.lengths))
+    row = rows[longest]
+    short = Row(row.input_ids[:512], row.labels[:512])
+    batch = micro_batch([short], [0], 0, packed=layout.packed)
+    kept = kept_bytes(model, batch)
+    each = 1.3 * kept / len(short.input_ids)  # a backward pass holds gradients of some of them too
+    world = launch.world_size(cfg.launch) if cfg.deepspeed.stage else 1
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = 12 * trained / world + 3 * LOGITS
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        left = free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        fixed = 3 * LOGITS if cfg.deepspeed.offload else fixed
+    else:
+        left = psutil.virtual_memory().available / launch.per_node(cfg.launch)
+        if layout.checkpointing or cfg.train.gradient_checkpointing is False:
+            need, there = fixed + each * rows.lengths[longest], psutil.virtual_memory().total
+            if need > there:
+                raise NoMemory(
+                    f"the longest conversation needs about {size(need)} beside the weights, this machine has {size(there)}", fix=SMALLER
+                )
+    return int((0.8 * left - fixed) / each)
+
+
+SMALLER = [
+    "train.micro_batch_size=1",
+    "train.gradient_checkpointing=true",
+    "train.max_length=N for shorter conversations, with train.long_rows to say what becomes of the longer",
+    "tuner=lora or tuner=qlora, which train fewer weights",
+    "deepspeed=zero3_offload, which shares what is left between processes and the host's memory",
+]
+
+
+def kept_bytes(model, batch: dict) -> int:
+    """Bytes that a forward pass in training keeps for its backward pass, output layer not counted."""
+    owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    was_training = model.training
+    model.train()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        last = torch.zeros_like(batch["keep"])
+        last[0, -1] = True
+        inputs = inputs_of(batch, model.device)
+        model(**inputs, use_cache=False, **({"logits_to_keep": last.to(model.device)} if "logits_to_keep" in arguments_of(model) else {}))
+    model.train(was_training)
+    return sum(kept.values())

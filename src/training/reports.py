@@ -1,0 +1,232 @@
+"""What a run says of itself: lines on the terminal, numbers to the trackers, a summary for the manifest, and the checks that stop a run gone wrong."""
+
+import itertools
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from src import chatml
+from src.config import FinetuneVerb
+from src.errors import ProofFailed
+from src.log import duration, mark, on_terminal, rank, say, spark, status, warn
+from src.modeling import greedy
+from src.tracking import Trackers
+from src.training.choices import peak_operations
+from src.training.tokens import Row
+
+STILL = 20
+"""steps after which a loss that has not moved at all is a fault"""
+
+
+class Reports(TrainerCallback):
+    """Loss, rate, gradient norm, speed, memory, time left, sample answers; evaluates at the end of each epoch or every eval_steps."""
+
+    def __init__(self, cfg: FinetuneVerb, out: Path, tokenizer, dataset: Path):
+        """out: where the artifact is made. dataset: folder of train.jsonl and val.jsonl, whose first prompts are answered at every evaluation."""
+        self.trackers, self.tokenizer, self.records = open_trackers(cfg, out), tokenizer, dataset / "train.jsonl"
+        self.prompts, self.eval_steps = first_prompts(dataset / "val.jsonl", 3), cfg.train.eval_steps
+        gpu = torch.cuda.is_available()
+        self.checks_every_step, self.peak = not gpu, peak_operations(torch.cuda.get_device_name()) if gpu else None
+        self.trainer = None
+        self.samples: list[tuple[str, str]] = []
+        self.train_seconds = self.speed = 0.0
+        self.recent: list[float] = []
+        self.zero_norms = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed state brings the steps of the run it was saved by; what is asked for now counts.
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
+        self.first_step, self.start = state.global_step, time.monotonic()
+        self.trainer.totals.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.checks_every_step or control.should_log or control.should_save:
+            self.check_losses(state.global_step)
+        if len(self.trainer.validation) and (
+            state.global_step % self.eval_steps == 0 if self.eval_steps else self.trainer.plan.ends_epoch(state.global_step)
+        ):
+            control.should_evaluate = True
+
+    def check_losses(self, step: int) -> None:
+        """Raises ProofFailed where a step since the last check has no finite loss, or the loss has stood still for STILL steps."""
+        losses = torch.stack(self.trainer.step_losses)
+        self.trainer.step_losses.clear()
+        if dist.is_initialized():
+            dist.all_reduce(losses)
+            losses /= dist.get_world_size()
+        values = losses.tolist()
+        for at, value in enumerate(values, step - len(values) + 1):
+            if not math.isfinite(value):
+                raise ProofFailed(
+                    f"the loss became {value} at step {at}",
+                    where=f"{self.records}, records {', '.join(self.record_ids(at))}",
+                    fix=["lower tuner.learning_rate or raise train.warmup", "train.precision=fp32", "look at those records"],
+                )
+        self.recent = [*self.recent, *values][-STILL:]
+        if len(self.recent) == STILL and max(self.recent) - min(self.recent) <= 1e-7 * abs(self.recent[-1]):
+            self.stands_still(step, f"is {self.recent[-1]:.6g} for {STILL} steps")
+
+    def stands_still(self, step: int, how: str) -> None:
+        raise ProofFailed(
+            f"the loss does not move: by step {step} it {how}",
+            where=f"{self.records}, records of the last step: {', '.join(self.record_ids(step))}",
+            fix=[
+                "raise tuner.learning_rate",
+                "shorten train.warmup, which holds the rate down",
+                "look at the row shown above: is what is marked what should be learnt?",
+            ],
+        )
+
+    def record_ids(self, step: int, most: int = 8) -> list[str]:
+        """Ids of the records in a step, counted from 1."""
+        lines = sorted({int(self.trainer.rows.lines[row]) for row in self.trainer.plan.rows(step - 1)})
+        found = []
+        with open(self.records, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if number in lines[:most]:
+                    found.append(str(json.loads(line)["id"]))
+        return found + (["..."] if len(lines) > most else [])
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        logs["epoch"] = self.trainer.plan.epoch(state.global_step)
+        self.zero_norms = self.zero_norms + 1 if logs.get("grad_norm") == 0 and logs["learning_rate"] > 0 else 0
+        if self.zero_norms == 3:
+            self.stands_still(state.global_step, "has had no gradient in three reports")
+        passed = time.monotonic() - self.start - self.trainer.eval_seconds
+        done = state.global_step - self.first_step
+        totals = self.trainer.totals
+        self.train_seconds, self.speed = passed, totals["tokens"] / passed
+        values = {
+            "train/loss": logs["loss"],
+            "train/learning_rate": logs["learning_rate"],
+            "train/grad_norm": float(logs.get("grad_norm") or 0),
+            "train/epoch": logs["epoch"],
+            "train/tokens_per_second": self.speed,
+            "train/trained_tokens_per_second": totals["trained"] / passed,
+            "train/padding_share": 1 - totals["tokens"] / totals["laid"],
+            "train/memory_gb": memory() / 1e9,
+        }
+        used = ""
+        if self.peak:
+            values["train/mfu"] = self.speed * operations_per_token(self.trainer.model) / (self.peak * args.world_size)
+            used = f", {values['train/mfu']:.0%} of the GPU"
+        status(
+            f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  grad {values['train/grad_norm']:.2f}  "
+            f"{self.speed:,.0f} tokens/s ({values['train/trained_tokens_per_second']:,.0f} trained, {values['train/padding_share']:.0%} padding{used})  "
+            f"{values['train/memory_gb']:.1f} GB  {duration(passed / done * (state.max_steps - state.global_step))} left"
+        )
+        self.trackers.numbers(values, state.global_step)
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+        say(
+            f"  step {state.global_step}  validation loss {metrics['eval_loss']:.4f}, right next token {metrics['eval_accuracy']:.1%} of {metrics['eval_tokens']}, turn ends {metrics['eval_turns_ended']:.0%}"
+        )
+        self.trackers.numbers({f"eval/{name}": metrics[f"eval_{name}"] for name in ("loss", "accuracy", "turns_ended")}, state.global_step)
+        first = next(h["eval_loss"] for h in state.log_history if "eval_loss" in h)
+        if state.global_step >= STILL and abs(metrics["eval_loss"] - first) <= 1e-6 * first:
+            self.stands_still(state.global_step, f"is {first:.6g} on the validation split, as before the first step")
+        if self.prompts:
+            was_training = model.training
+            model.eval()
+            answers = greedy(model, self.tokenizer, self.prompts, max_new_tokens=64, end=self.trainer.end)
+            model.train(was_training)
+            self.samples = [(prompt[-1]["content"], text) for prompt, (text, _) in zip(self.prompts, answers)]
+            self.trackers.samples(self.samples, state.global_step)
+
+
+def operations_per_token(model) -> float:
+    """Floating-point operations of training on a token without attention: 2 per weight forward, 2 for the gradient of what comes in, 2 for that
+    of the weight where it is trained (Kaplan et al. 2020, arXiv:2001.08361). Recomputing does not count as use."""
+    tied, total, trained = model.config.get_text_config().tie_word_embeddings, 0, 0
+    for name, parameter in model.named_parameters():
+        if tied or "embed_tokens" not in name:  # looking a token up computes nothing; a tied table is the output layer too
+            count = getattr(parameter, "ds_numel", parameter.numel())
+            total, trained = total + count, trained + count * parameter.requires_grad
+    return 4.0 * total + 2.0 * trained
+
+
+def memory() -> int:
+    """Peak bytes this process has used: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def preview(row: Row, tokenizer, limit: int = 120) -> None:
+    """Show one row as the model will see it, with what is trained standing out; long stretches are shortened in their middle."""
+    pieces = []
+    pairs = zip(row.input_ids.tolist(), row.labels.tolist())
+    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != chatml.IGNORE):
+        text = tokenizer.decode([token for token, _ in group])
+        text = text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"
+        pieces.append(mark(text.replace("\n", "⏎"), trained))
+    say("a row, with what is trained marked: " + "".join(pieces))
+
+
+def open_trackers(cfg: FinetuneVerb, out: Path) -> Trackers:
+    """The trackers of rank 0, writing to <run>/tracking/, outside the artifact that gets sealed."""
+    settings = {**cfg.model_dump(mode="json"), "run": cfg.run, "model_path": cfg.model.path}
+    return Trackers(cfg.tracker if rank() == 0 else {}, out.parent / "tracking", cfg.run, settings)
+
+
+def first_prompts(path: Path, count: int) -> list[list[dict]]:
+    """The first `count` conversations of a split, cut before their first answer."""
+    prompts = []
+    with open(path, encoding="utf-8") as file:
+        for line in itertools.islice(file, count * 4):
+            messages = json.loads(line)["messages"]
+            cut = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), 0)
+            if cut and len(prompts) < count:
+                prompts.append(messages[:cut])
+    return prompts
+
+
+def summary(trainer, reports: Reports, precision: str) -> dict:
+    """The numbers that go into the manifest."""
+    history, train = trainer.state.log_history, trainer.rows
+    losses = [h["loss"] for h in history if "loss" in h]
+    evals = [h for h in history if "eval_loss" in h]
+    if on_terminal():
+        say(f"  loss {losses[0]:.3f} {spark(losses)} {losses[-1]:.3f}")
+    metrics = {
+        "steps": trainer.state.max_steps,
+        "processes": trainer.args.world_size,
+        "precision": precision,
+        "train_rows": len(train),
+        "rows": {name: count for name, count in vars(train.counts).items() if isinstance(count, int)},
+        "tokens_seen": int(trainer.state.num_input_tokens_seen),
+        "train_seconds": round(reports.train_seconds, 2),
+        "tokens_per_second": round(reports.speed, 1),
+        "packed": trainer.plan.packed,
+        "train_loss_first": losses[0],
+        "train_loss_last": losses[-1],
+        "memory_bytes": memory(),
+        "curve": [
+            {"step": h["step"], "loss": h["loss"], "learning_rate": h["learning_rate"], "grad_norm": h.get("grad_norm")}
+            for h in history
+            if "loss" in h
+        ],
+        "samples": [{"prompt": p, "answer": a} for p, a in reports.samples],
+    }
+    if evals:
+        metrics |= {
+            "val_loss_first": evals[0]["eval_loss"],
+            "val_loss": evals[-1]["eval_loss"],
+            "val_accuracy": evals[-1]["eval_accuracy"],
+            "turns_ended": evals[-1]["eval_turns_ended"],
+        }
+        if metrics["turns_ended"] < 0.5:
+            warn(
+                f"the model ends only {metrics['turns_ended']:.0%} of its turns where it should, so its answers will run on however good the loss looks; "
+                "train for more steps, or raise tuner.learning_rate or tuner.row_learning_rate"
+            )
+    return metrics

@@ -1,0 +1,234 @@
+"""Conversations as token rows: made once, by several processes, kept by content and memory-mapped."""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from src import chatml, long_rows
+from src.artifact import Artifact, key_of, package_versions, read_json, sha256, write_json
+from src.config import FinetuneVerb
+from src.errors import BadData
+from src.log import progress, rank, warn
+from src.modeling import load_tokenizer
+from src.training.checkpoints import barrier
+
+PORTION = 256
+"""conversations per task; fewer than four tasks are not worth starting processes for"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation: input_ids and labels, int32 of shape (tokens,); labels are -100 where the loss does not count, first token always."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of one split, read from disk as they are needed.
+
+    offsets: int64 of shape (rows + 1,); row i is tokens offsets[i] to offsets[i + 1]. lines: number of each row's record in the split's file, from 1.
+    """
+
+    input_ids: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    lines: np.ndarray
+    counts: long_rows.Counts
+    unseen: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> Row:
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        ids = np.asarray(self.input_ids[span])
+        return Row(ids, np.where(self.trained[span], ids, chatml.IGNORE))
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64."""
+        return np.diff(self.offsets)
+
+    @functools.cached_property
+    def trained_tokens(self) -> np.ndarray:
+        """Tokens of each row that the loss counts, int64."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])[self.offsets])
+
+
+def token_rows(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str, cache: Path) -> TokenRows:
+    """The rows of one split under the settings' length policy. Rank 0 makes them if `cache` does not hold them; the others read what it made.
+
+    Raises BadData where a template refuses a conversation, or where more rows are lost than train.long_share allows.
+    """
+    folder = cache / content_key(cfg, dataset, base, split)
+    if rank() == 0 and not folder.is_dir():
+        make(cfg, dataset.path / f"{split}.jsonl", base.path, split, folder)
+    barrier()
+    rows = open_rows(folder)
+    if tools := rows.unseen.get("tools"):
+        warn(f"{split}: the chat template ignores the tools of {tools} rows")
+    t = cfg.train
+    for line in long_rows.report(rows.counts, split, f"train.max_length={t.max_length}"):
+        warn(line)
+    long_rows.check(rows.counts, t.long_share, policy=t.long_rows, max_length=t.max_length, split=split)
+    return rows
+
+
+def content_key(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str) -> str:
+    """sha256 hex of all that decides the rows: the split's bytes, the tokenizer's files, the settings, this code and the libraries it calls."""
+    settings = {
+        "split": dataset.files[f"{split}.jsonl"]["sha256"],
+        "tokenizer": {name: f["sha256"] for name, f in base.files.items() if not name.endswith((".safetensors", ".bin"))},
+        "train": {name: getattr(cfg.train, name) for name in ("max_length", "long_rows")},
+        "legacy_mask": cfg.legacy_mask,
+        "code": [sha256(Path(module)) for module in (chatml.__file__, long_rows.__file__, __file__)],
+        "packages": {name: package_versions()[name] for name in ("tokenizers", "transformers")},
+    }
+    return key_of("tokens", 1, settings, {})
+
+
+def make(cfg: FinetuneVerb, source: Path, base: Path, split: str, folder: Path) -> None:
+    """Tokenize a split into `folder`, which appears when it is whole."""
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    portions = list(line_portions(source))
+    counts, unseen, lengths, lines = long_rows.Counts(), Counter(), [0], []
+    try:
+        with (
+            open(partial / "input_ids.bin", "wb") as ids,
+            open(partial / "trained.bin", "wb") as trained,
+            encoded(portions, cfg, base, source) as made,
+        ):
+            for portion in progress(made, f"tokenizing {split}", total=len(portions)):
+                portion.input_ids.tofile(ids)
+                portion.trained.tofile(trained)
+                lengths += portion.lengths
+                lines += portion.lines
+                counts += portion.counts
+                unseen += portion.unseen
+        np.save(partial / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
+        np.save(partial / "lines.npy", np.array(lines, dtype=np.int64))
+        write_json(partial / "counts.json", {"rows": vars(counts), "unseen": dict(unseen)})
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_rows(folder: Path) -> TokenRows:
+    """The rows kept in a folder, memory-mapped."""
+    offsets = np.load(folder / "offsets.npy")
+    tokens = int(offsets[-1])
+    flat = {
+        name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=(tokens,)) if tokens else np.empty(0, dtype)
+        for name, dtype in (("input_ids", np.int32), ("trained", np.bool_))
+    }
+    told = read_json(folder / "counts.json")
+    lengths = Counter({int(length): count for length, count in told["rows"]["lengths"].items()})
+    counts = long_rows.Counts(**told["rows"] | {"lengths": lengths, "named": tuple(map(tuple, told["rows"]["named"]))})
+    return TokenRows(**flat, offsets=offsets, lines=np.load(folder / "lines.npy"), counts=counts, unseen=told["unseen"])
+
+
+# ---- in parallel
+
+
+@dataclass(frozen=True)
+class Portion:
+    """The rows of a stretch of the split's file: flat tokens, which of them are trained, tokens per row, line of each row's record, and what was
+    left out or not shown by the template."""
+
+    input_ids: np.ndarray
+    trained: np.ndarray
+    lengths: list[int]
+    lines: list[int]
+    counts: long_rows.Counts
+    unseen: Counter
+
+
+def line_portions(source: Path) -> Iterator[tuple[int, int, int]]:
+    """(byte where it begins, number of its first line, lines) of each stretch of PORTION lines."""
+    with open(source, "rb") as file:
+        start, first = 0, 1
+        while batch := list(itertools.islice(file, PORTION)):
+            yield start, first, len(batch)
+            start, first = start + sum(map(len, batch)), first + len(batch)
+
+
+@contextlib.contextmanager
+def encoded(portions: list, *given) -> Iterator[Iterator[Portion]]:
+    """The portions' results in order, from as many processes as there are cores, or from this one where there is little to do."""
+    count = min(os.cpu_count() or 1, len(portions) // 4)
+    if count < 2:
+        yield map(Encoder(*given), portions)
+        return
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=start_worker, initargs=given)
+    try:
+        yield pool.map(work, portions)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(*given) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _encoder = Encoder(*given)
+
+
+def work(portion: tuple[int, int, int]) -> Portion:
+    return _encoder(portion)
+
+
+class Encoder:
+    """Reads a portion of the split's file and tokenizes it."""
+
+    def __init__(self, cfg: FinetuneVerb, base: Path, source: Path):
+        self.cfg, self.source = cfg, source
+        self.tokenizer = load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
+        chatml.ensure_chat(self.tokenizer)
+        self.end = chatml.turn_end(self.tokenizer)
+
+    def __call__(self, portion: tuple[int, int, int]) -> Portion:
+        start, first, count = portion
+        ids, trained, lengths, lines, counts, unseen = [], [], [], [], long_rows.Counts(), Counter()
+        with open(self.source, "rb") as file:
+            file.seek(start)
+            for number, line in enumerate(itertools.islice(file, count), first):
+                record = json.loads(line)
+                rows, found = self.rows(record)
+                counts, unseen = counts + found, unseen + self.unseen(record)
+                for row in rows:
+                    ids += row.input_ids
+                    # Nothing stands before a first token to predict it from.
+                    trained += [False, *(label != chatml.IGNORE for label in row.labels[1:])]
+                    lengths.append(len(row.input_ids))
+                    lines.append(number)
+        return Portion(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_), lengths, lines, counts, unseen)
+
+    def rows(self, record: dict):
+        encode = chatml.encode_qwen_legacy if self.cfg.legacy_mask == "qwen" else chatml.encode
+        one = lambda messages: encode(self.tokenizer, messages, record.get("tools"), end=self.end)
+        try:
+            whole = one(record["messages"])
+            return long_rows.fit(whole, record, policy=self.cfg.train.long_rows, max_length=self.cfg.train.max_length, encode=one)
+        except BadData as error:
+            raise BadData(
+                error.what, where=f"record '{record['id']}'", fix="mend the record, or use a model whose template takes such turns"
+            ) from None
+
+    def unseen(self, record: dict) -> Counter:
+        """What of a record its template does not show: 1 for tools that leave no trace."""
+        tools, messages = record.get("tools"), record["messages"]
+        ignored = tools and chatml.render(self.tokenizer, messages) == chatml.render(self.tokenizer, messages, tools)
+        return Counter(tools=1) if ignored else Counter()

@@ -1,0 +1,195 @@
+"""transformers' Trainer, computing a step as our plan lays it out."""
+
+import contextlib
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_model
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
+
+from src.rows import folded
+from src.training.batches import Plan, Steps, micro_batch
+from src.training.head import HeadLoss, token_results
+from src.training.layout import arguments_of, inputs_of
+from src.training.tokens import TokenRows
+
+
+class ChatTrainer(Trainer):
+    """A Trainer for which an item of the data is a whole step: a list of micro-batches for this process (see batches.Plan).
+
+    The loss of a step is summed over its trained tokens on all processes and divided by their number.
+    """
+
+    finished: bool = False
+    """what is saved from now on is the result, no longer a checkpoint"""
+
+    eval_seconds = 0.0
+    """time spent in evaluations, which training speed leaves out"""
+
+    def __init__(
+        self,
+        model,
+        args,
+        plan: Plan,
+        rows: TokenRows,
+        validation: TokenRows,
+        *,
+        pad: int,
+        end: int,
+        rates: dict,
+        head: HeadLoss | None,
+        callbacks,
+    ):
+        """pad, end: ids of padding and of the token that ends an assistant turn. head: what computes the loss; None: from the model's logits.
+        rates: {parameter name: (peak learning rate, weight decay or None for the common one)} of those that do not take the common rate."""
+        self.plan, self.rows, self.validation = plan, rows, validation
+        self.pad, self.end, self.rates, self.head = pad, end, rates, head
+        self.step_losses: list[torch.Tensor] = []
+        self.totals = Counter()
+        self.takes_positions = "logits_to_keep" in arguments_of(model)
+        super().__init__(model=model, args=args, train_dataset=Steps(plan, rows, args.process_index, pad), callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
+        for callback in callbacks:
+            callback.trainer = self
+
+    # ---- data
+
+    def get_train_dataloader(self):
+        # Steps already is this process's part, in its order.
+        return torch.utils.data.DataLoader(
+            self.train_dataset, batch_size=1, collate_fn=lambda steps: steps[0], pin_memory=self.args.dataloader_pin_memory
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """A step, and its trained tokens over all processes."""
+        step = next(epoch_iterator)
+        return [step], step["trained"]
+
+    def _track_num_input_tokens(self, inputs):
+        self.state.num_input_tokens_seen += inputs["tokens"]
+
+    def floating_point_ops(self, inputs):
+        return 0
+
+    # ---- a step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        self.totals.update({name: inputs[name] for name in ("tokens", "trained", "laid")})
+        total, last = torch.zeros((), device=self.args.device), len(inputs["micro_batches"]) - 1
+        for i, batch in enumerate(inputs["micro_batches"]):
+            self.accelerator.gradient_state._set_sync_gradients(i == last)
+            waits = i < last and isinstance(model, torch.nn.parallel.DistributedDataParallel)
+            with model.no_sync() if waits else contextlib.nullcontext():
+                # Both DDP and ZeRO average over processes what has to be summed.
+                loss = self.loss_sum(model, batch) / max(num_items_in_batch, 1) * self.args.world_size
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+            total += loss.detach()
+        self.step_losses.append(total)
+        return total
+
+    def loss_sum(self, model, batch: dict) -> torch.Tensor:
+        """Sum of the losses of a micro-batch's trained tokens, fp32."""
+        results = self.forward(model, batch)
+        if self.head:
+            return results.float().sum()
+        return torch.nn.functional.cross_entropy(results.float(), self.to_device(batch["targets"]), reduction="sum")
+
+    def forward(self, model, batch: dict) -> torch.Tensor:
+        """What the output layer makes of the trained positions: see HeadLoss, or logits (tokens, vocabulary) without one."""
+        inputs = inputs_of(batch, self.args.device)
+        keep, targets = self.to_device(batch["keep"]), self.to_device(batch["targets"])
+        if self.head:
+            self.head.targets = targets
+        if self.takes_positions:
+            return model(**inputs, logits_to_keep=keep, use_cache=False).logits
+        return model(**inputs, use_cache=False).logits[keep]
+
+    def to_device(self, value):
+        return value.to(self.args.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    # ---- optimizer
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        own = {id(p): self.rates[name] for name, p in self.model.named_parameters() if name in self.rates}
+        for group in list(optimizer.param_groups):
+            found = [p for p in group["params"] if id(p) in own]
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            for parameter in found:
+                rate, decay = own[id(parameter)]
+                optimizer.add_param_group(
+                    {"params": [parameter], "lr": rate, "weight_decay": group["weight_decay"] if decay is None else decay}
+                )
+        return optimizer
+
+    # ---- saving
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As transformers', but what it cannot do: an adapter never brings the whole embedding along (what was grown or trained in it is kept as
+        rows), and rows split off a matrix are folded into it in the result, though not in a checkpoint, which must find them again."""
+        folder, writes = output_dir or self.args.output_dir, self.args.should_save
+        if hasattr(self.model, "peft_config"):
+            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=writes)
+            return
+        if not writes:
+            return
+        split_off = any(name.endswith(".rows") for name in self.rates)
+        if split_off and not self.finished:
+            if not self.is_deepspeed_enabled:  # DeepSpeed keeps weights in files of its own
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                save_model(self.model, str(Path(folder) / "model.safetensors"))
+            return
+        if split_off:
+            state_dict = folded(self.model, state_dict or self.model.state_dict())
+        # DeepSpeed hands over a tied output layer as a tensor of its own.
+        tied = set(self.model._tied_weights_keys or ()) if self.model.config.tie_word_embeddings else set()
+        super()._save(output_dir, {name: t for name, t in state_dict.items() if name not in tied} if state_dict else None)
+
+    # ---- evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        start = time.monotonic()
+        was_training = self.model.training
+        self.model.eval()
+        loss, tokens, hits, turns, ended = self._measure().tolist()
+        self.model.train(was_training)
+        values = {
+            "loss": loss / max(tokens, 1),
+            "accuracy": hits / max(tokens, 1),
+            "tokens": int(tokens),
+            "turns_ended": ended / max(turns, 1),
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.eval_seconds += time.monotonic() - start
+        return metrics
+
+    @torch.no_grad()
+    def _measure(self) -> torch.Tensor:
+        """(sum of losses, trained tokens, top-1 hits, turn ends, those predicted) over all ranks and the validation rows, float64.
+
+        Every rank does as many forward passes, as ZeRO-3 needs.
+        """
+        world, me = self.args.world_size, self.args.process_index
+        total = torch.zeros(5, dtype=torch.float64, device=self.args.device)
+        model = self.model_wrapped if self.is_deepspeed_enabled and hasattr(self.model_wrapped, "forward") else self.model
+        order, at = np.argsort(-self.validation.lengths, kind="stable").tolist(), 0
+        while at < len(order):
+            size = world * max(1, self.plan.capacity // int(self.validation.lengths[order[at]]))
+            mine, at = order[at : at + size][me::world], at + size
+            batch = micro_batch(self.validation, mine, self.pad, packed=self.plan.packed)
+            results = self.forward(model, batch)
+            targets = self.to_device(batch["targets"])
+            losses, right = (results if self.head else token_results(results, targets)).double().unbind(1)
+            ends = (targets == self.end).double()
+            total += torch.stack([losses.sum(), torch.ones_like(losses).sum(), right.sum(), ends.sum(), (right * ends).sum()])
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total
