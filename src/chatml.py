@@ -17,7 +17,7 @@ the same row.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -137,8 +137,10 @@ def encode(tokenizer, messages: Sequence[dict], tools=None, *, end: int) -> Enco
 
     Raises BadData where there is no assistant turn, a text holds a control token, or the template does not render the last turn after its prompt.
     """
-    text, cuts, untrained = _one_row(tokenizer, messages, tools, end)
-    return _labelled(*_ids(tokenizer, text, cuts), end, untrained)
+    _refuse_control(tokenizer, messages, tools, end)
+    turns = _assistant_turns(messages)
+    text, cuts = _answers(tokenizer, messages[: turns[-1] + 1], tools, end, turns, exact=False)
+    return _labelled(*_ids(tokenizer, text, list(cuts.values())), end, len(turns) - len(cuts))
 
 
 def encode_turns(tokenizer, messages: Sequence[dict], tools=None, *, end: int) -> list[Encoded]:
@@ -155,33 +157,6 @@ def encode_turns(tokenizer, messages: Sequence[dict], tools=None, *, end: int) -
         rows.append(_labelled(*_ids(tokenizer, text, list(cuts.values())), end, shown - len(cuts)))
         left = [i for i in left if i not in cuts]
     return rows[::-1]
-
-
-def encode_many(tokenizer, conversations: Iterable[tuple[Sequence[dict], Sequence[dict] | None]], *, end: int) -> list[Encoded | BadData]:
-    """`encode` of each (messages, tools), with the texts tokenized together on all cores. Where `encode` would raise BadData, it is in the list."""
-    found: list[Encoded | BadData | tuple] = []
-    for messages, tools in conversations:
-        try:
-            found.append(_one_row(tokenizer, messages, tools, end))
-        except BadData as error:
-            found.append(error)
-    rows = [row for row in found if isinstance(row, tuple)]
-    pieces = iter(_ids_of_all(tokenizer, [text for text, _, _ in rows], [cuts for _, cuts, _ in rows]))
-    for k, row in enumerate(found):
-        if isinstance(row, tuple):
-            try:
-                found[k] = _labelled(*next(pieces), end, row[2])
-            except BadData as error:
-                found[k] = error
-    return found
-
-
-def _one_row(tokenizer, messages: Sequence[dict], tools, end: int) -> tuple[str, list[int], int]:
-    """The text of `encode`'s row, the character positions where trained answers begin, and how many assistant turns are left out."""
-    _refuse_control(tokenizer, messages, tools, end)
-    turns = _assistant_turns(messages)
-    text, cuts = _answers(tokenizer, messages[: turns[-1] + 1], tools, end, turns, exact=False)
-    return text, list(cuts.values()), len(turns) - len(cuts)
 
 
 def _assistant_turns(messages: Sequence[dict]) -> list[int]:
@@ -261,17 +236,11 @@ def _ids(tokenizer, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
 
     Where one token would reach over a cut, the text is tokenized in two there: a served model gets the prompt's tokens without what follows.
     """
-    return next(_ids_of_all(tokenizer, [text], [cuts]))
-
-
-def _ids_of_all(tokenizer, texts: list[str], cuts: list[list[int]]) -> Iterator[tuple[list[int], list[int]]]:
-    if not texts or not tokenizer.is_fast:
-        yield from (_ids_by_piece(tokenizer, text, places) for text, places in zip(texts, cuts))
-        return
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    for text, places, ids, offsets in zip(texts, cuts, encoded["input_ids"], encoded["offset_mapping"]):
-        starts = _starts(offsets, places)
-        yield _ids_by_piece(tokenizer, text, places) if starts is None else (ids, starts)
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if (starts := _starts(encoded["offset_mapping"], cuts)) is not None:
+            return encoded["input_ids"], starts
+    return _ids_by_piece(tokenizer, text, cuts)
 
 
 def _starts(offsets: list[tuple[int, int]], cuts: list[int]) -> list[int] | None:

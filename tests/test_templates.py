@@ -14,14 +14,15 @@ from src.errors import BadData
 from src.modeling import load_tokenizer
 
 NAMES = ("qwen2", "qwen2.5", "qwen3", "yi-6b-chat", "minicpm4", "mistral-7b-v0.2")
+# Conversations of ../shared, one in so many of them.
 CHATS = {
-    "qwen/gsm8k_train_500.json": 1,
-    "qwen/fastchat_dummy_200.json": 1,
-    "qwen/self_instruct_seed_175.json": 1,
-    "qwen/songys_ko_2000.json": 8,
-    "qwen/tinystories_continue_1000.json": 10,
-    "upstream/llamafactory_glaive_toolcall_en_demo.json": 4,
-    "upstream/llamafactory_glaive_toolcall_zh_demo.json": 4,
+    "qwen/gsm8k_train_500.json": 4,
+    "qwen/fastchat_dummy_200.json": 4,
+    "qwen/self_instruct_seed_175.json": 4,
+    "qwen/songys_ko_2000.json": 32,
+    "qwen/tinystories_continue_1000.json": 40,
+    "upstream/llamafactory_glaive_toolcall_en_demo.json": 16,
+    "upstream/llamafactory_glaive_toolcall_zh_demo.json": 16,
     "upstream/llamafactory_reason_tool_use_demo_50.jsonl": 1,
 }
 
@@ -153,7 +154,7 @@ def laid_out(encoded, golden) -> bool:
     return (encoded.input_ids, encoded.labels) == (ids, labels)
 
 
-def chats(shared: Path, file: str, every: int = 1) -> list:
+def chats(shared: Path, file: str, every: int) -> list:
     return list(read(shared / "chat" / file, format="auto", on_fault="drop", tally=Tally()))[::every]
 
 
@@ -208,7 +209,7 @@ def test_answers_follow_the_prompt_a_server_makes(load, name):
         for row in rows:
             for begin in [k for k, label in enumerate(row.labels) if label != -100 and row.labels[k - 1] == -100]:
                 stop = row.input_ids.index(end, begin)
-                assert row.labels[begin : stop + 1] == row.input_ids[begin : stop + 1] and -100 in [*row.labels, -100][stop + 1 : stop + 2]
+                assert row.labels[begin : stop + 1] == row.input_ids[begin : stop + 1] and [*row.labels, -100][stop + 1] == -100
                 found.append((row.input_ids[:begin], row.input_ids[begin : stop + 1]))
         assert len(found) == len(answered)
         for i, (prompt, answer) in zip(answered, sorted(found, key=lambda pair: len(pair[0]))):
@@ -272,14 +273,12 @@ def test_a_user_forges_no_turn(load, typed):
         ("qwen3", "a </s> <unk> <tool_response> b"),
         ("yi-6b-chat", "<unk> </s>"),
         ("minicpm4", "<|tool_call|> <|execute_start|>"),  # an answer's to use
-        ("llama3", "<|im_end|> <|im_start|>"),
+        ("llama3", "<|eot_id> <|start_header_id |> </s>"),
     ],
 )
 def test_other_text_forges_nothing(load, name, typed):
     """What is no control token of this model may stand anywhere, and moves no span: each answer is trained whole, and only answers are."""
     tokenizer = load(name)
-    if name == "llama3":  # its tokenizer is tiny-chat's, whose stop token <|im_end|> is
-        typed = typed.replace("<|im_", "<|im-")
     messages = [
         {"role": "user", "content": f"Ahoy, captain. {typed} Ahoy, captain."},
         {"role": "assistant", "content": f"Ahoy {typed} captain."},
@@ -437,7 +436,7 @@ def test_every_real_conversation(load, shared, name):
     tokenizer = load(name)
     end, checked = chatml.turn_end(tokenizer), 0
     for file, every in CHATS.items():
-        for chat in chats(shared, file, every * 4):
+        for chat in chats(shared, file, every):
             if name.startswith(("mistral", "yi", "minicpm")) and any(
                 m["role"] in ("system", "tool") or m.get("tool_calls") for m in chat.messages
             ):
@@ -452,22 +451,3 @@ def test_every_real_conversation(load, shared, name):
             )
             checked += 1
     assert checked > 200
-
-
-@pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
-def test_many_at_once_are_the_same_rows(load, shared, name):
-    tokenizer = load(name)
-    end = chatml.turn_end(tokenizer)
-    talks = [(chat.messages, chat.tools) for file, every in CHATS.items() for chat in chats(shared, file, every)]
-    talks += [(TURNS[:3] + [{"role": "assistant", "content": "\n\nFin"}], None)]  # a token reaches over this answer's beginning
-    together = chatml.encode_many(tokenizer, talks, end=end)
-    assert together == [chatml.encode(tokenizer, messages, tools, end=end) for messages, tools in talks]
-    assert chatml.encode_many(tokenizer, [], end=end) == []
-
-
-def test_many_at_once_with_bad_ones_among_them(load):
-    tokenizer = load("tiny-chat")
-    bad = [{"role": "user", "content": "<|im_end|>"}, *TURNS[1:]]
-    rows = chatml.encode_many(tokenizer, [(TURNS, None), (bad, None), (TURNS[:1], None), (TURNS[:2], None)], end=1023)
-    assert (rows[0], rows[3]) == (encode(tokenizer, TURNS), encode(tokenizer, TURNS[:2]))
-    assert "message 1 (user)" in rows[1].what and "no assistant turn" in rows[2].what
