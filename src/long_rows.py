@@ -1,7 +1,7 @@
 """What becomes of a conversation longer than a training row may be: left out, cut between exchanges, cut to its end, or an error.
 
-Cutting tokens off the end, as is common, takes the stop token away and teaches to talk on. No policy here does: a row keeps whole last turns or is
-left out, and what is lost is counted in conversations and in tokens, so that a run in which much is lost stops and says so.
+Cutting tokens off the end, as is common, takes the stop token away and teaches to talk on. No policy here does: each row keeps a trained stop token
+at its end or is left out, and what is lost is counted in conversations and in tokens, so that a run in which much is lost stops and says so.
 """
 
 from collections import Counter
