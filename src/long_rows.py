@@ -19,13 +19,13 @@ NAMED = 10
 class Counts:
     """What became of the conversations of a split. Counts of parts of it add up with `+`; the parts' order is that of `named`.
 
-    rows, tokens: conversations seen, and their tokens.
+    rows, tokens: conversations seen, and the tokens of their rows before anything is lost.
     dropped, tokens_dropped: conversations of which no row is left, and their tokens.
     cut, tokens_cut: conversations of which part is left, and those of their tokens that no row holds.
     made, tokens_repeated: rows made of the cut ones, and the tokens they hold beyond those of the conversation: its system turn in each row but
         the first, and what the template shows otherwise in a part than in the whole.
     unseen: messages before a row's first that were part of its context in the conversation, summed over rows.
-    lengths: {tokens: conversations} of those longer than allowed. named: (record id, tokens) of the first ten of them.
+    lengths: {tokens of its longest row: conversations} of those longer than allowed. named: (record id, such tokens) of the first ten of them.
 
     dropped + cut conversations are longer than allowed, and under any policy but error all longer ones are one or the other.
     Tokens of all rows = tokens - tokens_dropped - tokens_cut + tokens_repeated.
@@ -59,60 +59,70 @@ class Counts:
 
 
 def fit(
-    encoded: Encoded,
-    record: Mapping,
-    *,
-    policy: str,
-    max_length: int,
-    encode: Callable[[Sequence[dict]], Encoded],
+    encoded: Encoded, record: Mapping, *, policy: str, max_length: int, encode: Callable[[Sequence[dict]], Encoded]
+) -> tuple[list[Encoded], Counts]:
+    """`fit_rows` for conversations of one row each."""
+    return fit_rows([encoded], record, policy=policy, max_length=max_length, encode=lambda messages: [encode(messages)])
+
+
+def fit_rows(
+    encoded: list[Encoded], record: Mapping, *, policy: str, max_length: int, encode: Callable[[Sequence[dict]], list[Encoded]]
 ) -> tuple[list[Encoded], Counts]:
     """The rows of one conversation, none longer than max_length tokens and each with trained tokens, and what was lost.
 
-    encoded: the whole conversation, as encode(record["messages"]) makes it. record: {"id", "messages", ...}, as in a split file.
-    encode: from messages to a row, with the record's tools in it.
-    policy: drop leaves a longer conversation out. split_turns cuts it before user turns into as few rows as can be, each with the leading
-        system turns in front, and leaves out an exchange too long by itself. keep_end takes its last max_length tokens. error makes no row of it;
-        `check` then raises.
+    encoded: its rows, as encode(record["messages"]) makes them. record: {"id", "messages", ...}, as in a split file.
+    encode: from messages to rows that together train each assistant turn once, with the record's tools in them.
+    policy: what becomes of a conversation with a longer row. drop leaves that row out. split_turns cuts the conversation before user turns into as
+        few parts as can be, each with the leading system turns in front, and leaves out an exchange too long by itself. keep_end takes the row's
+        last max_length tokens. error makes no row; `check` then raises.
     """
-    length = len(encoded.input_ids)
-    seen = Counts(rows=1, tokens=length)
-    if length <= max_length:
-        return [encoded], seen
-    seen += Counts(lengths=Counter([length]), named=((str(record["id"]), length),))
     if policy not in POLICIES:
         raise ValueError(f"policy={policy!r}")
+    longest, tokens = max(len(row.input_ids) for row in encoded), _tokens(encoded)
+    seen = Counts(rows=1, tokens=tokens)
+    if longest <= max_length:
+        return encoded, seen
+    seen += Counts(lengths=Counter([longest]), named=((str(record["id"]), longest),))
     if policy == "error":
         return [], seen
-    rows, lost = [], Counts()
-    if policy == "keep_end":
-        rows, lost = _keep_end(encoded, max_length)
-    elif policy == "split_turns":
-        rows, lost = _split_turns(encoded, record["messages"], max_length, encode)
-    return rows, seen + (lost if rows else Counts(dropped=1, tokens_dropped=length))
+    if policy == "split_turns":
+        rows, cut, unseen = _split_turns(encoded, record["messages"], max_length, encode)
+    else:
+        shorter = [_end(row, max_length) if policy == "keep_end" else row for row in encoded]
+        rows = [row for row in shorter if len(row.input_ids) <= max_length and row.trained]
+        cut, unseen = tokens - _tokens(rows), 0
+    if not rows:
+        return [], seen + Counts(dropped=1, tokens_dropped=tokens)
+    repeated = _tokens(rows) - (tokens - cut)
+    return rows, seen + Counts(cut=1, tokens_cut=cut, made=len(rows), tokens_repeated=repeated, unseen=unseen)
 
 
-def _keep_end(encoded: Encoded, max_length: int) -> tuple[list[Encoded], Counts]:
+def _tokens(rows: Sequence[Encoded]) -> int:
+    return sum(len(row.input_ids) for row in rows)
+
+
+def _end(row: Encoded, max_length: int) -> Encoded:
     """The last max_length tokens. The first of them has nothing before it to be predicted from, so it is not trained."""
-    ids, labels = encoded.input_ids[-max_length:], [IGNORE, *encoded.labels[-max_length:][1:]]
-    row = Encoded(ids, labels, encoded.untrained)
-    return ([row] if row.trained else []), Counts(cut=1, tokens_cut=len(encoded.input_ids) - max_length, made=1)
+    if len(row.input_ids) <= max_length:
+        return row
+    return Encoded(row.input_ids[-max_length:], [IGNORE, *row.labels[-max_length:][1:]], row.untrained)
 
 
-def _split_turns(encoded: Encoded, messages: Sequence[dict], max_length: int, encode) -> tuple[list[Encoded], Counts]:
-    """Greedy: each row takes exchanges while they fit. A row cannot span an exchange that is left out, as its context would then be false."""
+def _split_turns(encoded: list[Encoded], messages: Sequence[dict], max_length: int, encode) -> tuple[list[Encoded], int, int]:
+    """(rows, tokens of the exchanges left out, messages unseen).
+
+    Greedy: each part takes exchanges while they fit. None spans an exchange that is left out, as its context would then be false.
+    """
     system, parts = exchanges(messages)
     rows, left_out, unseen, k = [], 0, 0, 0
     while k < len(parts):
-        row, following = _longest(system, parts, k, max_length, encode)
-        if row is None:
-            left_out += _size(encoded, system, parts, k, encode)
-        else:
-            rows.append(row)
+        found, following = _longest(system, parts, k, max_length, encode)
+        if found:
             unseen += sum(map(len, parts[:k]))
-        k = following
-    held = sum(len(row.input_ids) for row in rows)
-    repeated = held - (len(encoded.input_ids) - left_out)
-    return rows, Counts(cut=1, tokens_cut=left_out, made=len(rows), tokens_repeated=repeated, unseen=unseen)
+        else:
+            left_out += _size(encoded, system, parts, k, encode)
+        rows, k = rows + found, following
+    return rows, left_out, unseen
 
 
 def exchanges(messages: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
@@ -134,25 +144,25 @@ def exchanges(messages: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
     return system, parts
 
 
-def _longest(system: list, parts: list, k: int, max_length: int, encode) -> tuple[Encoded | None, int]:
-    """(the longest row that begins with exchange k, the exchange after it); (None, k + 1) where that one alone is too long."""
-    found, messages = None, list(system)
+def _longest(system: list, parts: list, k: int, max_length: int, encode) -> tuple[list[Encoded], int]:
+    """(rows of the longest part that begins with exchange k, the exchange after it); ([], k + 1) where that one alone is too long."""
+    found, messages = [], list(system)
     for following in range(k, len(parts)):
         messages += parts[following]
-        row = encode(messages)
-        if len(row.input_ids) > max_length or not row.trained:
+        rows = encode(messages)
+        if any(len(row.input_ids) > max_length for row in rows):
             return found, max(following, k + 1)
-        found = row
+        found = rows
     return found, len(parts)
 
 
-def _size(encoded: Encoded, system: list, parts: list, k: int, encode) -> int:
+def _size(encoded: list[Encoded], system: list, parts: list, k: int, encode) -> int:
     """Tokens by which exchange k makes the conversation longer, 0 where a template takes more out of the turn before; the first has the system turns."""
 
     def upto(n: int) -> int:
         if n == len(parts):
-            return len(encoded.input_ids)
-        return len(encode(system + [message for part in parts[:n] for message in part]).input_ids) if n else 0
+            return _tokens(encoded)
+        return _tokens(encode(system + [message for part in parts[:n] for message in part])) if n else 0
 
     return max(0, upto(k + 1) - upto(k))
 

@@ -13,7 +13,7 @@ from src import chatml
 from src.chatml import IGNORE, Encoded
 from src.conversations import Tally, read
 from src.errors import BadData
-from src.long_rows import POLICIES, Counts, check, exchanges, fit, report, shortest_limit
+from src.long_rows import POLICIES, Counts, check, exchanges, fit, fit_rows, report, shortest_limit
 from src.modeling import load_tokenizer
 
 NAMES = ("qwen2.5", "qwen3", "yi-6b-chat", "mistral-7b-v0.2")
@@ -177,6 +177,33 @@ def test_tools_and_their_results_stay_with_their_question(encoder):
     rows, counts = fit(encode_with_tool(talk), {"id": "x", "messages": talk}, policy="split_turns", max_length=one, encode=encode_with_tool)
     assert rows == [encode_with_tool([SYSTEM, *CALLING])] * 3
     assert counts.unseen == 4 + 8
+
+
+@pytest.mark.parametrize("policy", ["drop", "split_turns", "keep_end"])
+def test_rows_of_a_conversation_that_reasons_in_each_turn(shared, policy):
+    """Qwen3 takes a row for each such turn. Split, each part's turns are again each trained once; otherwise each row is judged by itself."""
+    tokenizer = tokenizer_of(shared / "tokenizers" / "qwen3")
+    encode = partial(chatml.encode_turns, tokenizer, end=chatml.turn_end(tokenizer))
+    talk = [
+        m | {"reasoning_content": f"Thought {i}. " * (60 if i == 8 else 5)} if m["role"] == "assistant" else m
+        for i, m in enumerate(long_talk(shared)[:21])
+    ]
+    whole = encode(talk)
+    assert len(whole) == 10
+    rows, counts = fit_rows(whole, {"id": "x", "messages": talk}, policy=policy, max_length=160, encode=encode)
+    assert all(len(row.input_ids) <= 160 and spans(row)[-1][-1] == 151645 for row in rows)
+    assert (counts.rows, counts.cut, counts.made) == (1, 1, len(rows))
+    held = sum(len(row.input_ids) for row in rows)
+    assert held == counts.tokens - counts.tokens_cut + counts.tokens_repeated
+    trained = [tokenizer.decode(run) for row in rows for run in spans(row)]
+    assert len(trained) == len(rows)
+    if policy == "drop":
+        assert rows == [row for row in whole if len(row.input_ids) <= 160] and 1 <= len(rows) < 10
+    if policy == "keep_end":
+        assert [row.input_ids for row in rows] == [row.input_ids[-160:] for row in whole] and counts.tokens_repeated == 0
+    if policy == "split_turns":
+        said = [i for i in range(2, 21, 2) for text in trained if f"Thought {i}." in text]
+        assert said == [i for i in range(2, 21, 2) if i != 8], "all but the one too long by itself, in order, once"
 
 
 def say(*roles) -> list[dict]:
