@@ -157,6 +157,8 @@ class Train(Settings):
     """conversations over max_length: left out, cut between turns into several, cut to their last tokens, or an error; counted and said"""
     long_share: Annotated[float, Field(ge=0, le=1)]
     """share of conversations that may be left out or cut for their length; above it the stage fails"""
+    hidden_turns: Literal["skip", "rows"]
+    """answers that the template shows otherwise once they are history (Qwen3's reasoning): out of the loss and counted, or a row for each"""
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """auto: bf16 on GPUs and CPUs with units for it, else fp32"""
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], Unkeyed]

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from src import aux_files, launch, modeling, stage
+from src import adapters, aux_files, launch, modeling, stage
 from src.artifact import Artifact, outside
 from src.config import FinetuneVerb, FullTuner, QloraTuner
 from src.errors import ConfigError, MissingInput, WrongKind
@@ -53,6 +53,8 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
             where=str(base.path),
             fix=["tuner=qlora trains adapters on a GPTQ base", "give the model it was quantized from"],
         )
+    if not isinstance(cfg.tuner, FullTuner):
+        adapters.check(cfg.tuner, zero_stage=cfg.deepspeed.stage, gptq=method == "gptq")
     if isinstance(cfg.tuner, QloraTuner) and cfg.deepspeed.stage == 3:
         raise ConfigError(
             "tuner=qlora with ZeRO-3: a 4-bit base cannot be partitioned", fix=["deepspeed=zero2", "tuner=lora deepspeed=zero3"]
@@ -82,7 +84,6 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if not launch.gpu_count():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
     modeling.import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
-    from src import adapters
     from src.training import batches, checkpoints, choices, layout, probe, reports, tokens, trainer
     from src.training.head import HeadLoss
 
@@ -103,11 +104,11 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     arguments = choices.arguments(cfg, out, steps, precision, world=world, evaluates=len(val) > 0 and not resume)
     model, rows, nf4 = prepare(cfg, inputs["model"], tokenizer, end, added, device, precision)
     adapters.describe(model, rows)
+    choices.apply_kernels(model, cfg.train.kernels)
     chosen = layout.choose_layout(cfg, model, train, out, precision)
     plan = batches.Plan(train.lengths, cfg.train.global_batch_size, world, chosen.capacity, chosen.packed, total, cfg.train.seed)
     head = HeadLoss(model, chunked=cfg.deepspeed.stage != 3) if chosen.fused else None
-    rates = adapters.row_rates(model, cfg.tuner, len(tokenizer) - len(added)) if rows else {}
-    rates = {n: (r, 0.0) for n, r in rates.items()}
+    rates = adapters.rates(model, cfg.tuner, len(tokenizer) - len(added))
     told = reports.Reports(cfg, out, tokenizer, records)
     proof = probe.Probe(out, precision, proven=cfg.deepspeed.stage != 3)
     run = trainer.ChatTrainer(
@@ -151,7 +152,7 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
     """(model ready to train, vocabulary rows trained beside an adapter, NF4 settings or None)."""
     import torch
 
-    from src import adapters, chatml
+    from src import chatml
     from src import rows as token_rows
 
     gpu = device == "cuda"
@@ -199,8 +200,6 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
 
 def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, keep_tokenizer: bool) -> None:
     """Make the saved folder complete and look at what was saved."""
-    from src import adapters
-
     full = isinstance(cfg.tuner, FullTuner)
     (out / "training_args.bin").unlink(missing_ok=True)  # a pickle
     (out / "README.md").unlink(missing_ok=True)  # peft's blank model card

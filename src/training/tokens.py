@@ -80,6 +80,10 @@ def token_rows(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str,
     rows = open_rows(folder)
     if tools := rows.unseen.get("tools"):
         warn(f"{split}: the chat template ignores the tools of {tools} rows")
+    if turns := rows.unseen.get("turns"):
+        warn(
+            f"{split}: {turns} earlier answers are not trained, since the chat template takes their reasoning out of history; train.hidden_turns=rows trains each in a row of its own"
+        )
     t = cfg.train
     for line in long_rows.report(rows.counts, split, f"train.max_length={t.max_length}"):
         warn(line)
@@ -92,7 +96,7 @@ def content_key(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str
     settings = {
         "split": dataset.files[f"{split}.jsonl"]["sha256"],
         "tokenizer": {name: f["sha256"] for name, f in base.files.items() if not name.endswith((".safetensors", ".bin"))},
-        "train": {name: getattr(cfg.train, name) for name in ("max_length", "long_rows")},
+        "train": {name: getattr(cfg.train, name) for name in ("max_length", "long_rows", "hidden_turns")},
         "legacy_mask": cfg.legacy_mask,
         "code": [sha256(Path(module)) for module in (chatml.__file__, long_rows.__file__, __file__)],
         "packages": {name: package_versions()[name] for name in ("tokenizers", "transformers")},
@@ -207,7 +211,7 @@ class Encoder:
             for number, line in enumerate(itertools.islice(file, count), first):
                 record = json.loads(line)
                 rows, found = self.rows(record)
-                counts, unseen = counts + found, unseen + self.unseen(record)
+                counts, unseen = counts + found, unseen + self.unseen(record, rows)
                 for row in rows:
                     ids += row.input_ids
                     # Nothing stands before a first token to predict it from.
@@ -216,19 +220,31 @@ class Encoder:
                     lines.append(number)
         return Portion(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_), lengths, lines, counts, unseen)
 
-    def rows(self, record: dict):
-        encode = chatml.encode_qwen_legacy if self.cfg.legacy_mask == "qwen" else chatml.encode
-        one = lambda messages: encode(self.tokenizer, messages, record.get("tools"), end=self.end)
+    def rows(self, record: dict) -> tuple[list[chatml.Encoded], long_rows.Counts]:
         try:
-            whole = one(record["messages"])
-            return long_rows.fit(whole, record, policy=self.cfg.train.long_rows, max_length=self.cfg.train.max_length, encode=one)
+            made = self.encode(record["messages"], record.get("tools"))
+            fitted = [self.fit(row, record) for row in made]
         except BadData as error:
             raise BadData(
                 error.what, where=f"record '{record['id']}'", fix="mend the record, or use a model whose template takes such turns"
             ) from None
+        return [row for rows, _ in fitted for row in rows], sum((counts for _, counts in fitted), long_rows.Counts())
 
-    def unseen(self, record: dict) -> Counter:
-        """What of a record its template does not show: 1 for tools that leave no trace."""
+    def encode(self, messages: list[dict], tools: list | None) -> list[chatml.Encoded]:
+        if self.cfg.legacy_mask == "qwen":
+            return [chatml.encode_qwen_legacy(self.tokenizer, messages, tools, end=self.end)]
+        if self.cfg.train.hidden_turns == "rows":
+            return chatml.encode_turns(self.tokenizer, messages, tools, end=self.end)
+        return [chatml.encode(self.tokenizer, messages, tools, end=self.end)]
+
+    def fit(self, row: chatml.Encoded, record: dict) -> tuple[list[chatml.Encoded], long_rows.Counts]:
+        again = lambda messages: self.encode(messages, record.get("tools"))[-1]
+        t = self.cfg.train
+        return long_rows.fit(row, record, policy=t.long_rows, max_length=t.max_length, encode=again)
+
+    def unseen(self, record: dict, rows: list[chatml.Encoded]) -> Counter:
+        """What of a record is not trained on as it stands there: tools that its template does not show, answers it shows otherwise as history."""
         tools, messages = record.get("tools"), record["messages"]
         ignored = tools and chatml.render(self.tokenizer, messages) == chatml.render(self.tokenizer, messages, tools)
-        return Counter(tools=1) if ignored else Counter()
+        hidden = sum(row.untrained for row in rows) if self.cfg.train.hidden_turns == "skip" else 0
+        return Counter({"tools": int(bool(ignored)), "turns": hidden})

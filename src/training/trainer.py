@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from safetensors.torch import save_model
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
+from src import adapters
 from src.rows import folded
 from src.training.batches import Plan, Steps, micro_batch
 from src.training.head import HeadLoss, token_results
@@ -41,12 +42,12 @@ class ChatTrainer(Trainer):
         *,
         pad: int,
         end: int,
-        rates: dict,
+        rates: dict[str, adapters.Rate],
         head: HeadLoss | None,
         callbacks,
     ):
         """pad, end: ids of padding and of the token that ends an assistant turn. head: what computes the loss; None: from the model's logits.
-        rates: {parameter name: (peak learning rate, weight decay or None for the common one)} of those that do not take the common rate."""
+        rates: of the parameters that do not take the common rate, by name."""
         self.plan, self.rows, self.validation = plan, rows, validation
         self.pad, self.end, self.rates, self.head = pad, end, rates, head
         self.step_losses: list[torch.Tensor] = []
@@ -119,23 +120,23 @@ class ChatTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         own = {id(p): self.rates[name] for name, p in self.model.named_parameters() if name in self.rates}
         for group in list(optimizer.param_groups):
-            found = [p for p in group["params"] if id(p) in own]
-            group["params"] = [p for p in group["params"] if id(p) not in own]
-            for parameter in found:
-                rate, decay = own[id(parameter)]
-                optimizer.add_param_group(
-                    {"params": [parameter], "lr": rate, "weight_decay": group["weight_decay"] if decay is None else decay}
-                )
+            together = defaultdict(list)
+            for parameter in group["params"]:
+                together[own.get(id(parameter))].append(parameter)
+            group["params"] = together.pop(None, [])
+            for rate, parameters in together.items():
+                decay = group["weight_decay"] if rate.decays else 0.0
+                optimizer.add_param_group({"params": parameters, "lr": rate.peak, "weight_decay": decay})
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # ---- saving
 
     def _save(self, output_dir=None, state_dict=None):
-        """As transformers', but what it cannot do: an adapter never brings the whole embedding along (what was grown or trained in it is kept as
-        rows), and rows split off a matrix are folded into it in the result, though not in a checkpoint, which must find them again."""
+        """As transformers', but what it cannot do: an adapter is saved as adapters.py has it, and rows split off a matrix are folded into it in the result, though not in a checkpoint, which must find them again."""
         folder, writes = output_dir or self.args.output_dir, self.args.should_save
         if hasattr(self.model, "peft_config"):
-            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=writes)
+            adapters.save(self.model, Path(folder), state_dict=state_dict, writes=writes, finished=self.finished)
             return
         if not writes:
             return
