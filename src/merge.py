@@ -36,6 +36,8 @@ UNKNOWN = (
 )
 """keys of adapter_config.json that change what an adapter computes in ways this merge does not know"""
 LORA = {"lora_A", "lora_embedding_A"}
+BLOCK = 1 << 19
+"""values merged at a time: their fp32 forms stay in the processor's cache"""
 HEAD = "lm_head.weight"
 TABLES = ("embed_tokens.weight", "wte.weight")
 
@@ -193,7 +195,7 @@ def merged_tensors(adapter: Artifact, base: Path, written: list[shards.Entry], c
 
     def tensor(name: str):
         entry, change = plans[name], changes[name]
-        source, module = change["base"], name.removesuffix(".weight")
+        source, module, dtype = change["base"], name.removesuffix(".weight"), getattr(torch, shards.TORCH[entry.dtype])
         if len(change) == 1 and module not in quantized and (entry.dtype, entry.shape) == (source.dtype, source.shape):
             return source
         weight = shards.load(change.get("whole", source))
@@ -202,8 +204,8 @@ def merged_tensors(adapter: Artifact, base: Path, written: list[shards.Entry], c
         if entry.shape[:1] > weight.shape[:1]:
             weight = torch.cat([weight, mean_row(weight).expand(entry.shape[0] - weight.shape[0], -1)])
         if LORA & change.keys():
-            weight = adapted(weight, change, settings, module, base)
-        weight = weight.to(getattr(torch, shards.TORCH[entry.dtype]))
+            weight = adapted(weight, change, settings, dtype, module, base)
+        weight = weight.to(dtype)
         if "rows" in change:
             weight.index_copy_(0, torch.tensor(change["index"]), shards.load(change["rows"]).to(weight.dtype))
         return weight
@@ -211,9 +213,9 @@ def merged_tensors(adapter: Artifact, base: Path, written: list[shards.Entry], c
     return tensor
 
 
-def adapted(weight, change: dict, settings: dict, module: str, base: Path):
-    """V = W + (B A) x scale, fp32, of W's shape; with DoRA each output's weights of V at their trained length (Liu et al. 2024, arXiv:2402.09353,
-    eq. 5; peft takes it over the vocabulary for an embedding, whose outputs are its columns)."""
+def adapted(weight, change: dict, settings: dict, dtype, module: str, base: Path):
+    """V = W + (B A) x scale, computed in fp32, of W's shape, in `dtype`; with DoRA each output's weights of V at their trained length (Liu et al. 2024,
+    arXiv:2402.09353, eq. 5; peft takes it over the vocabulary for an embedding, whose outputs are its columns). W's memory is used up."""
     import torch
 
     first, second = ("lora_A", "lora_B") if "lora_A" in change else ("lora_embedding_A", "lora_embedding_B")
@@ -223,13 +225,26 @@ def adapted(weight, change: dict, settings: dict, module: str, base: Path):
     shape = (b.shape[0], a.shape[1])
     if (shape[::-1] if turned else shape) != tuple(weight.shape):
         raise WrongKind(f"{module}.weight: the adapter is for shape {shape}, the base has {tuple(weight.shape)}", where=str(base))
-    update = (b @ a).mul_(scale(settings, module, a.shape[0]))
-    # Laid out as the weight is, as in peft: the norm below sums in the order of the memory.
-    merged = weight.float().add_(update.T) if turned else update.add_(weight)
-    if "lora_magnitude_vector" in change:
-        outputs = merged.T if turned else merged
-        outputs.mul_((shards.load(change["lora_magnitude_vector"]).float() / torch.linalg.norm(outputs, dim=1)).view(-1, 1))
-    return merged
+    factor = scale(settings, module, a.shape[0])
+    lengths = shards.load(change["lora_magnitude_vector"]).float().view(-1, 1) if "lora_magnitude_vector" in change else None
+    if turned:
+        # Laid out as the weight is, as in peft: the norm sums in the order of the memory.
+        merged = weight.float().add_((b @ a).mul_(factor).T)
+        return (merged if lengths is None else _at_length(merged.T, lengths).T).to(dtype)
+    out = weight if weight.dtype == dtype else torch.empty(weight.shape, dtype=dtype)
+    count = -(-weight.numel() // BLOCK)
+    for rows in torch.arange(len(weight)).chunk(count):
+        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        merged = (b[rows] @ a).mul_(factor).add_(weight[rows].float())
+        out[rows] = merged if lengths is None else _at_length(merged, lengths[rows])
+    return out
+
+
+def _at_length(outputs, lengths):
+    """Rows brought to their lengths, of shape (rows, 1), in place."""
+    import torch
+
+    return outputs.mul_(lengths / torch.linalg.norm(outputs, dim=1, keepdim=True))
 
 
 def scale(settings: dict, module: str, rank: int) -> float:

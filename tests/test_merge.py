@@ -340,15 +340,23 @@ def test_an_adapter_that_does_not_fit_is_refused(pair, tmp_path, capsys):
     assert "the adapter is for shape (128, 96), the base has (128, 128)" in capsys.readouterr().err
 
 
-def test_no_more_than_one_merged_tensor_is_in_memory(pair, tmp_path, monkeypatch):
+@pytest.fixture
+def threads():
+    """threads(n): torch has n threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_more_merged_tensors_are_in_memory_than_threads_work_on(count, pair, tmp_path, monkeypatch, threads):
     true, alive, most = merge.merged_tensors, [], []
 
     def counted(*args):
         tensor = true(*args)
 
         def one(name):
-            alive[:] = [r for r in alive if r() is not None]
-            most.append(len(alive))
+            most.append(sum(r() is not None for r in alive))
             value = tensor(name)
             alive.extend([weakref.ref(value)] if torch.is_tensor(value) else [])
             return value
@@ -356,8 +364,57 @@ def test_no_more_than_one_merged_tensor_is_in_memory(pair, tmp_path, monkeypatch
         return one
 
     monkeypatch.setattr(merge, "merged_tensors", counted)
+    threads(count)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 0
-    assert len(most) == 38 and max(most) == 0, "each is gone before the next one is made"
+    assert len(most) == 38 and len(alive) == 29 and max(most) < count, "each is gone before its thread makes the next one"
+    assert torch.get_num_threads() == count
+
+
+def test_weights_too_large_for_one_block_are_what_peft_makes_of_them_whole(tmp_path, threads):
+    """Qwen2.5-0.5B's widest layers, on several threads: a product made a part of its rows at a time has the same bits."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    threads(2)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 1024}
+    Qwen2ForCausalLM(Qwen2Config(**shape, num_hidden_layers=1, tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(
+        tmp_path / "base"
+    )
+    for name in TOKENIZER:
+        shutil.copy(TINY / name, tmp_path / "base")
+    assert 8 * merge.BLOCK < 896 * 4864
+    for dora in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", local_files_only=True)
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=64, lora_alpha=16, target_modules="all-linear", use_dora=dora))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+        adapter = tmp_path / f"adapter-{dora}"
+        model.save_pretrained(adapter)
+        assert go(merge, f"outputs={tmp_path}", f"run=m-{dora}", f"source={adapter}", f"base={tmp_path / 'base'}") == 0
+        ours, theirs = weights(tmp_path / f"m-{dora}" / "merge"), by_peft(tmp_path / "base", adapter)
+        assert [n for n in ours if not same_bytes(ours[n], theirs[n])] == []
+
+
+def test_a_fault_in_one_thread_ends_the_writing(tmp_path, threads):
+    from src import shards
+
+    threads(4)
+    asked = []
+
+    def tensor(name):
+        asked.append(name)
+        if name == "w3":
+            raise OSError("no room")
+        return torch.zeros(4, 4)
+
+    entries = [shards.Entry(f"w{i}", "F32", (4, 4), tmp_path) for i in range(1000)]
+    with pytest.raises(OSError, match="no room"):
+        shards.write(tmp_path, entries, tensor, 10**9)
+    assert len(asked) < 1000 and torch.get_num_threads() == 4
+    with pytest.raises(ValueError, match=r"w0: planned F32 \(4, 4\), got torch.float16"):
+        shards.write(tmp_path, entries[:1], lambda name: torch.zeros(4, 4, dtype=torch.float16), 10**9)
 
 
 def test_outside_adapter_without_its_base_says_what_to_do(pair, tmp_path, capsys):
