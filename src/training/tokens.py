@@ -221,14 +221,14 @@ class Encoder:
         return Portion(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_), lengths, lines, counts, unseen)
 
     def rows(self, record: dict) -> tuple[list[chatml.Encoded], long_rows.Counts]:
+        t, encode = self.cfg.train, lambda messages: self.encode(messages, record.get("tools"))
         try:
-            made = self.encode(record["messages"], record.get("tools"))
-            fitted = [self.fit(row, record) for row in made]
+            made = encode(record["messages"])
+            return long_rows.fit_rows(made, record, policy=t.long_rows, max_length=t.max_length, encode=encode)
         except BadData as error:
             raise BadData(
                 error.what, where=f"record '{record['id']}'", fix="mend the record, or use a model whose template takes such turns"
             ) from None
-        return [row for rows, _ in fitted for row in rows], sum((counts for _, counts in fitted), long_rows.Counts())
 
     def encode(self, messages: list[dict], tools: list | None) -> list[chatml.Encoded]:
         if self.cfg.legacy_mask == "qwen":
@@ -236,11 +236,6 @@ class Encoder:
         if self.cfg.train.hidden_turns == "rows":
             return chatml.encode_turns(self.tokenizer, messages, tools, end=self.end)
         return [chatml.encode(self.tokenizer, messages, tools, end=self.end)]
-
-    def fit(self, row: chatml.Encoded, record: dict) -> tuple[list[chatml.Encoded], long_rows.Counts]:
-        again = lambda messages: self.encode(messages, record.get("tools"))[-1]
-        t = self.cfg.train
-        return long_rows.fit(row, record, policy=t.long_rows, max_length=t.max_length, encode=again)
 
     def unseen(self, record: dict, rows: list[chatml.Encoded]) -> Counter:
         """What of a record is not trained on as it stands there: tools that its template does not show, answers it shows otherwise as history."""
