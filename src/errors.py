@@ -134,3 +134,10 @@ class NoMemory(UserError):
 
     exit_code = 15
     title = "does not fit in memory"
+
+
+class BudgetSpent(UserError):
+    """What a teacher may cost is spent, or the next request could pass it; all answers so far are kept."""
+
+    exit_code = 16
+    title = "budget spent"

@@ -10,6 +10,7 @@ rows in + rows made = rows out + rows set aside holds for each step, and is chec
 import asyncio
 import contextlib
 import contextvars
+import copy
 import hashlib
 import random
 from collections import Counter, deque
@@ -98,10 +99,11 @@ ASKED = contextvars.ContextVar("asked", default=None)
 
 
 class Work:
-    """Shared by all steps of a run.
+    """What a step of a run is given; all steps of the run share its accounts.
 
     ask(request) -> Answer: from the journal, else from the teacher; raises SetAside where it gives no usable answer.
-    window: rows under work at once in each step. on_aside(row, step, reason, detail): keeps what was set aside.
+    step: the name that the recipe gives the step. window: rows under work at once.
+    on_aside(row, step, reason, detail): keeps what was set aside.
     """
 
     def __init__(
@@ -109,62 +111,68 @@ class Work:
         *,
         seed: int,
         ask: Callable[[Request], Awaitable[Answer]],
+        step: str = "step",
         window: int = 256,
         on_aside: Callable[[Row, str, str, str], None] = lambda row, step, reason, detail: None,
     ):
-        self.seed, self.ask, self.window, self._on_aside = seed, ask, window, on_aside
+        self.seed, self.ask, self.step, self.window, self._on_aside = seed, ask, step, window, on_aside
         self.flows: dict[str, Flow] = {}
         self.counts: dict[str, Counter] = {}
+
+    def at(self, step: str) -> "Work":
+        """The same work for the step of this name."""
+        other = copy.copy(self)
+        other.step = step
+        return other
+
+    @property
+    def flow(self) -> Flow:
+        """This step's account of rows."""
+        return self.flows.setdefault(self.step, Flow())
 
     def draw(self, *words: str | int) -> random.Random:
         """A generator seeded by the run's seed and these words alone, so equal on every run."""
         return random.Random(hashlib.sha256(canonical([self.seed, *words])).digest())
 
-    def flow(self, step: str) -> Flow:
-        return self.flows.setdefault(step, Flow())
+    def made(self, count: int) -> None:
+        """Rows this step made beyond those that came in; `each` counts its own."""
+        self.flow.made += count
 
-    def made(self, step: str, count: int) -> None:
-        """Rows a step made beyond those that came in; `each` counts its own."""
-        self.flow(step).made += count
-
-    def count(self, step: str, name: str, n: int | float = 1) -> None:
+    def count(self, name: str, n: int | float = 1) -> None:
         """A figure for the report, such as pairs in which both orders agree."""
-        self.counts.setdefault(step, Counter())[name] += n
+        self.counts.setdefault(self.step, Counter())[name] += n
 
-    def set_aside(self, row: Row, step: str, reason: str, detail: str = "") -> None:
-        self.flow(step).aside[reason] += 1
-        self._on_aside(row, step, reason, detail)
+    def set_aside(self, row: Row, reason: str, detail: str = "") -> None:
+        self.flow.aside[reason] += 1
+        self._on_aside(row, self.step, reason, detail)
 
-    async def each(self, rows: AsyncIterator[Row], work_on: Callable[[Row], Awaitable[Row | list[Row]]], step: str) -> AsyncIterator[Row]:
+    async def each(self, rows: AsyncIterator[Row], work_on: Callable[[Row], Awaitable[Row | list[Row]]]) -> AsyncIterator[Row]:
         """`await work_on(row)` for every row, many at once, results in input order. A list of rows replaces the row; SetAside puts it aside."""
         pending: deque[tuple[Row, asyncio.Task]] = deque()
         try:
             async for row in rows:
                 pending.append((row, asyncio.create_task(_named(row, work_on))))
                 if len(pending) >= self.window:
-                    for result in await self._results(*pending.popleft(), step):
+                    for result in await self._results(*pending.popleft()):
                         yield result
             while pending:
-                for result in await self._results(*pending.popleft(), step):
+                for result in await self._results(*pending.popleft()):
                     yield result
         finally:
             for _, task in pending:
                 task.cancel()
             await asyncio.gather(*(task for _, task in pending), return_exceptions=True)
 
-    async def _results(self, row: Row, task: asyncio.Task, step: str) -> list[Row]:
+    async def _results(self, row: Row, task: asyncio.Task) -> list[Row]:
         try:
             result = await task
         except SetAside as aside:
-            self.set_aside(row, step, aside.reason, aside.detail)
+            self.set_aside(row, aside.reason, aside.detail)
             return []
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
         results = result if isinstance(result, list) else [result]
         if not results:
-            raise RuntimeError(f"{step} made nothing of row {row.id} and gave no reason")
-        self.made(step, len(results) - 1)
+            raise RuntimeError(f"{self.step} made nothing of row {row.id} and gave no reason")
+        self.made(len(results) - 1)
         return results
 
 
@@ -174,9 +182,10 @@ async def _named(row: Row, work_on: Callable[[Row], Awaitable[Row | list[Row]]])
 
 
 async def through(rows: AsyncIterator[Row], steps: list[tuple[str, Callable, object]], work: Work) -> AsyncIterator[Row]:
-    """Rows through every step in turn. steps: (name, step function, its settings) each; steps of one name share their accounts."""
+    """Rows through every step in turn. steps: (name, step function, its settings) each, no name twice."""
     for name, step, settings in steps:
-        rows = _leaving(step(_entering(rows, work.flow(name)), settings, work), work.flow(name))
+        mine = work.at(name)
+        rows = _leaving(step(_entering(rows, mine.flow), settings, mine), mine.flow)
     async with contextlib.aclosing(rows):
         async for row in rows:
             yield row
