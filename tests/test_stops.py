@@ -1,0 +1,168 @@
+"""What ends a run that has gone wrong or cannot go through, and what it says; and that looking for it changes nothing."""
+
+import json
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CHAT, go, make_base
+
+from src import artifact, data, finetune
+from src.errors import MissingTool, NoMemory, NoRoom, ProofFailed
+from src.training import batches, choices, layout, probe, reports
+
+pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
+FAST = ["tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000"]
+
+
+@pytest.fixture
+def run(tmp_path, eighty, capsys):
+    """run(name, *overrides) -> (exit code, what was said) of a run on the shared dataset."""
+
+    def run(name, *argv, base=CHAT, source=eighty):
+        code = go(finetune, f"outputs={tmp_path}", f"run={name}", f"source={source}", f"model.path={base}", *FAST, *argv)
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step_and_records(run, eighty, tmp_path, monkeypatch):
+    plans, made = [], batches.Plan
+    monkeypatch.setattr(batches, "Plan", lambda *given: plans.append(made(*given)) or plans[-1])
+    code, said = run("nan", "tuner.learning_rate=1e30", "train.warmup=0", "train.max_grad_norm=0", "train.max_steps=20")
+    assert code == ProofFailed.exit_code and "Traceback" not in said
+    step = int(said.split("the loss became nan at step ")[1].split()[0])
+    ids = [json.loads(line)["id"] for line in open(eighty / "train.jsonl")]
+    named = said.split("records ")[1].split("\n")[0].split(", ")
+    assert sorted(named) == sorted(ids[row] for row in plans[-1].rows(step - 1)), "those of the step, and no others"
+    assert "lower tuner.learning_rate" in said and not (tmp_path / "nan" / "finetune").exists()
+
+
+def test_a_loss_that_does_not_move_stops_the_run(run):
+    code, said = run("still", "tuner.learning_rate=1e-12", "train.max_steps=40", "train.eval_steps=10")
+    assert code == ProofFailed.exit_code and "the loss does not move: by step 20" in said and "raise tuner.learning_rate" in said
+    assert "on the validation split, as before the first step" in said
+
+
+def test_a_constant_training_loss_stops_the_run_without_a_validation_split(run, tmp_path):
+    one = [{"id": "x", "conversations": [{"from": "user", "value": "What is 1?"}, {"from": "assistant", "value": "It is a number."}]}]
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    assert go(data, f"outputs={tmp_path}", "run=one", f"data.path={tmp_path / 'one.json'}", "data.val=0", "data.calib=0") == 0
+    still = ["tuner.learning_rate=1e-12", "tuner.dropout=0", "train.max_steps=40", "train.global_batch_size=1"]
+    code, said = run("constant", *still, source=tmp_path / "one" / "data")
+    assert code == ProofFailed.exit_code and "for 20 steps" in said and "records of the last step: x" in said
+
+
+def test_three_reports_without_a_gradient_stop_the_run():
+    seen = SimpleNamespace(plan=SimpleNamespace(epoch=lambda step: 1.0, rows=lambda step: [0]), rows=SimpleNamespace(lines=[1]))
+    told = reports.Reports.__new__(reports.Reports)
+    told.trainer, told.zero_norms, told.records = seen, 2, CHAT / "none.jsonl"
+    told.record_ids = lambda step: ["a"]
+    with pytest.raises(ProofFailed, match="no gradient in three reports"):
+        told.on_log(None, SimpleNamespace(global_step=9), None, logs={"loss": 1.0, "grad_norm": 0.0, "learning_rate": 1e-3})
+
+
+@pytest.mark.parametrize("tuner", [["tuner.rank=8"], ["tuner=full"]])
+def test_the_probe_leaves_no_trace(run, tmp_path, monkeypatch, tuner):
+    """The same weights and losses to the last bit, dropout and trained rows included, as without it."""
+    argv, base = [*tuner, "train.max_steps=3"], make_base(tmp_path / "base")
+    code, said = run("probed", *argv, base=base)
+    assert code == 0 and "forward, backward, optimizer step and saving" in said, said
+    monkeypatch.setattr(probe.Probe, "on_train_begin", lambda *args, **kwargs: None)
+    code, said = run("plain", *argv, base=base)
+    assert code == 0 and "forward, backward" not in said
+    one, other = (artifact.open_artifact(tmp_path / name / "finetune") for name in ("probed", "plain"))
+    assert one.files == other.files, "equal hashes"
+    assert one.metrics["curve"] == other.metrics["curve"]
+
+
+def test_too_little_room_for_the_checkpoints_is_said_before_the_first_step(run, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(probe.shutil, "disk_usage", lambda folder: Usage(100, 99, 1))
+    code, said = run("full-disk", "train.max_steps=3")
+    assert code == NoRoom.exit_code and "the run's checkpoints and result need about" in said and "step 1/" not in said
+
+
+def machine(monkeypatch, total: float, available: float):
+    Memory = namedtuple("Memory", "total available")
+    monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: Memory(total, available))
+
+
+def test_activations_are_recomputed_only_where_memory_is_short(run, monkeypatch):
+    code, said = run("roomy", "train.max_steps=2")
+    assert code == 0, said
+    assert "activations kept" in said
+    need = (
+        3 * layout.LOGITS + 4e6
+    )  # more than the gradients and optimizer states of these adapters, less than a conversation's activations too
+    machine(monkeypatch, 64e9, need / 0.8 + 5e6)
+    code, said = run("short", "train.max_steps=2")
+    assert code == 0 and "activations recomputed" in said, said
+
+
+def test_a_machine_that_cannot_hold_one_conversation_says_so(run, monkeypatch):
+    machine(monkeypatch, 1e8, 1e8)
+    code, said = run("tiny", "train.max_steps=2", "train.gradient_checkpointing=false")
+    assert code == NoMemory.exit_code and "train.micro_batch_size=1" in said and "this machine has 100 MB" in said
+
+
+def test_what_a_model_is_not_proven_to_take_is_an_error_only_where_it_was_asked_for(run, monkeypatch):
+    monkeypatch.setattr(layout, "packs", lambda *args: False)
+    code, said = run("padded", "train.max_steps=2")
+    assert code == 0 and "batches: padded" in said
+    code, said = run("asked", "train.max_steps=2", "train.packing=true")
+    assert code == ProofFailed.exit_code and "train.packing=auto" in said
+
+
+# ---- choices by device
+
+
+def test_what_a_cpu_cannot_do_is_refused():
+    from src.errors import ConfigError
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    for refused in (lambda: choices.precision_of("fp16"), lambda: choices.optimizer_of("adamw_8bit")):
+        with pytest.raises(ConfigError, match="needs a GPU"):
+            refused()
+    with pytest.raises(MissingTool, match="liger"):
+        choices.apply_kernels(None, "liger")
+    choices.apply_kernels(None, "auto")
+
+
+def test_a_cpu_trains_in_bf16_only_where_it_has_units_for_it(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    for there, chosen in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda there=there: there)
+        assert choices.precision_of("auto") == chosen and choices.precision_of("bf16") == "bf16"
+
+
+@pytest.mark.parametrize(
+    "name,tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("Tesla T4", 65),
+        ("Radeon RX 7900", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name, tflops):
+    found = choices.peak_operations(name)
+    assert found == (tflops and pytest.approx(tflops * 1e12, rel=0.05))
+
+
+def test_operations_of_a_token_count_what_is_trained_and_what_is_looked_up():
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(CHAT, local_files_only=True)
+    count = sum(p.numel() for p in model.parameters())
+    assert model.config.tie_word_embeddings and reports.operations_per_token(model) == 6 * count
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    assert reports.operations_per_token(model) == 4 * count
