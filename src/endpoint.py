@@ -265,7 +265,7 @@ class Client:
             )
         with contextlib.suppress(OSError, http.client.HTTPException):
             body = response.read(4096).decode(errors="replace").strip()
-            what += f": {self._plain(_message(body))}" if body else ""
+            what += f": {self._plain(message_of(body))}" if body else ""
         error = Refused(what, where=self.url, fix=fix)
         error.status = status
         return error
@@ -353,16 +353,22 @@ def _completion(model: str, ids: list[int]) -> dict:
     return {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0}
 
 
-def _wait(asked: str | None, tries: int) -> float:
-    """Seconds to wait by a Retry-After header (RFC 9110, 10.2.3: seconds or a date), else 1, 2, 4 ... 30; never none at all."""
+def retry_after(header: str | None) -> float | None:
+    """Seconds to wait by a Retry-After header (RFC 9110, 10.2.3: seconds or a date), never none at all; None where it says nothing."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return max(float(int(asked)), 0.2)
+        return max(float(int(header)), 0.2)
     with contextlib.suppress(ValueError, TypeError):
-        return max((email.utils.parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds(), 0.2)
-    return min(2.0**tries, 30.0)
+        return max((email.utils.parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds(), 0.2)
+    return None
 
 
-def _message(body: str) -> str:
+def _wait(header: str | None, tries: int) -> float:
+    """Seconds to wait by a Retry-After header, else 1, 2, 4 ... 30."""
+    asked = retry_after(header)
+    return min(2.0**tries, 30.0) if asked is None else asked
+
+
+def message_of(body: str) -> str:
     """The sentence in an error's body: {"error": {"message": ...}}, {"error": ...}, {"message": ...} or the body itself."""
     try:
         found = json.loads(body)

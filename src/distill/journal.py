@@ -23,7 +23,7 @@ APPLICATION = 0x0B0A9D01
 TABLES = """
 CREATE TABLE requests (key TEXT PRIMARY KEY, teacher TEXT, state TEXT, faults INTEGER, paid_tokens INTEGER, paid_money REAL,
     text TEXT, reasoning TEXT, prompt_tokens INTEGER, tokens INTEGER, finish TEXT, reason TEXT, detail TEXT);
-CREATE TABLE sent (id INTEGER PRIMARY KEY, key TEXT, teacher TEXT, tokens INTEGER, money REAL, batch TEXT);
+CREATE TABLE sent (id INTEGER PRIMARY KEY, key TEXT, teacher TEXT, prompt_tokens INTEGER, tokens INTEGER, money REAL, batch TEXT);
 CREATE TABLE totals (teacher TEXT PRIMARY KEY, requests INTEGER, tokens INTEGER, money REAL, lost INTEGER);
 CREATE TABLE batches (name TEXT PRIMARY KEY, teacher TEXT, id TEXT);
 CREATE INDEX sent_by_batch ON sent (batch);
@@ -94,7 +94,7 @@ class Journal:
             raise sqlite3.DatabaseError("not a journal of this version")
         elif (state := base.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(state)
-        for row in base.execute("SELECT id, key, teacher, tokens, money FROM sent WHERE batch IS NULL").fetchall():
+        for row in base.execute("SELECT id, key, teacher, prompt_tokens + tokens, money FROM sent WHERE batch IS NULL").fetchall():
             _settle(base, *row, lost=1)
         base.execute("COMMIT")
 
@@ -160,9 +160,9 @@ class Journal:
         """What is known of a request."""
         return await self._do(_look, key, writes=False)
 
-    async def send(self, key: str, teacher: str, tokens: int, money: float, batch: str | None = None) -> int:
+    async def send(self, key: str, teacher: str, prompt_tokens: int, tokens: int, money: float) -> int:
         """A request is about to be sent at up to this cost; returns the number to settle it by."""
-        return await self._do(_send, key, teacher, tokens, money, batch)
+        return await self._do(_send, key, teacher, prompt_tokens, tokens, money, None)
 
     async def answered(self, sent: int, key: str, teacher: str, tokens: int, money: float, answer: dict) -> Known:
         """The answer to a request sent, and what it cost. answer: text, reasoning, prompt_tokens, tokens, finish."""
@@ -171,6 +171,10 @@ class Journal:
     async def failed(self, sent: int, key: str, teacher: str, tokens: int, money: float, fault: bool) -> None:
         """A request sent gave nothing of use at this cost. fault: it is the answer that was bad, which counts on later runs too."""
         await self._do(_failed, sent, key, teacher, tokens, money, fault)
+
+    async def spoil(self, key: str) -> None:
+        """The answer that came is of no use after all; the request counts as tried."""
+        await self._do(_spoil, key)
 
     async def put_aside(self, key: str, teacher: str, reason: str, detail: str) -> None:
         """No answer to this request will do; it is not asked again unless told to."""
@@ -188,8 +192,8 @@ class Journal:
         """{teacher: what it was sent and paid} over all runs that shared this journal."""
         return await self._do(_totals, writes=False)
 
-    async def begin_batch(self, name: str, teacher: str, requests: list[tuple[str, int, float]]) -> list[int]:
-        """A batch is about to be sent: (key, tokens, money) of each request; returns the numbers to settle them by."""
+    async def begin_batch(self, name: str, teacher: str, requests: list[tuple[str, int, int, float]]) -> list[int]:
+        """A batch is about to be sent: (key, prompt tokens, tokens, USD) of each request at most; returns the numbers to settle them by."""
         return await self._do(_begin_batch, name, teacher, requests)
 
     async def name_batch(self, name: str, id: str) -> None:
@@ -197,12 +201,21 @@ class Journal:
         await self._do(_name_batch, name, id)
 
     async def end_batch(self, name: str) -> None:
-        """All its requests are settled; what is not counts as lost."""
+        """Nothing more comes of it; requests not settled cost nothing."""
         await self._do(_end_batch, name)
 
-    async def open_batches(self) -> dict[str, tuple[str | None, dict[str, int]]]:
-        """{name: (id at the endpoint or None, {key: number to settle it by})} of batches not ended."""
-        return await self._do(_open_batches, writes=False)
+    async def open_batches(self, teacher: str) -> list["OpenBatch"]:
+        """Batches of this teacher that have not ended."""
+        return await self._do(_open_batches, teacher, writes=False)
+
+
+@dataclass(frozen=True)
+class OpenBatch:
+    """id: at the endpoint; None where it is not known whether it was sent. requests: {key: (number to settle by, prompt tokens, tokens)}."""
+
+    name: str
+    id: str | None
+    requests: dict[str, tuple[int, int, int]]
 
 
 def _resolve(group: list, results: list) -> None:
@@ -220,9 +233,9 @@ def _look(base: sqlite3.Connection, key: str) -> Known | None:
     return Known(*row) if row else None
 
 
-def _send(base: sqlite3.Connection, key: str, teacher: str, tokens: int, money: float, batch: str | None) -> int:
-    insert = "INSERT INTO sent (key, teacher, tokens, money, batch) VALUES (?, ?, ?, ?, ?)"
-    return base.execute(insert, (key, teacher, tokens, money, batch)).lastrowid
+def _send(base: sqlite3.Connection, key: str, teacher: str, prompt_tokens: int, tokens: int, money: float, batch: str | None) -> int:
+    insert = "INSERT INTO sent (key, teacher, prompt_tokens, tokens, money, batch) VALUES (?, ?, ?, ?, ?, ?)"
+    return base.execute(insert, (key, teacher, prompt_tokens, tokens, money, batch)).lastrowid
 
 
 def _settle(
@@ -257,6 +270,10 @@ def _failed(base: sqlite3.Connection, sent: int, key: str, teacher: str, tokens:
     _settle(base, sent, key, teacher, tokens, money, fault=int(fault))
 
 
+def _spoil(base: sqlite3.Connection, key: str) -> None:
+    base.execute("UPDATE requests SET state = 'tried', faults = faults + 1 WHERE key = ?", (key,))
+
+
 def _put_aside(base: sqlite3.Connection, key: str, teacher: str, reason: str, detail: str) -> None:
     base.execute(
         "INSERT INTO requests VALUES (?1, ?2, 'aside', 0, 0, 0, '', '', 0, 0, '', ?3, ?4) ON CONFLICT (key) DO UPDATE SET"
@@ -277,9 +294,9 @@ def _totals(base: sqlite3.Connection) -> dict[str, Total]:
     return {teacher: Total(*rest) for teacher, *rest in base.execute("SELECT * FROM totals")}
 
 
-def _begin_batch(base: sqlite3.Connection, name: str, teacher: str, requests: list[tuple[str, int, float]]) -> list[int]:
+def _begin_batch(base: sqlite3.Connection, name: str, teacher: str, requests: list[tuple[str, int, int, float]]) -> list[int]:
     base.execute("INSERT INTO batches VALUES (?, ?, NULL)", (name, teacher))
-    return [_send(base, key, teacher, tokens, money, name) for key, tokens, money in requests]
+    return [_send(base, key, teacher, prompt_tokens, tokens, money, name) for key, prompt_tokens, tokens, money in requests]
 
 
 def _name_batch(base: sqlite3.Connection, name: str, id: str) -> None:
@@ -287,13 +304,13 @@ def _name_batch(base: sqlite3.Connection, name: str, id: str) -> None:
 
 
 def _end_batch(base: sqlite3.Connection, name: str) -> None:
-    for row in base.execute("SELECT id, key, teacher, tokens, money FROM sent WHERE batch = ?", (name,)).fetchall():
-        _settle(base, *row, lost=1)
+    base.execute("DELETE FROM sent WHERE batch = ?", (name,))
     base.execute("DELETE FROM batches WHERE name = ?", (name,))
 
 
-def _open_batches(base: sqlite3.Connection) -> dict[str, tuple[str | None, dict[str, int]]]:
-    found = {}
-    for name, id in base.execute("SELECT name, id FROM batches").fetchall():
-        found[name] = (id, dict(base.execute("SELECT key, id FROM sent WHERE batch = ?", (name,)).fetchall()))
+def _open_batches(base: sqlite3.Connection, teacher: str) -> list[OpenBatch]:
+    found = []
+    for name, id in base.execute("SELECT name, id FROM batches WHERE teacher = ?", (teacher,)).fetchall():
+        rows = base.execute("SELECT key, id, prompt_tokens, tokens FROM sent WHERE batch = ?", (name,))
+        found.append(OpenBatch(name, id, {key: tuple(rest) for key, *rest in rows}))
     return found

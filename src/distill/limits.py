@@ -105,9 +105,9 @@ class Pause:
             say(f"distill: waits {seconds:.0f} s, as the teacher asks")
         self._until = max(self._until, until)
 
-    async def wait(self) -> None:
-        while (left := self._until - time.monotonic()) > 0:
-            await asyncio.sleep(left)
+    def left(self) -> float:
+        """Seconds to go; 0 or less where nobody has to wait."""
+        return self._until - time.monotonic()
 
 
 class Breaker:

@@ -118,6 +118,7 @@ class Work:
         self.seed, self.ask, self.step, self.window, self._on_aside = seed, ask, step, window, on_aside
         self.flows: dict[str, Flow] = {}
         self.counts: dict[str, Counter] = {}
+        self.measures: dict[str, dict[str, float]] = {}
 
     def at(self, step: str) -> "Work":
         """The same work for the step of this name."""
@@ -141,6 +142,10 @@ class Work:
     def count(self, name: str, n: int | float = 1) -> None:
         """A figure for the report, such as pairs in which both orders agree."""
         self.counts.setdefault(self.step, Counter())[name] += n
+
+    def measure(self, name: str, value: float) -> None:
+        """A figure for the report that is no count, such as the agreement of judges."""
+        self.measures.setdefault(self.step, {})[name] = value
 
     def set_aside(self, row: Row, reason: str, detail: str = "") -> None:
         self.flow.aside[reason] += 1
