@@ -100,8 +100,8 @@ class Rate(Asking):
     """highest score"""
     votes: PositiveInt
     """independent ratings of each aspect; their mean counts, their agreement is reported"""
-    check: prompt("critique", "aspect", "lowest", "highest") | None
-    """a second question: which score does this critique, read alone, deserve? null: not asked"""
+    check: prompt("critiques", "aspect", "lowest", "highest", free=("count",)) | None
+    """a second question: which scores do these critiques, read alone, deserve? null: not asked"""
     tolerance: NonNegativeInt
     """points by which the two scores may differ; a vote that differs more does not count"""
 
@@ -158,6 +158,8 @@ class SelfInstruct(Asking):
     """longest task"""
     keywords: list[str]
     """words of tasks that text alone cannot do"""
+    ascii_start: bool
+    """a task has to begin with an ASCII character, as in the paper; false for languages that are written otherwise"""
     keep_seeds: bool
     """give the seeds out too"""
 

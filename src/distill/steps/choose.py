@@ -1,0 +1,80 @@
+"""One of several answers becomes the row's, or two become a preference. No teacher is asked."""
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import AsyncIterator
+
+from src.distill.rouge import rouge_l
+from src.distill.texts import grown, said, words
+from src.distill.work import Row, SetAside, Work
+from src.recipes import BestOf, Pair
+
+
+async def best_of(rows: AsyncIterator[Row], settings: BestOf, work: Work) -> AsyncIterator[Row]:
+    """The answer with the highest mean rating, or the one the others agree with; of equals the first.
+
+    Agreement is self-consistency (Wang et al. 2022, arXiv:2203.11171) where `final` finds what has to agree, else the answer nearest to all others by
+    ROUGE-L.
+    """
+
+    async def choose(row: Row) -> Row:
+        answers = row.data.get("answers") or []
+        if len(answers) < 2:
+            raise SetAside("fewer than two answers to choose from")
+        values = _means(row) if settings.by == "ratings" else _agreement(answers, settings.final)
+        best = max(range(len(answers)), key=lambda i: values[i])
+        if values[best] < settings.at_least:
+            raise SetAside(f"best answer below {settings.at_least:g} by {settings.by}")
+        scores = row.data["ratings"][best] if settings.by == "ratings" else {"agreement": round(values[best], 3)}
+        return grown(row, messages=said(row.messages, answers[best]), scores=scores)
+
+    async for row in work.each(rows, choose):
+        yield row
+
+
+async def pair(rows: AsyncIterator[Row], settings: Pair, work: Work) -> AsyncIterator[Row]:
+    """Chosen: the answer rated best. Rejected: the lowest, or as Zephyr does (Tunstall et al. 2023, arXiv:2310.16944) a random other one."""
+
+    async def choose(row: Row) -> Row:
+        answers, means = row.data.get("answers") or [], _means(row)
+        best = max(range(len(answers)), key=lambda i: means[i])
+        others = [
+            i
+            for i in range(len(answers))
+            if means[best] - means[i] >= settings.margin and means[i] < means[best] and answers[i] != answers[best]
+        ]
+        if not others:
+            raise SetAside("no two answers differ enough")
+        lowest = min(others, key=lambda i: means[i])
+        other = lowest if settings.rejected == "lowest" else work.draw(work.step, row.id).choice(others)
+        scores = {**row.data["ratings"][best], "chosen": round(means[best], 3), "rejected": round(means[other], 3)}
+        return grown(row, messages=said(row.messages, answers[best]), scores=scores, chosen=answers[best], rejected=answers[other])
+
+    async for row in work.each(rows, choose):
+        yield row
+
+
+def _means(row: Row) -> list[float]:
+    """Mean over aspects of each answer's ratings."""
+    if "ratings" not in row.data:
+        raise SetAside("not rated")
+    return [statistics.mean(rating.values()) for rating in row.data["ratings"]]
+
+
+def _agreement(answers: list[str], final: str | None) -> list[float]:
+    """For each answer the share of all that end as it does, or its mean ROUGE-L with the others. Answers without an end agree with none."""
+    if final is None:
+        parts = [words(answer) for answer in answers]
+        return [statistics.mean(rouge_l(a, b) for j, b in enumerate(parts) if j != i) for i, a in enumerate(parts)]
+    ends = [_end(answer, final) for answer in answers]
+    counts = Counter(end for end in ends if end is not None)
+    return [counts[end] / len(answers) if end is not None else 0.0 for end in ends]
+
+
+def _end(answer: str, final: str) -> str | None:
+    """The last match of `final`: its first group, or all of it where it has none; white space and case do not count."""
+    found = list(re.finditer(final, answer))
+    if not found:
+        return None
+    return " ".join((found[-1][1] if found[-1].re.groups else found[-1][0]).split()).casefold()

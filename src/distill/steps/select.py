@@ -1,0 +1,61 @@
+"""The best rows that are not like one another (DEITA, Liu et al. 2023, arXiv:2312.15685)."""
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from src.distill.spool import Spool
+from src.distill.texts import part, words
+from src.distill.work import Row, Work
+from src.recipes import Select
+
+COLUMNS = 2048
+
+
+async def select(rows: AsyncIterator[Row], settings: Select, work: Work) -> AsyncIterator[Row]:
+    """Goes through all rows from the highest product of scores down and takes each that is not like one taken before, until there are enough.
+
+    DEITA scores with models trained for it and compares by a LLaMA's embeddings; here a judge scores (`rate`), and likeness is the cosine of hashed
+    tf-idf vectors over words, so that nothing but the rows is needed. Rows come out in the order they were taken.
+    """
+    with Spool() as spool:
+        order, frequency = [], np.zeros(COLUMNS)
+        async for row in rows:
+            if missing := [aspect for aspect in settings.by if aspect not in row.data.get("scores", {})]:
+                work.set_aside(row, f"not rated for {missing[0]}")
+                continue
+            columns, _ = _counts(row)
+            frequency[columns] += 1
+            order.append((-math.prod(row.data["scores"][aspect] for aspect in settings.by), spool.add(row)))
+        rarity = np.log((1 + len(spool)) / (1 + frequency)) + 1
+        taken = np.zeros((min(settings.rows, len(spool)), COLUMNS), np.float32)
+        count = 0
+        for _, number in sorted(order):
+            row = spool[number]
+            if count == settings.rows:
+                work.set_aside(row, "below the rows chosen")
+                continue
+            vector = _vector(row, rarity)
+            if count and (taken[:count] @ vector).max() >= settings.similarity:
+                work.set_aside(row, "like a row already chosen")
+                continue
+            taken[count] = vector
+            count += 1
+            yield row
+
+
+def _counts(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """(columns, counts) of a row's hashed words."""
+    counts = Counter(zlib.crc32(word.encode()) % COLUMNS for word in words(part(row.messages, "all")))
+    return np.fromiter(counts.keys(), np.int64, len(counts)), np.fromiter(counts.values(), float, len(counts))
+
+
+def _vector(row: Row, rarity: np.ndarray) -> np.ndarray:
+    """(COLUMNS,) float32 of length 1, or zero for a row without words."""
+    columns, counts = _counts(row)
+    vector = np.zeros(COLUMNS)
+    vector[columns] = (1 + np.log(counts)) * rarity[columns]
+    return (vector / (np.linalg.norm(vector) or 1)).astype(np.float32)

@@ -1,0 +1,139 @@
+"""New tasks in the manner of seeds, and an input and an output for each (Self-Instruct, Wang et al. 2022, arXiv:2212.10560)."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from src.distill.filters import task
+from src.distill.requests import TEXT, YES_NO, array, obj, request
+from src.distill.rouge import Pool
+from src.distill.texts import fill, grown, kept, listed, part, said, user, words
+from src.distill.work import Row, SetAside, Work
+from src.errors import BadData
+from src.log import warn
+from src.recipes import Instances, SelfInstruct
+
+
+@dataclass
+class Tasks:
+    """What has been seen so far: the seeds, the tasks made, and the words of both."""
+
+    seeds: list[str] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
+    pool: Pool = field(default_factory=Pool)
+
+
+async def self_instruct(rows: AsyncIterator[Row], settings: SelfInstruct, work: Work) -> AsyncIterator[Row]:
+    """Asks for new tasks until there are enough, each request showing examples drawn from seeds and from tasks made before.
+
+    Requests go out in rounds of a fixed number that see the same pool, so the result does not depend on which answer comes first. ROUGE-L is over
+    words as `texts.words` has them (rouge-score, which the paper used, knows ASCII words only); tasks are asked for as JSON, not as a numbered list.
+    """
+    tasks = Tasks()
+    async for row in rows:
+        tasks.seeds.append(instruction_of(row))
+        tasks.pool.add(words(tasks.seeds[-1]))
+        if settings.keep_seeds:
+            yield grown(row, messages=user(tasks.seeds[-1]))
+        else:
+            work.set_aside(row, "a seed, used as an example only")
+    if not tasks.seeds:
+        raise BadData("there is no seed to go on from", fix="prompts.path=FILE names a file of seed tasks")
+    for first in range(0, settings.requests, settings.round):
+        if len(tasks.made) >= settings.rows:
+            break
+        count = min(settings.round, settings.requests - first)
+        work.made(count)
+        async for row in work.each(_requests(tasks, settings, work, range(first, first + count)), _asking(settings, work)):
+            if reason := _left_out(row, tasks, settings):
+                work.set_aside(row, reason)
+                continue
+            text = row.messages[0]["content"]
+            tasks.made.append(text)
+            tasks.pool.add(words(text))
+            yield row
+    if len(tasks.made) < settings.rows:
+        work.count("tasks fewer than asked for", settings.rows - len(tasks.made))
+        warn(
+            f"{work.step}: {len(tasks.made)} of {settings.rows} tasks after {settings.requests} requests; recipe.steps.{work.step}.requests allows more"
+        )
+
+
+def instruction_of(row: Row) -> str:
+    """The task of a seed, or the prompt of any other row."""
+    return row.data.get("instruction") or part(row.messages, "prompt")
+
+
+async def _requests(tasks: Tasks, settings: SelfInstruct, work: Work, numbers: range) -> AsyncIterator[Row]:
+    """A row for each request of a round, with the examples it shows."""
+    for number in numbers:
+        draw = work.draw(work.step, number)
+        examples = draw.sample(tasks.seeds, min(settings.seeds, len(tasks.seeds)))
+        examples += draw.sample(tasks.made, min(settings.made, len(tasks.made)))
+        draw.shuffle(examples)
+        yield Row(f"{work.step}/{number}", [], {"examples": examples, "number": number})
+
+
+def _asking(settings: SelfInstruct, work: Work):
+    schema = obj(tasks=array(TEXT, 1, settings.count))
+
+    async def ask(row: Row) -> list[Row]:
+        prompt = fill(settings.prompt, examples=listed(row.data["examples"], "task"), count=settings.count)
+        answer = await work.ask(request(prompt, settings.teacher, settings.sampling, seed=row.data["number"], schema=schema))
+        return [Row(f"{row.id}/{i}", user(text.strip()), {}, (answer.key,)) for i, text in enumerate(answer.value["tasks"])]
+
+    return ask
+
+
+def _left_out(row: Row, tasks: Tasks, settings: SelfInstruct) -> str | None:
+    """Why a new task does not join the pool; None where it does."""
+    try:
+        text = kept(row.messages[0]["content"], "task")
+    except SetAside as aside:
+        return aside.reason
+    if reason := task(text, low=settings.min_words, high=settings.max_words, keywords=settings.keywords, ascii_start=settings.ascii_start):
+        return reason
+    if tasks.pool.near(words(text), settings.rouge) is not None:
+        return f"ROUGE-L of {settings.rouge:g} or more with a task in the pool"
+    return "more than were asked for" if len(tasks.made) >= settings.rows else None
+
+
+async def instances(rows: AsyncIterator[Row], settings: Instances, work: Work) -> AsyncIterator[Row]:
+    """Asks whether a task is a classification, then for its labels and an input of one of them, or for an input and its output.
+
+    The label first, since a teacher that writes the input first gives most inputs the same label (section 2.2 of the paper). One instance a task.
+    """
+    pieces = {
+        True: (settings.label_first, obj(labels=array(TEXT, 2, 20), label=TEXT, input=TEXT)),
+        False: (settings.input_first, obj(input=TEXT, output=TEXT)),
+    }
+
+    async def make(row: Row) -> Row:
+        instruction = instruction_of(row)
+        asked = request(
+            fill(settings.classify, instruction=instruction), settings.teacher, settings.sampling, schema=obj(classification=YES_NO)
+        )
+        kind = await work.ask(asked)
+        classification = kind.value["classification"]
+        prompt, schema = pieces[classification]
+        answer = await work.ask(request(fill(prompt, instruction=instruction), settings.teacher, settings.sampling, schema=schema))
+        work.count("classifications" if classification else "other tasks")
+        given, output = _instance(answer.value)
+        messages = said(user(f"{instruction}\n\n{given}" if given else instruction), output)
+        return grown(row, kind, answer, messages=messages, classification=classification)
+
+    async for row in work.each(rows, make):
+        yield row
+
+
+def _instance(value: dict) -> tuple[str, str]:
+    """(input, output); the input may be empty. Raises SetAside for what cannot be learned from."""
+    given = kept(value["input"], "input") if value["input"].strip() else ""
+    if "label" in value:
+        if not given:
+            raise SetAside("empty input of a classification")
+        if value["label"] not in value["labels"]:
+            raise SetAside("a label that is not among the labels")
+    output = kept(value["label"] if "label" in value else value["output"])
+    if output == given:
+        raise SetAside("the output repeats the input")
+    return given, output

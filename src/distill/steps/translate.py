@@ -1,0 +1,83 @@
+"""Conversations in other languages, with what is no language left as it was."""
+
+import re
+from collections import Counter
+from collections.abc import AsyncIterator
+
+from src.distill.requests import TEXT, array, obj, request
+from src.distill.texts import fill, grown, kept, listed
+from src.distill.work import Row, SetAside, Work
+from src.recipes import Translate
+
+NAMES = {"ko": "Korean", "zh": "Chinese", "ja": "Japanese", "en": "English"}
+# Code, addresses, markup, formulas and what programs fill in.
+_FIXED = re.compile(
+    r"```.*?```|`[^`\n]+`|https?://[^\s)\]]+|\b[\w.+-]+@[\w-]+\.[\w.]+|<[^<>\n]{1,200}>|\$\$.+?\$\$|\{\{?\w+\}?\}|%\(\w+\)[sd]|%[sd]\b",
+    re.DOTALL,
+)
+_MARK = re.compile(r"⟦(\d+)⟧")
+_NUMBER = re.compile(r"\d[\d,.]*\d|\d")
+
+
+async def translate(rows: AsyncIterator[Row], settings: Translate, work: Work) -> AsyncIterator[Row]:
+    """Each conversation once in each language, all its turns in one request so that words stay the same throughout.
+
+    Code, addresses, tags, formulas and placeholders are taken out before (as ⟦1⟧) and put back after; a translation that lost one, or that has other
+    numbers than the original, is set aside. data["language"] says which language a row is in, for the language filter.
+    """
+
+    async def turn(row: Row) -> list[Row]:
+        made = [row] if settings.keep_given else []
+        for language in settings.to:
+            made.append(await _translated(row, language, settings, work))
+        return made
+
+    async for row in work.each(rows, turn):
+        if reason := row.data.get("eliminated"):
+            work.set_aside(row, reason)
+        else:
+            yield row
+
+
+async def _translated(row: Row, language: str, settings: Translate, work: Work) -> Row:
+    """The row's child in a language; with data["eliminated"] where it did not come out well."""
+    child = grown(row, id=language, language=language)
+    try:
+        if any(message.get("tool_calls") or message["role"] == "tool" for message in row.messages):
+            raise SetAside("calls tools")
+        texts = [message["content"] for message in row.messages]
+        hidden = [hide(text) for text in texts]
+        prompt = fill(settings.prompt, language=NAMES[language], texts=listed((text for text, _ in hidden), "text"), count=len(texts))
+        schema = obj(texts=array(TEXT, len(texts), len(texts)))
+        answer = await work.ask(request(prompt, settings.teacher, settings.sampling, schema=schema))
+        child = grown(child, answer)
+        turned = [restore(new, old, fixed) for new, (old, fixed) in zip(answer.value["texts"], hidden)]
+    except SetAside as aside:
+        return grown(child, eliminated=aside.reason)
+    return grown(child, messages=[{**message, "content": text} for message, text in zip(row.messages, turned)])
+
+
+def hide(text: str) -> tuple[str, list[str]]:
+    """The text with each fixed part as ⟦n⟧, and those parts. Marks that the text has itself are parts too."""
+    fixed = []
+
+    def mark(found: re.Match) -> str:
+        fixed.append(found[0])
+        return f"⟦{len(fixed)}⟧"
+
+    return re.sub(f"{_FIXED.pattern}|{_MARK.pattern}", mark, text, flags=re.DOTALL), fixed
+
+
+def restore(new: str, old: str, fixed: list[str]) -> str:
+    """The translation with its fixed parts back. Raises SetAside where one is lost or doubled, or the numbers are others than in `old`."""
+    new = kept(new, "translation") if old.strip() else new.strip()
+    if sorted(int(n) for n in _MARK.findall(new)) != list(range(1, len(fixed) + 1)):
+        raise SetAside("code, an address or a placeholder is lost or doubled")
+    if numbers(new) != numbers(old):
+        raise SetAside("numbers differ")
+    return _MARK.sub(lambda found: fixed[int(found[1]) - 1], new)
+
+
+def numbers(text: str) -> Counter[str]:
+    """Numbers in figures, without the commas that part thousands."""
+    return Counter(found.replace(",", "").rstrip(".") for found in _NUMBER.findall(_MARK.sub("", text)))

@@ -1,0 +1,82 @@
+"""What steps ask of texts: the parts of a row, words, one spelling for comparisons, prompts filled in, answers fit to be kept."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from src.distill.work import Answer, Row, SetAside
+
+_NAME = re.compile(r"\{([a-z_]+)\}")
+# A Chinese, Japanese or Korean character stands for a word, as no spaces part words there (Korean has them, but with particles attached).
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]|[^\W_]+(?:['’][^\W_]+)*")
+_CONTROL = re.compile(r"<\|[^\s|<>]{1,40}\|>|</?s>|[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
+_FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case, each Chinese, Japanese or Korean character one of its own; punctuation parts them and is left out."""
+    return _WORD.findall(text.lower())
+
+
+def fill(template: str, **values: object) -> str:
+    """The template with each {name} replaced, in one pass: a {name} inside a value stays as it is."""
+    return _NAME.sub(lambda found: str(values[found[1]]) if found[1] in values else found[0], template)
+
+
+def part(messages: list[dict], of: str) -> str:
+    """The last user turn ("prompt"), the last assistant turn ("answer"), or all turns ("all"); empty where there is none."""
+    if of == "all":
+        return "\n".join(message["content"] for message in messages)
+    role = {"prompt": "user", "answer": "assistant"}[of]
+    return next((m["content"] for m in reversed(messages) if m["role"] == role), "")
+
+
+def text_of(row: Row) -> str:
+    """The document a row stands for, or all its turns."""
+    return row.data.get("text") or part(row.messages, "all")
+
+
+def transcript(messages: Iterable[dict]) -> str:
+    """A conversation as a judge reads it, each turn under its role."""
+    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
+
+
+def listed(texts: Iterable[str], title: str) -> str:
+    """Numbered texts as a teacher reads them: "<title 1>", the text, "</title 1>"."""
+    return "\n\n".join(f"<{title} {number}>\n{text}\n</{title} {number}>" for number, text in enumerate(texts, 1))
+
+
+def kept(text: str, what: str = "answer") -> str:
+    """The text without white space around it. Raises SetAside if it is empty, or holds control tokens or characters that would break a row."""
+    text = text.strip()
+    if not text:
+        raise SetAside(f"empty {what}")
+    if found := _CONTROL.search(text):
+        raise SetAside(f"control token in the {what}" if found[0].startswith("<") else f"control character in the {what}")
+    return text
+
+
+def code_of(text: str) -> str:
+    """The fenced code blocks of a text, joined; the text itself where it has none."""
+    return "\n".join(_FENCED.findall(text)) or text
+
+
+def grown(row: Row, *answers: Answer, id: str | None = None, messages: list[dict] | None = None, **data: object) -> Row:
+    """The row with what a step adds: other messages, further data, the requests it came from; with an id, a child of the row."""
+    return replace(
+        row,
+        id=row.id if id is None else f"{row.id}/{id}",
+        messages=row.messages if messages is None else messages,
+        data={**row.data, **({} if id is None else {"parents": [row.id]}), **data},
+        asks=(*row.asks, *(answer.key for answer in answers)),
+    )
+
+
+def user(text: str) -> list[dict]:
+    """A conversation of one user turn."""
+    return [{"role": "user", "content": text}]
+
+
+def said(messages: list[dict], text: str) -> list[dict]:
+    """The conversation with an assistant's turn more."""
+    return [*messages, {"role": "assistant", "content": text}]
