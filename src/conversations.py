@@ -21,7 +21,7 @@ FORMATS = tuple(PARSERS)
 DEPTH_LIMIT = 100
 FAULTS_LISTED = 10
 NOTES_LISTED = 50
-_CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
+CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
@@ -207,7 +207,7 @@ def _conversation(record: dict, format: str, began: str, name: str) -> Conversat
         raise Malformed("half of a surrogate pair", "a \\ud800..\\udfff escape stands alone") from None
     except ValueError:
         raise Malformed("not a JSON number", "one beyond the range of double precision") from None
-    if control := _CONTROL.search(conversation._content):
+    if control := CONTROL.search(conversation._content):
         raise Malformed("control string", f"{control[0]} in {_place(control[0], conversation.messages)} would end or forge a turn")
     return conversation
 

@@ -1,0 +1,205 @@
+"""What a recipe begins with, read as rows: prompts, conversations, seed tasks or texts. A file is read twice, first whole for its faults and its count,
+so that nothing is spent on a file that turns out to be damaged, then as a stream.
+
+A row's id is its record's own and its number in the file, so that it is unique whatever the records say.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from src import json_stream
+from src.artifact import canonical
+from src.chat_formats import PARSERS, as_object, detect, tools_of
+from src.conversations import CONTROL, FAULTS_LISTED
+from src.distill.work import Row
+from src.errors import BadData, MissingInput
+from src.json_stream import Damaged, Malformed, array, container, lines, open_text
+
+LARGEST_TEXT = 64 << 20
+"""bytes of a document at most"""
+KEYS = ("messages", "conversations", "conversation")
+"""keys of a record that hold turns, which its other fields do not repeat"""
+
+
+@dataclass
+class Survey:
+    """What a source holds: records that can be used, faults of the others, where each was found."""
+
+    rows: int = 0
+    faults: list[tuple[str, Malformed]] = field(default_factory=list)
+
+
+def rows(path: Path | None, takes: str, count: int | None) -> Iterator[Row | tuple[str, Malformed]]:
+    """The rows of a source in order, at most `count` of them; a record that cannot be used comes as (its place, what is wrong).
+
+    takes: "prompts": messages up to the last user turn, data["reference"] the answer that followed; "conversations": messages whole;
+    "seeds": data instruction, input, output, classification; "texts": data["text"]; "nothing": no rows.
+    Raises BadData where nothing more can be read.
+    """
+    found = iter(()) if path is None else _texts(path) if path.is_dir() else _records(path, takes)
+    given = 0
+    for row in found:
+        if count is not None and given == count:
+            return
+        given += isinstance(row, Row)
+        yield row
+
+
+def survey(path: Path | None, takes: str, count: int | None, on_fault: str) -> Survey:
+    """Read the whole source once. Raises BadData for a source without rows, and for malformed records unless they are to be dropped."""
+    found, faults = Survey(), 0
+    for row in rows(path, takes, count):
+        if isinstance(row, Row):
+            found.rows += 1
+            continue
+        faults += 1
+        if len(found.faults) < FAULTS_LISTED:
+            found.faults.append(row)
+    if faults and on_fault == "error":
+        listed = [f"{faults} of {faults + found.rows} records cannot be used", *(f"  {place}: {fault}" for place, fault in found.faults)]
+        raise BadData(
+            "\n".join(listed + [f"  and {faults - len(found.faults)} more"] * (faults > len(found.faults))),
+            where=str(path),
+            fix=["mend the file", "prompts.on_fault=drop sets them aside, and counts them"],
+        )
+    if path is not None and not found.rows:
+        raise BadData("there is nothing to begin with", where=str(path), fix="name a file of prompts, or a folder of text")
+    return found
+
+
+def check(path: Path | None, takes: str) -> None:
+    """Raises MissingInput where a recipe lacks what it begins with, or cannot use it."""
+    if takes == "nothing":
+        if path is not None:
+            raise MissingInput("this recipe draws its own prompts and takes no file", where=str(path), fix="prompts.path=null")
+    elif path is None:
+        what = "a folder of text" if takes == "texts" else f"a file of {takes}"
+        raise MissingInput(f"this recipe begins with {what}", fix="prompts.path=PATH names it")
+    elif not path.exists():
+        raise MissingInput("no such file or folder", where=str(path), fix="prompts.path=PATH")
+    elif path.is_dir() and takes != "texts":
+        raise MissingInput(f"a folder, and this recipe begins with a file of {takes}", where=str(path), fix="prompts.path=FILE")
+
+
+def _texts(folder: Path) -> Iterator[Row | tuple[str, Malformed]]:
+    """A row for each file that is no hidden one."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        inside = path.relative_to(folder)
+        if not any(part.startswith(".") for part in inside.parts):
+            yield _document(path, inside.as_posix())
+
+
+def _document(path: Path, name: str) -> Row | tuple[str, Malformed]:
+    try:
+        if path.stat().st_size > LARGEST_TEXT:
+            raise Malformed("text too large", f"over {LARGEST_TEXT >> 20} MiB")
+        row = Row(name, [], {"text": path.read_bytes().decode("utf-8-sig"), "path": name})
+        if "\0" in row.data["text"]:
+            raise Malformed("not text", "it holds zero bytes")
+        _sound(row)
+        return row
+    except UnicodeDecodeError as error:
+        return name, Malformed("not UTF-8", f"at byte {error.start}")
+    except Malformed as fault:
+        return name, fault
+
+
+def _records(path: Path, takes: str) -> Iterator[Row | tuple[str, Malformed]]:
+    plain = path.suffix == ".txt"
+    if plain and takes == "texts":
+        yield _document(path, path.name)
+        return
+    read = _plain_lines if plain else array if container(path) == "array" else lines
+    with open_text(path) as file:
+        try:
+            for number, record in enumerate(read(file, path.name)):
+                try:
+                    yield _row(as_object(record.value), takes, number)
+                except Malformed as fault:
+                    yield f"{path.name} line {record.line}", fault
+        except Damaged as damage:
+            raise BadData(f"the JSON array is damaged: {damage}", where=f"{path} line {damage.line}", fix="fetch it again") from None
+
+
+def _row(record: dict, takes: str, number: int) -> Row:
+    """Raises Malformed."""
+    own = record.get("id")
+    id = f"{own}#{number}" if type(own) in (str, int) and own != "" else str(number)
+    if takes == "texts":
+        row = Row(id, [], {"text": _text(record, "text")})
+    elif takes == "seeds":
+        row = Row(id, [], _seed(record))
+    else:
+        messages, data = _messages(record)
+        row = Row(id, messages, data) if takes == "conversations" else _prompt(id, messages, data)
+    _sound(row)
+    return row
+
+
+def _messages(record: dict) -> tuple[list[dict], dict]:
+    """The turns of a record in any layout, and its other fields."""
+    if "prompt" in record and not any(isinstance(record.get(key), list) for key in KEYS):
+        given = record["prompt"]
+        messages = (
+            PARSERS["openai"]({"messages": given}) if isinstance(given, list) else [{"role": "user", "content": _text(record, "prompt")}]
+        )
+        if isinstance(record.get("system"), str) and record["system"] and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": record["system"]})
+    elif "instruction" in record and not any(record.get(key) is not None for key in ("output", "response")):
+        messages = PARSERS["alpaca"]({**record, "output": ""})[:-1]
+    else:
+        messages = PARSERS[detect(record)[0]](record)
+    fields = {key: value for key, value in record.items() if key not in (*KEYS, "prompt", "system", "tools", "id")}
+    tools = tools_of(record)
+    return messages, {"fields": fields} | ({"tools": list(tools)} if tools else {})
+
+
+def _prompt(id: str, messages: list[dict], data: dict) -> Row:
+    """Turns up to the last user's, and as reference the answer that followed."""
+    last = max((number for number, m in enumerate(messages) if m["role"] == "user"), default=None)
+    if last is None or not messages[last]["content"].strip():
+        raise Malformed("no prompt", "there is no user turn, or it is empty")
+    answer = next((m["content"] for m in messages[last + 1 :] if m["role"] == "assistant" and m["content"]), None)
+    return Row(id, messages[: last + 1], data | ({"reference": answer} if answer else {}))
+
+
+def _seed(record: dict) -> dict:
+    """A task of Self-Instruct's seed file (github.com/yizhongw/self-instruct, data/seed_tasks.jsonl), or any record with an instruction."""
+    first = record["instances"][0] if isinstance(record.get("instances"), list) and record["instances"] else record
+    if not isinstance(first, dict):
+        raise Malformed("ill-typed field", "'instances' holds no objects")
+    return {
+        "instruction": _text(record, "instruction"),
+        "input": _text(first, "input") if first.get("input") is not None else "",
+        "output": _text(first, "output") if first.get("output") is not None else "",
+        "classification": record.get("is_classification") is True,
+    }
+
+
+def _text(record: dict, key: str) -> str:
+    if not isinstance(record.get(key), str):
+        raise Malformed("missing field" if key not in record else "ill-typed field", f"the record has no text under {key!r}")
+    return record[key]
+
+
+def _sound(row: Row) -> None:
+    """Raises Malformed for what could not be written or trained on."""
+    try:
+        text = canonical([row.id, row.messages, row.data]).decode()
+    except UnicodeEncodeError:
+        raise Malformed("half of a surrogate pair", "a \\ud800..\\udfff escape stands alone") from None
+    except RecursionError:
+        raise Malformed("nested too deeply") from None
+    except ValueError:
+        raise Malformed("not a JSON number", "one beyond the range of double precision") from None
+    if found := CONTROL.search(text):
+        raise Malformed("control string", f"{found[0]} would end or forge a turn")
+
+
+def _plain_lines(file: TextIO, name: str) -> Iterator[json_stream.Row]:
+    """Lines of text as records with a prompt each; empty ones are none."""
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield json_stream.Row(number, f"{name}:{number}", {"prompt": line.strip().removeprefix("\ufeff")})
