@@ -235,11 +235,23 @@ def help_text(verb: str, doc: str, schema: type[BaseModel]) -> str:
 def _rows(tree: dict, schema: type[BaseModel], prefix: str = ""):
     for name, field in schema.model_fields.items():
         value, inner = tree.get(name), _model_of(field.annotation, tree.get(name))
-        if inner and isinstance(value, dict):
+        if named := _named_models(field.annotation, value):
+            for key, model in named.items():
+                yield from _rows(value[key], model, f"{prefix}{name}.{key}.")
+        elif inner and isinstance(value, dict):
             yield from _rows(value, inner, f"{prefix}{name}.")
         else:
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
             yield f"{prefix}{name}={shown}", field.description or ""
+
+
+def _named_models(annotation, value) -> dict[str, type[BaseModel]]:
+    """{key: its settings class} of a field that holds settings by name, such as a recipe's steps; empty for any other."""
+    if typing.get_origin(annotation) is not dict or not isinstance(value, dict):
+        return {}
+    of_one = typing.get_args(annotation)[1]
+    union = typing.get_args(of_one)[0] if typing.get_origin(of_one) is typing.Annotated else of_one
+    return {key: model for key, one in value.items() if (model := _model_of(union, one))}
 
 
 def _model_of(annotation, value) -> type[BaseModel] | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from src.settings import Settings
+from src.settings import Settings, Unkeyed
 
 NAME = re.compile(r"\{([a-z_]+)\}")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -272,13 +272,13 @@ class Exercise(Asking):
 class RunCode(Step):
     kind: Literal["run_code"]
     """rows whose code passes its tests in a closed-off process stay"""
-    isolation: Literal["full", "limits"]
-    """full: no network, no files but its own folder, no process beside it, or the step is refused; limits: on kernels without that, limits alone"""
+    isolation: Annotated[Literal["full", "limits"], Unkeyed]
+    """full: no network, no file to read but Python's and none to write, no process beside it, or the step is refused; limits: what the kernel can of it"""
     seconds: PositiveFloat
     """time it may take, on the clock and of the processor"""
     memory: PositiveFloat
     """MiB of memory it may take"""
-    at_once: PositiveInt
+    at_once: Annotated[PositiveInt, Unkeyed]
     """processes at a time"""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.distill import filters
 from src.distill.near import CodeOverlap, NearDuplicates, NgramOverlap
-from src.distill.texts import part
+from src.distill.texts import part, text_of
 from src.distill.work import Row, Work
 from src.errors import BadData
 from src.log import warn
@@ -23,11 +23,16 @@ async def sift(rows: AsyncIterator[Row], fault: Callable[[Row], str | None], wor
             yield row
 
 
+def looked_at(row: Row, of: str) -> str:
+    """The part of a row's messages; where it has none yet, the document it stands for."""
+    return part(row.messages, of) if row.messages else text_of(row)
+
+
 def length(rows: AsyncIterator[Row], settings: Length, work: Work) -> AsyncIterator[Row]:
     def fault(row: Row) -> str | None:
         if settings.unit == "turns":
             return filters.bounded(len(row.messages), "turns", settings.min, settings.max)
-        return filters.length(part(row.messages, settings.of), settings.unit, settings.min, settings.max)
+        return filters.length(looked_at(row, settings.of), settings.unit, settings.min, settings.max)
 
     return sift(rows, fault, work)
 
@@ -37,7 +42,7 @@ def language(rows: AsyncIterator[Row], settings: InLanguage, work: Work) -> Asyn
 
     def fault(row: Row) -> str | None:
         wanted = [row.data["language"]] if "language" in row.data else settings.languages
-        return filters.language(part(row.messages, settings.of), wanted, settings.share)
+        return filters.language(looked_at(row, settings.of), wanted, settings.share)
 
     return sift(rows, fault, work)
 
@@ -47,14 +52,14 @@ def refusal(rows: AsyncIterator[Row], settings: Refusal, work: Work) -> AsyncIte
 
 
 def repetition(rows: AsyncIterator[Row], settings: Repetition, work: Work) -> AsyncIterator[Row]:
-    return sift(rows, lambda row: filters.repetition(part(row.messages, settings.of), settings.n, settings.share, settings.run), work)
+    return sift(rows, lambda row: filters.repetition(looked_at(row, settings.of), settings.n, settings.share, settings.run), work)
 
 
 def near_duplicates(rows: AsyncIterator[Row], settings: NearDuplicateSettings, work: Work) -> AsyncIterator[Row]:
     """Holds a signature of every row that went on, 4 bytes a permutation, not its text."""
     index = NearDuplicates(n=settings.n, permutations=settings.permutations, similarity=settings.similarity)
     return sift(
-        rows, lambda row: "a near-duplicate of an earlier row" if index.near(part(row.messages, settings.of)) is not None else None, work
+        rows, lambda row: "a near-duplicate of an earlier row" if index.near(looked_at(row, settings.of)) is not None else None, work
     )
 
 
@@ -67,7 +72,7 @@ def overlap(rows: AsyncIterator[Row], settings: Overlap, work: Work) -> AsyncIte
     code = CodeOverlap(texts if settings.code else [], nodes=settings.nodes, match=settings.match)
 
     def fault(row: Row) -> str | None:
-        text = part(row.messages, "all")
+        text = looked_at(row, "all")
         if words.shared(text):
             return f"shares {settings.n} words in a row with an evaluation set"
         return "holds a function of an evaluation set" if code.shared(text) else None
