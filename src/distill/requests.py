@@ -1,18 +1,25 @@
 """Requests as steps make them, several at once, and the JSON schemas their answers have to fit."""
 
 import asyncio
-from collections.abc import Sequence
+import json
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from src.distill.texts import user
 from src.distill.work import Answer, Request, SetAside, Work
 from src.recipes import Sampling
 
+AS_JSON = "Answer with one JSON object and nothing before or after it. It has to fit this JSON schema:"
 TEXT = {"type": "string"}
 YES_NO = {"type": "boolean"}
 
 
 def request(prompt: str | list[dict], teacher: str, sampling: Sampling, *, seed: int = 0, schema: dict | None = None) -> Request:
-    """A request for the next assistant turn. prompt: one user turn's text, or the messages."""
+    """A request for the next assistant turn. prompt: one user turn's text, or the messages.
+
+    With a schema the prompt ends in it, since not every server shows it to the model and a local teacher has no other way to know.
+    """
+    if schema is not None:
+        prompt = f"{prompt}\n\n{AS_JSON}\n{json.dumps(schema)}"
     return Request(
         messages=user(prompt) if isinstance(prompt, str) else prompt,
         teacher=teacher,
@@ -62,3 +69,9 @@ def array(items: dict, low: int, high: int) -> dict:
 def whole(low: int, high: int) -> dict:
     """JSON schema of a whole number within bounds."""
     return {"type": "integer", "minimum": low, "maximum": high}
+
+
+async def stream(items: Iterable) -> AsyncIterator:
+    """The items as an asynchronous iterator, as `Work.each` takes rows."""
+    for item in items:
+        yield item

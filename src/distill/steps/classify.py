@@ -4,7 +4,7 @@ import heapq
 from collections.abc import AsyncIterator, Iterable
 
 from src.distill.classifier import Classifier, held_out
-from src.distill.requests import TEXT, obj, request, whole
+from src.distill.requests import TEXT, obj, request, stream, whole
 from src.distill.spool import Spool
 from src.distill.texts import fill, grown, text_of
 from src.distill.work import Row, SetAside, Work
@@ -50,11 +50,7 @@ async def _scores(rows: list[Row], settings: Classify, work: Work) -> dict[str, 
             return row
         return grown(row, answer, label=answer.value["score"])
 
-    async def each() -> AsyncIterator[Row]:
-        for row in rows:
-            yield row
-
-    scored = {row.id: row.data["label"] async for row in work.each(each(), score) if "label" in row.data}
+    scored = {row.id: row.data["label"] async for row in work.each(stream(rows), score) if "label" in row.data}
     work.count("texts scored", len(scored))
     work.count("texts scored good", sum(score >= settings.good for score in scored.values()))
     work.count("scores missing", len(rows) - len(scored))

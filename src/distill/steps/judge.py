@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from src.distill.agreement import Agreement, squared, unequal
 from src.distill.requests import TEXT, array, ask_all, given, obj, request, whole
-from src.distill.texts import fill, grown, listed, part, transcript
+from src.distill.texts import fill, grown, kept, listed, part, transcript
 from src.distill.work import Answer, Row, SetAside, Work
 from src.recipes import Compare, Rate
 
@@ -86,10 +86,20 @@ async def _votes(row: Row, candidates: list[str], settings: Rate, work: Work) ->
     for aspect in settings.aspects:
         given([result for (of, _), result in zip(places, results) if of == aspect])
     return [
-        Vote(aspect, order, [r["critique"] for r in result.value["ratings"]], [r["score"] for r in result.value["ratings"]], [result])
+        Vote(
+            aspect, order, [_sound(r["critique"]) for r in result.value["ratings"]], [r["score"] for r in result.value["ratings"]], [result]
+        )
         for (aspect, _), order, result in zip(places, orders, results)
         if isinstance(result, Answer)
     ]
+
+
+def _sound(critique: str) -> str:
+    """The critique as it can be shown to a judge; empty where it holds what no text holds."""
+    try:
+        return kept(critique)
+    except SetAside:
+        return ""
 
 
 def _shuffled(count: int, work: Work, *words: str | int) -> list[int]:
@@ -125,7 +135,7 @@ async def _consistent(votes: list[Vote], settings: Rate, work: Work) -> list[Vot
             continue
         vote.answers.append(result)
         scores = [
-            score if critique.strip() and abs(score - deserved) <= settings.tolerance else None
+            score if critique and abs(score - deserved) <= settings.tolerance else None
             for score, critique, deserved in zip(vote.scores, vote.critiques, result.value["scores"])
         ]
         work.count("scores against their critique", scores.count(None))

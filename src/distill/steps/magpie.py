@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 
+from src.distill.requests import stream
 from src.distill.texts import grown, kept, user
 from src.distill.work import Request, Row, SetAside, Work
 from src.recipes import Magpie
@@ -16,6 +17,7 @@ async def magpie(rows: AsyncIterator[Row], settings: Magpie, work: Work) -> Asyn
     async for row in rows:
         yield row
     work.made(settings.rows)
+    numbered = (Row(f"{work.step}/{number}", [], {"number": number}) for number in range(settings.rows))
 
     async def draw(row: Row) -> Row:
         answer = await work.ask(
@@ -34,10 +36,5 @@ async def magpie(rows: AsyncIterator[Row], settings: Magpie, work: Work) -> Asyn
             raise SetAside(f"a prompt under {settings.min_chars} characters")
         return grown(row, answer, messages=user(text))
 
-    async for row in work.each(_numbered(settings.rows, work.step), draw):
+    async for row in work.each(stream(numbered), draw):
         yield row
-
-
-async def _numbered(count: int, step: str) -> AsyncIterator[Row]:
-    for number in range(count):
-        yield Row(f"{step}/{number}", [], {"number": number})

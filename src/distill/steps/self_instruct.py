@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from src.distill.filters import task
-from src.distill.requests import TEXT, YES_NO, array, obj, request
+from src.distill.requests import TEXT, YES_NO, array, obj, request, stream
 from src.distill.rouge import Pool
 from src.distill.texts import fill, grown, kept, listed, part, said, user, words
 from src.distill.work import Row, SetAside, Work
@@ -41,9 +41,9 @@ async def self_instruct(rows: AsyncIterator[Row], settings: SelfInstruct, work: 
     for first in range(0, settings.requests, settings.round):
         if len(tasks.made) >= settings.rows:
             break
-        count = min(settings.round, settings.requests - first)
-        work.made(count)
-        async for row in work.each(_requests(tasks, settings, work, range(first, first + count)), _asking(settings, work)):
+        requests = [_examples(number, tasks, settings, work) for number in range(first, min(first + settings.round, settings.requests))]
+        work.made(len(requests))
+        async for row in work.each(stream(requests), _asking(settings, work)):
             if reason := _left_out(row, tasks, settings):
                 work.set_aside(row, reason)
                 continue
@@ -63,14 +63,13 @@ def instruction_of(row: Row) -> str:
     return row.data.get("instruction") or part(row.messages, "prompt")
 
 
-async def _requests(tasks: Tasks, settings: SelfInstruct, work: Work, numbers: range) -> AsyncIterator[Row]:
-    """A row for each request of a round, with the examples it shows."""
-    for number in numbers:
-        draw = work.draw(work.step, number)
-        examples = draw.sample(tasks.seeds, min(settings.seeds, len(tasks.seeds)))
-        examples += draw.sample(tasks.made, min(settings.made, len(tasks.made)))
-        draw.shuffle(examples)
-        yield Row(f"{work.step}/{number}", [], {"examples": examples, "number": number})
+def _examples(number: int, tasks: Tasks, settings: SelfInstruct, work: Work) -> Row:
+    """A row that stands for a request, with the examples it shows."""
+    draw = work.draw(work.step, number)
+    examples = draw.sample(tasks.seeds, min(settings.seeds, len(tasks.seeds)))
+    examples += draw.sample(tasks.made, min(settings.made, len(tasks.made)))
+    draw.shuffle(examples)
+    return Row(f"{work.step}/{number}", [], {"examples": examples, "number": number})
 
 
 def _asking(settings: SelfInstruct, work: Work):
@@ -79,17 +78,24 @@ def _asking(settings: SelfInstruct, work: Work):
     async def ask(row: Row) -> list[Row]:
         prompt = fill(settings.prompt, examples=listed(row.data["examples"], "task"), count=settings.count)
         answer = await work.ask(request(prompt, settings.teacher, settings.sampling, seed=row.data["number"], schema=schema))
-        return [Row(f"{row.id}/{i}", user(text.strip()), {}, (answer.key,)) for i, text in enumerate(answer.value["tasks"])]
+        return [_task(f"{row.id}/{i}", text, answer.key) for i, text in enumerate(answer.value["tasks"])]
 
     return ask
 
 
+def _task(id: str, text: str, key: str) -> Row:
+    """A row of a new task; with data["eliminated"] where its text cannot be kept."""
+    try:
+        return Row(id, user(kept(text, "task")), {}, (key,))
+    except SetAside as aside:
+        return Row(id, [], {"eliminated": aside.reason}, (key,))
+
+
 def _left_out(row: Row, tasks: Tasks, settings: SelfInstruct) -> str | None:
     """Why a new task does not join the pool; None where it does."""
-    try:
-        text = kept(row.messages[0]["content"], "task")
-    except SetAside as aside:
-        return aside.reason
+    if "eliminated" in row.data:
+        return row.data["eliminated"]
+    text = row.messages[0]["content"]
     if reason := task(text, low=settings.min_words, high=settings.max_words, keywords=settings.keywords, ascii_start=settings.ascii_start):
         return reason
     if tasks.pool.near(words(text), settings.rouge) is not None:
