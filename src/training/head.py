@@ -53,6 +53,16 @@ def token_results(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.stack([cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).float()], dim=1)
 
 
+def loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the cross-entropies, their gradient softmax - one-hot), fp32; the gradient is written over the logits (tokens, vocabulary)."""
+    at = targets[:, None]
+    logits.sub_(logits.amax(-1, keepdim=True))
+    wanted = logits.gather(-1, at)
+    total = logits.exp_().sum(-1, keepdim=True)
+    gradient = logits.div_(total).scatter_add_(-1, at, torch.full_like(total, -1.0))
+    return (total.log() - wanted).sum(), gradient
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of the cross-entropies of all chunks, with gradients for the hidden states and the layer's parameters made on the way."""
 
@@ -64,14 +74,15 @@ class _ChunkedLoss(torch.autograd.Function):
         for h, t in head._chunks(hidden, targets):
             with torch.enable_grad():
                 h = h.detach().requires_grad_()
-                loss = cross_entropy(head.logits(h).float(), t, reduction="sum")
-            found, *rest = torch.autograd.grad(loss, [h, *parameters])
+                logits = head.logits(h).float()
+            loss, gradient = loss_and_gradient(logits.detach(), t)
+            found, *rest = torch.autograd.grad(logits, [h, *parameters], gradient)
             into_hidden[at : at + len(t)] = found
             if into is None:
                 into = rest
             else:
                 torch._foreach_add_(into, rest)
-            total += loss.detach()
+            total += loss
             at += len(t)
         ctx.save_for_backward(into_hidden, *into)
         return total
