@@ -380,22 +380,34 @@ def tidy(folder: Path) -> None:
         file.chmod(0o644)
 
 
-def check_saved(folder: Path, *, adapter: bool) -> int:
-    """Open what was saved: no tensor empty or not finite, and every adapter's update moved from zero. Returns the tensors seen."""
+def saved_names(model) -> set[str]:
+    """Names that a save of what is trained must hold: an adapter's matrices, rows and whole layers, or every weight of a model."""
+    if hasattr(model, "peft_config"):
+        trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        return {name.replace(".modules_to_save.default", "").replace(".default", "") for name in trained}
+    return {name.replace(".base.weight", ".weight") for name, _ in model.named_parameters() if not name.endswith(".rows")}
+
+
+def check_saved(folder: Path, *, moved: bool, expected: set[str]) -> int:
+    """Open what was saved: every expected name there, no tensor empty or not finite and, with `moved`, every adapter's update not zero.
+
+    Returns the tensors seen.
+    """
     from safetensors import safe_open
 
-    seen = 0
+    seen, missing = 0, set(expected)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():
                 tensor = weights.get_tensor(name)
+                missing.discard(name)
                 seen += 1
                 if tensor.numel() == 0 or not tensor.isfinite().all():
                     raise ProofFailed(
                         f"'{name}' was saved {'empty' if tensor.numel() == 0 else 'with values that are not finite'}", where=str(file)
                     )
                 first = name.replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A")
-                if adapter and first != name and is_no_update(weights.get_tensor(first), tensor):
+                if moved and first != name and is_no_update(weights.get_tensor(first), tensor):
                     raise ProofFailed(
                         f"'{name}' changes nothing: this adapter learnt nothing",
                         where=str(file),
@@ -403,6 +415,8 @@ def check_saved(folder: Path, *, adapter: bool) -> int:
                     )
     if not seen:
         raise ProofFailed("no weights were saved", where=str(folder))
+    if missing:
+        raise ProofFailed(f"{len(missing)} tensors were not saved, such as '{min(missing)}'", where=str(folder))
     return seen
 
 

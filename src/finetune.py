@@ -130,7 +130,7 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     checkpoints.barrier()
     if rank() != 0:
         return {}
-    finish(cfg, base, tokenizer, end, out, keep_tokenizer=not added)
+    finish(cfg, base, tokenizer, end, out, keep_tokenizer=not added, saved=adapters.saved_names(model))
     metrics = reports.summary(run, told, precision)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     (out / "layout.json").unlink()
@@ -198,7 +198,7 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
     return model, rows, nf4
 
 
-def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, keep_tokenizer: bool) -> None:
+def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, keep_tokenizer: bool, saved: set[str]) -> None:
     """Make the saved folder complete and look at what was saved."""
     full = isinstance(cfg.tuner, FullTuner)
     (out / "training_args.bin").unlink(missing_ok=True)  # a pickle
@@ -214,7 +214,7 @@ def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, kee
     if full:
         modeling.cast_folder(out, modeling.stored_dtype(base))
         modeling.write_stop_token(out / "config.json", end)
-    adapters.check_saved(out, adapter=not full)
+    adapters.check_saved(out, moved=not full, expected=saved)
     aux_files.prove(out, tokenizer, trust_remote_code=cfg.model.trust_remote_code)
 
 

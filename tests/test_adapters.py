@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import peft.tuners.trainable_tokens.layer as stock_module
@@ -9,6 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from src import adapters
@@ -201,23 +203,36 @@ def test_named_layers_only_and_a_wrong_name_says_so():
 
 
 def adapter_folder(folder, **tensors):
-    from safetensors.torch import save_file
-
     save_file({name.replace("__", "."): value for name, value in tensors.items()}, folder / "adapter_model.safetensors")
     return folder
 
 
 def test_a_saved_adapter_that_learnt_nothing_or_broke_is_refused(tmp_path):
     good = {"q__lora_A__weight": torch.ones(2, 2), "q__lora_B__weight": torch.ones(2, 2)}
-    assert adapters.check_saved(adapter_folder(tmp_path, **good), adapter=True) == 2
+    assert adapters.check_saved(adapter_folder(tmp_path, **good), moved=True, expected=set()) == 2
     with pytest.raises(ProofFailed, match="learnt nothing"):
-        adapters.check_saved(adapter_folder(tmp_path, **good | {"q__lora_B__weight": torch.zeros(2, 2)}), adapter=True)
+        adapters.check_saved(adapter_folder(tmp_path, **good | {"q__lora_B__weight": torch.zeros(2, 2)}), moved=True, expected=set())
     with pytest.raises(ProofFailed, match="not finite"):
-        adapters.check_saved(adapter_folder(tmp_path, **good | {"q__lora_A__weight": torch.tensor([float("nan")])}), adapter=True)
+        adapters.check_saved(
+            adapter_folder(tmp_path, **good | {"q__lora_A__weight": torch.tensor([float("nan")])}), moved=True, expected=set()
+        )
     with pytest.raises(ProofFailed, match="empty"):
-        adapters.check_saved(adapter_folder(tmp_path, **good | {"q__lora_A__weight": torch.zeros(0, 2)}), adapter=True)
+        adapters.check_saved(adapter_folder(tmp_path, **good | {"q__lora_A__weight": torch.zeros(0, 2)}), moved=True, expected=set())
+
+
+def test_a_saved_adapter_that_lacks_a_tensor_is_refused(tmp_path):
+    model = adapters.attach(model_of(tied=False), tuner(modules_to_save=["v_proj"]), ROWS, deepspeed=False)
+    names = adapters.saved_names(model)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    assert adapters.check_saved(tmp_path, moved=False, expected=names) == len(names)
+    assert any("trainable_tokens_delta" in n for n in names) and any(n.endswith("v_proj.weight") for n in names)
+    gone = min(names)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({n: t for n, t in tensors.items() if n != gone}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ProofFailed, match=re.escape(gone)):
+        adapters.check_saved(tmp_path, moved=False, expected=names)
 
 
 def test_an_empty_result_is_refused(tmp_path):
     with pytest.raises(ProofFailed, match="no weights"):
-        adapters.check_saved(tmp_path, adapter=True)
+        adapters.check_saved(tmp_path, moved=True, expected=set())

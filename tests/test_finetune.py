@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -202,6 +203,7 @@ def test_micro_batches_do_not_change_what_is_learnt(train):
 
 # The shorter a forward pass, the more of them a step takes.
 MICRO = ["train.micro_batch_size=1"]
+WHOLE = ["tuner.modules_to_save=[down_proj]"]
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,8 @@ def alone(here, train):
         pytest.param("zero3", 2, "full", MICRO, marks=pytest.mark.slow),
         pytest.param("zero3", 2, "full", ["train.gradient_checkpointing=true"], marks=pytest.mark.slow),
         pytest.param("zero2", 2, "qlora", [], marks=pytest.mark.slow),
+        pytest.param("zero2", 2, "lora", WHOLE, marks=pytest.mark.slow),
+        pytest.param("zero3", 2, "lora", WHOLE, marks=pytest.mark.slow),
         pytest.param("zero2", 2, "lora", [*MICRO, "train.packing=false", "train.chunked_loss=false"], marks=pytest.mark.slow),
     ],
 )
@@ -232,12 +236,14 @@ def test_several_processes_learn_what_one_does(deepspeed, processes, tuner, layo
         make_base(here / "base-tied"),
         ["tuner=full", *FAST[1:]] if tuner == "full" else [f"tuner={tuner}", *FAST, "tuner.dropout=0"],
     )
-    if tuner == "lora":
+    if layout == WHOLE:
+        own += WHOLE
+    if tuner == "lora" and layout != WHOLE:
         one = request.getfixturevalue("alone")
     else:
         assert go(finetune, f"outputs={here}", f"run=one-{tuner}", f"source={eighty}", f"model.path={base}", *own, "train.max_steps=4") == 0
         one = artifact.open_artifact(here / f"one-{tuner}" / "finetune")
-    run = f"{tuner}-{deepspeed}-{processes}-{len(layout)}"
+    run = re.sub(r"\W+", "-", request.node.name).strip("-")
     child = process(
         f"outputs={here}",
         f"run={run}",
@@ -254,6 +260,8 @@ def test_several_processes_learn_what_one_does(deepspeed, processes, tuner, layo
     many = artifact.open_artifact(here / run / "finetune")
     assert many.metrics["processes"] == processes
     losses = [[c["loss"] for c in a.metrics["curve"]] for a in (one, many)]
+    rates = [[c["learning_rate"] for c in a.metrics["curve"]] for a in (one, many)]
+    assert rates[0] == rates[1], "DeepSpeed keeps the schedule asked for"
     apart = max(abs(a - b) for a, b in zip(*losses))
     print(f"{run}: losses differ by {apart:.1e}")
     assert len(losses[0]) == len(losses[1]) == 4 and apart <= 1e-4

@@ -98,10 +98,10 @@ def test_a_full_fine_tune_moves_new_rows_at_their_own_rate_and_saves_a_plain_mod
 
 
 def test_it_goes_on_from_a_checkpoint_to_the_same_bytes(run, base, monkeypatch):
-    from src import training
+    from src.training import checkpoints
 
     whole = train(run, base, "whole", "train.checkpoint_steps=2")
-    stop = training.Checkpoints.on_save
+    stop = checkpoints.Checkpoints.on_save
 
     def killed(self, args, state, control, **kwargs):
         stop(self, args, state, control, **kwargs)
@@ -109,7 +109,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bytes(run, base, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(training.Checkpoints, "on_save", killed)
+        patch.setattr(checkpoints.Checkpoints, "on_save", killed)
         train(run, base, "cut", "train.checkpoint_steps=2")
     resumed = train(run, base, "cut", "train.checkpoint_steps=2")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from src import adapters
 from src.errors import Moved
 from src.log import rank, say
 
@@ -16,18 +17,21 @@ def barrier() -> None:
 
 
 class Checkpoints(TrainerCallback):
-    """Marks a checkpoint as whole once every rank has written its part, and keeps only the newest; resume looks at nothing unmarked."""
+    """Opens a checkpoint and marks it as whole once every rank has written its part, and keeps only the newest; resume looks at nothing unmarked."""
 
     MARK = "whole"
 
     def __init__(self, world: int):
-        self.world = world
+        self.world, self.trainer = world, None
 
     def on_save(self, args, state, control, **kwargs):
         barrier()
         if rank() == 0:
             folder = Path(args.output_dir)
             newest = folder / f"checkpoint-{state.global_step}"
+            if any(newest.glob("*.safetensors")):  # DeepSpeed keeps a whole model in files of its own
+                adapter = hasattr(self.trainer.model, "peft_config")
+                adapters.check_saved(newest, moved=False, expected=adapters.saved_names(self.trainer.model) if adapter else set())
             (newest / self.MARK).write_text(str(self.world))
             for other in folder.glob("checkpoint-*"):
                 if other != newest:
