@@ -107,6 +107,8 @@ class LoraTuner(Optimizer):
             raise ValueError(
                 f"init={self.init} takes its part out of the base weights, whose lengths dora=true would train; choose one of them"
             )
+        if self.init in ("pissa", "olora") and self.dropout:
+            raise ValueError(f"dropout={self.dropout} would drop parts of the base's own weights, which init={self.init} moves; dropout=0")
         if self.init == "orthogonal" and self.rank % 2:
             raise ValueError(f"init=orthogonal splits the rank in halves, so it must be even, not {self.rank}")
         if both := set(self.modules_to_save) & (set() if self.target_modules == "all-linear" else set(self.target_modules)):

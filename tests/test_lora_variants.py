@@ -410,6 +410,7 @@ def test_a_quantized_layer_is_not_trained_whole(bases):
     [
         ("lora", {"init": "pissa", "dora": True}, "init=pissa takes its part out of the base"),
         ("lora", {"init": "olora", "dora": True}, "init=olora takes"),
+        ("lora", {"init": "pissa", "dropout": 0.05}, "dropout=0.05 would drop parts of the base's own weights"),
         ("lora", {"init": "orthogonal", "rank": 7}, "must be even, not 7"),
         ("lora", {"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}, "both name q_proj"),
         ("qlora", {"init": "pissa"}, "here they are 4-bit"),
