@@ -27,8 +27,8 @@ async def rate(rows: AsyncIterator[Row], settings: Rate, work: Work) -> AsyncIte
     """Mean scores by aspect, as UltraFeedback has them (Cui et al. 2023, arXiv:2310.01377): the judge sees all answers to a prompt together.
 
     Into data["ratings"], one {aspect: mean} for each of data["answers"]; where there are none, into data["scores"] for the conversation as it is.
-    The votes themselves stay in data["votes"]. Unlike UltraFeedback, every vote shows the answers in another order, the critique is asked before
-    the score, and a vote whose score does not follow from its critique (by a second question) is not counted.
+    The votes themselves stay in data["votes"]. Unlike UltraFeedback, every vote shows the answers in another order, the critique is asked before the
+    score, and a score that does not follow from its critique (by a second question) does not count; an answer left without one is left out.
     """
     agreement = Agreement(squared)
 
@@ -40,11 +40,17 @@ async def rate(rows: AsyncIterator[Row], settings: Rate, work: Work) -> AsyncIte
             for number, score in zip(vote.order, vote.scores):
                 if score is not None:
                     scores[vote.aspect][number].append(score)
-        if not all(of_one for of_all in scores.values() for of_one in of_all):
+        rated = [i for i in range(len(candidates)) if all(of_all[i] for of_all in scores.values())]
+        work.count("answers without a score", len(candidates) - len(rated))
+        if len(rated) < min(2, len(candidates)):
             raise SetAside("scores do not follow from critiques")
-        means = [{aspect: round(statistics.mean(of_all[i]), 3) for aspect, of_all in scores.items()} for i in range(len(candidates))]
-        rated = {"ratings": means} if "answers" in row.data else {"scores": {**row.data.get("scores", {}), **means[0]}}
-        return grown(row, *(answer for vote in votes for answer in vote.answers), votes=scores, **rated)
+        means = [{aspect: round(statistics.mean(of_all[i]), 3) for aspect, of_all in scores.items()} for i in rated]
+        if "answers" in row.data:
+            found = {"answers": [candidates[i] for i in rated], "ratings": means}
+        else:
+            found = {"scores": {**row.data.get("scores", {}), **means[0]}}
+        counted = {aspect: [of_all[i] for i in rated] for aspect, of_all in scores.items()}
+        return grown(row, *(answer for vote in votes for answer in vote.answers), votes=counted, **found)
 
     async for row in work.each(rows, judge):
         for of_all in row.data["votes"].values():
