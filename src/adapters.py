@@ -384,7 +384,9 @@ def saved_names(model) -> set[str]:
     """Names that a save of what is trained must hold: an adapter's matrices, rows and whole layers, or every weight of a model."""
     if hasattr(model, "peft_config"):
         trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
-        return {name.replace(".modules_to_save.default", "").replace(".default", "") for name in trained}
+        names = {name.replace(".modules_to_save.default", "").replace(".default", "") for name in trained}
+        # peft saves DoRA's lengths under the name they had before they were a layer of their own.
+        return {name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector") for name in names}
     return {name.replace(".base.weight", ".weight") for name, _ in model.named_parameters() if not name.endswith(".rows")}
 
 

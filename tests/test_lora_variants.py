@@ -95,7 +95,7 @@ def made(base: Path, folder: Path, tuner, rows=(), steps: int = STEPS):
     train(model, tuner, steps)
     adapters.save(model, folder, state_dict=None, writes=True, finished=True)
     adapters.tidy(folder)
-    adapters.check_saved(folder, adapter=True)
+    adapters.check_saved(folder, moved=True, expected=adapters.saved_names(model))
     return model, torch.from_numpy(modeling.logits(model))
 
 
