@@ -87,7 +87,7 @@ class NgramOverlap:
 
 
 class CodeOverlap:
-    """Python functions of evaluation texts, by the subtrees of their syntax trees with names, constants and docstrings left out.
+    """Python functions of evaluation texts, by the subtrees of their syntax trees with names, constants, docstrings and annotations left out.
 
     nodes: smallest function that is compared. match: share of a function's subtrees in a text from which the text holds that function.
     """
@@ -140,6 +140,8 @@ def _subtrees(node: ast.AST, into: Counter[int]) -> str:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         documented = ast.get_docstring(node) is not None
         children = [node.args, *node.body[documented:]]
+    if isinstance(node, ast.arg):
+        children = []  # its annotation
     shape = hashlib.blake2b(
         f"{type(node).__name__}({','.join(_subtrees(child, into) for child in children)})".encode(), digest_size=8
     ).hexdigest()
