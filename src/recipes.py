@@ -50,7 +50,7 @@ class Sampling(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)]
     """sample from the likeliest tokens that together hold this probability"""
     max_tokens: PositiveInt
-    """tokens of an answer at most; one that is cut off there is tried again, then set aside"""
+    """tokens of an answer at most; a row whose answer is cut off there is set aside, unless allow_cut_off=true"""
 
 
 class Step(Settings):
@@ -385,7 +385,7 @@ class NearDuplicates(Step):
 class Overlap(Step):
     kind: Literal["overlap"]
     """rows that hold part of an evaluation set are set aside"""
-    sets: list[str]
+    sets: Annotated[list[str], Unkeyed]
     """files of evaluation questions and answers: JSON lines (every string in them) or plain text; none: nothing is compared, and that is said"""
     n: PositiveInt
     """words in a row that must not be shared; 13 is GPT-3's (Brown et al. 2020, arXiv:2005.14165)"""

@@ -249,7 +249,7 @@ def test_equal_whichever_answer_comes_first(name):
     first, second = (ran(chosen, starting(chosen.takes), Teacher(delays)) for delays in (1, 2))
     assert canonical([vars(row) for row in first[0]]) == canonical([vars(row) for row in second[0]])
     assert first[1] == second[1]
-    assert first[2].counts == second[2].counts
+    assert (first[2].counts, first[2].measures) == (second[2].counts, second[2].measures)
 
 
 @pytest.mark.parametrize("name", ["respond", "self_instruct", "evolve", "preference"])
@@ -370,7 +370,7 @@ def test_ratings_belong_to_their_answers_in_any_order():
     assert [set(rating.values()) for rating in row.data["ratings"]] == [{3}, {1}, {5}, {2}]
     orders = {re.findall(r"<answer \d+>\n(\d)", r.messages[0]["content"])[0] for r in judge.asked}
     assert len(orders) > 1, "every vote shows the same answer first"
-    assert work.counts["rate"]["votes agree (Krippendorff's alpha)"] == 1.0
+    assert work.measures["rate"]["votes agree (Krippendorff's alpha)"] == 1.0
     (paired,), _, _ = one(chosen, "pair", [row], judge)
     assert (paired.data["chosen"], paired.data["rejected"]) == ("5", "1") and paired.messages[-1]["content"] == "5"
 
@@ -594,7 +594,7 @@ def test_a_classifier_learns_from_the_sample_what_the_teacher_likes():
     chosen = settings("code", **{"educational.sample": 60})
     out, aside, work = one(chosen, "educational", rows, judge)
     assert len(judge.asked) == 60
-    assert work.counts["educational"]["area under the ROC curve, held out"] > 0.95
+    assert work.measures["educational"]["area under the ROC curve, held out"] > 0.95
     right = sum("explain" in row.data["text"] for row in out) + sum("explain" not in rows[int(a[0])].data["text"] for a in aside)
     assert right >= 285
     with pytest.raises(BadData, match="teaches a classifier nothing"):

@@ -44,6 +44,6 @@ class Agreement:
         return 1 - (total - 1) * observed / expected if expected else None
 
     def report(self, work: Work, name: str) -> None:
-        """Counts alpha for the report, where there is one."""
+        """Alpha into the report, where there is one."""
         if (alpha := self.alpha()) is not None:
-            work.count(f"{name} (Krippendorff's alpha)", round(alpha, 3))
+            work.measure(f"{name} (Krippendorff's alpha)", round(alpha, 3))

@@ -80,8 +80,8 @@ def _from_classifier(sample: list[Row], scores: dict[str, int], settings: Classi
             f"of {len(good)} scored texts {sum(good)} are good, which teaches a classifier nothing",
             fix=[f"recipe.steps.{work.step}.sample scores more of them", f"recipe.steps.{work.step}.good moves the line"],
         ) from None
-    work.count("accuracy on texts held out", round(accuracy, 3))
-    work.count("area under the ROC curve, held out", round(area, 3))
+    work.measure("accuracy on texts held out", round(accuracy, 3))
+    work.measure("area under the ROC curve, held out", round(area, 3))
 
     def judge(rows: list[Row]) -> Iterable[str | None]:
         for probability in classifier.probabilities([text_of(row) for row in rows]):
