@@ -4,7 +4,7 @@ import ast
 import sys
 from pathlib import Path
 
-VERBS = ("data", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "lineage", "summary")
+VERBS = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "lineage", "summary")
 
 for verb in VERBS:
     folder = Path(__file__).parent

@@ -499,8 +499,8 @@ class SameTeacher(Settings):
     """the teacher judges itself"""
 
 
-Teacher = Annotated[EndpointTeacher | LocalTeacher, Field(discriminator="kind")]
-Judge = Annotated[SameTeacher | EndpointTeacher | LocalTeacher, Field(discriminator="kind")]
+AnyTeacher = Annotated[EndpointTeacher | LocalTeacher, Field(discriminator="kind")]
+AnyJudge = Annotated[SameTeacher | EndpointTeacher | LocalTeacher, Field(discriminator="kind")]
 
 
 class Budget(Settings):
@@ -539,9 +539,9 @@ class DistillVerb(Verb):
     """the steps from prompts to rows"""
     prompts: Prompts
     """what to begin with"""
-    teacher: Teacher
+    teacher: AnyTeacher
     """who answers"""
-    judge: Judge
+    judge: AnyJudge
     """who rates answers"""
     budget: Annotated[Budget, Unkeyed]
     """what all of it may cost"""

@@ -7,13 +7,13 @@ import shutil
 import pytest
 from conftest import ROOT, refused
 
-from src import compose, config, targets
+from src import compose, config, recipes, targets
 from src.errors import ConfigError
 
 CONFIGS = ROOT / "configs"
 ROOTS = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
 SCHEMAS = sorted(
-    {c for module in (config, targets) for c in vars(module).values() if inspect.isclass(c) and issubclass(c, config.Settings)},
+    {c for module in (config, recipes, targets) for c in vars(module).values() if inspect.isclass(c) and issubclass(c, config.Settings)},
     key=lambda c: c.__name__,
 )
 
@@ -24,9 +24,10 @@ def schema_of(verb: str) -> type:
 
 def composed(verb: str, *overrides: str):
     """Settings of a verb, with a value given to each required one."""
+    options = [o for o in overrides if o.partition("=")[0] in compose._groups(verb)]
     required = [
         key
-        for key, value in flat(compose._plain(compose._hydra(verb, []))).items()
+        for key, value in flat(compose._plain(compose._hydra(verb, options))).items()
         if value == "???" and not any(o.startswith(f"{key}=") for o in overrides)
     ]
     return compose.compose(verb, [*(f"{key}=x" for key in required), *overrides], schema_of(verb))

@@ -174,11 +174,16 @@ class Purse:
         self._settled.set()
 
     def spent(self) -> BudgetSpent:
-        budget = [f"{self.budget.tokens:,} tokens"] * (self.budget.tokens is not None)
-        budget += [f"${self.budget.money:,.2f}"] * (self.budget.money is not None)
         return BudgetSpent(
-            f"of {' and '.join(budget)}, {self.tokens:,} tokens and ${self.money:,.4f} are spent, and the next request could pass it"
+            f"of {in_words(self.budget)}, {self.tokens:,} tokens and ${self.money:,.4f} are spent, and the next request could pass it"
         )
+
+
+def in_words(budget: Budget) -> str:
+    """1,000 tokens and $2.50; none."""
+    parts = [] if budget.tokens is None else [f"{budget.tokens:,} tokens"]
+    parts += [] if budget.money is None else [f"${budget.money:,.2f}"]
+    return " and ".join(parts) or "none"
 
 
 class Gate:

@@ -39,7 +39,7 @@ class Stopped(UserError):
     """The run ends, so this request is not sent."""
 
 
-class Asking:
+class Sending:
     """All teachers of a run behind one `ask`. lines: {role: Line}; purse: holds what earlier commands spent."""
 
     def __init__(self, lines: dict[str, Line], journal: Journal, purse: Purse, *, allow_cut_off: bool):

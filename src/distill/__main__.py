@@ -1,0 +1,84 @@
+"""Turn prompts, seeds or documents into a ChatML dataset by a teacher: answers, judgements and filters as the steps of a recipe.
+
+Every answer is kept in <outputs>/<run>/distill.journal.sqlite before it is used. Killed anywhere, the same command goes on and makes the same rows, and
+nothing that was answered is asked again; with another step or filter all earlier answers are used again too.
+"""
+
+import asyncio
+from pathlib import Path
+
+from src import artifact, stage
+from src.artifact import Artifact
+from src.config import DistillVerb, EndpointTeacher, LocalTeacher
+from src.distill import running, sources
+from src.distill.limits import in_words
+from src.distill.teachers import key_in
+from src.endpoint import api_of
+from src.errors import ConfigError, MissingInput
+from src.log import say, warn
+
+
+def find(cfg: DistillVerb, run: stage.Run) -> dict[str, Artifact]:
+    path = running.path_of(cfg)
+    sources.check(path, cfg.recipe.takes)
+    inputs = {} if path is None else {"prompts": artifact.outside(path, "file", run.cache)}
+    for role, teacher in running.teachers(cfg).items():
+        if isinstance(teacher, LocalTeacher):
+            inputs[role] = run.source(teacher.path, kinds={"adapter", "model", "quantized"})
+    for role, file in cfg.recipe.files().items():
+        if not Path(file).is_file():
+            raise MissingInput("no such file", where=file, fix=f"the recipe's {role.rpartition('_')[0]} names it")
+        inputs[role] = artifact.outside(Path(file), "file", run.cache)
+    return inputs
+
+
+def check(cfg: DistillVerb, inputs: dict[str, Artifact]) -> list[str]:
+    """The plan; nothing is sent."""
+    lines = [f"{cfg.prompts.path or 'no file'} through {' > '.join(cfg.recipe.order)}"]
+    for role, teacher in running.teachers(cfg).items():
+        if isinstance(teacher, LocalTeacher):
+            lines.append(f"{role}: {inputs[role].path} ({inputs[role].kind}), on this machine")
+        else:
+            lines.append(f"{role}: {_endpoint(teacher)}")
+            if cfg.budget.money is not None and None in (teacher.price.prompt, teacher.price.completion):
+                raise ConfigError(
+                    f"budget.money needs the price of every token, and {role}.price has null",
+                    fix=f"{role}.price.prompt=USD {role}.price.completion=USD, per million tokens",
+                )
+        if teacher.terms is None:
+            warn(f"{role}.terms is not given: whether its maker lets you train on its answers is yours to find out; the card will say so")
+    return [*lines, f"budget: {in_words(cfg.budget)}"]
+
+
+def _endpoint(teacher: EndpointTeacher) -> str:
+    url, key = api_of(teacher.url), key_in(teacher.key_env)
+    with_key = f"with the key in {teacher.key_env}" if key else "without a key"
+    if key and url.startswith("http://"):
+        with_key += " (unencrypted, over http)"
+    how = f"in batches of up to {teacher.batch_size:,}" if teacher.batch else f"up to {teacher.limits.concurrency} requests at a time"
+    return f"{teacher.model} at {url}, {with_key}, {how}"
+
+
+def around(cfg: DistillVerb, argv: list[str]) -> int | None:
+    """With estimate=k the estimate takes the place of the work."""
+    if not cfg.estimate:
+        return None
+    found = asyncio.run(running.guess(cfg, find(cfg, stage.Run(Path(cfg.outputs) / cfg.run))))
+    say(f"distill: by {found.units:,} of {found.total:,} rows, whose answers are kept:")
+    for line in found.lines(any(isinstance(t, EndpointTeacher) and t.price.completion is not None for t in running.teachers(cfg).values())):
+        say(f"  {line}")
+    say("distill: the same command without estimate= makes the dataset")
+    return 0
+
+
+def distill(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    """Writes train.jsonl, val.jsonl, calib.jsonl, preference.jsonl where there are pairs, set_aside.jsonl, samples.html and README.md."""
+    return asyncio.run(running.make(cfg, inputs, out))
+
+
+STAGE = stage.Stage(
+    verb="distill", version=1, schema=DistillVerb, kind="dataset", find=find, check=check, around=around, run=distill, doc=__doc__
+)
+
+if __name__ == "__main__":
+    stage.main(STAGE)

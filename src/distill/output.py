@@ -1,0 +1,121 @@
+"""What a run writes: rows by split, preferences, what was set aside, each row with where it came from."""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+from src.artifact import canonical
+from src.config import Holdout
+from src.conversations import CONTROL, Conversation, split_of
+from src.distill.journal import Journal
+from src.distill.work import Row, SetAside, Work
+
+SPLITS = ("train", "val", "calib")
+KEPT = ("scores", "parents", "quotes", "tests")
+"""of a row's data, what is kept in the result as it is; the rest was for the steps"""
+
+
+async def keep(rows: AsyncIterator[Row], price: Callable[[str, int, int], float], work: Work, journal: Journal) -> AsyncIterator[Row]:
+    """Rows fit to be trained on, with data["distill"]: teachers, hash of the prompt, requests, their tokens and cost, and what steps said of the row.
+
+    price: (teacher's name, prompt tokens, tokens) to USD. Tokens and cost are those of the answers the row is made of; what was tried in vain is in
+    the run's totals.
+    """
+
+    async def described(row: Row) -> Row:
+        if not row.messages or row.messages[-1]["role"] != "assistant" or not row.messages[-1]["content"].strip():
+            raise SetAside("no answer at the end")
+        try:
+            text = conversation_of(row).to_json()
+            text.encode()
+        except (ValueError, RecursionError) as error:
+            raise SetAside("cannot be written as JSON", str(error)) from None
+        if found := CONTROL.search(text):
+            raise SetAside("control string", f"{found[0]} would end or forge a turn")
+        asked = [await journal.look(key) for key in row.asks]
+        origin = {
+            "teachers": sorted({known.teacher for known in asked}),
+            "prompt": prompt_hash(row),
+            "requests": list(row.asks),
+            "tokens": sum(known.prompt_tokens + known.tokens for known in asked),
+            "money": round(sum(price(known.teacher, known.prompt_tokens, known.tokens) for known in asked), 9),
+            **{name: row.data[name] for name in KEPT if name in row.data},
+        }
+        return replace(row, data=row.data | {"distill": origin})
+
+    async for row in work.each(rows, described):
+        yield row
+
+
+def prompt_hash(row: Row) -> str:
+    """sha256 hex over the turns before the answer."""
+    return hashlib.sha256(canonical(row.messages[:-1])).hexdigest()
+
+
+def conversation_of(row: Row) -> Conversation:
+    tools = row.data.get("tools")
+    return Conversation(row.id, tuple(row.messages), tuple(tools) if tools else None)
+
+
+class Output:
+    """The files of an artifact under way; `rows`: how many each split got."""
+
+    def __init__(self, out: Path, holdout: Holdout):
+        self._out, self._holdout = out, holdout
+        self._files = {split: open(out / f"{split}.jsonl", "w", encoding="utf-8") for split in SPLITS}
+        self.rows = dict.fromkeys((*SPLITS, "preference"), 0)
+
+    def write(self, row: Row) -> str:
+        """Write a row that went through `keep` and return its split."""
+        conversation = conversation_of(row)
+        split = split_of(conversation.digest(), self._holdout.split_seed, self._holdout.val, self._holdout.calib)
+        self._files[split].write(f'{conversation.to_json()[:-1]}, "distill": {json.dumps(row.data["distill"], ensure_ascii=False)}}}\n')
+        self.rows[split] += 1
+        if "chosen" in row.data and "rejected" in row.data:
+            self._write_preference(row)
+        return split
+
+    def _write_preference(self, row: Row) -> None:
+        """The columns that trainers of preferences read: prompt, chosen and rejected, each a list of turns."""
+        if "preference" not in self._files:
+            self._files["preference"] = open(self._out / "preference.jsonl", "w", encoding="utf-8")
+        answers = {name: [{"role": "assistant", "content": row.data[name]}] for name in ("chosen", "rejected")}
+        self._files["preference"].write(json.dumps({"id": row.id, "prompt": row.messages[:-1], **answers}, ensure_ascii=False) + "\n")
+        self.rows["preference"] += 1
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class Aside:
+    """Rows set aside, sorted by step and id when they are written, so that the file does not depend on which came first. Kept on disk, not in memory."""
+
+    def __init__(self):
+        self._base = sqlite3.connect("", isolation_level=None)  # a temporary file of SQLite's own, gone with the connection
+        self._base.execute("CREATE TABLE aside (step TEXT, id TEXT, reason TEXT, detail TEXT, messages TEXT)")
+        self._base.execute("BEGIN")
+
+    def __call__(self, row: Row, step: str, reason: str, detail: str) -> None:
+        messages = json.dumps(row.messages)
+        self._base.execute("INSERT INTO aside VALUES (?, ?, ?, ?, ?)", (step, *map(_writable, (row.id, reason, detail)), messages))
+
+    def write(self, path: Path, steps: list[str]) -> None:
+        """One {"step", "id", "reason", "detail", "messages"} a line, steps in this order."""
+        with open(path, "w", encoding="utf-8") as file:
+            for step in steps:
+                found = self._base.execute(
+                    "SELECT id, reason, detail, messages FROM aside WHERE step = ? ORDER BY id, reason, detail", (step,)
+                )
+                for id, reason, detail, messages in found:
+                    line = {"step": step, "id": id, "reason": reason, "detail": detail, "messages": json.loads(messages)}
+                    file.write(json.dumps(line, ensure_ascii=messages.find("\\ud") >= 0) + "\n")
+        self._base.close()
+
+
+def _writable(text: str) -> str:
+    """The text with half surrogate pairs, which no file can hold, replaced."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,269 @@
+"""A run from its settings: teachers and journal opened, rows through the steps, the files written, or the estimate made."""
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from src.artifact import Artifact
+from src.config import DistillVerb, EndpointTeacher, LocalTeacher, SameTeacher
+from src.distill import card, sources
+from src.distill.batch import Batches
+from src.distill.estimate import Estimate, by_root, estimate
+from src.distill.journal import Journal, Total
+from src.distill.limits import Gate, Purse
+from src.distill.output import Aside, Output, keep
+from src.distill.progress import Progress
+from src.distill.sending import Line, Sending
+from src.distill.steps import STEPS
+from src.distill.teachers import Endpoint
+from src.distill.work import Row, Work, check_flows, through
+from src.errors import BadData, BudgetSpent, UserError
+from src.log import say
+
+JOURNAL = "distill.journal.sqlite"
+READ, KEEP = "read prompts", "keep rows"
+"""the engine's own first and last step; no step of a recipe has a space in its name"""
+
+
+@dataclass
+class Run:
+    """What is open while rows are under way."""
+
+    cfg: DistillVerb
+    sending: Sending
+    purse: Purse
+    journal: Journal
+    work: Work
+    total: int
+
+    @property
+    def steps(self) -> list[str]:
+        return [READ, *self.cfg.recipe.order, KEEP]
+
+    def state(self) -> tuple[int, int, int, int, int, float]:
+        """As Progress wants it. A row has gone through once nothing of it is under work any more."""
+        flows = self.work.flows
+        begun = flows[READ].went if READ in flows else 0
+        under_work = sum(f.came + f.made - f.went - f.aside.total() for f in flows.values())
+        kept = flows[KEEP].went if KEEP in flows else 0
+        aside = sum(f.aside.total() for f in flows.values())
+        gone = max(0, begun - under_work) if begun else kept
+        return gone, self.total, kept, aside, self.purse.tokens, self.purse.money
+
+
+@contextlib.asynccontextmanager
+async def opened(cfg: DistillVerb, inputs: dict[str, Artifact], aside: Aside) -> AsyncIterator[Run]:
+    """Everything a run needs, and an orderly end: what is on its way is waited for, then all is closed."""
+    survey = sources.survey(path_of(cfg), cfg.recipe.takes, cfg.prompts.count, cfg.prompts.on_fault)
+    async with contextlib.AsyncExitStack() as stack:
+        journal = await stack.enter_async_context(Journal(Path(cfg.outputs) / cfg.run / JOURNAL))
+        if cfg.retry_set_aside and (count := await journal.take_back_all()):
+            say(f"distill: asks {count:,} requests anew that were set aside")
+        totals = await journal.totals()
+        purse = Purse(cfg.budget, sum(t.tokens for t in totals.values()), sum(t.money for t in totals.values()))
+        _say_totals(totals)
+        sending = Sending({}, journal, purse, allow_cut_off=cfg.allow_cut_off)
+        for role, teacher in teachers(cfg).items():
+            sending.lines[role] = await _line(teacher, role, inputs, sending, stack)
+        if isinstance(cfg.judge, SameTeacher):
+            sending.lines["judge"] = sending.lines["teacher"]
+        window = max(256, 4 * max(_at_once(line) for line in sending.lines.values()))
+        work = Work(seed=cfg.seed, ask=sending.ask, window=window, on_aside=aside)
+        run = Run(cfg, sending, purse, journal, work, survey.rows or _wanted(cfg))
+        await stack.enter_async_context(Progress(run.state))
+        stack.push_async_callback(sending.drain)
+        yield run
+
+
+def teachers(cfg: DistillVerb) -> dict[str, EndpointTeacher | LocalTeacher]:
+    """{role: teacher} of those that are one of their own."""
+    return {"teacher": cfg.teacher} | ({} if isinstance(cfg.judge, SameTeacher) else {"judge": cfg.judge})
+
+
+def path_of(cfg: DistillVerb) -> Path | None:
+    return Path(cfg.prompts.path) if cfg.prompts.path is not None else None
+
+
+async def _line(
+    teacher: EndpointTeacher | LocalTeacher, role: str, inputs: dict[str, Artifact], sending: Sending, stack: contextlib.AsyncExitStack
+) -> Line:
+    if isinstance(teacher, LocalTeacher):
+        from src.distill.local import Local, limits_of
+
+        limits = limits_of(teacher)
+        return Line(await stack.enter_async_context(Local(teacher, inputs[role])), limits, Gate(limits))
+    endpoint = await stack.enter_async_context(Endpoint(teacher))
+    line = Line(endpoint, teacher.limits, Gate(teacher.limits))
+    if teacher.batch:
+        line.batches = await stack.enter_async_context(Batches(endpoint, sending.journal, sending.purse, partial(sending.settle, line)))
+    return line
+
+
+def _at_once(line: Line) -> int:
+    return line.teacher.settings.batch_size if line.batches else line.limits.concurrency
+
+
+def _wanted(cfg: DistillVerb) -> int:
+    """Rows that a recipe without a source makes."""
+    return sum(getattr(step, "rows", 0) for _, step in cfg.recipe.ordered()[:1])
+
+
+def _say_totals(totals: dict[str, Total]) -> None:
+    if not totals:
+        return
+    tokens, money = sum(t.tokens for t in totals.values()), sum(t.money for t in totals.values())
+    lost = sum(t.lost for t in totals.values())
+    say(
+        f"distill: earlier commands sent {sum(t.requests for t in totals.values()):,} requests for {tokens:,} tokens, ${money:,.4f}"
+        + (f"; {lost:,} of them were on their way when a command was killed, and count in full" if lost else "")
+    )
+
+
+def _sound_rows(cfg: DistillVerb) -> Iterator[Row]:
+    return (row for row in sources.rows(path_of(cfg), cfg.recipe.takes, cfg.prompts.count) if isinstance(row, Row))
+
+
+async def _read(run: Run, only: set[int] | None) -> AsyncIterator[Row]:
+    """The source's rows; only: the places, from 0, of those wanted."""
+    mine, place = run.work.at(READ), -1
+    for row in sources.rows(path_of(run.cfg), run.cfg.recipe.takes, run.cfg.prompts.count):
+        place += isinstance(row, Row)
+        if only is not None and (not isinstance(row, Row) or place not in only):
+            continue
+        mine.flow.came += 1
+        if isinstance(row, Row):
+            mine.flow.went += 1
+            yield row
+        else:
+            where, fault = row
+            mine.set_aside(Row(where, []), f"malformed: {fault.reason}", str(fault))
+
+
+def rows_of(run: Run, only: set[int] | None = None) -> AsyncIterator[Row]:
+    """The result's rows, in order; only: from these places of the source."""
+    cost = {line.teacher.name: line.teacher.cost for line in run.sending.lines.values()}
+
+    def price(teacher: str, prompt_tokens: int, tokens: int) -> float:
+        return cost[teacher](prompt_tokens, tokens)
+
+    steps = [(name, STEPS[settings.kind], settings) for name, settings in run.cfg.recipe.ordered()]
+    return through(_read(run, only), [*steps, (KEEP, partial(keep, journal=run.journal), price)], run.work)
+
+
+async def make(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    """Write the dataset into the folder `out` and return its figures."""
+    aside, output = Aside(), Output(out, cfg.holdout)
+    with contextlib.closing(output):
+        async with opened(cfg, inputs, aside) as run:
+            samples = card.Samples(cfg.samples, run.work.draw("samples"))
+            with told_how_far(run):
+                async with contextlib.aclosing(rows_of(run)) as rows:
+                    async for row in rows:
+                        samples.offer(shown(row, output.write(row)))
+            totals = await run.journal.totals()
+    check_flows(run.work)
+    report(run, output.rows)
+    if not output.rows["train"]:
+        raise BadData("no row is left to train on", where=cfg.prompts.path or cfg.recipe.name, fix="see the counts above")
+    aside.write(out / "set_aside.jsonl", run.steps)
+    samples.write(out / "samples.html", f"{cfg.recipe.name}: samples of {cfg.run}")
+    card.write(out / "README.md", cfg, inputs, run.work, run.steps, output.rows, totals)
+    return figures(run, output.rows, totals)
+
+
+async def guess(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Estimate:
+    """Work on cfg.estimate rows drawn at random, or make so many where the recipe draws its own, and say what all would cost."""
+    async with opened(cfg, inputs, Aside()) as run:
+        run.sending.costs = {}
+        count, total = min(cfg.estimate, run.total), run.total
+        draw = run.work.draw("estimate")
+        with told_how_far(run):
+            if cfg.recipe.takes in ("nothing", "seeds"):
+                costs = await _made(run, count)
+            else:
+                costs = await _worked(run, set(draw.sample(range(total), count)))
+        return estimate(costs, total, draw)
+
+
+async def _worked(run: Run, places: set[int]) -> list[tuple[float, float]]:
+    """(tokens, USD) of each of these rows of the source, with all that is made from them."""
+    async with contextlib.aclosing(rows_of(run, places)) as rows:
+        async for _ in rows:
+            pass
+    roots = [row.id for place, row in enumerate(_sound_rows(run.cfg)) if place in places]
+    return by_root(run.sending.costs, roots)
+
+
+async def _made(run: Run, count: int) -> list[tuple[float, float]]:
+    """(tokens, USD) of each of the first `count` rows made; what went into none of them is shared by all."""
+    run.work.window, costs = max(1, min(run.work.window, count)), []
+    async with contextlib.aclosing(rows_of(run)) as rows:
+        async for row in rows:
+            costs.append((row.data["distill"]["tokens"], row.data["distill"]["money"]))
+            if len(costs) == count:
+                break
+    if not costs:
+        raise BadData("no row came out, so there is nothing to judge by", fix="look at the recipe's filters")
+    paid = [sum(column) for column in zip(*run.sending.costs.values())]
+    scale = [all_of / max(sum(column), 1e-12) for all_of, column in zip(paid, zip(*costs))]
+    return [(tokens * scale[0], money * scale[1]) for tokens, money in costs]
+
+
+@contextlib.contextmanager
+def told_how_far(run: Run):
+    """What stops a run is told with how far it came."""
+    try:
+        yield
+    except UserError as error:
+        gone, total, kept, aside, tokens, money = run.state()
+        say(
+            f"distill: stopped with {gone:,} of {total:,} rows through, {kept:,} kept, {aside:,} set aside, {tokens:,} tokens, ${money:,.4f} spent"
+        )
+        if isinstance(error, BudgetSpent):
+            raise BudgetSpent(
+                f"{error.what}; {gone:,} of {total:,} rows are done, {total - gone:,} remain",
+                where=str(run.journal.path),
+                fix=[
+                    "the same command with a higher budget.tokens or budget.money goes on",
+                    "prompts.count=N makes a smaller dataset of the first",
+                ],
+            ) from None
+        raise
+
+
+def shown(row: Row, split: str) -> dict:
+    """A row as the page of samples shows it."""
+    origin = row.data["distill"]
+    facts = {name: value for name, value in origin.items() if name not in ("requests", "prompt")} | {"requests": len(origin["requests"])}
+    return {"id": row.id, "split": split, "messages": row.messages, "rejected": row.data.get("rejected"), "facts": facts}
+
+
+def report(run: Run, rows: dict[str, int]) -> None:
+    """Say what became of the rows."""
+    flows = run.work.flows
+    begun, kept = flows[READ].came if READ in flows else 0, flows[KEEP].went
+    made, aside = sum(f.made for f in flows.values()), sum(f.aside.total() for f in flows.values())
+    splits = ", ".join(f"{count:,} {split}" for split, count in rows.items() if count or split != "preference")
+    say(f"distill: {begun:,} rows in + {made:,} made = {kept:,} kept + {aside:,} set aside; {splits}")
+    for step in run.steps:
+        for reason, count in flows[step].aside.most_common() if step in flows else []:
+            say(f"distill: set aside {count:,} in {step}: {reason}")
+        for name, value in {**run.work.counts.get(step, {}), **run.work.measures.get(step, {})}.items():
+            say(f"distill: {step}: {name} {value:,.4g}" if isinstance(value, float) else f"distill: {step}: {name} {value:,}")
+    say(f"distill: {run.purse.tokens:,} tokens and ${run.purse.money:,.4f} spent over all commands of this run")
+
+
+def figures(run: Run, rows: dict[str, int], totals: dict[str, Total]) -> dict:
+    """The manifest's metrics."""
+    flows, work = run.work.flows, run.work
+    return {
+        **{f"{split}_rows": count for split, count in rows.items()},
+        "steps": {step: {"came": f.came, "made": f.made, "went": f.went, "aside": dict(f.aside)} for step, f in flows.items()},
+        "counts": {step: dict(counts) for step, counts in work.counts.items()},
+        "measures": work.measures,
+        "spent": {
+            name: {"requests": t.requests, "tokens": t.tokens, "money": round(t.money, 9), "lost": t.lost} for name, t in totals.items()
+        },
+    }
