@@ -198,6 +198,15 @@ class Train(Settings):
     """seed of initialisation, order and dropout"""
 
 
+class Teacher(Settings):
+    path: Annotated[str | None, Unkeyed]
+    """model, quantized or adapter folder whose probabilities are learnt beside the tokens; null: none"""
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    """weight of the teacher: loss = alpha KL + (1 - alpha) cross-entropy (Hinton et al. 2015, arXiv:1503.02531)"""
+    top_k: PositiveInt
+    """likeliest tokens kept of each of its distributions; the others count together"""
+
+
 class Wandb(Settings):
     kind: Literal["wandb"]
     project: str
@@ -243,6 +252,8 @@ class FinetuneVerb(SourcedVerb):
     """how training is spread over memory"""
     train: Train
     """how long, in what portions and in what precision"""
+    teacher: Annotated[Teacher, Field(exclude_if=lambda teacher: teacher.path is None)]
+    """a larger model to learn from"""
     legacy_mask: Literal["none", "qwen"]
     """none: train on the assistant's text and its <|im_end|>; qwen: the labels of Qwen's finetune.py, turn markers included"""
     train_new_tokens: Literal["auto", "never"]

@@ -20,6 +20,9 @@ from src.zero import user_deepspeed_json
 def find(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
     base = base_model(cfg, run)
     inputs = {"dataset": run.source(cfg.source, "data", kinds={"dataset"}), "model": base}
+    if cfg.teacher.path:
+        folder = locate(cfg.teacher.path, None, download=not cfg.dry_run)
+        inputs["teacher"] = run.source(str(folder), kinds={"model", "quantized", "adapter"})
     if cfg.deepspeed.config:
         inputs["deepspeed"] = outside(Path(cfg.deepspeed.config), "file", run.cache)
     return inputs
@@ -84,8 +87,8 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if not launch.gpu_count():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
     modeling.import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
-    from src.training import batches, checkpoints, choices, layout, probe, reports, tokens, trainer
-    from src.training.head import HeadLoss
+    from src.training import batches, checkpoints, choices, layout, probe, reports, teacher, tokens, trainer
+    from src.training.head import HeadLoss, may_chunk
 
     world, records = launch.world_size(cfg.launch), inputs["dataset"].path
     device, precision = choices.start(cfg)
@@ -96,6 +99,7 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if not len(train):
         raise MissingInput("no training row is within train.max_length", where=str(records), fix="raise train.max_length")
     reports.preview(train[0], tokenizer)
+    soft = teacher.soft_targets(cfg, inputs["teacher"], train, tokenizer, cache) if "teacher" in inputs else None
 
     # Before the model: under ZeRO-3 making the arguments is what has it loaded in parts.
     total = cfg.train.max_steps * cfg.train.global_batch_size if cfg.train.max_steps else round(len(train) * cfg.train.epochs)
@@ -107,7 +111,7 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     choices.apply_kernels(model, cfg.train.kernels)
     chosen = layout.choose_layout(cfg, model, train, out, precision)
     plan = batches.Plan(train.lengths, cfg.train.global_batch_size, world, chosen.capacity, chosen.packed, total, cfg.train.seed)
-    head = HeadLoss(model, chunked=cfg.deepspeed.stage != 3) if chosen.fused else None
+    head = HeadLoss(model, chunked=may_chunk(model, zero_stage=cfg.deepspeed.stage)) if chosen.fused else None
     rates = adapters.rates(model, cfg.tuner, len(tokenizer) - len(added))
     told = reports.Reports(cfg, out, tokenizer, records)
     proof = probe.Probe(out, precision, proven=cfg.deepspeed.stage != 3)
@@ -121,6 +125,8 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         end=end,
         rates=rates,
         head=head,
+        soft=soft,
+        alpha=cfg.teacher.alpha,
         callbacks=[told, proof, checkpoints.Checkpoints(world)],
     )
     run.train(resume_from_checkpoint=resume and str(resume))

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from src import chatml
 from src.training import attention, layout
 from src.training.batches import Plan, Steps, micro_batch
-from src.training.head import HeadLoss
+from src.training.head import HeadLoss, Targets
 from src.training.tokens import Row
 
 SHAPES = {
@@ -66,7 +66,7 @@ def step_of(model, batches, head=None):
     total = 0.0
     for batch in batches:
         if head:
-            head.targets = batch["targets"]
+            head.targets = Targets(batch["targets"])
         out = model(**layout.inputs_of(batch, "cpu"), logits_to_keep=batch["keep"], use_cache=False).logits
         loss = out.sum() if head else torch.nn.functional.cross_entropy(out, batch["targets"], reduction="sum")
         loss.backward()
@@ -198,7 +198,7 @@ def test_in_evaluation_each_token_s_loss_and_hit_are_those_of_the_logits(model, 
     plain, batch = model("qwen2"), micro_batch(ROWS, [0, 2], 0, packed=False)
     head = HeadLoss(plain, chunked=True)
     with torch.no_grad():
-        head.targets = batch["targets"]
+        head.targets = Targets(batch["targets"])
         ours = plain(**layout.inputs_of(batch, "cpu"), logits_to_keep=batch["keep"]).logits
         logits = plain(**layout.inputs_of(batch, "cpu")).logits[batch["keep"]]
     assert torch.allclose(ours[:, 0], torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="none"), atol=1e-5)

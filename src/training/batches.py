@@ -128,7 +128,7 @@ def micro_batch(data: TokenRows, rows: list[int], pad: int, *, packed: bool) -> 
 
     input_ids: int64 (1, tokens) where packed, with position_ids that begin at 0 in every row and where each begins (cu_seq_lens, int32); else
     (rows, longest), padded on the right, with attention_mask. keep: bool of the same shape, true where the next token is trained. targets: those
-    tokens, int64 (trained,). No rows make a pass over one padding token with nothing trained, for processes that must keep step with others.
+    tokens, int64 (trained,), row after row. rows: as given. No rows make a pass over one padding token with nothing trained, for processes that must keep step with others.
     """
     found = [data[row] for row in rows]
     ids = [row.input_ids for row in found] or [np.array([pad], dtype=np.int32)]
@@ -152,4 +152,4 @@ def micro_batch(data: TokenRows, rows: list[int], pad: int, *, packed: bool) -> 
         batch = {"input_ids": block(ids, pad), "attention_mask": block([[1] * len(row) for row in ids], 0)}
         shifted = block(after, chatml.IGNORE)
     keep = shifted != chatml.IGNORE
-    return batch | {"keep": keep, "targets": shifted[keep]}
+    return batch | {"keep": keep, "targets": shifted[keep], "rows": rows}

@@ -1,28 +1,55 @@
 """The loss at the output layer: only where a token is trained, a chunk of tokens at a time, so that the logits of a batch never exist at once.
 
-The gradient of a chunk is taken as soon as its logits are there and the logits are let go, as in Liger (Hsu et al. 2024, arXiv:2410.10989) but
-through autograd itself, so that any output layer works: one with LoRA, with rows of its own, with a bias.
+The gradient of a chunk is written over its logits and taken through the layer as soon as they are there, as in Liger (Hsu et al. 2024,
+arXiv:2410.10989) but through autograd, so that any output layer works: one with LoRA, with rows of its own, with a bias.
+
+With a teacher the loss is alpha KL(teacher, student) + (1 - alpha) cross-entropy (Hinton et al. 2015, arXiv:1503.02531, at temperature 1). Of the
+teacher's distribution the k likeliest tokens are known by themselves and all others together, so KL is that of k + 1 outcomes: never above the
+true one, and zero where the student agrees on all of them.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
-from torch.nn.functional import cross_entropy
 
 LOGITS = 256 << 20
 """bytes of fp32 logits a chunk may have"""
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What is learnt at each trained position.
+
+    tokens: int64 (tokens,). likely, shares: a teacher's k likeliest tokens, int64, and their probabilities, fp32, both (tokens, k); None without one.
+    alpha: weight of the teacher, 0 to 1.
+    """
+
+    tokens: torch.Tensor
+    likely: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
+    alpha: float = 0.0
+
+    def split(self, size: int) -> Iterator["Targets"]:
+        parts = [self.tokens.split(size)] + [t.split(size) for t in (self.likely, self.shares) if t is not None]
+        return (Targets(*part, alpha=self.alpha) if len(part) == 3 else Targets(*part) for part in zip(*parts))
+
+    def to(self, device) -> "Targets":
+        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.tokens, self.likely, self.shares)]
+        return Targets(*moved, alpha=self.alpha)
+
+
 class HeadLoss:
     """Takes the place of an output layer's forward. With `targets` set, the next call returns losses instead of logits:
 
-    while gradients are recorded, their sum, shape (1, 1); else for each token its loss and whether it was the likeliest, shape (tokens, 2), fp32.
-    The layer is called with hidden states of the trained positions only, shape (tokens, width).
+    while gradients are recorded, their sum, shape (1, 1); else for each token its cross-entropy and whether it was the likeliest, shape
+    (tokens, 2), fp32. The layer is called with hidden states of the trained positions only, shape (tokens, width).
     """
 
-    targets: torch.Tensor | None = None
+    targets: Targets | None = None
 
     def __init__(self, model, *, chunked: bool):
-        """chunked: False where parts of the layer are gathered when called (ZeRO-3 and a layer of several modules), which every process has to do
-        as often as the others, or where gradients have to be scaled before they reach 16 bits (fp16)."""
+        """chunked: False where it may not be, see `may_chunk`; the loss is then that of all logits at once."""
         self.layer, self.chunked = model.get_output_embeddings(), chunked
         self.logits, self.vocabulary = self.layer.forward, model.config.get_text_config().vocab_size
         self.layer.forward = self
@@ -33,57 +60,94 @@ class HeadLoss:
     def __call__(self, hidden, *args, **kwargs):
         if self.targets is None:
             return self.logits(hidden, *args, **kwargs)
-        targets, self.targets = self.targets, None
+        (targets, self.targets), hidden = (self.targets, None), hidden.flatten(0, -2)
         if not torch.is_grad_enabled():
-            parts = [token_results(self.logits(h), t) for h, t in self._chunks(hidden.flatten(0, -2), targets)]
-            return torch.cat(parts)
+            return torch.cat([token_results(self.logits(h), t.tokens) for h, t in self.chunks(hidden, targets)])
         if not self.chunked:
-            return cross_entropy(self.logits(hidden).float().flatten(0, -2), targets, reduction="sum").view(1, 1)
+            return loss_sum(self.logits(hidden), targets).view(1, 1)
         parameters = [p for p in self.layer.parameters() if p.requires_grad]
-        return _ChunkedLoss.apply(self, hidden.flatten(0, -2), targets, *parameters).view(1, 1)
+        return _ChunkedLoss.apply(self, hidden, targets, *parameters).view(1, 1)
 
-    def _chunks(self, hidden, targets):
-        size = max(1, LOGITS // (self.vocabulary * 4)) if self.chunked else max(1, len(targets))
+    def chunks(self, hidden, targets: Targets):
+        size = max(1, LOGITS // (self.vocabulary * 4)) if self.chunked else max(1, len(hidden))
         return zip(hidden.split(size), targets.split(size))
 
 
-def token_results(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """fp32 (tokens, 2) of logits (tokens, vocabulary): loss, and 1 where the target is the likeliest token."""
-    logits = logits.float().flatten(0, -2)
-    return torch.stack([cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).float()], dim=1)
+def may_chunk(model, *, zero_stage: int) -> bool:
+    """Whether the output layer can be called as often as a process has chunks. Under ZeRO-3 a layer of several modules is gathered at every call,
+    which all processes would have to do equally often; a plain one is whole while it is called."""
+    return zero_stage != 3 or not any(True for _ in model.get_output_embeddings().children())
 
 
-def loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the cross-entropies, their gradient softmax - one-hot), fp32; the gradient is written over the logits (tokens, vocabulary)."""
-    at = targets[:, None]
+def token_results(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """fp32 (tokens, 2) of logits (tokens, vocabulary): cross-entropy, and 1 where the target is the likeliest token."""
+    logits = logits.float()
+    losses = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+    return torch.stack([losses, (logits.argmax(-1) == tokens).float()], dim=1)
+
+
+def loss_sum(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Sum of the losses, fp32, of logits (tokens, vocabulary)."""
+    return _Loss.apply(logits.float(), targets)
+
+
+def loss_and_gradient(logits: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the losses, its gradient), fp32; the gradient is written over the logits, fp32 (tokens, vocabulary).
+
+    With q the student's probabilities and p the teacher's, both with the share r of all tokens that are not among the k likeliest: the gradient of
+    the cross-entropy is q - one-hot; that of KL is q - p at the k, and q (1 - p_r / q_r) at the others.
+    """
+    at = targets.tokens[:, None]
     logits.sub_(logits.amax(-1, keepdim=True))
     wanted = logits.gather(-1, at)
     total = logits.exp_().sum(-1, keepdim=True)
-    gradient = logits.div_(total).scatter_add_(-1, at, torch.full_like(total, -1.0))
-    return (total.log() - wanted).sum(), gradient
+    q, hard = logits.div_(total), (total.log() - wanted).sum()
+    if targets.likely is None:
+        return hard, q.scatter_add_(-1, at, torch.full_like(total, -1.0))
+    alpha, p = targets.alpha, targets.shares
+    known = q.gather(-1, targets.likely)
+    rest_p, rest_q = (1 - x.sum(-1, keepdim=True).clamp(max=1) for x in (p, known))
+    rest_q = rest_q.clamp(min=1e-7)
+    kl = torch.special.xlogy(p, p / known.clamp(min=1e-30)).sum() + torch.special.xlogy(rest_p, rest_p / rest_q).sum()
+    q.mul_(1 - alpha * rest_p / rest_q).scatter_(-1, targets.likely, known - alpha * p)
+    return alpha * kl + (1 - alpha) * hard, q.scatter_add_(-1, at, torch.full_like(total, alpha - 1.0))
+
+
+class _Loss(torch.autograd.Function):
+    """Sum of the losses of logits."""
+
+    @staticmethod
+    def forward(ctx, logits, targets: Targets):
+        loss, gradient = loss_and_gradient(logits.clone(), targets)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0] * scale, None
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of the cross-entropies of all chunks, with gradients for the hidden states and the layer's parameters made on the way."""
+    """Sum of the losses of all chunks, with gradients for the hidden states and the layer's parameters made on the way."""
 
     @staticmethod
-    def forward(ctx, head: HeadLoss, hidden, targets, *parameters):
+    def forward(ctx, head: HeadLoss, hidden, targets: Targets, *parameters):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         into_hidden = torch.empty_like(hidden)
         into, at = None, 0
-        for h, t in head._chunks(hidden, targets):
+        for h, t in head.chunks(hidden, targets):
             with torch.enable_grad():
                 h = h.detach().requires_grad_()
                 logits = head.logits(h).float()
             loss, gradient = loss_and_gradient(logits.detach(), t)
             found, *rest = torch.autograd.grad(logits, [h, *parameters], gradient)
-            into_hidden[at : at + len(t)] = found
+            into_hidden[at : at + len(h)] = found
             if into is None:
                 into = rest
             else:
                 torch._foreach_add_(into, rest)
             total += loss
-            at += len(t)
+            at += len(h)
         ctx.save_for_backward(into_hidden, *into)
         return total
 

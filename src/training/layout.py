@@ -18,7 +18,7 @@ from src.log import rank, say, size
 from src.training import attention
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
-from src.training.head import LOGITS, HeadLoss, token_results
+from src.training.head import LOGITS, HeadLoss, Targets, token_results
 from src.training.tokens import Row, TokenRows
 
 EQUAL = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -148,7 +148,7 @@ def fuses(model, precision: str) -> bool:
     with as_in_use(model):
         plain = losses(model, batch)
         head = HeadLoss(model, chunked=True)
-        head.targets = batch["targets"].to(model.device)
+        head.targets = Targets(batch["targets"]).to(model.device)
         fused = model(**inputs_of(batch, model.device), logits_to_keep=batch["keep"].to(model.device), use_cache=False).logits
         head.remove()
     return fused.shape == (len(plain), 2) and (fused[:, 0] - plain).abs().max().item() <= EQUAL[precision]
@@ -172,7 +172,7 @@ def losses(model, batch: dict) -> torch.Tensor:
 
 def inputs_of(batch: dict, device) -> dict:
     """What of a micro-batch the model takes."""
-    given = {name: value for name, value in batch.items() if name not in ("keep", "targets")}
+    given = {name: value for name, value in batch.items() if name not in ("keep", "targets", "rows")}
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
 
 

@@ -87,7 +87,7 @@ class Probe(TrainerCallback):
         with as_in_use(model):
             given = micro_batch(rows, [0, 1], trainer.pad, packed=trainer.plan.packed)
             results = trainer.forward(model, given)
-            ours = results[:, 0] if trainer.head else token_results(results, trainer.to_device(given["targets"]))[:, 0]
+            ours = results[:, 0] if trainer.head else token_results(results, given["targets"].to(trainer.args.device))[:, 0]
             plain = torch.cat([losses(model, micro_batch(rows, [i], trainer.pad, packed=False)) for i in range(2)])
         if (ours - plain).abs().max().item() > EQUAL[self.precision]:
             raise ProofFailed(

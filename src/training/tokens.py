@@ -40,6 +40,7 @@ class TokenRows:
     """Rows of one split, read from disk as they are needed.
 
     offsets: int64 of shape (rows + 1,); row i is tokens offsets[i] to offsets[i + 1]. lines: number of each row's record in the split's file, from 1.
+    key: of the content the rows were made from.
     """
 
     input_ids: np.ndarray
@@ -48,6 +49,7 @@ class TokenRows:
     lines: np.ndarray
     counts: long_rows.Counts
     unseen: dict[str, int]
+    key: str
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -142,7 +144,7 @@ def open_rows(folder: Path) -> TokenRows:
     told = read_json(folder / "counts.json")
     lengths = Counter({int(length): count for length, count in told["rows"]["lengths"].items()})
     counts = long_rows.Counts(**told["rows"] | {"lengths": lengths, "named": tuple(map(tuple, told["rows"]["named"]))})
-    return TokenRows(**flat, offsets=offsets, lines=np.load(folder / "lines.npy"), counts=counts, unseen=told["unseen"])
+    return TokenRows(**flat, offsets=offsets, lines=np.load(folder / "lines.npy"), counts=counts, unseen=told["unseen"], key=folder.name)
 
 
 # ---- in parallel

@@ -15,8 +15,9 @@ from transformers.trainer_callback import PrinterCallback
 from src import adapters
 from src.rows import folded
 from src.training.batches import Plan, Steps, micro_batch
-from src.training.head import HeadLoss, token_results
+from src.training.head import HeadLoss, Targets, loss_sum, token_results
 from src.training.layout import arguments_of, inputs_of
+from src.training.teacher import SoftTargets
 from src.training.tokens import TokenRows
 
 
@@ -44,12 +45,16 @@ class ChatTrainer(Trainer):
         end: int,
         rates: dict[str, adapters.Rate],
         head: HeadLoss | None,
+        soft: SoftTargets | None = None,
+        alpha: float = 0.0,
         callbacks,
     ):
         """pad, end: ids of padding and of the token that ends an assistant turn. head: what computes the loss; None: from the model's logits.
+        soft, alpha: what a teacher holds likely at the trained tokens of the training rows, and its weight.
         rates: of the parameters that do not take the common rate, by name."""
         self.plan, self.rows, self.validation = plan, rows, validation
         self.pad, self.end, self.rates, self.head = pad, end, rates, head
+        self.soft, self.alpha = soft, alpha
         self.step_losses: list[torch.Tensor] = []
         self.totals = Counter()
         self.takes_positions = "logits_to_keep" in arguments_of(model)
@@ -97,22 +102,22 @@ class ChatTrainer(Trainer):
     def loss_sum(self, model, batch: dict) -> torch.Tensor:
         """Sum of the losses of a micro-batch's trained tokens, fp32."""
         results = self.forward(model, batch)
-        if self.head:
-            return results.float().sum()
-        return torch.nn.functional.cross_entropy(results.float(), self.to_device(batch["targets"]), reduction="sum")
+        return results.float().sum() if self.head else loss_sum(results, self.targets(batch))
+
+    def targets(self, batch: dict) -> Targets:
+        """What a micro-batch teaches: its tokens and, in training, the teacher's probabilities."""
+        soft = self.soft.of(batch["rows"]) if self.soft and self.model.training and batch["rows"] else (None, None)
+        return Targets(batch["targets"], *soft, alpha=self.alpha).to(self.args.device)
 
     def forward(self, model, batch: dict) -> torch.Tensor:
         """What the output layer makes of the trained positions: see HeadLoss, or logits (tokens, vocabulary) without one."""
         inputs = inputs_of(batch, self.args.device)
-        keep, targets = self.to_device(batch["keep"]), self.to_device(batch["targets"])
+        keep = batch["keep"].to(self.args.device)
         if self.head:
-            self.head.targets = targets
+            self.head.targets = self.targets(batch)
         if self.takes_positions:
             return model(**inputs, logits_to_keep=keep, use_cache=False).logits
         return model(**inputs, use_cache=False).logits[keep]
-
-    def to_device(self, value):
-        return value.to(self.args.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     # ---- optimizer
 
@@ -187,7 +192,7 @@ class ChatTrainer(Trainer):
             mine, at = order[at : at + size][me::world], at + size
             batch = micro_batch(self.validation, mine, self.pad, packed=self.plan.packed)
             results = self.forward(model, batch)
-            targets = self.to_device(batch["targets"])
+            targets = batch["targets"].to(self.args.device)
             losses, right = (results if self.head else token_results(results, targets)).double().unbind(1)
             ends = (targets == self.end).double()
             total += torch.stack([losses.sum(), torch.ones_like(losses).sum(), right.sum(), ends.sum(), (right * ends).sum()])
