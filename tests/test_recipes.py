@@ -6,6 +6,8 @@ import hashlib
 import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -725,3 +727,62 @@ def test_what_a_recipe_refuses(name, changes, words):
 
 def test_files_that_steps_read_are_known_beforehand():
     assert settings("code", **{"unseen.sets": ["a.jsonl", "b.txt"]}).files() == {"unseen_1": "a.jsonl", "unseen_2": "b.txt"}
+
+
+# ---- through the verb
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of the stand-in endpoint, in a process of its own."""
+    process = subprocess.Popen([sys.executable, ROOT / "tests" / "stand_ins" / "teacher.py"], stdout=subprocess.PIPE, text=True)
+    yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    process.kill()
+    process.wait()
+
+
+# The stand-in endpoint scores at random and writes words that are no language.
+LENIENT = {
+    "best_of": ["recipe.steps.rate.tolerance=4", "recipe.steps.best.at_least=1"],
+    "preference": ["recipe.steps.rate.tolerance=4", "recipe.steps.pair.margin=0", "recipe.order=[answer,rate,pair]"],
+    "self_instruct": ["recipe.order=[new_tasks,instances]"],
+    "evolve": [],
+    "select": [],
+    "magpie": [],
+}
+
+
+@pytest.mark.parametrize("name", LENIENT)
+def test_the_verb_makes_a_dataset_of_a_recipe(name, call, server, tmp_path):
+    lines = {"seeds": lambda row: row.data | {"instances": []}, "nothing": None}.get(
+        recipe(name).takes, lambda row: {"messages": row.messages}
+    )
+    argv = ["distill", f"recipe={name}", f"teacher.url={server}", "teacher.model=m", "teacher.terms=mine", "run=r"]
+    if lines:
+        path = tmp_path / "given.jsonl"
+        path.write_text("".join(json.dumps(lines(row)) + "\n" for row in starting(recipe(name).takes, 30)))
+        argv.append(f"prompts.path={path}")
+    argv += [f"recipe.steps.{key}={value}" for key, value in SMALL.get(name, {}).items()] + LENIENT[name]
+    done = call(*argv)
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "outputs" / "r" / "distill"
+    rows = [json.loads(line) for split in ("train", "val", "calib") for line in (made / f"{split}.jsonl").read_text().splitlines()]
+    aside = [json.loads(line) for line in (made / "set_aside.jsonl").read_text().splitlines()]
+    assert rows and all(row["messages"][-1]["role"] == "assistant" and row["distill"]["requests"] for row in rows)
+    assert {entry["step"] for entry in aside} <= set(recipe(name).order)
+    if name == "preference":
+        pairs = [json.loads(line) for line in (made / "preference.jsonl").read_text().splitlines()]
+        assert len(pairs) == len(rows)
+        assert all(pair["chosen"] != pair["rejected"] and pair["prompt"][-1]["role"] == "user" for pair in pairs)
+    assert call(*argv).stderr.count("up to date") == 1
+
+
+def test_a_recipes_evaluation_sets_are_inputs(call, server, tmp_path):
+    rows = starting("prompts", 20)
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in rows))
+    (tmp_path / "exam.txt").write_text(rows[3].messages[0]["content"])
+    argv = ["distill", f"teacher.url={server}", "teacher.model=m", f"prompts.path={tmp_path / 'given.jsonl'}", "run=r"]
+    done = call(*argv, f"recipe.steps.unseen.sets=[{tmp_path / 'exam.txt'}]")
+    assert done.returncode == 0 and "1 in unseen: shares 13 words" in done.stderr, done.stderr
+    refused = call(*argv, f"recipe.steps.unseen.sets=[{tmp_path / 'none.txt'}]")
+    assert refused.returncode == 3 and "none.txt" in refused.stderr
