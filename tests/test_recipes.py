@@ -343,6 +343,7 @@ def test_respond_keeps_the_answers_there_are_and_counts_the_missing():
     (row,), _, _ = one(chosen, "answer", [said("hello")], teacher)
     assert row.data["answers"] == ["answer 1", "answer 3"] and len(row.asks) == 4 and [r.seed for r in teacher.asked] == [0, 1, 2, 3]
     assert one(chosen, "answer", [said("hello", "there")], teacher)[1] == [("r", "answer", "no prompt to answer")]
+    assert one(chosen, "answer", [said("hello", tools=[{}])], teacher)[1] == [("r", "answer", "declares tools")]
 
 
 def test_a_system_text_is_put_before_prompts_that_have_none():
@@ -670,6 +671,7 @@ def test_a_program_sees_no_environment_and_sets_in_one_order(closed):
         ("def f(x):\n    return x + 1", "f(1)", "tests that assert nothing"),
         ("def f(x):\n    return x + 1", "assert True", "tests that pass without the code"),
         ("x = 1", "assert x", "no function"),
+        ("def f():\n    return 1\n\nx = " + "1+" * 4000 + "1", "assert f() == 1", "not Python"),
         ("def f(x)", "assert f(1)", "not Python"),
         ("", "", "no function"),
     ],

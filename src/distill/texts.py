@@ -10,6 +10,7 @@ _NAME = re.compile(r"\{([a-z_]+)\}")
 # A Chinese, Japanese or Korean character stands for a word, as no spaces part words there (Korean has them, but with particles attached).
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]|[^\W_]+(?:['’][^\W_]+)*")
 _CONTROL = re.compile(r"<\|[^\s|<>]{1,40}\|>|</?s>|[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
+_CLOSING = re.compile(r"</[a-z ]+>")
 _FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -19,8 +20,20 @@ def words(text: str) -> list[str]:
 
 
 def fill(template: str, **values: object) -> str:
-    """The template with each {name} replaced, in one pass: a {name} inside a value stays as it is."""
-    return _NAME.sub(lambda found: str(values[found[1]]) if found[1] in values else found[0], template)
+    """The template with each {name} replaced, in one pass: a {name} inside a value stays as it is, and a value cannot close a tag of the template."""
+    tags = set(_CLOSING.findall(template))
+
+    def value(found: re.Match) -> str:
+        return _unclosing(str(values[found[1]]), tags) if found[1] in values else found[0]
+
+    return _NAME.sub(value, template)
+
+
+def _unclosing(text: str, tags: Iterable[str]) -> str:
+    """The text with a space in each of these closing tags: what a model is to judge must not look like the end of it."""
+    for tag in tags:
+        text = text.replace(tag, f"< {tag[1:]}")
+    return text
 
 
 def part(messages: list[dict], of: str) -> str:
@@ -43,7 +56,9 @@ def transcript(messages: Iterable[dict]) -> str:
 
 def listed(texts: Iterable[str], title: str) -> str:
     """Numbered texts as a teacher reads them: "<title 1>", the text, "</title 1>"."""
-    return "\n\n".join(f"<{title} {number}>\n{text}\n</{title} {number}>" for number, text in enumerate(texts, 1))
+    return "\n\n".join(
+        f"<{title} {number}>\n{_unclosing(text, [f'</{title} '])}\n</{title} {number}>" for number, text in enumerate(texts, 1)
+    )
 
 
 def kept(text: str, what: str = "answer") -> str:
@@ -54,6 +69,19 @@ def kept(text: str, what: str = "answer") -> str:
     if found := _CONTROL.search(text):
         raise SetAside(f"control token in the {what}" if found[0].startswith("<") else f"control character in the {what}")
     return text
+
+
+def all_kept(texts: Iterable[str], what: str = "answer") -> list[str]:
+    """Those of the texts that can be kept. Raises SetAside where none can."""
+    found, fault = [], SetAside(f"no {what}")
+    for text in texts:
+        try:
+            found.append(kept(text, what))
+        except SetAside as aside:
+            fault = aside
+    if not found:
+        raise fault
+    return found
 
 
 def code_of(text: str) -> str:

@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import AsyncIterator, Iterator
 
 from src.distill.requests import TEXT, YES_NO, array, obj, request
-from src.distill.texts import fill, grown, kept, said, text_of, user
+from src.distill.texts import all_kept, fill, grown, kept, said, text_of, user
 from src.distill.work import Row, SetAside, Work
 from src.recipes import Chunk, Ground, Questions
 
@@ -58,7 +58,7 @@ async def questions(rows: AsyncIterator[Row], settings: Questions, work: Work) -
     async def ask(row: Row) -> list[Row]:
         prompt = fill(settings.prompt, text=text_of(row), count=settings.n)
         answer = await work.ask(request(prompt, settings.teacher, settings.sampling, schema=schema))
-        texts = dict.fromkeys(kept(text, "question") for text in answer.value["questions"])
+        texts = dict.fromkeys(all_kept(answer.value["questions"], "question"))
         return [grown(row, answer, id=str(number), messages=user(text)) for number, text in enumerate(texts)]
 
     async for row in work.each(rows, ask):

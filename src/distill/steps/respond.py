@@ -3,8 +3,8 @@
 from collections.abc import AsyncIterator
 
 from src.distill.requests import ask_all, given, request
-from src.distill.texts import grown, kept, said
-from src.distill.work import Answer, Row, SetAside, Work
+from src.distill.texts import all_kept, grown, said
+from src.distill.work import Row, SetAside, Work
 from src.recipes import Respond
 
 
@@ -18,8 +18,8 @@ async def respond(rows: AsyncIterator[Row], settings: Respond, work: Work) -> As
         messages = prompt_of(row, settings.system)
         requests = [request(messages, settings.teacher, settings.sampling, seed=seed) for seed in range(settings.n)]
         answers = given(await ask_all(work, requests))
-        work.count("answers missing", settings.n - len(answers))
-        texts = usable(answers)
+        texts = all_kept(answer.text for answer in answers)
+        work.count("answers missing", settings.n - len(texts))
         if settings.n == 1:
             return grown(row, *answers, messages=said(messages, texts[0]))
         return grown(row, *answers, messages=messages, answers=texts)
@@ -29,22 +29,14 @@ async def respond(rows: AsyncIterator[Row], settings: Respond, work: Work) -> As
 
 
 def prompt_of(row: Row, system: str | None) -> list[dict]:
-    """The row's messages, with the system text before them where they have none. Raises SetAside if they do not end with a user's turn."""
+    """The row's messages, with the system text before them where they have none. Raises SetAside if they do not end with a user's turn.
+
+    One that declares tools is set aside too: teachers are not given any, and a row must not teach to leave them unused.
+    """
+    if row.data.get("tools"):
+        raise SetAside("declares tools")
     if not row.messages or row.messages[-1]["role"] != "user":
         raise SetAside("no prompt to answer")
     if system is None or row.messages[0]["role"] == "system":
         return row.messages
     return [{"role": "system", "content": system}, *row.messages]
-
-
-def usable(answers: list[Answer]) -> list[str]:
-    """Texts of the answers that can be kept. Raises SetAside where none can."""
-    texts, fault = [], None
-    for answer in answers:
-        try:
-            texts.append(kept(answer.text))
-        except SetAside as aside:
-            fault = aside
-    if not texts:
-        raise fault
-    return texts

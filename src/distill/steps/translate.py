@@ -43,8 +43,8 @@ async def _translated(row: Row, language: str, settings: Translate, work: Work) 
     """The row's child in a language; with data["eliminated"] where it did not come out well."""
     child = grown(row, id=language, language=language)
     try:
-        if any(message.get("tool_calls") or message["role"] == "tool" for message in row.messages):
-            raise SetAside("calls tools")
+        if any(message.get("tool_calls") or message.get("reasoning_content") or message["role"] == "tool" for message in row.messages):
+            raise SetAside("calls tools or reasons")
         texts = [message["content"] for message in row.messages]
         hidden = [hide(text) for text in texts]
         prompt = fill(settings.prompt, language=NAMES[language], texts=listed((text for text, _ in hidden), "text"), count=len(texts))
