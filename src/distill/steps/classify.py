@@ -53,7 +53,8 @@ async def _scores(rows: list[Row], settings: Classify, work: Work) -> dict[str, 
     scored = {row.id: row.data["label"] async for row in work.each(stream(rows), score) if "label" in row.data}
     work.count("texts scored", len(scored))
     work.count("texts scored good", sum(score >= settings.good for score in scored.values()))
-    work.count("scores missing", len(rows) - len(scored))
+    if len(scored) < len(rows):
+        work.count("scores missing", len(rows) - len(scored))
     return scored
 
 

@@ -41,7 +41,8 @@ async def rate(rows: AsyncIterator[Row], settings: Rate, work: Work) -> AsyncIte
                 if score is not None:
                     scores[vote.aspect][number].append(score)
         rated = [i for i in range(len(candidates)) if all(of_all[i] for of_all in scores.values())]
-        work.count("answers without a score", len(candidates) - len(rated))
+        if len(rated) < len(candidates):
+            work.count("answers without a score", len(candidates) - len(rated))
         if len(rated) < min(2, len(candidates)):
             raise SetAside("scores do not follow from critiques")
         means = [{aspect: round(statistics.mean(of_all[i]), 3) for aspect, of_all in scores.items()} for i in rated]
@@ -88,7 +89,8 @@ async def _votes(row: Row, candidates: list[str], settings: Rate, work: Work) ->
         for (aspect, vote), order in zip(places, orders)
     ]
     results = await ask_all(work, requests)
-    work.count("votes missing", sum(isinstance(result, SetAside) for result in results))
+    if missing := sum(isinstance(result, SetAside) for result in results):
+        work.count("votes missing", missing)
     for aspect in settings.aspects:
         given([result for (of, _), result in zip(places, results) if of == aspect])
     return [

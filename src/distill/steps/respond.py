@@ -19,7 +19,8 @@ async def respond(rows: AsyncIterator[Row], settings: Respond, work: Work) -> As
         requests = [request(messages, settings.teacher, settings.sampling, seed=seed) for seed in range(settings.n)]
         answers = given(await ask_all(work, requests))
         texts = all_kept(answer.text for answer in answers)
-        work.count("answers missing", settings.n - len(texts))
+        if len(texts) < settings.n:
+            work.count("answers missing", settings.n - len(texts))
         if settings.n == 1:
             return grown(row, *answers, messages=said(messages, texts[0]))
         return grown(row, *answers, messages=messages, answers=texts)
