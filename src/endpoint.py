@@ -8,6 +8,7 @@ import contextlib
 import email.utils
 import http.client
 import json
+import math
 import socket
 import ssl
 import threading
@@ -355,8 +356,9 @@ def _completion(model: str, ids: list[int]) -> dict:
 
 def retry_after(header: str | None) -> float | None:
     """Seconds to wait by a Retry-After header (RFC 9110, 10.2.3: seconds or a date), never none at all; None where it says nothing."""
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return max(float(int(header)), 0.2)
+    with contextlib.suppress(ValueError, TypeError):
+        if math.isfinite(seconds := float(header)):
+            return max(seconds, 0.2)
     with contextlib.suppress(ValueError, TypeError):
         return max((email.utils.parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds(), 0.2)
     return None

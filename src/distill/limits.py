@@ -10,11 +10,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from src.config import Budget, TeacherLimits
-from src.errors import BudgetSpent, NoAnswer
+from src.errors import BudgetSpent
 from src.log import say
 
-LONGEST_WAIT = 3600.0
-"""seconds a teacher may ask us to wait before the run stops and says so"""
 LONGEST_BACK_OFF = 60.0
 
 
@@ -96,10 +94,7 @@ class Pause:
     def __init__(self):
         self._until = 0.0
 
-    def ask(self, seconds: float, where: str) -> None:
-        """Raises NoAnswer where it is longer than anyone would sit by."""
-        if seconds > LONGEST_WAIT:
-            raise NoAnswer(f"the teacher asks us to wait {seconds:,.0f} s", where=where, fix="the same command goes on then")
+    def ask(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         if until > self._until + 1.0 and seconds >= 5:
             say(f"distill: waits {seconds:.0f} s, as the teacher asks")
@@ -111,13 +106,14 @@ class Pause:
 
 
 class Breaker:
-    """Stops a run whose teacher is out of order: `most` failures on end, of whatever kind.
+    """Stops a run whose teacher is out of order: `most` requests on end that failed at their first try, of whatever kind.
 
-    Requests on their way together fail together where a server goes down or turns all away; they count as one failure.
+    Later tries say nothing new of the teacher: towards the end of a run only requests that always fail are left, and those are set aside one by one.
+    Failures that are the server's are borne for `grace` seconds, since all requests on their way fail together when it is started anew.
     """
 
-    def __init__(self, most: int):
-        self.most, self._run, self._since = most, 0, 0.0
+    def __init__(self, most: int, grace: float):
+        self.most, self._grace, self._run, self._since = most, grace, 0, 0.0
         self.aside: list[str] = []
         """keys set aside since the last answer"""
 
@@ -125,12 +121,12 @@ class Breaker:
         self._run = 0
         self.aside.clear()
 
-    def failed(self, sent: float, together: bool) -> bool:
-        """Whether that was one too many. sent: when the request was (time.monotonic). together: it is the server's fault, not the request's."""
-        if not together or sent >= self._since:
-            self._run += 1
+    def failed(self, first: bool, together: bool) -> bool:
+        """Whether that was one too many. first: it was the request's first try. together: it is the server's fault, not the request's."""
+        if not self._run:
             self._since = time.monotonic()
-        return self._run >= self.most
+        self._run += first
+        return self._run >= self.most and (not together or time.monotonic() - self._since >= self._grace)
 
 
 @dataclass
@@ -191,6 +187,6 @@ class Gate:
 
     def __init__(self, limits: TeacherLimits):
         self.requests, self.tokens = Rate(limits.requests_per_minute), Rate(limits.tokens_per_minute)
-        self.slots, self.pause, self.breaker = Slots(limits.concurrency), Pause(), Breaker(limits.breaker)
+        self.slots, self.pause, self.breaker = Slots(limits.concurrency), Pause(), Breaker(limits.breaker, 10 * limits.back_off)
         # A few more than can be on their way are written to the journal beforehand, so that no slot waits for the disk.
         self.ready = asyncio.Semaphore(limits.concurrency + max(4, limits.concurrency // 4))

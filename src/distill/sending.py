@@ -20,7 +20,7 @@ from src.errors import NoAnswer, UserError
 from src.log import say, warn
 
 STRIDE = 1_000_003
-"""added to the seed for each answer that was bad: the same seed would bring the same answer"""
+"""added to the seed for each answer that was bad, since the same seed would bring the same; not where the server failed"""
 BUSY_TRIES = 10
 """times as many tries for a request that is turned away for now as for one that fails"""
 
@@ -80,8 +80,7 @@ class Sending:
 
     async def drain(self) -> None:
         """Send nothing more, and wait for the answers on their way. Batches go on at the endpoint; the next command fetches them."""
-        self.stopped = self.stopped or Stopped("the run stops")
-        self._stop.set()
+        self._halt(Stopped("the run stops"))
         waiting = {key: task for key, task in self._under_way.items() if key in self._on_wire}
         for key, task in self._under_way.items():
             if key not in waiting:
@@ -96,34 +95,38 @@ class Sending:
             known = await self.journal.look(key)
             return known if known and known.state == "aside" else await self._answered(line, key, request, known)
         except UserError as error:
-            self.stopped = self.stopped or error
-            self._stop.set()
+            self._halt(error)
             raise
 
+    def _halt(self, error: UserError) -> None:
+        """Nothing more is sent, for this reason."""
+        self.stopped = self.stopped or error
+        self._stop.set()
+
     async def _answered(self, line: Line, key: str, request: Request, known: Known | None) -> Known:
-        tries, busy = known.faults if known else 0, 0
+        bad, failures, busy, first = known.faults if known else 0, 0, 0, known is None
         while True:
             try:
                 fresh = not known or known.state != "answered"
                 if fresh:
-                    known = await self._try(line, key, request, request.seed + tries * STRIDE)
+                    known = await self._try(line, key, request, request.seed + bad * STRIDE)
                 await self._check(line, known, request, fresh)
                 return known
             except Failed as failed:
-                known = None
-                tries, busy = tries + (not failed.busy), busy + failed.busy
-                if not failed.again or tries >= line.limits.tries or busy >= BUSY_TRIES * line.limits.tries:
+                await self._count(line, failed, first or failed.down)
+                known, first = None, False
+                bad, busy, failures = bad + failed.fault, busy + failed.busy, failures + (not failed.fault and not failed.busy)
+                if not failed.again or bad + failures >= line.limits.tries or busy >= BUSY_TRIES * line.limits.tries:
                     return await self._put_aside(line, key, failed)
-                await self._sleep(back_off(tries + busy, line.limits.back_off))
+                await self._sleep(back_off(bad + failures + busy, line.limits.back_off))
 
     async def _check(self, line: Line, known: Known, request: Request, fresh: bool) -> None:
         """Raises Failed where an answer is not what was asked for."""
         try:
             if known.finish != "length":
                 value_of(known.text, request.schema)
-        except Failed as failed:
+        except Failed:
             await self.journal.spoil(known.key)
-            await self._count(line, 0.0, failed)
             raise
         if fresh:
             line.gate.breaker.well()
@@ -166,9 +169,11 @@ class Sending:
         except Failed as failed:
             if failed.busy:
                 gate.slots.busy(begun)
-            failed.sent = begun
+            if failed.wait is not None:
+                gate.pause.ask(failed.wait)
             return failed
         except UserError as error:
+            self._halt(error)
             return error
         finally:
             gate.slots.give_back()
@@ -192,16 +197,12 @@ class Sending:
                 sent, key, teacher.name, tokens, cost, text | {"prompt_tokens": prompt_tokens, "tokens": made}
             )
         await self.journal.failed(sent, key, teacher.name, tokens, cost, getattr(outcome, "fault", False))
-        if isinstance(outcome, Failed):
-            if outcome.wait is not None:
-                line.gate.pause.ask(outcome.wait, teacher.name)
-            await self._count(line, outcome.sent, outcome)
         raise outcome
 
-    async def _count(self, line: Line, sent: float, failed: Failed) -> None:
+    async def _count(self, line: Line, failed: Failed, first: bool) -> None:
         """Raises NoAnswer where that failure was one too many on end."""
         breaker = line.gate.breaker
-        if breaker.failed(sent, failed.together):
+        if breaker.failed(first, failed.together):
             await self.journal.take_back(breaker.aside)
             raise NoAnswer(
                 f"{breaker.most} failures on end, the last: {failed}",

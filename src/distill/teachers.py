@@ -22,6 +22,8 @@ from src.errors import ConfigError, NoAnswer
 
 LARGEST = 1 << 24
 """bytes of one reply at most"""
+LONGEST_WAIT = 3600.0
+"""seconds a teacher may ask us to wait before the run stops and says so"""
 PER_MESSAGE = 32
 """tokens that a template may put around a message; the text itself has no more tokens than bytes, as byte-level BPE splits it at most"""
 
@@ -42,13 +44,14 @@ class Failed(Exception):
 
     reason: a few words to count by; detail: for a person. again: another try may do better.
     together: it is the server's fault, which all requests on their way share. busy: it turned the request away for now.
-    fault: the answer came and was bad. wait: seconds it asks to wait.
+    fault: the answer itself was bad, and would be again. down: nobody is there.
+    wait: seconds it asks to wait.
     paid: (prompt tokens, tokens) that it costs as far as known; None: not known, so as much as was reserved.
     """
 
-    def __init__(self, reason, detail="", *, again=True, together=False, busy=False, fault=False, wait=None, paid=(0, 0)):
+    def __init__(self, reason, detail="", *, again=True, together=False, busy=False, fault=False, down=False, wait=None, paid=(0, 0)):
         self.reason, self.detail, self.again, self.together, self.busy = reason, detail, again, together, busy
-        self.fault, self.wait, self.paid, self.sent = fault, wait, paid, 0.0
+        self.fault, self.down, self.wait, self.paid = fault, down, wait, paid
         super().__init__(f"{reason}: {detail}" if detail else reason)
 
 
@@ -149,7 +152,7 @@ class Endpoint:
                     parts.append(part)
                     size += len(part)
                     if size > LARGEST:
-                        raise Failed("reply too large", f"over {LARGEST >> 20} MiB", again=False, fault=True, paid=None)
+                        raise Failed("reply too large", f"over {LARGEST >> 20} MiB", again=False, paid=None)
                 if 300 <= response.status < 400:
                     raise NoAnswer(
                         f"the teacher sends us on to {self.plain(_place(response.headers.get('Location', '')))}, which is not followed",
@@ -158,7 +161,7 @@ class Endpoint:
                     )
                 return response.status, b"".join(parts), retry_after(response.headers.get("Retry-After"))
         except aiohttp.ClientConnectorError as error:
-            raise Failed("no connection", self.plain(str(error)), together=True) from None
+            raise Failed("no connection", self.plain(str(error)), together=True, down=True) from None
         except TimeoutError:
             raise Failed("timed out", together=True, busy=True, paid=None) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -189,7 +192,7 @@ class Endpoint:
         try:
             given = json.loads(text.replace(self._key, "***") if self._key else text)
         except (ValueError, RecursionError):
-            raise Failed("reply is not JSON", self.plain(text), fault=True, paid=None) from None
+            raise Failed("reply is not JSON", self.plain(text), paid=None) from None
         return self._read(given, max_tokens)
 
     def _read(self, given, max_tokens: int) -> Reply:
@@ -204,7 +207,7 @@ class Endpoint:
             refusal = message.get("refusal")
             (text + reasoning).encode()
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise Failed("reply is not of OpenAI's form", repr(error), fault=True, paid=None) from None
+            raise Failed("reply is not of OpenAI's form", repr(error), paid=None) from None
         except UnicodeEncodeError:
             raise Failed("half of a surrogate pair", fault=True, paid=paid) from None
         if finish == "content_filter" or refusal:
@@ -221,6 +224,8 @@ class Endpoint:
         """The error that a status other than 200 means."""
         if status == 429 and "insufficient_quota" in words:
             return NoAnswer(f"the account has no quota left: {words}", where=self.url, fix="the same command goes on once it has")
+        if wait is not None and wait > LONGEST_WAIT:
+            return NoAnswer(f"the teacher asks us to wait {wait:,.0f} s: {words}", where=self.url, fix="the same command goes on then")
         if status in BUSY:
             return Failed(f"HTTP {status}", words, together=True, busy=True, wait=wait)
         if status in (401, 403):

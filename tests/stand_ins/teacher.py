@@ -26,7 +26,7 @@ class Behaviour:
     steady: bool = False
     """the same latency for each"""
     faults: dict = field(default_factory=dict)
-    """{kind: share of requests that meet it, on their first or first two tries}; kinds: seconds and date (429 with Retry-After), server (500), malformed
+    """{kind: share of requests that meet it, on their first or first two tries, the last two kinds on each}; kinds: seconds and date (429 with Retry-After), server (500), malformed
     (no JSON), shape (JSON of another form), dropped (the connection ends amid the body), refused (the connection ends before it), schema (an answer
     that is no JSON), empty"""
     cut: float = 0.0
@@ -159,7 +159,8 @@ class Server:
         behaviour, place = self.behaviour, share(self.behaviour, digest, "fault")
         for kind, part in behaviour.faults.items():
             if place < part:
-                return kind if self.came[digest] <= 1 + (share(behaviour, digest, "twice") < 0.3) else None
+                lasting = kind in ("schema", "empty")  # an answer follows from what is asked, its seed included
+                return kind if lasting or self.came[digest] <= 1 + (share(behaviour, digest, "twice") < 0.3) else None
             place -= part
         return None
 
