@@ -9,7 +9,7 @@ import typing
 from math import ceil
 from pathlib import Path
 
-from src import stage
+from src import adapters, stage
 from src.config import FullTuner, PlanVerb, QloraTuner
 from src.errors import ConfigError, WrongKind
 from src.log import say, size
@@ -199,6 +199,14 @@ def job_of(shape: ModelShape, cfg: PlanVerb) -> Job:
         raise WrongKind(
             f"a model quantized with {shape.quantization.method} trains with tuner=qlora only", where=cfg.model, fix="tuner=qlora"
         )
+    if not full:
+        adapters.check(tuner, zero_stage=zero.stage, gptq=bool(shape.quantization))
+        tables = {"embed_tokens", "lm_head"}
+        if others := sorted({name.rsplit(".", 1)[-1] for name in tuner.modules_to_save} - tables):
+            raise ConfigError(
+                f"tuner.modules_to_save={','.join(others)}: the plan knows the memory of {' and '.join(sorted(tables))} only",
+                fix="leave it out of the plan",
+            )
     each = ceil(train.global_batch_size / cfg.gpus)
     if train.global_batch_size % (cfg.gpus * train.micro_batch_size):
         raise ConfigError(
@@ -221,7 +229,7 @@ def job_of(shape: ModelShape, cfg: PlanVerb) -> Job:
         base=2,
         quantized=None if not qlora else (gptq.bits or 4) / 8 + 2.5 / 128 if gptq else nf4,
         upcast=qlora and not gptq,
-        token_tables=False,
+        token_tables=not full and bool(tuner.modules_to_save),
         stage=zero.stage,
         offload=zero.offload,
         bucket=zero.bucket_size,
