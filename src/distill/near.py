@@ -6,14 +6,13 @@ All hashes are the same on every machine and run (Python's own hash of a string 
 import ast
 import hashlib
 import re
+import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from src.distill.texts import words
-
-PRIME = (1 << 61) - 1
 
 
 def ngrams(parts: Sequence[str], n: int) -> list[str]:
@@ -22,48 +21,66 @@ def ngrams(parts: Sequence[str], n: int) -> list[str]:
 
 
 def hashed(texts: Iterable[str]) -> np.ndarray:
-    """(count,) uint64, 32 bits of BLAKE2b of each text."""
-    return np.array([int.from_bytes(hashlib.blake2b(t.encode(), digest_size=4).digest()) for t in texts], np.uint64)
+    """(count,) uint64, 64 bits of BLAKE2b of each text."""
+    return np.array([int.from_bytes(hashlib.blake2b(t.encode(), digest_size=8).digest()) for t in texts], np.uint64)
 
 
 class NearDuplicates:
     """Finds earlier texts like a new one: MinHash signatures (Broder 1997) in bands (Leskovec et al., "Mining of Massive Datasets", 3.4).
 
-    n: words in a feature. permutations: numbers in a signature, 4 bytes each, which is what is kept of a text.
-    similarity: share of equal numbers, an estimate of the Jaccard similarity of the features, from which two texts count as one.
+    n: words in a feature. permutations: numbers in a signature, of which 8 bits each are kept (Li and König 2010, "b-Bit Minwise Hashing").
+    similarity: Jaccard similarity of the features, as signatures estimate it, from which two texts count as one.
+    Signatures and bands lie in a temporary file of SQLite's own, gone with the process, so memory does not grow with the texts.
     """
 
     def __init__(self, *, n: int, permutations: int, similarity: float):
         draw = np.random.default_rng(0)  # the permutations are part of the method, not of a run
         self._n, self._limit = n, similarity
-        self._a = draw.integers(1, 1 << 28, permutations, np.uint64)[:, None]
-        self._b = draw.integers(0, 1 << 60, permutations, np.uint64)[:, None]
+        self._a = draw.integers(0, 1 << 63, permutations, np.uint64)[:, None] * np.uint64(2) + np.uint64(1)
+        self._b = draw.integers(0, 1 << 63, permutations, np.uint64)[:, None]
         self._rows = _band_rows(permutations, similarity)
-        self._bands: list[dict[bytes, list[int]]] = [defaultdict(list) for _ in range(permutations // self._rows)]
-        self._signatures: list[np.ndarray] = []
+        self._bands, self._count = permutations // self._rows, 0
+        # A band's key: its values weighed at random, and its place, modulo 2^64.
+        self._weights, self._places = (draw.integers(0, 1 << 63, size, np.uint64) * np.uint64(2) for size in (self._rows, self._bands))
+        self._base = sqlite3.connect("", isolation_level=None)
+        self._base.execute("CREATE TABLE text (number INTEGER PRIMARY KEY, signature BLOB)")
+        self._base.execute("CREATE TABLE band (key INTEGER, number INTEGER, PRIMARY KEY (key, number)) WITHOUT ROWID")
+        for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -16384"):  # the file dies with the process; 16 MiB
+            self._base.execute(f"PRAGMA {setting}")
+        self._base.execute("BEGIN")
+        marks = ", ".join("?" * self._bands)
+        self._sharing = (
+            f"SELECT number, signature FROM text WHERE number IN (SELECT number FROM band WHERE key IN ({marks})) ORDER BY number"
+        )
 
     def signature(self, text: str) -> np.ndarray:
-        """(permutations,) uint32."""
+        """(permutations,) uint8."""
         features = hashed(set(ngrams(words(text), self._n)) or {text})
-        # a < 2^28 and a feature < 2^32, so nothing overflows 64 bits before the remainder.
-        return (((self._a * features + self._b) % np.uint64(PRIME)) & np.uint64(0xFFFFFFFF)).min(axis=1).astype(np.uint32)
+        # Arithmetic is modulo 2^64, where multiplying by an odd number permutes.
+        return ((self._a * features + self._b).min(axis=1) >> np.uint64(24) & np.uint64(0xFF)).astype(np.uint8)
+
+    def estimate(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Jaccard similarity of texts by their signatures, the last axis: of unequal minima one in 256 shares its 8 bits."""
+        return ((one == other).mean(axis=-1) - 1 / 256) / (1 - 1 / 256)
 
     def near(self, text: str) -> int | None:
         """Number (of those added, from 0) of the first earlier text like this one; else adds it and returns None."""
         signature = self.signature(text)
-        keys = [signature[i * self._rows : (i + 1) * self._rows].tobytes() for i in range(len(self._bands))]
-        for other in sorted({number for key, band in zip(keys, self._bands) for number in band.get(key, ())}):
-            if (self._signatures[other] == signature).mean() >= self._limit:
-                return other
-        for key, band in zip(keys, self._bands):
-            band[key].append(len(self._signatures))
-        self._signatures.append(signature)
+        bands = signature[: self._bands * self._rows].reshape(self._bands, self._rows).astype(np.uint64)
+        keys = ((bands @ self._weights + self._places) >> np.uint64(1)).tolist()
+        if sharing := self._base.execute(self._sharing, keys).fetchall():
+            others = np.frombuffer(b"".join(other for _, other in sharing), np.uint8).reshape(len(sharing), -1)
+            if (found := np.flatnonzero(self.estimate(others, signature) >= self._limit)).size:
+                return sharing[found[0]][0]
+        self._base.execute("INSERT INTO text VALUES (?, ?)", (self._count, signature.tobytes()))
+        self._base.executemany("INSERT INTO band VALUES (?, ?)", ((key, self._count) for key in keys))
+        self._count += 1
         return None
 
 
 def _band_rows(permutations: int, similarity: float) -> int:
-    """Numbers in a band: the most with which a pair just at the limit shares a band with a probability of 99 %."""
-    return max(r for r in range(1, permutations + 1) if r == 1 or 1 - (1 - similarity**r) ** (permutations // r) >= 0.99)
+    """Numbers in a band: the most with which a pair just at the limit shares a band with a probability of 98 %."""
+    return max(r for r in range(1, permutations + 1) if r == 1 or 1 - (1 - similarity**r) ** (permutations // r) >= 0.98)
 
 
 class NgramOverlap:

@@ -56,7 +56,7 @@ def repetition(rows: AsyncIterator[Row], settings: Repetition, work: Work) -> As
 
 
 def near_duplicates(rows: AsyncIterator[Row], settings: NearDuplicateSettings, work: Work) -> AsyncIterator[Row]:
-    """Holds a signature of every row that went on, 4 bytes a permutation, not its text."""
+    """Of every row that went on a signature is kept, on disk, not its text."""
     index = NearDuplicates(n=settings.n, permutations=settings.permutations, similarity=settings.similarity)
     return sift(
         rows, lambda row: "a near-duplicate of an earlier row" if index.near(looked_at(row, settings.of)) is not None else None, work
