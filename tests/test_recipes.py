@@ -334,6 +334,27 @@ def test_every_answer_hostile(kind):
             assert not out, (name, out)
 
 
+ODD = [
+    Row("nothing", []),
+    Row("system", [{"role": "system", "content": "x"}]),
+    Row("empty", [{"role": "user", "content": ""}]),
+    Row("answered", [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]),
+    Row("text", [], {"text": ""}),
+    Row("calls", [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [{}]}], {"tools": [{}]}),
+    Row("few", [{"role": "user", "content": "x"}], {"answers": [], "ratings": []}),
+    Row("one", [{"role": "user", "content": "x"}], {"answers": ["y"], "ratings": [{"a": 1}]}),
+]
+
+
+@pytest.mark.parametrize("name, step", [(name, step) for name in NAMES for step in recipe(name).order])
+def test_a_step_in_the_wrong_place_sets_rows_aside_and_never_crashes(name, step):
+    chosen = recipe(name)
+    try:
+        one(chosen, step, ODD, Teacher(0))
+    except BadData as error:
+        assert error.fix
+
+
 # ---- what steps promise
 
 

@@ -1,13 +1,27 @@
 """The steps of recipes by their kind: each takes rows, its settings and the run's Work, and gives rows."""
 
-from src.distill.steps import choose, classify, code, documents, evolve, filters, judge, magpie, respond, select, self_instruct, translate
+from src.distill.steps import (
+    choose,
+    classify,
+    code,
+    compare,
+    documents,
+    evolve,
+    filters,
+    magpie,
+    rate,
+    respond,
+    select,
+    self_instruct,
+    translate,
+)
 
 STEPS = {
     "respond": respond.respond,
     "best_of": choose.best_of,
-    "rate": judge.rate,
+    "rate": rate.rate,
     "pair": choose.pair,
-    "compare": judge.compare,
+    "compare": compare.compare,
     "self_instruct": self_instruct.self_instruct,
     "instances": self_instruct.instances,
     "evolve": evolve.evolve,

@@ -19,9 +19,7 @@ async def best_of(rows: AsyncIterator[Row], settings: BestOf, work: Work) -> Asy
     """
 
     async def choose(row: Row) -> Row:
-        answers = row.data.get("answers") or []
-        if len(answers) < 2:
-            raise SetAside("fewer than two answers to choose from")
+        answers = _answers(row)
         values = _means(row) if settings.by == "ratings" else _agreement(answers, settings.final)
         best = max(range(len(answers)), key=lambda i: values[i])
         if values[best] < settings.at_least:
@@ -37,7 +35,7 @@ async def pair(rows: AsyncIterator[Row], settings: Pair, work: Work) -> AsyncIte
     """Chosen: the answer rated best. Rejected: the lowest, or as Zephyr does (Tunstall et al. 2023, arXiv:2310.16944) a random other one."""
 
     async def choose(row: Row) -> Row:
-        answers, means = row.data.get("answers") or [], _means(row)
+        answers, means = _answers(row), _means(row)
         best = max(range(len(answers)), key=lambda i: means[i])
         others = [
             i
@@ -53,6 +51,14 @@ async def pair(rows: AsyncIterator[Row], settings: Pair, work: Work) -> AsyncIte
 
     async for row in work.each(rows, choose):
         yield row
+
+
+def _answers(row: Row) -> list[str]:
+    """The answers to choose from. Raises SetAside where there is no choice."""
+    answers = row.data.get("answers", [])
+    if len(answers) < 2:
+        raise SetAside("fewer than two answers to choose from")
+    return answers
 
 
 def _means(row: Row) -> list[float]:

@@ -19,9 +19,9 @@ async def exercise(rows: AsyncIterator[Row], settings: Exercise, work: Work) -> 
     schema = obj(signature=TEXT, function=TEXT, tests=TEXT)
 
     async def ask(row: Row) -> list[Row]:
-        draw = work.draw(work.step, row.id)
+        draw, text = work.draw(work.step, row.id), kept(text_of(row), "text")
         topics = [draw.choice(settings.topics) for _ in range(settings.n)]
-        prompts = [fill(settings.prompt, text=text_of(row), topic=topic) for topic in topics]
+        prompts = [fill(settings.prompt, text=text, topic=topic) for topic in topics]
         asked = [request(p, settings.teacher, settings.sampling, seed=seed, schema=schema) for seed, p in enumerate(prompts)]
         results = await ask_all(work, asked)
         given(results)

@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import AsyncIterator, Iterator
 
 from src.distill.requests import TEXT, YES_NO, array, obj, request
+from src.distill.steps.respond import prompt_of
 from src.distill.texts import all_kept, fill, grown, kept, said, text_of, user
 from src.distill.work import Row, SetAside, Work
 from src.recipes import Chunk, Ground, Questions
@@ -56,7 +57,7 @@ async def questions(rows: AsyncIterator[Row], settings: Questions, work: Work) -
     schema = obj(questions=array(TEXT, 1, settings.n))
 
     async def ask(row: Row) -> list[Row]:
-        prompt = fill(settings.prompt, text=text_of(row), count=settings.n)
+        prompt = fill(settings.prompt, text=kept(text_of(row), "text"), count=settings.n)
         answer = await work.ask(request(prompt, settings.teacher, settings.sampling, schema=schema))
         texts = dict.fromkeys(all_kept(answer.value["questions"], "question"))
         return [grown(row, answer, id=str(number), messages=user(text)) for number, text in enumerate(texts)]
@@ -73,7 +74,7 @@ async def ground(rows: AsyncIterator[Row], settings: Ground, work: Work) -> Asyn
     schema = obj(answered=YES_NO, quotes=array(TEXT, 0, MOST_QUOTES), answer=TEXT)
 
     async def answer(row: Row) -> Row:
-        text, question = row.data["text"], row.messages[-1]["content"]
+        text, question = row.data.get("text", ""), prompt_of(row, None)[-1]["content"]
         given = await work.ask(
             request(fill(settings.prompt, text=text, question=question), settings.teacher, settings.sampling, schema=schema)
         )

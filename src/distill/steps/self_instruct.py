@@ -30,6 +30,9 @@ async def self_instruct(rows: AsyncIterator[Row], settings: SelfInstruct, work: 
     """
     tasks = Tasks()
     async for row in rows:
+        if not instruction_of(row):
+            work.set_aside(row, "no task")
+            continue
         tasks.seeds.append(instruction_of(row))
         tasks.pool.add(words(tasks.seeds[-1]))
         if settings.keep_seeds:
@@ -114,7 +117,7 @@ async def instances(rows: AsyncIterator[Row], settings: Instances, work: Work) -
     }
 
     async def make(row: Row) -> Row:
-        instruction = instruction_of(row)
+        instruction = kept(instruction_of(row), "task")
         asked = request(
             fill(settings.classify, instruction=instruction), settings.teacher, settings.sampling, schema=obj(classification=YES_NO)
         )

@@ -45,6 +45,8 @@ async def _translated(row: Row, language: str, settings: Translate, work: Work) 
     try:
         if any(message.get("tool_calls") or message.get("reasoning_content") or message["role"] == "tool" for message in row.messages):
             raise SetAside("calls tools or reasons")
+        if not row.messages:
+            raise SetAside("no conversation")
         texts = [message["content"] for message in row.messages]
         hidden = [hide(text) for text in texts]
         prompt = fill(settings.prompt, language=NAMES[language], texts=listed((text for text, _ in hidden), "text"), count=len(texts))
