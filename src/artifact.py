@@ -74,9 +74,12 @@ class Artifact:
         return Path(os.path.normpath(self.path.parent / parent["path"]))
 
 
+_one_spelling = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
+
 def canonical(value) -> bytes:
     """JSON with one spelling: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _one_spelling(value).encode()
 
 
 def key_of(stage: str, version: int, settings: dict, parents: dict[str, str]) -> str:

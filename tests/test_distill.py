@@ -120,7 +120,7 @@ def disturbed(teacher: Teacher, path: Path, outputs: Path, moments: list[int], *
         process.kill()
         kills += process.wait() == -signal.SIGKILL
         process.stderr.close()
-        known = {text.split()[0] for (text,) in _answers(outputs)}
+        known = {text.split()[0] for (text,) in _answers(outputs) if text}
         before = teacher.state()["came"]
         yield known, before
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -9,7 +9,7 @@ from pathlib import Path
 from src.artifact import Artifact, canonical
 from src.config import DistillVerb, EndpointTeacher, LocalTeacher
 from src.distill.journal import Total
-from src.distill.work import Work
+from src.distill.work import Row, Work
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -36,9 +36,10 @@ class Samples:
     """Rows drawn with equal chance from a stream whose length is not known (Vitter 1985, algorithm R)."""
 
     def __init__(self, count: int, draw: random.Random):
-        self._count, self._draw, self._seen, self.rows = count, draw, 0, []
+        self._count, self._draw, self._seen = count, draw, 0
+        self.rows: list[Row] = []
 
-    def offer(self, row: dict) -> None:
+    def offer(self, row: Row) -> None:
         self._seen += 1
         if len(self.rows) < self._count:
             self.rows.append(row)
@@ -51,13 +52,15 @@ class Samples:
         path.write_text(PAGE.format(title=html.escape(title), lead=lead, rows=rows), encoding="utf-8", errors="replace")
 
 
-def _article(row: dict) -> str:
-    """row: id, split, messages, and facts {name: value} to show beside it."""
-    turns = [_turn(m["role"], m.get("reasoning_content"), m["content"] or json.dumps(m.get("tool_calls"))) for m in row["messages"]]
-    if row.get("rejected") is not None:
-        turns.append(_turn("rejected", None, row["rejected"]))
-    facts = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(_shown(value))}</dd>" for name, value in row["facts"].items())
-    return f"<article><h2>{html.escape(row['id'])} ({row['split']})</h2>\n{''.join(turns)}\n<dl>{facts}</dl></article>"
+def _article(row: Row) -> str:
+    """A row that went through `keep`: its turns, and what is known of it."""
+    turns = [_turn(m["role"], m.get("reasoning_content"), m["content"] or json.dumps(m.get("tool_calls"))) for m in row.messages]
+    if "rejected" in row.data:
+        turns.append(_turn("rejected", None, row.data["rejected"]))
+    known = {name: value for name, value in row.data["distill"].items() if name != "prompt"}
+    known["requests"] = len(known["requests"])
+    facts = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(_shown(value))}</dd>" for name, value in known.items())
+    return f"<article><h2>{html.escape(row.id)} ({row.data['split']})</h2>\n{''.join(turns)}\n<dl>{facts}</dl></article>"
 
 
 def _turn(role: str, reasoning: str | None, text: str) -> str:

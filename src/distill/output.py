@@ -14,12 +14,16 @@ from src.distill.journal import Journal
 from src.distill.work import Row, SetAside, Work
 
 SPLITS = ("train", "val", "calib")
+_spelled = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 KEPT = ("scores", "parents", "quotes", "tests")
 """of a row's data, what is kept in the result as it is; the rest was for the steps"""
 
 
-async def keep(rows: AsyncIterator[Row], price: Callable[[str, int, int], float], work: Work, journal: Journal) -> AsyncIterator[Row]:
-    """Rows fit to be trained on, with data["distill"]: teachers, hash of the prompt, requests, their tokens and cost, and what steps said of the row.
+async def keep(
+    rows: AsyncIterator[Row], price: Callable[[str, int, int], float], work: Work, journal: Journal, holdout: Holdout
+) -> AsyncIterator[Row]:
+    """Rows fit to be trained on, with data["distill"] (teachers, hash of the prompt, requests, their tokens and cost, what steps said of the row),
+    data["split"] and data["line"], the row as it is written.
 
     price: (teacher's name, prompt tokens, tokens) to USD. Tokens and cost are those of the answers the row is made of; what was tried in vain is in
     the run's totals.
@@ -28,8 +32,9 @@ async def keep(rows: AsyncIterator[Row], price: Callable[[str, int, int], float]
     async def described(row: Row) -> Row:
         if not row.messages or row.messages[-1]["role"] != "assistant" or not row.messages[-1]["content"].strip():
             raise SetAside("no answer at the end")
+        conversation = Conversation(row.id, tuple(row.messages), tuple(row.data["tools"]) if row.data.get("tools") else None)
         try:
-            text = conversation_of(row).to_json()
+            text = conversation.to_json()
             text.encode()
         except (ValueError, RecursionError) as error:
             raise SetAside("cannot be written as JSON", str(error)) from None
@@ -38,52 +43,41 @@ async def keep(rows: AsyncIterator[Row], price: Callable[[str, int, int], float]
         asked = [await journal.look(key) for key in row.asks]
         origin = {
             "teachers": sorted({known.teacher for known in asked}),
-            "prompt": prompt_hash(row),
+            "prompt": hashlib.sha256(canonical(row.messages[:-1])).hexdigest(),
             "requests": list(row.asks),
             "tokens": sum(known.prompt_tokens + known.tokens for known in asked),
             "money": round(sum(price(known.teacher, known.prompt_tokens, known.tokens) for known in asked), 9),
             **{name: row.data[name] for name in KEPT if name in row.data},
         }
-        return replace(row, data=row.data | {"distill": origin})
+        split = split_of(conversation.digest(), holdout.split_seed, holdout.val, holdout.calib)
+        line = f'{text[:-1]}, "distill": {_spelled(origin)}}}\n'
+        return replace(row, data=row.data | {"distill": origin, "split": split, "line": line})
 
     async for row in work.each(rows, described):
         yield row
 
 
-def prompt_hash(row: Row) -> str:
-    """sha256 hex over the turns before the answer."""
-    return hashlib.sha256(canonical(row.messages[:-1])).hexdigest()
-
-
-def conversation_of(row: Row) -> Conversation:
-    tools = row.data.get("tools")
-    return Conversation(row.id, tuple(row.messages), tuple(tools) if tools else None)
-
-
 class Output:
-    """The files of an artifact under way; `rows`: how many each split got."""
+    """The files of an artifact under way; `rows`: how many each got."""
 
-    def __init__(self, out: Path, holdout: Holdout):
-        self._out, self._holdout = out, holdout
+    def __init__(self, out: Path):
+        self._out = out
         self._files = {split: open(out / f"{split}.jsonl", "w", encoding="utf-8") for split in SPLITS}
         self.rows = dict.fromkeys((*SPLITS, "preference"), 0)
 
-    def write(self, row: Row) -> str:
-        """Write a row that went through `keep` and return its split."""
-        conversation = conversation_of(row)
-        split = split_of(conversation.digest(), self._holdout.split_seed, self._holdout.val, self._holdout.calib)
-        self._files[split].write(f'{conversation.to_json()[:-1]}, "distill": {json.dumps(row.data["distill"], ensure_ascii=False)}}}\n')
-        self.rows[split] += 1
+    def write(self, row: Row) -> None:
+        """Write a row that went through `keep`."""
+        self._files[row.data["split"]].write(row.data["line"])
+        self.rows[row.data["split"]] += 1
         if "chosen" in row.data and "rejected" in row.data:
             self._write_preference(row)
-        return split
 
     def _write_preference(self, row: Row) -> None:
         """The columns that trainers of preferences read: prompt, chosen and rejected, each a list of turns."""
         if "preference" not in self._files:
             self._files["preference"] = open(self._out / "preference.jsonl", "w", encoding="utf-8")
         answers = {name: [{"role": "assistant", "content": row.data[name]}] for name in ("chosen", "rejected")}
-        self._files["preference"].write(json.dumps({"id": row.id, "prompt": row.messages[:-1], **answers}, ensure_ascii=False) + "\n")
+        self._files["preference"].write(_spelled({"id": row.id, "prompt": row.messages[:-1], **answers}) + "\n")
         self.rows["preference"] += 1
 
     def close(self) -> None:

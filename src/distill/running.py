@@ -149,19 +149,20 @@ def rows_of(run: Run, only: set[int] | None = None) -> AsyncIterator[Row]:
         return cost[teacher](prompt_tokens, tokens)
 
     steps = [(name, STEPS[settings.kind], settings) for name, settings in run.cfg.recipe.ordered()]
-    return through(_read(run, only), [*steps, (KEEP, partial(keep, journal=run.journal), price)], run.work)
+    return through(_read(run, only), [*steps, (KEEP, partial(keep, journal=run.journal, holdout=run.cfg.holdout), price)], run.work)
 
 
 async def make(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Write the dataset into the folder `out` and return its figures."""
-    aside, output = Aside(), Output(out, cfg.holdout)
+    aside, output = Aside(), Output(out)
     with contextlib.closing(output):
         async with opened(cfg, inputs, aside) as run:
             samples = card.Samples(cfg.samples, run.work.draw("samples"))
             with told_how_far(run):
                 async with contextlib.aclosing(rows_of(run)) as rows:
                     async for row in rows:
-                        samples.offer(shown(row, output.write(row)))
+                        output.write(row)
+                        samples.offer(row)
             totals = await run.journal.totals()
     check_flows(run.work)
     report(run, output.rows)
@@ -231,13 +232,6 @@ def told_how_far(run: Run):
                 ],
             ) from None
         raise
-
-
-def shown(row: Row, split: str) -> dict:
-    """A row as the page of samples shows it."""
-    origin = row.data["distill"]
-    facts = {name: value for name, value in origin.items() if name not in ("requests", "prompt")} | {"requests": len(origin["requests"])}
-    return {"id": row.id, "split": split, "messages": row.messages, "rejected": row.data.get("rejected"), "facts": facts}
 
 
 def report(run: Run, rows: dict[str, int]) -> None:
