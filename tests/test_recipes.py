@@ -684,6 +684,25 @@ def test_a_program_sees_no_environment_and_sets_in_one_order(closed):
     assert len({asyncio.run(sandbox.run(f"assert list({{'a', 'b', 'c', 'd', 'e'}})[0] == '{c}'", closed)) for c in "abcde"}) == 2
 
 
+@pytest.mark.parametrize("header, place", [("x86_64-linux-gnu/asm/unistd_64.h", 1), ("asm-generic/unistd.h", 2)])
+def test_the_numbers_of_system_calls_are_the_kernels(header, place):
+    file = Path("/usr/include") / header
+    if not file.is_file():
+        pytest.skip(f"no {file}; apt-get install linux-libc-dev")
+    numbers = dict(re.findall(r"#define\s+__NR(?:3264)?_(\w+)\s+(\d+)", file.read_text()))
+    calls = [
+        *sandbox.jail.REFUSED,
+        *(
+            (name, *(t[m] for m in ("x86_64", "aarch64")))
+            for name, t in (("prlimit64", sandbox.jail.PRLIMIT64), ("capset", sandbox.jail.CAPSET))
+        ),
+    ]
+    for name, *by_machine in calls:
+        ours = by_machine[place - 1]
+        assert name not in numbers or int(numbers[name]) == ours, name
+    assert sum(call[0] in numbers for call in calls) > 30
+
+
 @pytest.mark.parametrize(
     "code, tests, reason",
     [
