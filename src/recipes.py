@@ -414,6 +414,10 @@ AnyStep = Annotated[
 ]
 
 
+NEEDS = {"pair": "rate", "compare": "pair", "select": "rate", "run_code": "exercise", "ground": "questions"}
+"""kind of step: the kind it goes on from"""
+
+
 class Recipe(Settings):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
     """name of the recipe"""
@@ -431,6 +435,26 @@ class Recipe(Settings):
                 raise ValueError(f"order names '{name}', and there is no such step; there is {', '.join(self.steps)}")
         if len(set(self.order)) != len(self.order):
             raise ValueError("order names a step twice; give the second a name of its own under steps")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_follow(self):
+        """What a step reads of a row another has to write before it; found out here, before anything is spent."""
+        before: dict[str, Step] = {}
+        for name, step in self.ordered():
+            rates = isinstance(step, BestOf) and step.by == "ratings"
+            needed = "rate" if rates else NEEDS.get(step.kind)
+            if needed and needed not in before:
+                raise ValueError(f"'{name}' works on what a step of the kind {needed} finds, and order has none before it")
+            if isinstance(step, BestOf | Pair) and getattr(before.get("respond"), "n", 0) < 2:
+                raise ValueError(f"'{name}' chooses among answers; a step of the kind respond before it needs n of 2 or more")
+            if isinstance(step, Select) and (unknown := [aspect for aspect in step.by if aspect not in before["rate"].aspects]):
+                raise ValueError(f"'{name}' orders rows by '{unknown[0]}', which no step before it rates")
+            before[step.kind] = step
+        if getattr(before.get("respond"), "n", 1) > 1 and not before.keys() & {"best_of", "pair"}:
+            raise ValueError(
+                "a step gives several answers and none chooses among them: order needs one of the kind best_of or pair, or n=1"
+            )
         return self
 
     def ordered(self) -> list[tuple[str, Step]]:

@@ -759,6 +759,12 @@ def test_every_kind_of_step_is_in_a_recipe_and_has_code():
         ("respond", {"refused.phrases": ["("]}, "not a regular expression"),
         ("translate", {"translate.to": ["fr"]}, "'ko'"),
         ("documents", {"chunk.min_chars": 5000}, "above max_chars"),
+        ("best_of", {"order": ["answer", "best"]}, "what a step of the kind rate finds"),
+        ("best_of", {"order": ["answer", "rate"]}, "none chooses among them"),
+        ("best_of", {"answer.n": 1}, "needs n of 2 or more"),
+        ("preference", {"order": ["answer", "rate", "compare", "pair"]}, "kind pair finds"),
+        ("select", {"choose.by": ["wit"]}, "orders rows by 'wit'"),
+        ("code", {"order": ["run"]}, "kind exercise finds"),
     ],
 )
 def test_what_a_recipe_refuses(name, changes, words):
