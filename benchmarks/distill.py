@@ -1,15 +1,16 @@
-"""Distillation against what its endpoint allows: python benchmarks/distill.py [--rows N] [--concurrency N] [--latency S] [--memory N,N,...]
+"""Distillation against what its endpoint allows: python benchmarks/distill.py [--rows N] [--rounds N] [--concurrency N] [--latency S] [--memory N,N,...]
 
-A stand-in endpoint (tests/stand_ins/teacher.py) answers every request after the same latency. In the same run, one after the other:
+A stand-in endpoint (tests/stand_ins/teacher.py) answers every request after the same latency. In each round, one after the other:
   ideal    concurrency / latency: what no client can pass
   bare     a client that sends the same requests and throws the answers away: what this machine's endpoint allows
   ours     python -m src.distill recipe.order=[answer], with its journal on disk, from the first request to the last as the endpoint saw them
-Then the whole command's peak memory at each number of rows, as the kernel gives it, the endpoint without latency.
+Shares are medians over the rounds. Then the whole command's peak memory at each number of rows, as the kernel gives it, the endpoint without latency.
 """
 
 import argparse
 import asyncio
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -76,20 +77,22 @@ def ours(url: str, path: Path, outputs: Path, concurrency: int) -> tuple[float, 
     return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1000
 
 
-def throughput(folder: Path, rows: int, concurrency: int, latency: float) -> None:
+def throughput(folder: Path, rows: int, concurrency: int, latency: float, rounds: int) -> None:
     write_prompts(folder / "prompts.jsonl", rows)
     print(f"{rows:,} rows, {concurrency} at once, {latency * 1000:g} ms each")
     print(f"  ideal  {concurrency / latency:7.0f} rows/s")
-    with Endpoint(latency=latency, steady=True) as endpoint:
-        allowed = asyncio.run(bare(endpoint.url, rows, concurrency))
-    print(f"  bare   {allowed:7.0f} rows/s")
-    with Endpoint(latency=latency, steady=True) as endpoint:
-        seconds, _ = ours(endpoint.url, folder / "prompts.jsonl", folder / "throughput", concurrency)
-        times = endpoint.times()
-    pace = len(times) / (max(times) - min(times) + latency)
-    print(
-        f"  ours   {pace:7.0f} rows/s, {pace / allowed:.0%} of bare, {pace * latency / concurrency:.0%} of ideal; {seconds:.1f} s with start and end"
-    )
+    shares = []
+    for number in range(rounds):
+        with Endpoint(latency=latency, steady=True) as endpoint:
+            allowed = asyncio.run(bare(endpoint.url, rows, concurrency))
+        with Endpoint(latency=latency, steady=True) as endpoint:
+            seconds, _ = ours(endpoint.url, folder / "prompts.jsonl", folder / f"throughput{number}", concurrency)
+            times = endpoint.times()
+        pace = len(times) / (max(times) - min(times) + latency)
+        shares.append((pace / allowed, pace * latency / concurrency))
+        print(f"  bare   {allowed:7.0f} rows/s\n  ours   {pace:7.0f} rows/s; {seconds:.1f} s with start and end", flush=True)
+    of_bare, of_ideal = (statistics.median(column) for column in zip(*shares))
+    print(f"  ours is {of_bare:.0%} of bare, {of_ideal:.0%} of ideal")
 
 
 def memory(folder: Path, counts: list[int], concurrency: int) -> None:
@@ -104,12 +107,14 @@ def memory(folder: Path, counts: list[int], concurrency: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=6400)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--latency", type=float, default=0.1)
     parser.add_argument("--memory", default="1000,10000,100000")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        throughput(Path(folder), args.rows, args.concurrency, args.latency)
+        if args.rounds:
+            throughput(Path(folder), args.rows, args.concurrency, args.latency, args.rounds)
         memory(Path(folder), [int(n) for n in args.memory.split(",") if n], args.concurrency)
 
 

@@ -264,7 +264,9 @@ def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
 
 def _other_run(stage: Stage, inputs: dict[str, Artifact]) -> str:
     """The overrides that do the same work under another name."""
-    first = next(iter(inputs.values()))
+    first = next(iter(inputs.values()), None)
+    if first is None:
+        return "run=OTHER_NAME"
     setting = "dataset" if first.kind == "dataset" and "dataset" in stage.schema.model_fields else "source"
     return "run=OTHER_NAME" + (f" {setting}={first.path}" if setting in stage.schema.model_fields and first.manifest else "")
 

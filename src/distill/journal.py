@@ -83,7 +83,7 @@ class Journal:
         base.execute("PRAGMA locking_mode = EXCLUSIVE")
         base.execute("PRAGMA journal_mode = WAL")
         base.execute("PRAGMA synchronous = FULL")
-        base.execute("PRAGMA cache_size = -16000")
+        base.execute("PRAGMA cache_size = -8000")
         base.execute("BEGIN EXCLUSIVE")
         found = base.execute("PRAGMA application_id").fetchone()[0]
         if found == 0 and not base.execute("SELECT 1 FROM sqlite_master").fetchone():

@@ -1,7 +1,7 @@
 """A run from its settings: teachers and journal opened, rows through the steps, the files written, or the estimate made."""
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from src.distill.teachers import Endpoint
 from src.distill.work import Row, Work, check_flows, through
 from src.errors import BadData, BudgetSpent, UserError
 from src.log import say
+from src.recipes import Asking, Magpie, SelfInstruct
 
 JOURNAL = "distill.journal.sqlite"
 READ, KEEP = "read prompts", "keep rows"
@@ -121,17 +122,10 @@ def _say_totals(totals: dict[str, Total]) -> None:
     )
 
 
-def _sound_rows(cfg: DistillVerb) -> Iterator[Row]:
-    return (row for row in sources.rows(path_of(cfg), cfg.recipe.takes, cfg.prompts.count) if isinstance(row, Row))
-
-
-async def _read(run: Run, only: set[int] | None) -> AsyncIterator[Row]:
-    """The source's rows; only: the places, from 0, of those wanted."""
-    mine, place = run.work.at(READ), -1
+async def _read(run: Run) -> AsyncIterator[Row]:
+    """The source's rows."""
+    mine = run.work.at(READ)
     for row in sources.rows(path_of(run.cfg), run.cfg.recipe.takes, run.cfg.prompts.count):
-        place += isinstance(row, Row)
-        if only is not None and (not isinstance(row, Row) or place not in only):
-            continue
         mine.flow.came += 1
         if isinstance(row, Row):
             mine.flow.went += 1
@@ -141,15 +135,20 @@ async def _read(run: Run, only: set[int] | None) -> AsyncIterator[Row]:
             mine.set_aside(Row(where, []), f"malformed: {fault.reason}", str(fault))
 
 
-def rows_of(run: Run, only: set[int] | None = None) -> AsyncIterator[Row]:
-    """The result's rows, in order; only: from these places of the source."""
+def steps_of(cfg: DistillVerb) -> list[tuple[str, Callable, object]]:
+    """(name, function, settings) of the recipe's steps."""
+    return [(name, STEPS[settings.kind], settings) for name, settings in cfg.recipe.ordered()]
+
+
+def rows_of(run: Run, steps: list[tuple[str, Callable, object]]) -> AsyncIterator[Row]:
+    """The result's rows, in order."""
     cost = {line.teacher.name: line.teacher.cost for line in run.sending.lines.values()}
 
     def price(teacher: str, prompt_tokens: int, tokens: int) -> float:
         return cost[teacher](prompt_tokens, tokens)
 
-    steps = [(name, STEPS[settings.kind], settings) for name, settings in run.cfg.recipe.ordered()]
-    return through(_read(run, only), [*steps, (KEEP, partial(keep, journal=run.journal, holdout=run.cfg.holdout), price)], run.work)
+    kept = partial(keep, journal=run.journal, holdout=run.cfg.holdout)
+    return through(_read(run), [*steps, (KEEP, kept, price)], run.work)
 
 
 async def make(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict:
@@ -159,7 +158,7 @@ async def make(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict
         async with opened(cfg, inputs, aside) as run:
             samples = card.Samples(cfg.samples, run.work.draw("samples"))
             with told_how_far(run):
-                async with contextlib.aclosing(rows_of(run)) as rows:
+                async with contextlib.aclosing(rows_of(run, steps_of(cfg))) as rows:
                     async for row in rows:
                         output.write(row)
                         samples.offer(row)
@@ -175,41 +174,41 @@ async def make(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict
 
 
 async def guess(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Estimate:
-    """Work on cfg.estimate rows drawn at random, or make so many where the recipe draws its own, and say what all would cost."""
+    """Work on cfg.estimate rows and say what all would cost: rows drawn at random before the first step that asks, since steps before it cost nothing;
+    or, where the recipe makes its own, the first so many."""
     async with opened(cfg, inputs, Aside()) as run:
-        run.sending.costs = {}
-        count, total = min(cfg.estimate, run.total), run.total
-        draw = run.work.draw("estimate")
+        run.sending.costs, roots, steps = {}, [], steps_of(cfg)
         with told_how_far(run):
-            if cfg.recipe.takes in ("nothing", "seeds"):
-                costs = await _made(run, count)
+            if isinstance(making := steps[0][2], SelfInstruct | Magpie):
+                total = making.rows
+                few = (*steps[0][:2], making.model_copy(update={"rows": min(cfg.estimate, total)}))
+                steps = [few, ("note rows", _noted, roots), *steps[1:]]
             else:
-                costs = await _worked(run, set(draw.sample(range(total), count)))
-        return estimate(costs, total, draw)
+                first = next((place for place, (_, _, settings) in enumerate(steps) if isinstance(settings, Asking)), len(steps))
+                total = sum([1 async for _ in through(_read(run), steps[:first], run.work)])
+                run.work.clear()
+                places = set(run.work.draw("estimate").sample(range(total), min(cfg.estimate, total)))
+                steps = [*steps[:first], ("draw rows", _drawn, places), ("note rows", _noted, roots), *steps[first:]]
+            async with contextlib.aclosing(rows_of(run, steps)) as rows:
+                async for _ in rows:
+                    pass
+        if not roots:
+            raise BadData("no row came to where teachers are asked", fix="look at the recipe's filters")
+        return estimate(by_root(run.sending.costs, roots), total, run.work.draw("bootstrap"))
 
 
-async def _worked(run: Run, places: set[int]) -> list[tuple[float, float]]:
-    """(tokens, USD) of each of these rows of the source, with all that is made from them."""
-    async with contextlib.aclosing(rows_of(run, places)) as rows:
-        async for _ in rows:
-            pass
-    roots = [row.id for place, row in enumerate(_sound_rows(run.cfg)) if place in places]
-    return by_root(run.sending.costs, roots)
+async def _drawn(rows: AsyncIterator[Row], places: set[int], work: Work) -> AsyncIterator[Row]:
+    place = 0
+    async for row in rows:
+        if place in places:
+            yield row
+        place += 1
 
 
-async def _made(run: Run, count: int) -> list[tuple[float, float]]:
-    """(tokens, USD) of each of the first `count` rows made; what went into none of them is shared by all."""
-    run.work.window, costs = max(1, min(run.work.window, count)), []
-    async with contextlib.aclosing(rows_of(run)) as rows:
-        async for row in rows:
-            costs.append((row.data["distill"]["tokens"], row.data["distill"]["money"]))
-            if len(costs) == count:
-                break
-    if not costs:
-        raise BadData("no row came out, so there is nothing to judge by", fix="look at the recipe's filters")
-    paid = [sum(column) for column in zip(*run.sending.costs.values())]
-    scale = [all_of / max(sum(column), 1e-12) for all_of, column in zip(paid, zip(*costs))]
-    return [(tokens * scale[0], money * scale[1]) for tokens, money in costs]
+async def _noted(rows: AsyncIterator[Row], ids: list[str], work: Work) -> AsyncIterator[Row]:
+    async for row in rows:
+        ids.append(row.id)
+        yield row
 
 
 @contextlib.contextmanager

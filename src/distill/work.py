@@ -120,6 +120,12 @@ class Work:
         self.counts: dict[str, Counter] = {}
         self.measures: dict[str, dict[str, float]] = {}
 
+    def clear(self) -> None:
+        """Begin the accounts anew."""
+        self.flows.clear()
+        self.counts.clear()
+        self.measures.clear()
+
     def at(self, step: str) -> "Work":
         """The same work for the step of this name."""
         other = copy.copy(self)
