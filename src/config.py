@@ -201,8 +201,8 @@ class Train(Settings):
 class Teacher(Settings):
     path: Annotated[str | None, Unkeyed]
     """model, quantized or adapter folder whose probabilities are learnt beside the tokens; null: none"""
-    alpha: Annotated[float, Field(ge=0, le=1)]
-    """weight of the teacher: loss = alpha KL + (1 - alpha) cross-entropy (Hinton et al. 2015, arXiv:1503.02531)"""
+    weight: Annotated[float, Field(ge=0, le=1)]
+    """its part of the loss, alpha in alpha KL + (1 - alpha) cross-entropy (Hinton et al. 2015, arXiv:1503.02531)"""
     top_k: PositiveInt
     """likeliest tokens kept of each of its distributions; the others count together"""
 

@@ -126,7 +126,7 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         rates=rates,
         head=head,
         soft=soft,
-        alpha=cfg.teacher.alpha,
+        alpha=cfg.teacher.weight,
         callbacks=[told, proof, checkpoints.Checkpoints(world)],
     )
     run.train(resume_from_checkpoint=resume and str(resume))

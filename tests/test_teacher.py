@@ -77,7 +77,7 @@ def test_a_student_of_its_probabilities_comes_closer_to_the_teacher(train, tmp_p
     """From the same start, on the same rows: with the teacher's probabilities the student is nearer to it than with the tokens alone."""
     base = write_model(tmp_path / "student", "qwen2", hidden_size=128, num_hidden_layers=2)
     argv = ["train.max_steps=60", "tuner.learning_rate=3e-3"]
-    code, said = train("with", base, *argv, f"teacher.path={CHAT}", "teacher.alpha=0.9")
+    code, said = train("with", base, *argv, f"teacher.path={CHAT}", "teacher.weight=0.9")
     assert code == 0 and "its 32 likeliest tokens hold" in said, said
     assert train("without", base, *argv)[0] == 0
     tokenizer = modeling.load_tokenizer(CHAT)
@@ -86,7 +86,7 @@ def test_a_student_of_its_probabilities_comes_closer_to_the_teacher(train, tmp_p
     print(f"KL to the teacher: {start:.3f} at the start, {far:.3f} by tokens, {near:.3f} by its probabilities")
     assert near < 0.9 * far < far < start
     made = artifact.open_artifact(tmp_path / "with" / "finetune")
-    assert made.parent("teacher")["key"] == artifact.open_any(CHAT).key and made.settings["teacher"]["alpha"] == 0.9
+    assert made.parent("teacher")["key"] == artifact.open_any(CHAT).key and made.settings["teacher"]["weight"] == 0.9
     assert "teacher" not in artifact.open_artifact(tmp_path / "without" / "finetune").settings
     # Another learning rate finds the probabilities there.
     monkeypatch.setattr(teacher, "make", lambda *args: pytest.fail("computed again"))
@@ -95,7 +95,7 @@ def test_a_student_of_its_probabilities_comes_closer_to_the_teacher(train, tmp_p
 
 def test_no_weight_on_the_teacher_is_training_without_one(train, tmp_path):
     base = make_base(tmp_path / "base")
-    assert train("zero", base, "train.max_steps=3", f"teacher.path={CHAT}", "teacher.alpha=0")[0] == 0
+    assert train("zero", base, "train.max_steps=3", f"teacher.path={CHAT}", "teacher.weight=0")[0] == 0
     assert train("none", base, "train.max_steps=3")[0] == 0
     curves = [[c["loss"] for c in artifact.open_artifact(tmp_path / run / "finetune").metrics["curve"]] for run in ("zero", "none")]
     assert curves[0] == pytest.approx(curves[1], abs=1e-6)

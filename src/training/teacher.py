@@ -49,7 +49,7 @@ def soft_targets(cfg: FinetuneVerb, teacher: Artifact, rows: TokenRows, tokenize
         make(cfg, teacher, rows, bounds, len(tokenizer), folder)
     barrier()
     likely, shares = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("likely", "shares"))
-    say(f"teacher: {teacher.path}, weight {cfg.teacher.alpha:g}, its {k} likeliest tokens hold {shares.sum(1).mean():.1%} on average")
+    say(f"teacher: {teacher.path}, weight {cfg.teacher.weight:g}, its {k} likeliest tokens hold {shares.sum(1).mean():.1%} on average")
     return SoftTargets(likely, shares, bounds)
 
 
