@@ -38,7 +38,7 @@ def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     if cfg.endpoint.url:
         return find_for_endpoint(cfg, run)
     model = run.source(cfg.source, kinds=KINDS)
-    inputs = {"model": model, "dataset": run.source(cfg.dataset, "data", kinds={"dataset"})}
+    inputs = {"model": model, "dataset": stage.data_sources(run, cfg.dataset)}
     if parent := cfg.parent or parent_path(model):
         inputs["parent"] = run.source(str(parent), kinds=KINDS)
     return inputs

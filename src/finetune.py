@@ -19,7 +19,7 @@ from src.zero import user_deepspeed_json
 
 def find(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
     base = base_model(cfg, run)
-    inputs = {"dataset": run.source(cfg.source, "data", kinds={"dataset"}), "model": base}
+    inputs = {"dataset": stage.data_sources(run, cfg.source), "model": base}
     if cfg.teacher.path:
         folder = locate(cfg.teacher.path, None, download=not cfg.dry_run)
         inputs["teacher"] = run.source(str(folder), kinds={"model", "quantized", "adapter"})

@@ -20,7 +20,7 @@ from src.modeling import check_folder, check_tokenizer, fresh, load_model, load_
 
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
     model = run.source(cfg.source, "merge", "finetune", kinds={"model"})
-    return {"model": model, "dataset": run.source(cfg.dataset, "data", kinds={"dataset"})}
+    return {"model": model, "dataset": stage.data_sources(run, cfg.dataset)}
 
 
 def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:

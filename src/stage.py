@@ -96,8 +96,10 @@ _WAYS = {
 
 
 def data_sources(run: Run, given: str | None) -> Artifact:
-    """The dataset a stage measures or calibrates on: the one given, or the run's own."""
-    return run.source(given, "data", kinds={"dataset"})
+    """The dataset a stage trains, measures or calibrates on: the one given, or the run's own."""
+    if given is None and run.has("data") and run.has("distill"):
+        say(f"the run has two datasets; takes {run.folder / 'data'}, not {run.folder / 'distill'}")
+    return run.source(given, "data", "distill", kinds={"dataset"})
 
 
 @dataclass(frozen=True)
