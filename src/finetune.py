@@ -194,14 +194,19 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
     if isinstance(cfg.tuner, FullTuner):
         if rows:
             token_rows.split_off(model, rows)
-        return model.to(device), rows, None
+        return placed(model, cfg, device), rows, None
     if nf4 or base.kind == "quantized":
         from peft import prepare_model_for_kbit_training
 
         modeling.keep_gptq_trainable(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = adapters.attach(model, cfg.tuner, rows, deepspeed=bool(cfg.deepspeed.stage))
-    return model, rows, nf4
+    return placed(model, cfg, device), rows, nf4
+
+
+def placed(model, cfg: FinetuneVerb, device: str):
+    """The model where it is trained; ZeRO-3 and quantization have placed theirs."""
+    return model if cfg.deepspeed.stage == 3 or isinstance(cfg.tuner, QloraTuner) else model.to(device)
 
 
 def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, keep_tokenizer: bool, saved: set[str]) -> None:

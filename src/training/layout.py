@@ -42,20 +42,18 @@ class Layout:
 def choose_layout(cfg: FinetuneVerb, model, rows: TokenRows, out: Path, precision: str) -> Layout:
     """The layout of the unfinished run in `out`, or a new one that this model is proven to take. Leaves the model set up for it."""
     file, asked = out / "layout.json", {name: getattr(cfg.train, name) for name in ASKED}
-    if file.is_file():
-        kept = read_json(file)
-        layout = Layout(**kept["layout"])
-        if kept["asked"] != asked:
-            moved = ", ".join(f"train.{name}={kept['asked'][name]}" for name in ASKED if kept["asked"][name] != asked[name])
-            say(f"goes on as it began, with {moved}: another layout would change the last bits of what is learnt")
-        set_up(model, layout, cfg.train.attention)
-    else:
+    if not file.is_file():
         layout = new_layout(cfg, model, rows, precision)
-        barrier()
+        barrier()  # every process has looked for the file
         if rank() == 0:
             write_json(file, {"layout": asdict(layout), "asked": asked})
         barrier()
-        layout = Layout(**read_json(file)["layout"])
+    kept = read_json(file)
+    if kept["asked"] != asked:
+        moved = ", ".join(f"train.{name}={kept['asked'][name]}" for name in ASKED if kept["asked"][name] != asked[name])
+        say(f"goes on as it began, with {moved}: another layout would change the last bits of what is learnt")
+    layout = Layout(**kept["layout"])
+    set_up(model, layout, kept["asked"]["attention"])
     say(
         f"batches: {'packed' if layout.packed else 'padded'}, up to {layout.capacity:,} tokens a forward pass; attention "
         f"{model.config._attn_implementation}; loss {'in chunks at the trained tokens' if layout.fused else 'from the logits of the trained tokens'}; "
