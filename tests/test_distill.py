@@ -90,9 +90,9 @@ def journal(tmp_path: Path, query: str, run: str = "default") -> list[tuple]:
 # ---- nothing lost, nothing paid twice
 
 
-def test_every_fault_is_got_over_and_every_row_accounted_for(cli, teacher, prompts, tmp_path):
+def test_every_fault_is_got_over_and_every_row_accounted_for(call, teacher, prompts, tmp_path):
     server = teacher(faults=FAULTS, cut=0.05, always=0.03, latency=0.01, wait=0.1)
-    done = cli(*argv(server, prompts(200)))
+    done = call(*argv(server, prompts(200)))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs" / "default" / "distill"
     kept = [row for split in ("train", "val", "calib") for row in rows_of(folder, split)]
@@ -161,45 +161,45 @@ def test_killed_at_any_moment_the_same_command_makes_the_same_files(cli, teacher
     print(f"{kills} kills, {again} answers that were on their way asked again")
 
 
-def test_a_later_step_changed_asks_nothing_again(cli, teacher, prompts, tmp_path):
+def test_a_later_step_changed_asks_nothing_again(call, teacher, prompts, tmp_path):
     server, path = teacher(), prompts(40)
-    assert cli(*argv(server, path)).returncode == 0
+    assert call(*argv(server, path)).returncode == 0
     before = server.came()
     changed = argv(server, path, "recipe.order=[answer,short]", "recipe.steps.short.max=160")
-    refused(cli(*changed), Moved, "recipe.order")
-    done = cli(*changed, "force=true")
+    refused(call(*changed), Moved, "recipe.order")
+    done = call(*changed, "force=true")
     assert done.returncode == 0, done.stderr
     assert server.came() == before == 40
-    assert "up to date" in cli(*changed).stderr
+    assert "up to date" in call(*changed).stderr
 
 
-def test_two_rows_that_ask_the_same_share_one_request(cli, teacher, tmp_path):
+def test_two_rows_that_ask_the_same_share_one_request(call, teacher, tmp_path):
     path = tmp_path / "same.jsonl"
     path.write_text(json.dumps({"prompt": "The same?"}) + "\n" + json.dumps({"prompt": "The same?"}) + "\n" + json.dumps({"prompt": "No."}))
     server = teacher(latency=0.05)
-    assert cli(*argv(server, path)).returncode == 0
+    assert call(*argv(server, path)).returncode == 0
     assert server.came() == 2
 
 
-def test_what_was_set_aside_stays_so_until_it_is_to_be_tried_anew(cli, teacher, prompts, tmp_path):
+def test_what_was_set_aside_stays_so_until_it_is_to_be_tried_anew(call, teacher, prompts, tmp_path):
     server, path = teacher(always=0.3), prompts(30)
-    assert cli(*argv(server, path)).returncode == 0
+    assert call(*argv(server, path)).returncode == 0
     aside, came = len(rows_of(tmp_path / "outputs" / "default" / "distill", "set_aside")), server.came()
     assert 0 < aside < 30
     server.behave(always=0.0)
-    assert cli(*argv(server, path, "force=true")).returncode == 0
+    assert call(*argv(server, path, "force=true")).returncode == 0
     assert server.came() == came
-    done = cli(*argv(server, path, "force=true", "retry_set_aside=true"))
+    done = call(*argv(server, path, "force=true", "retry_set_aside=true"))
     assert done.returncode == 0 and f"asks {aside} requests anew" in done.stderr
     assert server.came() == came + aside
     assert not rows_of(tmp_path / "outputs" / "default" / "distill", "set_aside")
 
 
-def test_a_cut_off_answer_is_taken_only_where_that_is_allowed_and_never_asked_twice(cli, teacher, prompts, tmp_path):
+def test_a_cut_off_answer_is_taken_only_where_that_is_allowed_and_never_asked_twice(call, teacher, prompts, tmp_path):
     server, path = teacher(cut=0.5), prompts(20)
-    assert cli(*argv(server, path)).returncode == 0
+    assert call(*argv(server, path)).returncode == 0
     assert {row["reason"] for row in rows_of(tmp_path / "outputs" / "default" / "distill", "set_aside")} == {"cut off"}
-    assert cli(*argv(server, path, "allow_cut_off=true", "force=true")).returncode == 0
+    assert call(*argv(server, path, "allow_cut_off=true", "force=true")).returncode == 0
     assert not rows_of(tmp_path / "outputs" / "default" / "distill", "set_aside")
     assert server.came() == 20
 
@@ -223,10 +223,10 @@ def test_ctrl_c_waits_for_what_is_paid_and_the_next_command_goes_on(teacher, pro
 
 
 @pytest.mark.parametrize("budget", ["budget.tokens=4000", "budget.money=0.004"])
-def test_the_budget_is_never_passed_and_a_higher_one_goes_on(cli, teacher, prompts, tmp_path, budget):
+def test_the_budget_is_never_passed_and_a_higher_one_goes_on(call, teacher, prompts, tmp_path, budget):
     server, path = teacher(latency=0.02, faults={"dropped": 0.1, "server": 0.1}, tokens_per_byte=0.9), prompts(300)
     prices = ["teacher.price.prompt=1", "teacher.price.completion=1", "recipe.steps.answer.sampling.max_tokens=60"]
-    done = cli(*argv(server, path, budget, *prices))
+    done = call(*argv(server, path, budget, *prices))
     refused(done, BudgetSpent, "remain", "budget.tokens", "the same command")
     assert done.returncode == 16
     state = server.state()
@@ -234,7 +234,7 @@ def test_the_budget_is_never_passed_and_a_higher_one_goes_on(cli, teacher, promp
     ((tokens, money),) = journal(tmp_path, "SELECT sum(tokens), sum(money) FROM totals")
     assert state["tokens"] <= tokens <= 4000 and money <= 0.004
     key, value = budget.split("=")
-    again = cli(*argv(server, path, f"{key}={float(value) * 1000:.0f}", *prices))
+    again = call(*argv(server, path, f"{key}={float(value) * 1000:.0f}", *prices))
     assert again.returncode == 0, again.stderr
     assert max(server.state()["answered"].values()) == 1
 
@@ -255,9 +255,9 @@ def test_what_a_kill_left_on_its_way_counts_as_spent(teacher, prompts, tmp_path,
     assert "lost by kills" in (tmp_path / "outputs" / "default" / "distill" / "README.md").read_text()
 
 
-def test_concurrency_falls_where_the_teacher_is_busy(cli, teacher, prompts):
+def test_concurrency_falls_where_the_teacher_is_busy(call, teacher, prompts):
     server = teacher(latency=0.05, steady=True, most=6, wait=0.3)
-    done = cli(*argv(server, prompts(150)))
+    done = call(*argv(server, prompts(150)))
     assert done.returncode == 0, done.stderr
     state = server.state()
     assert sum(state["answered"].values()) == 150
@@ -266,18 +266,18 @@ def test_concurrency_falls_where_the_teacher_is_busy(cli, teacher, prompts):
     assert turned_away < 100
 
 
-def test_retry_after_is_honoured(cli, teacher, prompts):
+def test_retry_after_is_honoured(call, teacher, prompts):
     server = teacher(faults={"seconds": 1.0}, wait=1.0)
-    assert cli(*argv(server, prompts(3), "teacher.limits.concurrency=1")).returncode == 0
+    assert call(*argv(server, prompts(3), "teacher.limits.concurrency=1")).returncode == 0
     times = server.state()["times"]
     gaps = [b - a for a, b in itertools.pairwise(times)]
     # Each of the three is turned away at least once, and nobody asks within the second that was asked for.
     assert len(times) >= 6 and sum(gap >= 0.98 for gap in gaps) >= 3
 
 
-def test_requests_a_minute_are_kept(cli, teacher, prompts):
+def test_requests_a_minute_are_kept(call, teacher, prompts):
     server = teacher()
-    assert cli(*argv(server, prompts(30), "teacher.limits.requests_per_minute=600")).returncode == 0
+    assert call(*argv(server, prompts(30), "teacher.limits.requests_per_minute=600")).returncode == 0
     times = server.state()["times"]
     # 600 a minute are 10 a second; a burst of a second's worth may go first.
     assert max(times) - min(times) > (30 - 11) / 10 * 0.95
@@ -285,13 +285,13 @@ def test_requests_a_minute_are_kept(cli, teacher, prompts):
         assert sum(begin <= t < begin + 1.0 for t in times) <= 21
 
 
-def test_a_teacher_out_of_order_stops_the_run_and_what_is_done_is_kept(cli, teacher, prompts, tmp_path):
+def test_a_teacher_out_of_order_stops_the_run_and_what_is_done_is_kept(call, teacher, prompts, tmp_path):
     server, path = teacher(down_after=20, latency=0.01), prompts(200)
-    done = cli(*argv(server, path, "teacher.limits.breaker=8", "teacher.limits.tries=3"))
+    done = call(*argv(server, path, "teacher.limits.breaker=8", "teacher.limits.tries=3"))
     refused(done, NoAnswer, "8 failures on end", "HTTP 500", "the same command goes on")
     assert len(_answers(tmp_path / "outputs")) >= 20
     server.behave(down_after=None)
-    again = cli(*argv(server, path))
+    again = call(*argv(server, path))
     assert again.returncode == 0, again.stderr
     assert not rows_of(tmp_path / "outputs" / "default" / "distill", "set_aside"), "what failed while it was down is not held against a row"
     assert max(server.state()["answered"].values()) == 1
@@ -305,22 +305,22 @@ def test_a_teacher_out_of_order_stops_the_run_and_what_is_done_is_kept(cli, teac
         ({"status": 302}, ["http://elsewhere.example/v1", "not followed"]),
     ],
 )
-def test_what_no_request_can_get_over_stops_at_once(cli, teacher, prompts, behaviour, words):
+def test_what_no_request_can_get_over_stops_at_once(call, teacher, prompts, behaviour, words):
     server = teacher(**behaviour)
-    done = cli(*argv(server, prompts(50)))
+    done = call(*argv(server, prompts(50)))
     refused(done, NoAnswer, *words)
     assert "secret" not in done.stderr
     assert server.state()["statuses"][str(behaviour["status"])] <= 33
 
 
-def test_a_request_the_server_refuses_is_set_aside_and_the_run_stops_where_it_refuses_all(cli, teacher, prompts, tmp_path):
+def test_a_request_the_server_refuses_is_set_aside_and_the_run_stops_where_it_refuses_all(call, teacher, prompts, tmp_path):
     server = teacher(status=400)
-    done = cli(*argv(server, prompts(50), "teacher.limits.breaker=5"))
+    done = call(*argv(server, prompts(50), "teacher.limits.breaker=5"))
     refused(done, NoAnswer, "5 failures on end", "HTTP 400", "as told")
 
 
-def test_nobody_there(cli, prompts, tmp_path):
-    done = cli("distill", f"prompts.path={prompts(5)}", "teacher.url=http://127.0.0.1:9", *QUICK, "teacher.limits.breaker=3")
+def test_nobody_there(call, prompts, tmp_path):
+    done = call("distill", f"prompts.path={prompts(5)}", "teacher.url=http://127.0.0.1:9", *QUICK, "teacher.limits.breaker=3")
     refused(done, NoAnswer, "no connection")
 
 
@@ -344,8 +344,8 @@ def test_the_key_reaches_the_server_and_nothing_else(cli, teacher, prompts, tmp_
 
 
 @pytest.mark.parametrize("url", ["http://me:secret@host/v1", "ftp://host", "http://host/v1?key=secret", "http://host/v1/chat/completions"])
-def test_an_address_that_is_none_is_refused_without_showing_it(cli, prompts, url):
-    done = cli("distill", f"prompts.path={prompts(1)}", f'teacher.url="{url}"', *QUICK)
+def test_an_address_that_is_none_is_refused_without_showing_it(call, prompts, url):
+    done = call("distill", f"prompts.path={prompts(1)}", f'teacher.url="{url}"', *QUICK)
     refused(done, ConfigError, "teacher.url")
     assert "secret" not in done.stderr
 
@@ -353,14 +353,14 @@ def test_an_address_that_is_none_is_refused_without_showing_it(cli, prompts, url
 # ---- the journal
 
 
-def test_a_damaged_journal_is_told_and_left_alone(cli, teacher, prompts, tmp_path):
+def test_a_damaged_journal_is_told_and_left_alone(call, teacher, prompts, tmp_path):
     server, path = teacher(), prompts(30)
-    assert cli(*argv(server, path)).returncode == 0
+    assert call(*argv(server, path)).returncode == 0
     file = tmp_path / "outputs" / "default" / "distill.journal.sqlite"
     data = bytearray(file.read_bytes())
     for damage in (b"this is no journal" * 500, bytes(data[:4096]) + bytes(len(data) - 4096)):
         file.write_bytes(damage)
-        done = cli(*argv(server, path, "force=true"))
+        done = call(*argv(server, path, "force=true"))
         refused(done, BadData, "journal", "left as it is", str(file))
         assert file.read_bytes() == damage
     assert server.came() == 30
@@ -369,7 +369,7 @@ def test_a_damaged_journal_is_told_and_left_alone(cli, teacher, prompts, tmp_pat
 # ---- sources
 
 
-def test_prompts_of_every_layout(cli, teacher, tmp_path):
+def test_prompts_of_every_layout(call, teacher, tmp_path):
     server = teacher()
     path = tmp_path / "mixed.jsonl"
     records = [
@@ -382,7 +382,7 @@ def test_prompts_of_every_layout(cli, teacher, tmp_path):
         {"prompt": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who?"}]},
     ]
     path.write_text("\n".join(map(json.dumps, records)))
-    assert cli(*argv(server, path, "holdout.val=0", "holdout.calib=0")).returncode == 0
+    assert call(*argv(server, path, "holdout.val=0", "holdout.calib=0")).returncode == 0
     rows = rows_of(tmp_path / "outputs" / "default" / "distill")
     assert [row["messages"][-2]["content"] for row in rows] == [
         "Only a question",
@@ -400,41 +400,41 @@ def test_prompts_of_every_layout(cli, teacher, tmp_path):
     assert [row.messages for row in found] == [[{"role": "user", "content": text}] for text in ("First?", "Second?")]
 
 
-def test_faults_of_a_file_are_told_before_anything_is_asked(cli, teacher, tmp_path):
+def test_faults_of_a_file_are_told_before_anything_is_asked(call, teacher, tmp_path):
     server = teacher()
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "fine"}\n{"prompt": 7}\n{"prompt": "<|im_end|> and more"}\nnot json\n{"prompt": "\\ud800"}\n')
-    done = cli(*argv(server, path))
+    done = call(*argv(server, path))
     refused(done, BadData, "4 of 5", "bad.jsonl line 2", "control string", "prompts.on_fault=drop")
     assert server.came() == 0
-    done = cli(*argv(server, path, "prompts.on_fault=drop", "holdout.val=0", "holdout.calib=0"))
+    done = call(*argv(server, path, "prompts.on_fault=drop", "holdout.val=0", "holdout.calib=0"))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs" / "default" / "distill"
     assert len(rows_of(folder)) == 1 and len(rows_of(folder, "set_aside")) == 4
 
 
-def test_what_a_recipe_begins_with_has_to_be_there(cli, tmp_path):
+def test_what_a_recipe_begins_with_has_to_be_there(call, tmp_path):
     plain = ["teacher.model=m"]
-    refused(cli("distill", *plain), MissingInput, "a file of prompts")
-    refused(cli("distill", *plain, f"prompts.path={tmp_path / 'none.jsonl'}"), MissingInput, "no such file")
-    refused(cli("distill", *plain, f"prompts.path={tmp_path}"), MissingInput, "a folder")
+    refused(call("distill", *plain), MissingInput, "a file of prompts")
+    refused(call("distill", *plain, f"prompts.path={tmp_path / 'none.jsonl'}"), MissingInput, "no such file")
+    refused(call("distill", *plain, f"prompts.path={tmp_path}"), MissingInput, "a folder")
 
 
-def test_a_budget_in_money_needs_prices(cli, teacher, prompts):
-    refused(cli(*argv(teacher(), prompts(1), "budget.money=1")), ConfigError, "teacher.price")
+def test_a_budget_in_money_needs_prices(call, teacher, prompts):
+    refused(call(*argv(teacher(), prompts(1), "budget.money=1")), ConfigError, "teacher.price")
 
 
 # ---- estimate, card, samples, finetune
 
 
-def test_an_estimate_spends_on_its_rows_alone_and_is_near_what_all_cost(cli, teacher, prompts, tmp_path):
+def test_an_estimate_spends_on_its_rows_alone_and_is_near_what_all_cost(call, teacher, prompts, tmp_path):
     server, path = teacher(), prompts(300)
     prices = ["teacher.price.prompt=1", "teacher.price.completion=2"]
-    done = cli(*argv(server, path, "estimate=25", *prices))
+    done = call(*argv(server, path, "estimate=25", *prices))
     assert done.returncode == 0, done.stderr
     assert server.came() == 25 and not (tmp_path / "outputs" / "default" / "distill").exists()
     low, high = (float(n.replace(",", "")) for n in re.search(r"\(95 %: ([\d,]+) to ([\d,]+)\)", done.stderr).groups())
-    assert cli(*argv(server, path, *prices)).returncode == 0
+    assert call(*argv(server, path, *prices)).returncode == 0
     assert server.came() == 300
     ((tokens, money),) = journal(tmp_path, "SELECT tokens, money FROM totals")
     assert low * 0.97 <= tokens <= high * 1.03 and money > 0
@@ -457,7 +457,7 @@ def test_what_was_asked_for_a_row_counts_for_the_one_it_came_from():
     assert by_root(costs, ["a#0", "b/c"]) == [(8.0, 0.1), (7.0, 0.0)]
 
 
-def test_card_and_samples_say_what_one_has_to_know(cli, teacher, tmp_path):
+def test_card_and_samples_say_what_one_has_to_know(call, teacher, tmp_path):
     server = teacher()
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"prompt": "<script>alert('x')</script> & more"}) + "\n" + json.dumps({"prompt": "你好 \u202e abc"}))
@@ -468,7 +468,7 @@ def test_card_and_samples_say_what_one_has_to_know(cli, teacher, tmp_path):
         "holdout.val=0",
         "holdout.calib=0",
     ]
-    assert cli(*argv(server, path, *told)).returncode == 0
+    assert call(*argv(server, path, *told)).returncode == 0
     folder = tmp_path / "outputs" / "default" / "distill"
     card, page = (folder / "README.md").read_text(), (folder / "samples.html").read_text()
     for words in (
@@ -498,9 +498,9 @@ def test_finetune_takes_the_dataset(cli, teacher, prompts, tmp_path):
     assert manifest["parents"][0]["stage"] == "distill"
 
 
-def test_a_plan_asks_nothing(cli, teacher, prompts, tmp_path):
+def test_a_plan_asks_nothing(call, teacher, prompts, tmp_path):
     server = teacher()
-    done = cli(*argv(server, prompts(5), "dry_run=true"))
+    done = call(*argv(server, prompts(5), "dry_run=true"))
     assert done.returncode == 0 and "would make" in done.stderr and "without a key" in done.stderr
     assert server.state()["statuses"] == {} and not (tmp_path / "outputs" / "default").exists()
 
@@ -527,18 +527,18 @@ def test_a_batch_is_fetched_by_the_next_command_and_never_sent_twice(cli, teache
     assert everything(folder) == everything(tmp_path / "second" / "default" / "distill")
 
 
-def test_a_model_folder_teaches_and_its_answers_do_not_follow_from_their_neighbours(cli, tmp_path):
+def test_a_model_folder_teaches_and_its_answers_do_not_follow_from_their_neighbours(call, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"What is your name, {n}?"}) for n in range(9)))
     local = ["distill", f"prompts.path={path}", "teacher=local", f"teacher.path={CHAT}", "recipe.order=[answer]"]
     local += ["recipe.steps.answer.sampling.max_tokens=40", "allow_cut_off=true", "holdout.val=0", "holdout.calib=0"]
     answers = []
     for size in (1, 4):
-        done = cli(*local, f"teacher.batch_size={size}", f"run=b{size}")
+        done = call(*local, f"teacher.batch_size={size}", f"run=b{size}")
         assert done.returncode == 0, done.stderr
         answers.append([row["messages"] for row in rows_of(tmp_path / "outputs" / f"b{size}" / "distill")])
     assert len(answers[0]) == 9 and answers[0] == answers[1]
     assert len({messages[-1]["content"] for messages in answers[0]}) > 1
-    again = cli(*local, "teacher.batch_size=1", "run=b1", "force=true")
+    again = call(*local, "teacher.batch_size=1", "run=b1", "force=true")
     assert again.returncode == 0
     assert journal(tmp_path, "SELECT requests, money FROM totals", "b1") == [(9, 0.0)]

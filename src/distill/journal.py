@@ -130,23 +130,33 @@ class Journal:
     async def _do(self, work: Callable, *args, writes: bool = True):
         future = self._loop.create_future()
         self._queue.put((work, args, future, writes))
+        if not self._thread.is_alive():
+            raise RuntimeError("the journal's thread has ended")
         return await future
 
     def _write(self) -> None:
-        closing = False
-        while not closing:
-            group = [self._queue.get()]
+        group = []
+        try:
+            while None not in group:
+                group = [self._queue.get()]
+                while not self._queue.empty():
+                    group.append(self._queue.get())
+                self._answer([op for op in group if op])
+        except Exception as error:
             while not self._queue.empty():
                 group.append(self._queue.get())
-            closing = None in group
             group = [op for op in group if op]
-            try:
-                results = self._commit(group)
-            except (sqlite3.Error, RuntimeError) as error:
-                if self._base.in_transaction:
-                    self._base.execute("ROLLBACK")
-                results = [self._in_words(error) if isinstance(error, sqlite3.Error) else error] * len(group)
-            self._loop.call_soon_threadsafe(_resolve, group, results)
+            self._loop.call_soon_threadsafe(_resolve, group, [error] * len(group))
+            raise
+
+    def _answer(self, group: list) -> None:
+        try:
+            results = self._commit(group)
+        except sqlite3.Error as error:
+            if self._base.in_transaction:
+                self._base.execute("ROLLBACK")
+            results = [self._in_words(error)] * len(group)
+        self._loop.call_soon_threadsafe(_resolve, group, results)
 
     def _commit(self, group: list) -> list:
         if not any(writes for *_, writes in group):
@@ -220,7 +230,7 @@ class OpenBatch:
 
 def _resolve(group: list, results: list) -> None:
     for (_, _, future, _), result in zip(group, results):
-        if future.cancelled():
+        if future.done():
             continue
         if isinstance(result, Exception):
             future.set_exception(result)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from src import chatml, measuring, modeling
 from src.artifact import Artifact
 from src.config import LocalTeacher, TeacherLimits
-from src.distill.teachers import Failed, Reply, digest
+from src.distill.teachers import Failed, Reply, digest, plain
 from src.distill.work import Request
 from src.errors import BadData
 
@@ -73,6 +73,9 @@ class Local:
 
     def cost(self, prompt_tokens: int, tokens: int) -> float:
         return 0.0
+
+    def plain(self, text: str) -> str:
+        return plain(text)
 
     def learn(self, most: int, prompt_tokens: int) -> bool:
         return False

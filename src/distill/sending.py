@@ -10,6 +10,7 @@ import json
 import time
 from dataclasses import dataclass
 
+from src.artifact import canonical
 from src.config import TeacherLimits
 from src.distill.batch import Batches
 from src.distill.journal import Journal, Known
@@ -132,7 +133,7 @@ class Sending:
             line.gate.breaker.well()
 
     async def _put_aside(self, line: Line, key: str, failed: Failed) -> Known:
-        await self.journal.put_aside(key, line.teacher.name, failed.reason, failed.detail)
+        await self.journal.put_aside(key, line.teacher.name, failed.reason, line.teacher.plain(failed.detail))
         line.gate.breaker.aside.append(key)
         return await self.journal.look(key)
 
@@ -233,6 +234,7 @@ def value_of(text: str, schema: dict | None):
         return None
     try:
         value = json.loads(_bare(text), parse_constant=_no_constant)
+        canonical(value)  # an escape may stand for half of a surrogate pair, which nothing can hold
     except (ValueError, RecursionError) as error:
         raise Failed("answer is not JSON", str(error), fault=True) from None
     if fault := next(_validator(json.dumps(schema, sort_keys=True)).iter_errors(value), None):

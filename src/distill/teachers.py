@@ -24,6 +24,8 @@ LARGEST = 1 << 24
 """bytes of one reply at most"""
 LONGEST_WAIT = 3600.0
 """seconds a teacher may ask us to wait before the run stops and says so"""
+KEPT_ALIVE = 3.0
+"""seconds an idle connection is kept; uvicorn, under vLLM and others, closes its own after 5, perhaps just as a request is sent"""
 PER_MESSAGE = 32
 """tokens that a template may put around a message; the text itself has no more tokens than bytes, as byte-level BPE splits it at most"""
 
@@ -82,7 +84,7 @@ class Endpoint:
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         self._session = aiohttp.ClientSession(
             headers=headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_ALIVE),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=self.settings.limits.timeout),
             trust_env=False,
@@ -242,9 +244,13 @@ class Endpoint:
         return Failed(f"HTTP {status}", words, again=status >= 500 or status in (408, 409), together=status >= 500, wait=wait)
 
     def plain(self, text: str) -> str:
-        """A server's words for a person: one line, at most 300 characters, nothing that steers a terminal, and never the key."""
-        text = text.replace(self._key, "***") if self._key else text
-        return "".join(c if c.isprintable() else " " for c in text)[:300].strip()
+        """A server's words for a person, and never the key."""
+        return plain(text.replace(self._key, "***") if self._key else text)
+
+
+def plain(text: str) -> str:
+    """Words from outside for a person: one line, at most 300 characters, nothing that steers a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:400])[:300].strip()
 
 
 def key_in(variable: str) -> str | None:
