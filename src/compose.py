@@ -111,7 +111,8 @@ def _plain(tree, changes=()) -> dict:
         value, old = change.value(), OmegaConf.select(tree, change.key_or_group, throw_on_missing=False)
         if isinstance(value, int | float) and not isinstance(value, bool) and (old is None or isinstance(old, str)):
             value = change.input_line.partition("=")[2].strip()  # text that looks like a number: run=2024_01_05 is not 20240105
-        OmegaConf.update(tree, change.key_or_group, value, merge=True)
+        # An empty group, such as teacher.extra, has no keys to merge into and takes any.
+        OmegaConf.update(tree, change.key_or_group, value, merge=old != {})
     return OmegaConf.to_container(tree, resolve=True)
 
 
