@@ -6,7 +6,8 @@ The same rows in the same steps, each run in a process of its own, in turn:
   trl-free TRL, padding-free
   trl-pack TRL, packing (best fit), as many packed sequences a step as hold about as many rows
   ours     python -m src.finetune
-A useful token is one of a row, padding left out. Peak memory is the process's, as the kernel gives it. Needs benchmarks/requirements.txt and the
+Times are of training alone: for ours without the probe, which takes the longest batch through a step once a run. A useful token is one of a row,
+padding left out. Peak memory is the process's, as the kernel gives it. Needs benchmarks/requirements.txt and the
 chats of ../shared/data; models have random weights in real shapes: 15m (Llama, 32,000 tokens) and half (Qwen2.5-0.5B, 151,936 tokens, 2 layers).
 """
 

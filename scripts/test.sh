@@ -5,4 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 make_env
 cd "$root"
 "$python" -m ruff check --quiet .
-"$python" -m pytest "$@"
+# A file's tests share what its fixtures made, so files are what is spread.
+"$python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -127,7 +127,7 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         head=head,
         soft=soft,
         alpha=cfg.teacher.weight,
-        callbacks=[told, proof, checkpoints.Checkpoints(world)],
+        callbacks=[proof, told, checkpoints.Checkpoints(world)],
     )
     run.train(resume_from_checkpoint=resume and str(resume))
     run.finished = True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-LOGITS = 256 << 20
+LOGITS = 128 << 20
 """bytes of fp32 logits a chunk may have"""
 
 
