@@ -486,7 +486,7 @@ class EndpointTeacher(Settings):
 
     @model_validator(mode="after")
     def _plain_address(self):
-        check_address(self.url, "teacher.url")
+        check_address(self.url, "url")
         if taken := sorted(self.extra.keys() & {"model", "messages", "prompt", "stream", "n"}):
             raise ValueError(f"extra sets {', '.join(taken)}, which the request itself does")
         return self
@@ -525,7 +525,7 @@ class Prompts(Settings):
     path: Annotated[str | None, Unkeyed]
     """file of prompts or conversations (JSON, JSON Lines or lines of text), or folder of text to ask about; null: none, for recipes that draw their own"""
     count: PositiveInt | None
-    """rows to read at most, or to begin with where there is no file; null: all"""
+    """rows to read at most; null: all"""
     on_fault: Literal["error", "drop"]
     """malformed records: fail and list the first ten before anything is asked, or set them aside"""
 

@@ -346,7 +346,7 @@ def test_the_key_reaches_the_server_and_nothing_else(cli, teacher, prompts, tmp_
 @pytest.mark.parametrize("url", ["http://me:secret@host/v1", "ftp://host", "http://host/v1?key=secret", "http://host/v1/chat/completions"])
 def test_an_address_that_is_none_is_refused_without_showing_it(call, prompts, url):
     done = call("distill", f"prompts.path={prompts(1)}", f'teacher.url="{url}"', *QUICK)
-    refused(done, ConfigError, "teacher.url")
+    refused(done, ConfigError, "teacher: url")
     assert "secret" not in done.stderr
 
 

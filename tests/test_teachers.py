@@ -9,7 +9,7 @@ import pytest
 from conftest import CHAT
 from test_config import composed
 
-from src.config import Budget, TeacherLimits
+from src.config import Budget
 from src.distill import limits, teachers
 from src.distill.sending import value_of
 from src.distill.teachers import Endpoint, Failed
@@ -371,6 +371,5 @@ def test_draws_follow_from_seed_and_words_alone():
     assert work.draw("a").random() != Work(seed=2, ask=None).draw("a").random()
 
 
-def test_limits_of_a_local_model_are_whole():
-    assert set(TeacherLimits.model_fields) == set(composed("distill", "teacher.model=m").teacher.limits.model_dump())
+def test_words_from_outside_steer_no_terminal():
     assert teachers.plain("a\x1b[31mb\u202e\n" + "x" * 500)[:4] == "a [3"
