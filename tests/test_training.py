@@ -161,8 +161,8 @@ def test_the_loss_in_chunks_is_the_loss_of_the_logits(model, monkeypatch, tied, 
     assert apart(plain[1], step_of(whole, batches, HeadLoss(whole, chunked=False))[1]) < 1e-6
 
 
-@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "q_proj"]])
-def test_the_loss_in_chunks_works_with_lora_on_the_output_layer(model, monkeypatch, targets):
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "q_proj"], ["q_proj"]])
+def test_the_loss_in_chunks_works_with_lora_on_the_output_layer_and_with_a_frozen_one(model, monkeypatch, targets):
     from peft import LoraConfig, get_peft_model
 
     monkeypatch.setattr("src.training.head.LOGITS", 512 * 4 * 10)
@@ -175,7 +175,7 @@ def test_the_loss_in_chunks_works_with_lora_on_the_output_layer(model, monkeypat
         results.append(step_of(tuned, [micro_batch(ROWS, [0, 2], 0, packed=False)], head))
     (plain, gradients), (ours, chunked) = results
     assert ours == pytest.approx(plain, rel=1e-6) and apart(gradients, chunked) < 1e-5
-    assert len(gradients) == 2 + 4 * ("q_proj" in targets)
+    assert len(gradients) == 2 * ("lm_head" in targets) + 4 * ("q_proj" in targets)
 
 
 def test_a_micro_batch_with_nothing_trained_has_no_loss_and_gradients_of_zero(model):

@@ -142,10 +142,7 @@ class _ChunkedLoss(torch.autograd.Function):
             loss, gradient = loss_and_gradient(logits.detach(), t)
             found, *rest = torch.autograd.grad(logits, [h, *parameters], gradient)
             into_hidden[at : at + len(h)] = found
-            if into is None:
-                into = rest
-            else:
-                torch._foreach_add_(into, rest)
+            into = rest if into is None else [one.add_(other) for one, other in zip(into, rest)]
             total += loss
             at += len(h)
         ctx.save_for_backward(into_hidden, *into)
