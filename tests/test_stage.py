@@ -427,9 +427,8 @@ def test_a_group_size_that_does_not_divide(plan, tmp_path, group):
 
 def test_a_batch_the_processes_cannot_share(plan):
     refused(plan("finetune", "launch.nproc_per_node=3"), ConfigError, "global_batch_size=8", "3 processes", "train.global_batch_size=9")
-    refused(plan("finetune", "train.micro_batch_size=3"), ConfigError, "micro_batch_size=3", "1, 2, 4, 8")
-    done = plan("finetune", "launch.nproc_per_node=2", "train.micro_batch_size=2")
-    assert "2 a process x 2 x 2 accumulated = 8" in done.stderr
+    done = plan("finetune", "launch.nproc_per_node=2", "train.micro_batch_size=3")
+    assert "2 processes, 8 conversations a step" in done.stderr, "how many fit in a forward pass is the layout's affair"
 
 
 def test_qlora_and_zero3(plan):
