@@ -16,6 +16,9 @@ import torch
 from src import chatml
 from src.training.tokens import TokenRows
 
+SEARCHED = 20_000
+"""steps that can be laid out in about a second"""
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -95,7 +98,9 @@ class Plan:
         return int(lengths.sum()) if self.packed else int(lengths.max(initial=0)) * len(rows)
 
     def longest(self) -> list[int]:
-        """Rows of a forward pass as large as the run's largest: the longest, filled up to the capacity."""
+        """Rows of the run's largest forward pass; in very long runs, of one at least as large as far as the capacity allows."""
+        if self.steps <= SEARCHED:
+            return max((part for step in range(self.steps) for bins in self.layout(step) for part in bins), key=self.size)
         taken = []
         for row in np.argsort(-self.lengths, kind="stable").tolist():
             if len(taken) < self.batch and (not taken or self.size([*taken, row]) <= self.capacity):
