@@ -313,7 +313,11 @@ def test_hostile_answers_are_set_aside_and_never_crash(name):
     def spoil(draw: random.Random, text: str) -> str:
         return HOSTILE[draw.choice(sorted(HOSTILE))](text) if draw.random() < 0.5 else text
 
-    out, aside, _ = ran(chosen, starting(chosen.takes, 60), Teacher(0, spoil))
+    try:
+        out, aside, _ = ran(chosen, starting(chosen.takes, 60), Teacher(0, spoil))
+    except BadData as error:  # too few labels are left of both kinds, which is told as the user's to mend
+        assert name == "code" and "teaches a classifier nothing" in str(error)
+        return
     assert aside
     for row in out:
         text = json.dumps(vars(row), ensure_ascii=False)

@@ -287,7 +287,7 @@ def test_a_quantized_base_for_plain_lora(plan, finished):
     assert plan("finetune", f"model.path={finished / 'a' / 'quantize'}", "tuner=qlora").returncode == 0
 
 
-@pytest.mark.parametrize("change, words", [({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias")])
+@pytest.mark.parametrize("change, words", [({"lora_bias": True}, "lora_bias"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias")])
 def test_adapters_that_cannot_be_merged(plan, finished, tmp_path, change, words):
     folder = shutil.copytree(finished / "a" / "finetune", tmp_path / "adapter")
     (folder / "manifest.json").unlink()
