@@ -25,6 +25,10 @@ EQUAL = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """largest difference of a token's loss (nats) that a precision explains"""
 
 
+BUSY = 512
+"""tokens of a forward pass that keep a CPU busy; more take memory and no less time (docs/benchmarks.md)"""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a run computes, which does not change what it learns but its last bits: a resumed run keeps it.
@@ -86,7 +90,8 @@ def new_layout(cfg: FinetuneVerb, model, rows: TokenRows, precision: str) -> Lay
         layout = replace(layout, checkpointing=True)
         set_up(model, layout, t.attention)
         fits = tokens_that_fit(cfg, model, rows, layout)
-    return replace(layout, capacity=max(longest, min(fits, share * longest)))
+    useful = share * longest if torch.cuda.is_available() else BUSY
+    return replace(layout, capacity=max(longest, min(fits, share * longest, useful)))
 
 
 def set_up(model, layout: Layout, asked: str) -> None:
