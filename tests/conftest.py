@@ -29,6 +29,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+LEFT_OUT: dict[str, int] = {}
+"""tests that this run's -m leaves out, by marker"""
+
+
+def pytest_deselected(items):
+    for item in items:
+        for mark in ("gpu", "slow", "board"):
+            if item.get_closest_marker(mark):
+                LEFT_OUT[mark] = LEFT_OUT.get(mark, 0) + 1
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes, each of which has collected everything
+        session.config.workeroutput["left_out"] = LEFT_OUT
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if LEFT_OUT:
+        counts = ", ".join(f"{count} {mark}" for mark, count in sorted(LEFT_OUT.items()))
+        terminalreporter.write_line(f"not run: {counts} (python -m pytest -m slow runs the slow ones, and so on)")
+
+
 @pytest.fixture(autouse=True)
 def plain_machine(monkeypatch):
     """Whatever launched pytest, the code under test sees one process and no GPU count of its own making."""
