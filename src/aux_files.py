@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 from src import stage
+from src.answering import logits
 from src.artifact import is_finished
 from src.config import AuxFilesVerb
 from src.errors import MissingInput, ProofFailed, WrongKind
 from src.log import say
-from src.modeling import fresh, load_model, load_tokenizer, logits
+from src.modeling import fresh, load_model, load_tokenizer
 
 TOKENIZER = (
     "tokenizer.json",
@@ -82,7 +83,7 @@ def token_ids(folder: Path, trust_remote_code: bool) -> list[list[int]]:
 
 
 def reload(folder: Path, trust: bool, dtype: str, rows: list[list[int]] | None = None) -> tuple:
-    """(token ids of the probes, logits of `rows`; see modeling.logits) of a model folder; made to run in a fresh process."""
+    """(token ids of the probes, logits of `rows`; see answering.logits) of a model folder; made to run in a fresh process."""
     return token_ids(folder, trust), logits(load_model(folder, dtype=dtype, trust_remote_code=trust).eval(), rows)
 
 

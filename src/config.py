@@ -5,13 +5,13 @@ it makes, so it takes no part in an artifact's key.
 """
 
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
-from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from src.recipes import Recipe
-from src.settings import Fraction, Settings, Unkeyed
+from src.settings import Fraction, Settings, Unkeyed, check_address
 from src.targets import AnyTarget
+from src.teachers import AnyJudge, AnyTeacher
 
 
 class Verb(Settings):
@@ -30,13 +30,7 @@ class SourcedVerb(Verb):
     """artifact or Hugging Face folder to work on; null: the run's own"""
 
 
-class Data(Settings):
-    path: Annotated[str, Unkeyed]
-    """JSON or JSON Lines file of conversations"""
-    format: Literal["auto", "qwen", "sharegpt", "openai", "alpaca"]
-    """layout of the records; auto detects it and says which"""
-    on_fault: Literal["error", "drop"]
-    """malformed records: fail and list the first ten, or drop and count them"""
+class Holdout(Settings):
     val: Fraction
     """share of records held out for evaluation"""
     calib: Fraction
@@ -49,6 +43,15 @@ class Data(Settings):
         if self.val + self.calib >= 1:
             raise ValueError("val + calib must stay below 1, or nothing is left to train on")
         return self
+
+
+class Data(Holdout):
+    path: Annotated[str, Unkeyed]
+    """JSON or JSON Lines file of conversations"""
+    format: Literal["auto", "qwen", "sharegpt", "openai", "alpaca"]
+    """layout of the records; auto detects it and says which"""
+    on_fault: Literal["error", "drop"]
+    """malformed records: fail and list the first ten, or drop and count them"""
 
 
 class DataVerb(Verb):
@@ -330,23 +333,6 @@ class Evaluation(Settings):
     """regular expression that prompt, newline and answer together must match whole; answers that do not end their turn count as wrong"""
 
 
-def check_address(url: str, setting: str) -> None:
-    """Raises ValueError where a server's address is not a plain http://HOST:PORT, without showing what it may hold."""
-    try:
-        parts = urlsplit(url)
-        port_in_range = parts.port != 0
-    except ValueError:
-        raise ValueError(f"{setting} is not an address; write http://HOST:PORT") from None
-    if parts.username is not None or parts.password is not None or "@" in url:
-        raise ValueError(f"{setting} holds a user name or password, which a report would keep; give a key in OPENAI_API_KEY instead")
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_in_range:
-        raise ValueError(f"{setting} must begin with http://HOST or https://HOST")
-    if parts.query or parts.fragment or not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError(f"{setting} is a plain address: no spaces, no ? and no #")
-    if parts.path.rstrip("/").endswith("/completions"):
-        raise ValueError(f"{setting} names the server, not a request to it: http://HOST:PORT or http://HOST:PORT/v1")
-
-
 class Endpoint(Settings):
     url: str | None
     """OpenAI-compatible server to measure, http://HOST:PORT with or without /v1; null: models are measured here. A key comes from OPENAI_API_KEY"""
@@ -428,92 +414,6 @@ class PlanVerb(Verb):
     """PNG file to draw memory and speed against context length into; null: none"""
 
 
-class Price(Settings):
-    prompt: NonNegativeFloat | None
-    """USD per million prompt tokens; null: not known"""
-    completion: NonNegativeFloat | None
-    """USD per million tokens of answers; null: not known"""
-
-
-class TeacherLimits(Settings):
-    concurrency: PositiveInt
-    """requests at a time at most; fewer while the teacher is busy"""
-    requests_per_minute: PositiveInt | None
-    """null: without limit"""
-    tokens_per_minute: PositiveInt | None
-    """of prompts and answers together, an answer counted at its longest until it is there; null: without limit"""
-    timeout: PositiveFloat
-    """seconds an answer may take"""
-    tries: PositiveInt
-    """times a request is sent at most before it is set aside"""
-    back_off: PositiveFloat
-    """seconds before the second try at most; it doubles with each, up to a minute"""
-    breaker: PositiveInt
-    """failures on end, without an answer between, that stop the run"""
-
-
-class EndpointTeacher(Settings):
-    kind: Literal["endpoint"]
-    """an OpenAI-compatible server"""
-    url: Annotated[str, Unkeyed]
-    """its address, http://HOST:PORT with or without /v1"""
-    model: str
-    """name of the model to ask"""
-    revision: str | None
-    """what tells this model from others of its name, such as a commit; answers of another are not used again; null: nothing"""
-    key_env: Annotated[str, Field(exclude=True, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-    """environment variable that holds the key, if the server wants one"""
-    seed: bool
-    """send each request's seed; false for servers that refuse it"""
-    structured: Literal["json_schema", "json_object", "none"]
-    """how the server is told of a JSON schema; the answer is checked against it in any case"""
-    token_limit: Literal["max_tokens", "max_completion_tokens"]
-    """what the server calls the longest answer"""
-    extra: dict[str, JsonValue]
-    """further fields of every request, such as chat_template_kwargs"""
-    batch: Annotated[bool, Unkeyed]
-    """ask by the endpoint's batch API: files of requests, answered within a day, often at half the price"""
-    batch_size: Annotated[PositiveInt, Unkeyed]
-    """requests in a batch at most"""
-    price: Price
-    """what it costs"""
-    licence: str | None
-    """licence of the model, for the dataset's card"""
-    terms: str | None
-    """what its maker's terms say of training on its answers, for the dataset's card"""
-    limits: Annotated[TeacherLimits, Unkeyed]
-    """how fast and how often it is asked"""
-
-    @model_validator(mode="after")
-    def _plain_address(self):
-        check_address(self.url, "url")
-        if taken := sorted(self.extra.keys() & {"model", "messages", "prompt", "stream", "n"}):
-            raise ValueError(f"extra sets {', '.join(taken)}, which the request itself does")
-        return self
-
-
-class LocalTeacher(Settings):
-    kind: Literal["local"]
-    """a model folder, run here by transformers"""
-    path: Annotated[str, Unkeyed]
-    """Hugging Face folder, or a model, adapter or quantized artifact"""
-    batch_size: PositiveInt
-    """prompts answered together; above 1 quicker on a GPU, but the last bits of a row's arithmetic, and so its words, may follow its neighbours"""
-    licence: str | None
-    """licence of the model, for the dataset's card"""
-    terms: str | None
-    """what its maker's terms say of training on its answers, for the dataset's card"""
-
-
-class SameTeacher(Settings):
-    kind: Literal["same"]
-    """the teacher judges itself"""
-
-
-AnyTeacher = Annotated[EndpointTeacher | LocalTeacher, Field(discriminator="kind")]
-AnyJudge = Annotated[SameTeacher | EndpointTeacher | LocalTeacher, Field(discriminator="kind")]
-
-
 class Budget(Settings):
     tokens: PositiveInt | None
     """tokens spent at most, prompts and answers together, over all commands that share the run's journal; null: without limit"""
@@ -528,21 +428,6 @@ class Prompts(Settings):
     """rows to read at most; null: all"""
     on_fault: Literal["error", "drop"]
     """malformed records: fail and list the first ten before anything is asked, or set them aside"""
-
-
-class Holdout(Settings):
-    val: Fraction
-    """share of rows held out for evaluation"""
-    calib: Fraction
-    """share of rows held out to calibrate quantization"""
-    split_seed: int
-    """seed of the hash that gives each row its split"""
-
-    @model_validator(mode="after")
-    def _leaves_train(self):
-        if self.val + self.calib >= 1:
-            raise ValueError("val + calib must stay below 1, or nothing is left to train on")
-        return self
 
 
 class DistillVerb(Verb):

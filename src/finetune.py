@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from src import adapters, aux_files, launch, modeling, stage
+from src import adapters, answering, aux_files, launch, modeling, stage
 from src.artifact import Artifact, outside
 from src.config import FinetuneVerb, FullTuner, QloraTuner
 from src.errors import ConfigError, MissingInput, WrongKind
@@ -216,7 +216,7 @@ def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, kee
     (out / "README.md").unlink(missing_ok=True)  # peft's blank model card
     if not full:
         adapters.tidy(out)
-    modeling.write_generation_config(out, base, tokenizer, end)
+    answering.write_generation_config(out, base, tokenizer, end)
     if keep_tokenizer:
         aux_files.copy(base, out)
     else:
@@ -224,7 +224,7 @@ def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, kee
         aux_files.copy(base, out, tokenizer=False)
     if full:
         modeling.cast_folder(out, modeling.stored_dtype(base))
-        modeling.write_stop_token(out / "config.json", end)
+        answering.write_stop_token(out / "config.json", end)
     adapters.check_saved(out, moved=not full, expected=saved)
     aux_files.prove(out, tokenizer, trust_remote_code=cfg.model.trust_remote_code)
 

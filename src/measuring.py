@@ -2,7 +2,7 @@
 
 import math
 
-from src import chatml, modeling
+from src import answering, chatml
 from src.config import Evaluation
 from src.errors import BadData, MissingInput
 from src.log import progress, warn
@@ -74,6 +74,6 @@ def answer(model, tokenizer, prompts: list, evaluation: Evaluation, end: int) ->
     found = []
     for begin in range(0, len(prompts), evaluation.batch_size):
         batch, tools = zip(*prompts[begin : begin + evaluation.batch_size])
-        texts = modeling.greedy(model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, end=end, tools=tools)
+        texts = answering.greedy(model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, end=end, tools=tools)
         found += [{"prompt": p[-1]["content"], "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
     return found

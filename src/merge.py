@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from src import aux_files, shards, stage
+from src.answering import logits
 from src.artifact import Artifact, read_json
 from src.config import MergeVerb
 from src.errors import MissingInput, ProofFailed, WrongKind
 from src.log import say
-from src.modeling import base_of, check_folder, fresh, has_tokenizer, import_quietly, logits, trust_of
+from src.modeling import base_of, check_folder, fresh, has_tokenizer, import_quietly, trust_of
 
 # Relative L2 distance of logits that rounding to the stored dtype alone explains, with room to spare (8, 11 and 24 bits of mantissa).
 TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3, "float32": 1e-4}

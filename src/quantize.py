@@ -11,11 +11,12 @@ import struct
 from pathlib import Path
 
 from src import aux_files, shards, stage
+from src.answering import logits
 from src.artifact import Artifact, read_json
 from src.config import QuantizeVerb
 from src.errors import ConfigError, MissingInput, ProofFailed
 from src.log import say, warn
-from src.modeling import check_folder, check_tokenizer, fresh, load_model, load_tokenizer, logits, trust_of
+from src.modeling import check_folder, check_tokenizer, fresh, load_model, load_tokenizer, trust_of
 
 
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:

@@ -7,13 +7,13 @@ import shutil
 import pytest
 from conftest import ROOT, refused
 
-from src import compose, config, recipes, targets
+from src import compose, config, recipes, targets, teachers
 from src.errors import ConfigError
 
 CONFIGS = ROOT / "configs"
 ROOTS = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
 SCHEMAS = sorted(
-    {c for module in (config, recipes, targets) for c in vars(module).values() if inspect.isclass(c) and issubclass(c, config.Settings)},
+    {c for module in (config, recipes, targets, teachers) for c in vars(module).values() if inspect.isclass(c) and issubclass(c, config.Settings)},
     key=lambda c: c.__name__,
 )
 

@@ -12,7 +12,7 @@ from conftest import END, START, go, make_base, process
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import adapters, artifact, data, finetune, merge, modeling
+from src import adapters, answering, artifact, data, finetune, merge, modeling
 from src.compose import compose
 from src.config import FinetuneVerb
 from src.errors import BadData, ConfigError, WrongKind
@@ -88,15 +88,15 @@ def test_plain_peft_loads_the_adapter_with_equal_outputs(tuned, monkeypatch):
 
     base, adapter = tuned
     ours, _ = modeling.load_any(adapter)
-    ours = modeling.logits(ours)
+    ours = answering.logits(ours)
     spec = importlib.util.spec_from_file_location("peft.tuners.trainable_tokens.as_shipped", layer.__file__)
     shipped = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(shipped)
     monkeypatch.setattr(layer.TrainableTokensLayer, "forward_adapters", shipped.TrainableTokensLayer.forward_adapters)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, local_files_only=True), adapter.path).eval()
-    assert abs(modeling.logits(plain) - ours).max() < 1e-4
+    assert abs(answering.logits(plain) - ours).max() < 1e-4
     with plain.disable_adapter():
-        assert abs(modeling.logits(plain) - ours).max() > 0.1, "the adapter does something"
+        assert abs(answering.logits(plain) - ours).max() > 0.1, "the adapter does something"
 
 
 def test_the_rate_follows_a_cosine_after_its_warm_up(tuned):
@@ -324,7 +324,7 @@ def test_gradients_after_an_evaluation_equal_those_without_one():
     model.eval()
     with torch.no_grad():
         model(input_ids=ids)
-        modeling.greedy(model, tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=2, end=END)
+        answering.greedy(model, tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=2, end=END)
     after = gradients()
     assert before.keys() == after.keys() and all("lora" in n for n in before) and len(before) == 56
     assert all(torch.equal(before[n], after[n]) for n in before)

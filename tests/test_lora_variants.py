@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import adapters, merge, modeling
+from src import adapters, answering, merge, modeling
 from src.config import LoraTuner, QloraTuner
 from src.errors import ConfigError, ProofFailed
 
@@ -96,7 +96,7 @@ def made(base: Path, folder: Path, tuner, rows=(), steps: int = STEPS):
     adapters.save(model, folder, state_dict=None, writes=True, finished=True)
     adapters.tidy(folder)
     adapters.check_saved(folder, moved=True, expected=adapters.saved_names(model))
-    return model, torch.from_numpy(modeling.logits(model))
+    return model, torch.from_numpy(answering.logits(model))
 
 
 def merged(base: Path, adapter: Path, tmp_path: Path) -> Path:
@@ -154,8 +154,8 @@ def test_what_was_trained_is_what_the_merge_makes(variant, kind, bases, tmp_path
     _, trained = made(base, tmp_path / "adapter", settings(**(VARIANTS | ON_TABLES)[variant]))
     out = merged(base, tmp_path / "adapter", tmp_path)
     result = load(out)
-    error = distance(torch.from_numpy(modeling.logits(result)), trained)
-    moved = distance(torch.from_numpy(modeling.logits(load(base))), trained)
+    error = distance(torch.from_numpy(answering.logits(result)), trained)
+    moved = distance(torch.from_numpy(answering.logits(load(base))), trained)
     theirs, ours = by_peft(base, tmp_path / "adapter"), weights(out)
     if result.config.tie_word_embeddings:
         theirs.pop("lm_head.weight")
@@ -196,7 +196,7 @@ def test_what_is_taken_out_of_the_base_is_what_peft_takes(init, rslora, bases):
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
 def test_training_starts_from_the_base_as_it_answers(init, bases):
     model = adapters.attach(load(bases("untied")), settings(init=init), [], deepspeed=False).eval()
-    assert distance(*(torch.from_numpy(modeling.logits(m)) for m in (model, load(bases("untied"))))) < 1e-5
+    assert distance(*(torch.from_numpy(answering.logits(m)) for m in (model, load(bases("untied"))))) < 1e-5
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -215,11 +215,11 @@ def test_a_checkpoint_goes_on_where_it_was_and_the_result_is_for_the_untouched_b
     adapters.save(again, tmp_path / "done", state_dict=None, writes=True, finished=True)
     before, after = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("checkpoint", "done"))
     assert (before["r"], after["r"]) == (8, 16) and after["init_lora_weights"] is True
-    trained = torch.from_numpy(modeling.logits(again.eval()))
+    trained = torch.from_numpy(answering.logits(again.eval()))
     done = PeftModel.from_pretrained(load(base), tmp_path / "done").eval()
-    assert distance(torch.from_numpy(modeling.logits(done)), trained) < 1e-5
+    assert distance(torch.from_numpy(answering.logits(done)), trained) < 1e-5
     wrong = PeftModel.from_pretrained(load(base), tmp_path / "checkpoint").eval()
-    assert distance(torch.from_numpy(modeling.logits(wrong)), trained) > 0.1, "the checkpoint is not for the untouched base"
+    assert distance(torch.from_numpy(answering.logits(wrong)), trained) > 0.1, "the checkpoint is not for the untouched base"
 
 
 def test_only_the_process_that_writes_converts(bases, tmp_path):
@@ -277,12 +277,12 @@ def test_decay_does_not_pull_the_base_to_zero(changes, bases):
     rates = adapters.rates(model, tuner, 1024)
     rows = {n for n in rates if "trainable_tokens_delta" in n}
     assert len(rows) == 1 and not any(rates[n].decays for n in rows)
-    before = torch.from_numpy(modeling.logits(model.eval()))
+    before = torch.from_numpy(answering.logits(model.eval()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and rates.get(name, adapters.Rate(0, True)).decays:
                 parameter *= 0.9
-    assert distance(torch.from_numpy(modeling.logits(model)), before) < 1e-5
+    assert distance(torch.from_numpy(answering.logits(model)), before) < 1e-5
     if "lora_plus" in changes:
         assert {rate.peak for n, rate in rates.items() if ".lora_B." in n} == {4 * tuner.learning_rate}
 
@@ -307,7 +307,7 @@ def test_rows_are_trained_where_their_table_is_not(kind, names, bases, tmp_path)
     out = merged(base, tmp_path / "adapter", tmp_path)
     result = load(out)
     assert result.config.tie_word_embeddings == (kind == "tied") and ("lm_head.weight" in weights(out)) == (kind == "untied")
-    assert distance(torch.from_numpy(modeling.logits(result)), trained) < 1e-5
+    assert distance(torch.from_numpy(answering.logits(result)), trained) < 1e-5
     for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights(out).keys():
         changed = (weights(out)[name] != weights(base)[name]).any(1)
         if kind == "tied" or name.split(".")[-2] in names:
@@ -331,7 +331,7 @@ def test_the_vocabulary_may_grow_under_a_table_trained_whole(bases, tmp_path):
         shutil.copy(TINY / name, tmp_path / "adapter")
     result = load(merged(base, tmp_path / "adapter", tmp_path))
     assert result.config.vocab_size == 1024
-    assert distance(torch.from_numpy(modeling.logits(result)), torch.from_numpy(modeling.logits(model))) < 1e-5
+    assert distance(torch.from_numpy(answering.logits(result)), torch.from_numpy(answering.logits(model))) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_an_adapter_of_peft_on_one_end_of_a_tied_base_unties_it(changes, tmp_pat
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     result = load(merged(TINY, tmp_path / "adapter", tmp_path))
     assert result.config.tie_word_embeddings is False
-    assert distance(torch.from_numpy(modeling.logits(result)), torch.from_numpy(modeling.logits(model.eval()))) < 1e-5
+    assert distance(torch.from_numpy(answering.logits(result)), torch.from_numpy(answering.logits(model.eval()))) < 1e-5
 
 
 def test_a_whole_layer_on_a_16_bit_base_is_trained_in_fp32(bases):
@@ -368,8 +368,8 @@ def test_a_whole_layer_on_a_16_bit_base_is_trained_in_fp32(bases):
     assert len(held) == 2 and {p.dtype for p in held.values()} == {torch.float32}
     tied = [m for m in model.modules() if type(m).__name__ == "ModulesToSaveWrapper" and hasattr(m.original_module, "in_features")]
     assert tied[0].modules_to_save["default"].weight is held["base_model.model.model.embed_tokens.modules_to_save.default.weight"]
-    before = torch.from_numpy(modeling.logits(load(bases("bf16"))))
-    assert distance(torch.from_numpy(modeling.logits(model.eval())), before) < 2e-2, "outside autocast too"
+    before = torch.from_numpy(answering.logits(load(bases("bf16"))))
+    assert distance(torch.from_numpy(answering.logits(model.eval())), before) < 2e-2, "outside autocast too"
     assert model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import artifact, aux_files, data, finetune, merge, modeling
+from src import answering, artifact, aux_files, data, finetune, merge, modeling
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
@@ -197,7 +197,7 @@ def test_a_base_without_chatml_grows_by_its_tokens(tied, padded, dataset, tmp_pa
         assert torch.equal(after[name][1022:1024], trained[0])
         start = before[name][1022:1024] if padded else before[name].mean(0)
         assert (after[name][1022:1024] - start).abs().max() > 1e-4, "and they moved"
-    answers = modeling.greedy(model.eval(), tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=3, end=1023)
+    answers = answering.greedy(model.eval(), tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=3, end=1023)
     assert len(answers) == 1
 
 
@@ -212,7 +212,7 @@ def test_nf4_merges_into_what_it_was_trained_against(dora, dataset, tmp_path):
     naive = (
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY, local_files_only=True), adapter.path).merge_and_unload().eval()
     )
-    wanted, ours, other = (torch.from_numpy(modeling.logits(m)) for m in (trained, merged, naive))
+    wanted, ours, other = (torch.from_numpy(answering.logits(m)) for m in (trained, merged, naive))
     ours, other = (((x - wanted).norm() / wanted.norm()).item() for x in (ours, other))
     print(f"relative logit error: merged as NF4 made it {ours:.1e}, into the original base {other:.1e}")
     assert ours < 1e-4 and other > 20 * ours and other > 1e-2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from src import modeling
+from src import answering, modeling
 from src.errors import MissingInput, WrongKind
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -91,10 +91,10 @@ def test_greedy_answers_do_not_depend_on_the_batch(folder):
         for text in ("What is the capital of Sweden?", "What animal goes quack?", "Tell me a story about Zoe and a duck.")
     ]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    together = modeling.greedy(model, tokenizer, prompts, max_new_tokens=40, end=end)
-    assert together == [modeling.greedy(model, tokenizer, [p], max_new_tokens=40, end=end)[0] for p in prompts]
+    together = answering.greedy(model, tokenizer, prompts, max_new_tokens=40, end=end)
+    assert together == [answering.greedy(model, tokenizer, [p], max_new_tokens=40, end=end)[0] for p in prompts]
     assert together[0] == ("The capital of Sweden is Stockholm.", True)
-    assert modeling.greedy(model, tokenizer, prompts[:1], max_new_tokens=2, end=end)[0][1] is False
+    assert answering.greedy(model, tokenizer, prompts[:1], max_new_tokens=2, end=end)[0][1] is False
 
 
 def test_a_fresh_process_shares_nothing_and_hands_errors_back():

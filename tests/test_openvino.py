@@ -330,7 +330,8 @@ class TestExporter:
         assert metrics["model_bytes"] < metrics_of(exported / "deploy-openvino_cpu")["model_bytes"]
 
     def test_run_py_answers_in_a_copy_that_still_verifies(self, exported, call, tmp_path):
-        from src.modeling import greedy, load_model, load_tokenizer
+        from src.answering import greedy
+        from src.modeling import load_model, load_tokenizer
 
         copy = Path(shutil.copytree(exported / "deploy-openvino_cpu", tmp_path / "copy"))
         prompt = "What is the capital of Sweden?"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import CHAT, go, make_base, write_model
 
-from src import artifact, chatml, finetune, modeling
+from src import answering, artifact, chatml, finetune, modeling
 from src.errors import WrongKind
 from src.training import teacher
 from src.training.head import Targets, loss_sum
@@ -68,7 +68,7 @@ def distance(student, rows) -> float:
     at = torch.tensor(np.concatenate([np.append(np.array(row.labels[1:]) != chatml.IGNORE, False) for row in rows]))
     ids = [row.input_ids for row in rows]
     ours, theirs = (
-        torch.from_numpy(modeling.logits(modeling.load_model(path).eval(), ids))[at].log_softmax(-1) for path in (student, CHAT)
+        torch.from_numpy(answering.logits(modeling.load_model(path).eval(), ids))[at].log_softmax(-1) for path in (student, CHAT)
     )
     return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean").item()
 

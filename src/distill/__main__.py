@@ -9,13 +9,14 @@ from pathlib import Path
 
 from src import artifact, stage
 from src.artifact import Artifact
-from src.config import DistillVerb, EndpointTeacher, LocalTeacher
+from src.config import DistillVerb
 from src.distill import running, sources
 from src.distill.limits import in_words
 from src.distill.teachers import key_in
 from src.endpoint import api_of
 from src.errors import ConfigError, MissingInput
 from src.log import say, warn
+from src.teachers import EndpointTeacher, LocalTeacher
 
 
 def find(cfg: DistillVerb, run: stage.Run) -> dict[str, Artifact]:

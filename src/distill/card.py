@@ -7,9 +7,10 @@ import random
 from pathlib import Path
 
 from src.artifact import Artifact, canonical
-from src.config import DistillVerb, EndpointTeacher, LocalTeacher
+from src.config import DistillVerb
 from src.distill.journal import Total
 from src.distill.work import Row, Work
+from src.teachers import EndpointTeacher, LocalTeacher
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

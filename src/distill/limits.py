@@ -9,9 +9,10 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from src.config import Budget, TeacherLimits
+from src.config import Budget
 from src.errors import BudgetSpent
 from src.log import say
+from src.teachers import TeacherLimits
 
 LONGEST_BACK_OFF = 60.0
 

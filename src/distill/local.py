@@ -8,12 +8,13 @@ import asyncio
 import hashlib
 from dataclasses import dataclass
 
-from src import chatml, measuring, modeling
+from src import answering, chatml, measuring, modeling
+from src.answering import GREEDY, left_padded
 from src.artifact import Artifact
-from src.config import LocalTeacher, TeacherLimits
 from src.distill.teachers import Failed, Reply, digest, plain
 from src.distill.work import Request
 from src.errors import BadData
+from src.teachers import LocalTeacher, TeacherLimits
 
 
 def limits_of(settings: LocalTeacher) -> TeacherLimits:
@@ -52,7 +53,7 @@ class Local:
         self._model, self._tokenizer = modeling.load_any(self._artifact, dtype=measuring.compute_dtype(device), device=device)
         chatml.ensure_chat(self._tokenizer)
         modeling.grow_vocabulary(self._model, len(self._tokenizer))
-        self._stops = sorted({chatml.turn_end(self._tokenizer), *modeling.stop_ids(self._folder(), self._tokenizer)})
+        self._stops = sorted({chatml.turn_end(self._tokenizer), *answering.stop_ids(self._folder(), self._tokenizer)})
         self._room = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
         return self
 
@@ -120,19 +121,11 @@ class Local:
         tokenizer = self._tokenizer
         longest = max(len(w.ids) for w in batch)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._stops[0]
-        device = next(self._model.parameters()).device
         with torch.no_grad():
             out = self._model.generate(
-                input_ids=torch.tensor([[pad] * (longest - len(w.ids)) + w.ids for w in batch], device=device),
-                attention_mask=torch.tensor([[0] * (longest - len(w.ids)) + [1] * len(w.ids) for w in batch], device=device),
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,
+                **left_padded([w.ids for w in batch], pad, next(self._model.parameters()).device),
+                **GREEDY,
                 max_new_tokens=max(self._limit(w) for w in batch),
-                max_length=None,
                 eos_token_id=self._stops,
                 pad_token_id=pad,
                 logits_processor=LogitsProcessorList([_drawn([_generator(w) for w in batch], [w.request for w in batch])]),

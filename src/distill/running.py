@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from src.artifact import Artifact
-from src.config import DistillVerb, EndpointTeacher, LocalTeacher, SameTeacher
+from src.config import DistillVerb
 from src.distill import card, sources
 from src.distill.batch import Batches
 from src.distill.estimate import Estimate, by_root, estimate
@@ -22,6 +22,7 @@ from src.distill.work import Row, Work, check_flows, through
 from src.errors import BadData, BudgetSpent, UserError
 from src.log import say
 from src.recipes import Asking, Magpie, SelfInstruct
+from src.teachers import EndpointTeacher, LocalTeacher, SameTeacher
 
 JOURNAL = "distill.journal.sqlite"
 READ, KEEP = "read prompts", "keep rows"

@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 
 from src.artifact import canonical
-from src.config import TeacherLimits
 from src.distill.batch import Batches
 from src.distill.journal import Journal, Known
 from src.distill.limits import Gate, Purse, back_off
@@ -19,6 +18,7 @@ from src.distill.teachers import Failed, Reply
 from src.distill.work import ASKED, Answer, Request, SetAside
 from src.errors import NoAnswer, UserError
 from src.log import say, warn
+from src.teachers import TeacherLimits
 
 STRIDE = 1_000_003
 """added to the seed for each answer that was bad, since the same seed would bring the same; not where the server failed"""

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from src.artifact import canonical
-from src.config import EndpointTeacher
 from src.distill.work import Request
 from src.endpoint import BUSY, LONGEST_TOKEN, api_of, message_of, retry_after
 from src.errors import ConfigError, NoAnswer
+from src.teachers import EndpointTeacher
 
 LARGEST = 1 << 24
 """bytes of one reply at most"""

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from src import chatml
+from src.answering import greedy
 from src.config import FinetuneVerb
 from src.errors import ProofFailed
 from src.log import duration, mark, on_terminal, rank, say, spark, status, warn
-from src.modeling import greedy
 from src.tracking import Trackers
 from src.training.choices import peak_operations
 from src.training.tokens import Row

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from src import aux_files
+from src.answering import stop_ids
 from src.artifact import Artifact
 from src.deploy import contract, preflight
 from src.deploy.axera import chat, runtime, tokenizer_txt, toolchain
@@ -21,7 +22,7 @@ from src.deploy.embedding import find_embedding, write_bf16
 from src.deploy.vendor import COMPILED, WORK, finish, whole, work_folder
 from src.errors import ConfigError, Unfinished
 from src.log import say, size, warn
-from src.modeling import load_tokenizer, stop_ids, trust_of
+from src.modeling import load_tokenizer, trust_of
 from src.sizing.shape import ModelShape, read_shape
 from src.targets import Axera
 

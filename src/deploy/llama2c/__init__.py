@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from src.answering import stop_ids
 from src.artifact import Artifact, read_json
 from src.deploy.llama2c.chat import ChatPieces, find_chat
 from src.deploy.llama2c.proof import prove_ids, prove_text
@@ -19,7 +20,7 @@ from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
 from src.deploy.llama2c.weights import VERSIONS, Shape, check_tensors, group_size, read_shape, write_model
 from src.errors import MissingInput, MissingTool, ProofFailed, WrongKind
 from src.log import say, size, warn
-from src.modeling import load_tokenizer, stop_ids
+from src.modeling import load_tokenizer
 
 SOURCES = Path(__file__).parents[3] / "assets" / "llama2c"
 TAKES = {"model"}

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from src.answering import stop_ids
 from src.deploy import contract
 from src.deploy.openvino import recipe
 from src.deploy.openvino.exporter import OFFLINE, READ
 from src.deploy.vendor import run
 from src.errors import ProofFailed, ToolFailed
 from src.log import say, warn
-from src.modeling import load_model, stop_ids
+from src.modeling import load_model
 from src.targets import Openvino
 
 TOKENS = 64
