@@ -387,7 +387,12 @@ def saved_names(model) -> set[str]:
         names = {name.replace(".modules_to_save.default", "").replace(".default", "") for name in trained}
         # peft saves DoRA's lengths under the name they had before they were a layer of their own.
         return {name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector") for name in names}
-    return {name.replace(".base.weight", ".weight") for name, _ in model.named_parameters() if not name.endswith(".rows")}
+    return {folded_name(name) for name, _ in model.named_parameters() if not name.endswith(".rows")}
+
+
+def folded_name(name: str) -> str:
+    """The name that a parameter of a model trained whole is saved under; rows.py keeps a matrix whose rows are split off as `base`."""
+    return name.replace(".base.weight", ".weight")
 
 
 def check_saved(folder: Path, *, moved: bool, expected: set[str]) -> int:

@@ -6,13 +6,12 @@ As a verb it serves folders made elsewhere: `python -m src.aux_files source=BASE
 import shutil
 from pathlib import Path
 
-from src import stage
-from src.answering import logits
+from src import modeling, stage
 from src.artifact import is_finished
 from src.config import AuxFilesVerb
 from src.errors import MissingInput, ProofFailed, WrongKind
 from src.log import say
-from src.modeling import fresh, load_model, load_tokenizer
+from src.modeling import load_tokenizer
 
 TOKENIZER = (
     "tokenizer.json",
@@ -62,7 +61,7 @@ def prove(out: Path, tokenizer, *, trust_remote_code: bool = False) -> int:
 
     Raises ProofFailed at the first text whose ids differ.
     """
-    return compare(fresh(token_ids, out, trust_remote_code), tokenizer, out)
+    return compare(modeling.fresh(token_ids, out, trust_remote_code), tokenizer, out)
 
 
 def compare(ours: list[list[int]], tokenizer, out: Path) -> int:
@@ -80,11 +79,6 @@ def compare(ours: list[list[int]], tokenizer, out: Path) -> int:
 def token_ids(folder: Path, trust_remote_code: bool) -> list[list[int]]:
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return [tokenizer(text).input_ids for text in PROBES]
-
-
-def reload(folder: Path, trust: bool, dtype: str, rows: list[list[int]] | None = None) -> tuple:
-    """(token ids of the probes, logits of `rows`; see answering.logits) of a model folder; made to run in a fresh process."""
-    return token_ids(folder, trust), logits(load_model(folder, dtype=dtype, trust_remote_code=trust).eval(), rows)
 
 
 def main_aux_files(cfg: AuxFilesVerb) -> int:

@@ -13,6 +13,9 @@ from src.settings import Fraction, Settings, Unkeyed, check_address
 from src.targets import AnyTarget
 from src.teachers import AnyJudge, AnyTeacher
 
+Rounding = Literal["stochastic", "nearest"]
+Weights = Literal["exact", "stored"]
+
 
 class Verb(Settings):
     run: Annotated[str, Field(exclude=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -80,6 +83,10 @@ class Optimizer(Settings):
 class FullTuner(Optimizer):
     kind: Literal["full"]
     """every weight is trained"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    """dtype of the saved weights; auto: the base's; float32 keeps every bit for quantize and deploy, in twice the space"""
+    rounding: Rounding
+    """how trained fp32 weights become 16 bits; stochastic keeps small updates, nearest loses most of them"""
 
 
 class LoraTuner(Optimizer):
@@ -257,6 +264,8 @@ class FinetuneVerb(SourcedVerb):
     """how long, in what portions and in what precision"""
     teacher: Annotated[Teacher, Field(exclude_if=lambda teacher: teacher.path is None)]
     """a larger model to learn from"""
+    max_loss_change: PositiveFloat
+    """nats that the loss on held-out conversations may differ between what was trained and what is saved, beside what other conversations would explain"""
     legacy_mask: Literal["none", "qwen"]
     """none: train on the assistant's text and its <|im_end|>; qwen: the labels of Qwen's finetune.py, turn markers included"""
     train_new_tokens: Literal["auto", "never"]
@@ -272,8 +281,12 @@ class MergeVerb(SourcedVerb):
     """base model folder; null: the one the adapter was trained on"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     """dtype of the merged weights; auto: as the base stores each"""
+    rounding: Rounding
+    """how the exact sum becomes 16 bits; stochastic keeps small updates, nearest gives peft's bytes and loses them"""
     tolerance: Literal["auto"] | PositiveFloat
-    """largest relative logit difference between adapter-on-base and the merged folder; auto: what rounding to its dtype explains"""
+    """largest relative difference of random tokens' logits between adapter-on-base and the merged folder; auto: what rounding to its dtype explains"""
+    max_loss_change: PositiveFloat
+    """nats that the loss on held-out conversations may differ from the adapter's on its base, beside what other conversations would explain"""
     shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[MG]B$")]
     """largest weight file, such as 5GB"""
 
@@ -310,6 +323,8 @@ class Calibration(Settings):
 class QuantizeVerb(SourcedVerb):
     quantizer: GptqQuantizer
     """the method and its numbers"""
+    weights: Weights
+    """of a merged adapter, quantize the exact sum, made anew in fp32 on the way, or the weights as the merge stored them"""
     calibration: Calibration
     """the conversations it looks at"""
     dataset: Annotated[str | None, Unkeyed]
@@ -367,6 +382,8 @@ class EvaluateVerb(SourcedVerb):
 class DeployVerb(SourcedVerb):
     target: AnyTarget
     """what to build for"""
+    weights: Weights
+    """of a merged adapter, build from the exact sum, made anew in fp32 on the way, or from the weights as the merge stored them"""
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to calibrate on, for targets that do; null: the run's own"""
 

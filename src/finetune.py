@@ -6,9 +6,10 @@ The result is an adapter (tuner=lora, qlora) or a model (tuner=full), complete w
 import math
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-from src import adapters, answering, aux_files, launch, modeling, stage
+from src import adapters, answering, aux_files, chatml, fidelity, launch, modeling, stage
 from src.artifact import Artifact, outside
 from src.config import FinetuneVerb, FullTuner, QloraTuner
 from src.errors import ConfigError, MissingInput, WrongKind
@@ -87,13 +88,38 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if not launch.gpu_count():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
     modeling.import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
-    from src.training import batches, checkpoints, choices, layout, probe, reports, teacher, tokens, trainer
+    base = inputs["model"].path
+    tokenizer, end, added = chat_tokenizer(cfg, base)
+    trained = train(cfg, inputs, out, tokenizer, end, added)
+    if rank() != 0:
+        return {}
+    finish(cfg, base, tokenizer, end, out, keep_tokenizer=not added, saved=trained.names)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    (out / "layout.json").unlink()
+    metrics = trained.metrics | {"added_tokens": added, "turn_end": end}
+    return metrics | prove(cfg, base, tokenizer, out, trained, metrics)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is left of a training when its model has been saved and let go.
+
+    metrics: for the manifest. names: of the tensors that were saved. rows, seen: held-out rows, and what the exact weights say at them.
+    """
+
+    metrics: dict
+    names: set[str]
+    rows: list[chatml.Encoded]
+    seen: fidelity.Seen | None
+
+
+def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, end: int, added: list[str]) -> Trained:
+    """Train, and save into `out` what was trained; on every process."""
+    from src.training import batches, checkpoints, choices, layout, narrowing, probe, reports, teacher, tokens, trainer
     from src.training.head import HeadLoss, may_chunk
 
     world, records = launch.world_size(cfg.launch), inputs["dataset"].path
     device, precision = choices.start(cfg)
-    base = inputs["model"].path
-    tokenizer, end, added = chat_tokenizer(cfg, base)
     cache = out.parent.parent / ".cache" / "tokens"
     train, val = (tokens.token_rows(cfg, inputs["dataset"], inputs["model"], split, cache) for split in ("train", "val"))
     if not len(train):
@@ -114,7 +140,6 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     head = HeadLoss(model, chunked=may_chunk(model, zero_stage=cfg.deepspeed.stage)) if chosen.fused else None
     rates = adapters.rates(model, cfg.tuner, len(tokenizer) - len(added))
     told = reports.Reports(cfg, out, tokenizer, records)
-    proof = probe.Probe(out, precision, proven=cfg.deepspeed.stage != 3)
     run = trainer.ChatTrainer(
         model,
         arguments,
@@ -127,26 +152,31 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         head=head,
         soft=soft,
         alpha=cfg.teacher.weight,
-        callbacks=[proof, told, checkpoints.Checkpoints(world)],
+        callbacks=[probe.Probe(out, precision, proven=cfg.deepspeed.stage != 3), told, checkpoints.Checkpoints(world)],
     )
     run.train(resume_from_checkpoint=resume and str(resume))
+    rows_of_val = (chatml.Encoded(row.input_ids.tolist(), row.labels.tolist()) for row in val)
+    held = fidelity.within(rows_of_val) or fidelity.held_out(records, tokenizer)
+    seen = run.observe(held) if held else None
+    saved = narrowing.settle(run, saved_dtype(cfg, inputs["model"].path), cfg.tuner)
     run.finished = True
     run.save_model(str(out))
     told.trackers.close()
     checkpoints.barrier()
-    if rank() != 0:
-        return {}
-    finish(cfg, base, tokenizer, end, out, keep_tokenizer=not added, saved=adapters.saved_names(model))
-    metrics = reports.summary(run, told, precision)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    (out / "layout.json").unlink()
-    return metrics | {"added_tokens": added, "trained_rows": rows, "turn_end": end} | ({"nf4": nf4} if nf4 else {})
+    metrics = reports.summary(run, told, precision, saved) if rank() == 0 else {}
+    metrics |= {"trained_rows": rows} | ({"nf4": nf4} if nf4 else {})
+    return Trained(metrics, adapters.saved_names(run.model), held, seen)
+
+
+def saved_dtype(cfg: FinetuneVerb, base: Path) -> str:
+    """Adapters are saved in fp32, whole models in the dtype asked for, or the base's."""
+    if not isinstance(cfg.tuner, FullTuner):
+        return "float32"
+    return modeling.stored_dtype(base) if cfg.tuner.dtype == "auto" else cfg.tuner.dtype
 
 
 def chat_tokenizer(cfg: FinetuneVerb, base: Path):
     """(the base's tokenizer with a chat template, id of the token that ends a turn, tokens added)."""
-    from src import chatml
-
     tokenizer = modeling.load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
     added = chatml.ensure_chat(tokenizer)
     if added:
@@ -158,7 +188,6 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
     """(model ready to train, vocabulary rows trained beside an adapter, NF4 settings or None)."""
     import torch
 
-    from src import chatml
     from src import rows as token_rows
 
     gpu = device == "cuda"
@@ -223,15 +252,34 @@ def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, kee
         tokenizer.save_pretrained(out)
         aux_files.copy(base, out, tokenizer=False)
     if full:
-        modeling.cast_folder(out, modeling.stored_dtype(base))
+        modeling.cast_folder(out, saved_dtype(cfg, base), cfg.tuner.rounding)
         answering.write_stop_token(out / "config.json", end)
     adapters.check_saved(out, moved=not full, expected=saved)
-    aux_files.prove(out, tokenizer, trust_remote_code=cfg.model.trust_remote_code)
+
+
+def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained, metrics: dict) -> dict:
+    """Load the saved folder in a fresh process: its token ids, and on held-out rows its loss and likeliest tokens, against what was trained.
+
+    Returns the figures. Raises ProofFailed where they differ.
+    """
+    modeling.give_back_memory()
+    full, compute = isinstance(cfg.tuner, FullTuner), "float32" if metrics["precision"] == "fp32" else "auto"
+    made = {"settings": cfg.model_dump(mode="json"), "metrics": metrics, "parents": []}
+    saved = Artifact(out, "model" if full else "adapter", "", made, {})
+    given = (trained.rows, trained.seen and trained.seen.top_k_ids, None if full else base)
+    ids, _, seen = modeling.fresh(fidelity.reload, saved, compute, modeling.device(), *given)
+    aux_files.compare(ids, tokenizer, out)
+    if not trained.rows:
+        return {}
+    change = fidelity.compare(trained.seen, seen, len(trained.rows))
+    ways = ["tuner.rounding=stochastic keeps what was learnt"] * (full and cfg.tuner.rounding == "nearest")
+    fidelity.judge("finetune", change, cfg.max_loss_change, out, [*ways, *["tuner.dtype=float32 keeps every bit"] * full])
+    return change.metrics()
 
 
 STAGE = stage.Stage(
     verb="finetune",
-    version=1,
+    version=2,
     schema=FinetuneVerb,
     kind=lambda cfg, inputs: "model" if isinstance(cfg.tuner, FullTuner) else "adapter",
     find=find,

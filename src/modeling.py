@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from src import shards
+from src import rounding, shards
 from src.artifact import AGAIN, Artifact, read_json
 from src.errors import BadData, MissingInput, MissingTool, UserError, WrongKind
 from src.log import say
@@ -294,8 +294,11 @@ def stored_dtype(path: Path) -> str:
     return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
-def cast_folder(path: Path, dtype: str) -> None:
-    """Rewrite a saved model's shards in `dtype`, one shard in memory at a time, where they differ from it; its config says so too."""
+def cast_folder(path: Path, dtype: str, how: str) -> None:
+    """Rewrite a saved model's shards in `dtype`, one shard in memory at a time, where they differ from it; its config says so too.
+
+    how: see rounding.narrow.
+    """
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -305,7 +308,7 @@ def cast_folder(path: Path, dtype: str) -> None:
         with safe_open(file, "pt") as weights:
             tensors = {name: weights.get_tensor(name) for name in weights.keys()}
         if any(t.is_floating_point() and t.dtype != wanted for t in tensors.values()):
-            tensors = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
+            tensors = {name: rounding.narrow(t, wanted, name, rounding=how) if t.is_floating_point() else t for name, t in tensors.items()}
             save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(0o644)  # DeepSpeed leaves 0600
     config = read_json(path / "config.json")
@@ -379,6 +382,26 @@ def _restore(saved: list[int]) -> None:
     for number, copy in enumerate(saved, 1):
         os.dup2(copy, number)
         os.close(copy)
+
+
+def give_back_memory() -> None:
+    """Let go of what nobody holds any more, also of what torch keeps of a GPU's memory for itself."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def dtype_that_fits(parameters: int, device: str) -> str:
+    """float32 where a model of so many parameters fits the device's free memory twice in it, as one that is loaded may; else auto, as it is stored."""
+    import psutil
+    import torch
+
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    return "float32" if 2 * 4 * parameters < free else "auto"
 
 
 def say_device(name: str) -> None:

@@ -1,27 +1,31 @@
 """Quantize a model with GPTQ, calibrated on the dataset's calib split rendered through the training template.
 
-The output is what gptqmodel writes, and loads in transformers as it is; equal inputs give equal bytes.
+A merged adapter is quantized from the exact sum, not from the 16 bits its merge was rounded to. The output is what gptqmodel writes, with everything
+that is not quantized as the source stores it; it loads in transformers as it is, and equal inputs give equal bytes.
 """
 
 import contextlib
 import csv
 import json
+import math
 import shutil
 import struct
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from src import aux_files, shards, stage
+from src import aux_files, chatml, exact, fidelity, modeling, shards, stage
 from src.answering import logits
 from src.artifact import Artifact, read_json
 from src.config import QuantizeVerb
 from src.errors import ConfigError, MissingInput, ProofFailed
 from src.log import say, warn
-from src.modeling import check_folder, check_tokenizer, fresh, load_model, load_tokenizer, trust_of
+from src.modeling import check_folder, check_tokenizer, dtype_that_fits, load_model, load_tokenizer, trust_of
 
 
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
     model = run.source(cfg.source, "merge", "finetune", kinds={"model"})
-    return {"model": model, "dataset": stage.data_sources(run, cfg.dataset)}
+    return {"model": model, "dataset": stage.data_sources(run, cfg.dataset), **exact.parents(model, cfg.weights, run.cache)}
 
 
 def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
@@ -49,13 +53,14 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
             fix=[f"quantizer.group_size={g}" for g in divisors[:1]] + ["quantizer.group_size=-1"],
         )
     check_tokenizer(model.path)
-    return [f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl"]
+    return [
+        f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl",
+        *exact.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize"),
+    ]
 
 
 def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     import torch
-
-    from src import modeling
 
     modeling.prepare_gptq()
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -71,10 +76,11 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     )
     scratch = out / "scratch"
     scratch.mkdir()
+    start = exact.write(inputs, scratch / "exact")
     # gptqmodel writes a folder of logs wherever it is run.
     with modeling.silenced(), contextlib.chdir(scratch):
         model = GPTQModel.load(
-            str(source),
+            str(start.path.resolve()),
             config,
             trust_remote_code=trust,
             device=modeling.device(),
@@ -82,20 +88,20 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         )
         model.quantize(rows, batch_size=cfg.calibration.batch_size)
         model.save(str(target))
-    shutil.rmtree(scratch)
+    del model
     losses = module_losses(out)
     keep_own_files(out)
     make_reproducible(out)
+    keep_stored(source, out, scratch / "kept")
     aux_files.copy(source, out)
     complete_config(source, out)
-    error, top = prove(source, out, trust, tokenizer, [row["input_ids"][:256] for row in rows[:8]])
-    return {"calibration_rows": len(rows), "calibration_tokens": tokens, "module_loss": losses, "logit_error": error, "agreement": top}
+    figures = prove(start, out, trust, tokenizer, inputs["dataset"].path, [row["input_ids"][:256] for row in rows[:8]])
+    shutil.rmtree(scratch)
+    return {"calibration_rows": len(rows), "calibration_tokens": tokens, "module_loss": losses, **figures}
 
 
 def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[dict], int]:
     """(rows of {"input_ids", "attention_mask"} as gptqmodel takes them, tokens in all): whole conversations, as in training."""
-    from src import chatml
-
     chatml.ensure_chat(tokenizer)
     end = chatml.turn_end(tokenizer)
     rows, cut = [], 0
@@ -133,7 +139,11 @@ def module_losses(out: Path) -> float:
 def keep_own_files(out: Path) -> None:
     """Remove the tokenizer and generation files gptqmodel wrote: it rewrites them, and the source's own are copied instead."""
     for file in out.iterdir():
-        if file.suffix != ".safetensors" and file.name not in ("config.json", "quantize_config.json", "model.safetensors.index.json"):
+        if (
+            file.is_file()
+            and file.suffix != ".safetensors"
+            and file.name not in ("config.json", "quantize_config.json", "model.safetensors.index.json")
+        ):
             file.unlink()
 
 
@@ -161,35 +171,60 @@ def plain_metadata(file: Path) -> None:
         stream.write(text.ljust(length))
 
 
+def keep_stored(source: Path, out: Path, scratch: Path) -> None:
+    """Put the source's own tensors in place of those that gptqmodel only cast to the dtype it computed in: embedding, norms, output layer."""
+    stored, kept, values = shards.entries(source), [], {}
+    for name, entry in shards.entries(out).items():
+        own = stored.get(name)
+        values[name] = own if own and own.shape == entry.shape and own.dtype.startswith(("F", "BF")) else entry
+        kept.append(replace(entry, dtype=values[name].dtype))
+    scratch.mkdir()
+    shards.write(scratch, kept, values.get, shards.parse_size("5GB"))
+    for file in out.glob("model*.safetensors*"):
+        file.unlink()
+    for file in scratch.iterdir():
+        file.rename(out / file.name)
+    scratch.rmdir()
+
+
 def complete_config(source: Path, out: Path) -> None:
     """The source's config with the quantization block added: gptqmodel's own copy loses fields it does not know."""
     theirs, ours = read_json(out / "config.json"), read_json(source / "config.json")
     ours["quantization_config"] = theirs["quantization_config"]
-    ours["dtype"] = theirs.get("dtype") or theirs.get("torch_dtype") or ours.get("dtype")
-    ours.pop("torch_dtype", None)
     (out / "config.json").write_text(json.dumps(ours, indent=2) + "\n")
 
 
-def prove(source: Path, out: Path, trust: bool, tokenizer, rows: list[list[int]]) -> tuple[float, float]:
-    """(relative L2 distance of the logits from the source's, share of equal top tokens) over some rows of token ids.
+def prove(start: Artifact, out: Path, trust: bool, tokenizer, dataset: Path, probes: list[list[int]]) -> dict:
+    """The proof's figures: loss, KL and likeliest tokens on held-out conversations against the weights that were quantized, and logits of `probes`.
 
     The folder is loaded alone by transformers in a fresh process; its tokenizer is compared too. Raises ProofFailed where the logits have
     nothing to do with the source's.
     """
     import torch
 
-    ids, after = fresh(aux_files.reload, out, trust, "auto", rows)
+    rows = fidelity.held_out(dataset, tokenizer)
+    compute = dtype_that_fits(sum(math.prod(entry.shape) for entry in shards.entries(start.path).values()), "cpu")
+    model = load_model(start.path, dtype=compute, trust_remote_code=trust).eval()
+    whole = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof") if rows else None
+    before = torch.from_numpy(logits(model, probes))
+    del model
+    quantized = Artifact(out, "quantized", "", start.manifest, {})
+    ids, after, seen = modeling.fresh(fidelity.reload, quantized, compute, "cpu", rows, whole and whole.top_k_ids, None, probes)
     aux_files.compare(ids, tokenizer, out)
-    before, after = torch.from_numpy(logits(load_model(source, trust_remote_code=trust).eval(), rows)), torch.from_numpy(after)
+    after = torch.from_numpy(after)
     error = ((before - after).norm() / before.norm()).item()
-    top = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
     if not error < 1:
         raise ProofFailed(f"the quantized model's logits are {error:.2f} of their own size away from the source's", where=str(out))
-    say(f"quantize: loads in transformers alone; logits within {error:.1%} of the source's, same top token at {top:.1%} of positions")
-    return error, top
+    say(f"quantize: loads in transformers alone; logits of the calibration within {error:.1%} of the source's")
+    figures = {"logit_error": error}
+    if rows:
+        change = fidelity.compare(whole, seen, len(rows))
+        say(f"quantize: {change.told('whole', 'quantized')}")
+        figures |= change.metrics()
+    return figures
 
 
-STAGE = stage.Stage(verb="quantize", version=1, schema=QuantizeVerb, kind="quantized", find=find, check=check, run=quantize, doc=__doc__)
+STAGE = stage.Stage(verb="quantize", version=2, schema=QuantizeVerb, kind="quantized", find=find, check=check, run=quantize, doc=__doc__)
 
 if __name__ == "__main__":
     stage.main(STAGE)

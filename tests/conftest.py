@@ -127,11 +127,10 @@ def go(module, *argv) -> int:
 @pytest.fixture(scope="module")
 def proofs_in_this_process():
     """A fresh process per proof costs 3 s; test_merge, test_quantize and test_aux_files each have a test with the real thing."""
-    from src import aux_files, merge, quantize
+    from src import modeling
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (aux_files, merge, quantize):
-            patch.setattr(module, "fresh", lambda work, *args: work(*args))
+        patch.setattr(modeling, "fresh", lambda work, *args: work(*args))
         yield
 
 

@@ -100,7 +100,7 @@ def made(base: Path, folder: Path, tuner, rows=(), steps: int = STEPS):
 
 
 def merged(base: Path, adapter: Path, tmp_path: Path) -> Path:
-    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}", f"base={base}") == 0
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}", f"base={base}", "rounding=nearest") == 0
     return tmp_path / "m" / "merge"
 
 

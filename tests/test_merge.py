@@ -13,12 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import answering, artifact, aux_files, data, finetune, merge, modeling
+from src import answering, artifact, data, finetune, merge, merging, modeling
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-real_fresh = merge.fresh
+real_fresh = modeling.fresh
 
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
@@ -83,7 +83,7 @@ def test_every_tensor_is_what_peft_makes(how, changes, dtype, tied, tmp_path):
     if "rows" in changes and not tied:
         changes = changes | {"rows": {"embed_tokens": [5, 1022], "lm_head": [1023]}}
     adapter = make_adapter(tmp_path / "adapter", base, **changes)
-    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}") == 0
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}", "rounding=nearest") == 0
     ours, theirs, before = weights(tmp_path / "m" / "merge"), by_peft(base, adapter), weights(base)
     if tied:
         theirs.pop("lm_head.weight")
@@ -110,8 +110,7 @@ def test_the_merged_folder_is_complete_and_small_shards_are_indexed(tmp_path):
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (aux_files, merge):
-            patch.setattr(module, "fresh", real_fresh)
+        patch.setattr(modeling, "fresh", real_fresh)
         assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}", "shard_size=1MB") == 0
     out = tmp_path / "m" / "merge"
     shards = sorted(out.glob("*.safetensors"))
@@ -132,7 +131,7 @@ def test_the_merged_folder_is_complete_and_small_shards_are_indexed(tmp_path):
 def test_the_dtype_asked_for_is_written(dtype, tmp_path):
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base)
-    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}", f"dtype={dtype}") == 0
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}", f"dtype={dtype}", "rounding=nearest") == 0
     ours, theirs = weights(tmp_path / "m" / "merge"), by_peft(base, adapter)
     assert all(same_bytes(t, theirs[n].to(getattr(torch, dtype))) for n, t in ours.items())
     assert json.loads((tmp_path / "m" / "merge" / "config.json").read_text())["dtype"] == dtype
@@ -259,23 +258,23 @@ def damage_all(name, value):
 
 @pytest.mark.parametrize("damage", [damage_weight, damage_row, damage_all], ids=["weight", "row", "nan"])
 def test_a_wrong_tensor_fails_the_proof_and_publishes_nothing(damage, pair, tmp_path, monkeypatch, capsys):
-    true = merge.merged_tensors
+    true = merging.merged_tensors
 
     def wrong(*args):
         tensor = true(*args)
         return lambda name: damage(name, tensor(name))
 
-    monkeypatch.setattr(merge, "merged_tensors", wrong)
+    monkeypatch.setattr(merging, "merged_tensors", wrong)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 8
     err = capsys.readouterr().err
     assert "self-check failed: the merged model's logits differ" in err and "fix:" in err
     assert not list((tmp_path / "m").glob("merge*")), "neither finished nor half-made"
-    monkeypatch.setattr(merge, "merged_tensors", true)
+    monkeypatch.setattr(merging, "merged_tensors", true)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 0
 
 
 def test_another_tokenizer_in_the_result_fails_the_proof(pair, tmp_path, monkeypatch, capsys):
-    complete = merge.complete
+    complete = merging.complete
 
     def spoilt(adapter, base, out, written):
         complete(adapter, base, out, written)
@@ -284,7 +283,7 @@ def test_another_tokenizer_in_the_result_fails_the_proof(pair, tmp_path, monkeyp
         vocabulary[","], vocabulary["."] = vocabulary["."], vocabulary[","]
         (out / "tokenizer.json").write_text(json.dumps(content))
 
-    monkeypatch.setattr(merge, "complete", spoilt)
+    monkeypatch.setattr(merging, "complete", spoilt)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 8
     assert "tokenizer differs" in capsys.readouterr().err and not (tmp_path / "m" / "merge").exists()
 
@@ -350,7 +349,7 @@ def threads():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_no_more_merged_tensors_are_in_memory_than_threads_work_on(count, pair, tmp_path, monkeypatch, threads):
-    true, alive, most = merge.merged_tensors, [], []
+    true, alive, most = merging.merged_tensors, [], []
 
     def counted(*args):
         tensor = true(*args)
@@ -363,7 +362,7 @@ def test_no_more_merged_tensors_are_in_memory_than_threads_work_on(count, pair, 
 
         return one
 
-    monkeypatch.setattr(merge, "merged_tensors", counted)
+    monkeypatch.setattr(merging, "merged_tensors", counted)
     threads(count)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 0
     assert len(most) == 38 and len(alive) == 29 and max(most) < count, "each is gone before its thread makes the next one"
@@ -383,7 +382,7 @@ def test_weights_too_large_for_one_block_are_what_peft_makes_of_them_whole(tmp_p
     )
     for name in TOKENIZER:
         shutil.copy(TINY / name, tmp_path / "base")
-    assert 8 * merge.BLOCK < 896 * 4864
+    assert 8 * merging.BLOCK < 896 * 4864
     for dora in (False, True):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", local_files_only=True)
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=64, lora_alpha=16, target_modules="all-linear", use_dora=dora))
@@ -392,7 +391,7 @@ def test_weights_too_large_for_one_block_are_what_peft_makes_of_them_whole(tmp_p
                 torch.nn.init.normal_(parameter, std=0.01)
         adapter = tmp_path / f"adapter-{dora}"
         model.save_pretrained(adapter)
-        assert go(merge, f"outputs={tmp_path}", f"run=m-{dora}", f"source={adapter}", f"base={tmp_path / 'base'}") == 0
+        assert go(merge, f"outputs={tmp_path}", f"run=m-{dora}", f"source={adapter}", f"base={tmp_path / 'base'}", "rounding=nearest") == 0
         ours, theirs = weights(tmp_path / f"m-{dora}" / "merge"), by_peft(tmp_path / "base", adapter)
         assert [n for n in ours if not same_bytes(ours[n], theirs[n])] == []
 

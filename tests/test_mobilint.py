@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import CHAT, ROOT, write_model
 
-from src.deploy import mobilint
+from src import modeling
 from src.deploy.embedding import find_embedding
 from src.deploy.mobilint import calibration, job, runtime, transformers4
 from src.deploy.vendor import COMPILED
@@ -34,7 +34,7 @@ SETTINGS = ["run=a", "target=mobilint_aries", "target.context_len=512", "target.
 
 @pytest.fixture(autouse=True)
 def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr(mobilint, "fresh", lambda work, *args: work(*args))
+    monkeypatch.setattr(modeling, "fresh", lambda work, *args: work(*args))
 
 
 def interpreter(folder: Path, version: str, fault: str = "") -> Path:
@@ -143,7 +143,7 @@ def prepared(finished, tmp_path_factory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(mobilint, "fresh", lambda work, *args: work(*args))
+        patch.setattr(modeling, "fresh", lambda work, *args: work(*args))
         done = in_process("deploy", *SETTINGS, f"target.python={sys.executable}", f"outputs={outputs}")
     assert done.returncode == Unfinished.exit_code, done.stderr
     return work_of(outputs)

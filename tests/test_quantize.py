@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import artifact, aux_files, data, evaluate, finetune, merge, modeling, quantize
+from src import artifact, data, evaluate, fidelity, finetune, merge, modeling, quantize
 from src.compose import compose
 from src.config import FinetuneVerb, QuantizeVerb
 from src.errors import ConfigError, ProofFailed
@@ -271,13 +271,13 @@ def test_an_adapter_is_refused(on_gptq, here, capsys):
 
 
 def test_a_quantized_model_that_lost_its_source_fails_the_proof(int4, here, monkeypatch):
-    true = aux_files.reload
+    true = fidelity.reload
 
     def other(*args):
-        ids, logits = true(*args)
-        return ids, -logits
+        ids, logits, seen = true(*args)
+        return ids, -logits, seen
 
-    monkeypatch.setattr(aux_files, "reload", other)
-    tokenizer = modeling.load_tokenizer(here / "model")
+    monkeypatch.setattr(fidelity, "reload", other)
+    tokenizer, start = modeling.load_tokenizer(here / "model"), artifact.open_any(here / "model")
     with pytest.raises(ProofFailed, match="away from the source"):
-        quantize.prove(here / "model", int4.path, False, tokenizer, [tokenizer("What does a cat say?").input_ids])
+        quantize.prove(start, int4.path, False, tokenizer, here / "q" / "data", [tokenizer("What does a cat say?").input_ids])

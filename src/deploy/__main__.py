@@ -4,9 +4,10 @@ A target is a YAML file in configs/target; its `kind` names the module here that
 """
 
 import importlib
+import shutil
 from pathlib import Path
 
-from src import artifact, stage
+from src import artifact, exact, stage
 from src.artifact import Artifact
 from src.config import DeployVerb
 from src.deploy.vendor import COMPILED, WORK
@@ -17,6 +18,7 @@ from src.modeling import check_folder, trust_of
 #   wants_dataset(target)          whether it calibrates on the run's dataset
 #   check(inputs, target, out)     the plan in lines; raises early and cheaply, before torch, where a model, a rule or the room for `out` stands in the way
 #   build(inputs, out, target)     makes the bundle in the folder `out` and returns its metrics, `summary` (one line) among them
+# Of a merge that was rounded to 16 bits, build gets the exact sum in fp32 as "model", the merge itself as "stored"; for any other model both are one.
 BUILDERS = {
     "llama2c": "src.deploy.llama2c",
     "axera": "src.deploy.axera",
@@ -34,6 +36,9 @@ def find(cfg: DeployVerb, run: stage.Run) -> dict[str, Artifact]:
     inputs = {"model": run.source(cfg.source, "merge", "finetune", kinds=vendor.TAKES)}
     if vendor.wants_dataset(cfg.target):
         inputs["dataset"] = stage.data_sources(run, cfg.dataset)
+    # Where the board takes bf16, the merge is on its grid already, and the compiler would round the exact sum to the nearest.
+    rounds = getattr(cfg.target, "weight_type", None) != "bf16"
+    inputs |= exact.parents(inputs["model"], cfg.weights, run.cache) if rounds else {}
     if texts := getattr(cfg.target, "texts", None):
         inputs["texts"] = artifact.outside(Path(texts), "file", run.cache)
     return inputs
@@ -47,16 +52,21 @@ def name(cfg: DeployVerb, inputs: dict[str, Artifact]) -> str:
 def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
     check_folder(inputs["model"].path, trust_remote_code=trust_of(inputs["model"]))
     out = Path(cfg.outputs) / cfg.run / f"{name(cfg, inputs)}.partial"
-    return [f"{inputs['model'].path} for {cfg.target.name}", *builder(cfg).check(inputs, cfg.target, out)]
+    return [f"{inputs['model'].path} for {cfg.target.name}", *exact.cost(inputs, out), *builder(cfg).check(inputs, cfg.target, out)]
 
 
 def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:
-    return builder(cfg).build(inputs, out, cfg.target)
+    """Builds from the exact weights; their folder stays in an unfinished bundle, for the compile that goes on from there."""
+    start = exact.write(inputs, out / exact.FOLDER)
+    metrics = builder(cfg).build({**inputs, "model": start, "stored": inputs["model"]}, out, cfg.target)
+    if start is not inputs["model"]:
+        shutil.rmtree(start.path)
+    return metrics
 
 
 STAGE = stage.Stage(
     verb="deploy",
-    version=1,
+    version=2,
     schema=DeployVerb,
     kind="bundle",
     find=find,

@@ -50,7 +50,8 @@ class Reports(TrainerCallback):
         if self.checks_every_step or control.should_log or control.should_save:
             self.check_losses(state.global_step)
         if len(self.trainer.validation) and (
-            state.global_step % self.eval_steps == 0 if self.eval_steps else self.trainer.plan.ends_epoch(state.global_step)
+            state.global_step == state.max_steps
+            or (state.global_step % self.eval_steps == 0 if self.eval_steps else self.trainer.plan.ends_epoch(state.global_step))
         ):
             control.should_evaluate = True
 
@@ -190,8 +191,8 @@ def first_prompts(path: Path, count: int) -> list[list[dict]]:
     return prompts
 
 
-def summary(trainer, reports: Reports, precision: str) -> dict:
-    """The numbers that go into the manifest."""
+def summary(trainer, reports: Reports, precision: str, saved: dict) -> dict:
+    """The numbers that go into the manifest. saved: the validation of what is saved, where that is narrower than what was trained, else empty."""
     history, train = trainer.state.log_history, trainer.rows
     losses = [h["loss"] for h in history if "loss" in h]
     evals = [h for h in history if "eval_loss" in h]
@@ -220,10 +221,13 @@ def summary(trainer, reports: Reports, precision: str) -> dict:
     if evals:
         metrics |= {
             "val_loss_first": evals[0]["eval_loss"],
+            "val_loss_trained": evals[-1]["eval_loss"],
             "val_loss": evals[-1]["eval_loss"],
             "val_accuracy": evals[-1]["eval_accuracy"],
             "turns_ended": evals[-1]["eval_turns_ended"],
         }
+        if saved:
+            metrics |= {"val_loss": saved["loss"], "val_accuracy": saved["accuracy"], "turns_ended": saved["turns_ended"]}
         if metrics["turns_ended"] < 0.5:
             warn(
                 f"the model ends only {metrics['turns_ended']:.0%} of its turns where it should, so its answers will run on however good the loss looks; "

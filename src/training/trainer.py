@@ -12,13 +12,14 @@ from safetensors.torch import save_model
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from src import adapters
+from src import adapters, fidelity
+from src.chatml import Encoded
 from src.rows import folded
 from src.training.batches import Plan, Steps, micro_batch
 from src.training.head import HeadLoss, Targets, loss_sum, token_results
-from src.training.layout import arguments_of, inputs_of
+from src.training.layout import arguments_of, as_in_use, inputs_of
 from src.training.teacher import SoftTargets
-from src.training.tokens import TokenRows
+from src.training.tokens import Row, TokenRows
 
 
 class ChatTrainer(Trainer):
@@ -29,6 +30,9 @@ class ChatTrainer(Trainer):
 
     finished: bool = False
     """what is saved from now on is the result, no longer a checkpoint"""
+
+    masters: dict[str, torch.Tensor] = {}
+    """fp32 values to save in place of those that this process trains in 16 bits"""
 
     eval_seconds = 0.0
     """time spent in evaluations, which training speed leaves out"""
@@ -109,11 +113,11 @@ class ChatTrainer(Trainer):
         soft = self.soft.of(batch["rows"]) if self.soft and self.model.training and batch["rows"] else (None, None)
         return Targets(batch["targets"], *soft, alpha=self.alpha).to(self.args.device)
 
-    def forward(self, model, batch: dict) -> torch.Tensor:
-        """What the output layer makes of the trained positions: see HeadLoss, or logits (tokens, vocabulary) without one."""
+    def forward(self, model, batch: dict, *, losses: bool = True) -> torch.Tensor:
+        """What the output layer makes of the trained positions: see HeadLoss, or logits (tokens, vocabulary) without one or without `losses`."""
         inputs = inputs_of(batch, self.args.device)
         keep = batch["keep"].to(self.args.device)
-        if self.head:
+        if self.head and losses:
             self.head.targets = self.targets(batch)
         if self.takes_positions:
             return model(**inputs, logits_to_keep=keep, use_cache=False).logits
@@ -140,6 +144,8 @@ class ChatTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         """As transformers', but what it cannot do: an adapter is saved as adapters.py has it, and rows split off a matrix are folded into it in the result, though not in a checkpoint, which must find them again."""
         folder, writes = output_dir or self.args.output_dir, self.args.should_save
+        if self.finished and self.masters:
+            state_dict = {**(state_dict or self.model.state_dict()), **self.masters}
         if hasattr(self.model, "peft_config"):
             adapters.save(self.model, Path(folder), state_dict=state_dict, writes=writes, finished=self.finished)
             return
@@ -161,21 +167,37 @@ class ChatTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         start = time.monotonic()
-        was_training = self.model.training
-        self.model.eval()
-        loss, tokens, hits, turns, ended = self._measure().tolist()
-        self.model.train(was_training)
-        values = {
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.eval_seconds += time.monotonic() - start
+        return metrics
+
+    def validate(self) -> dict:
+        """Mean loss in nats, share of right next tokens, trained tokens and share of turns ended, over the validation rows."""
+        with as_in_use(self.model):
+            loss, tokens, hits, turns, ended = self._measure().tolist()
+        return {
             "loss": loss / max(tokens, 1),
             "accuracy": hits / max(tokens, 1),
             "tokens": int(tokens),
             "turns_ended": ended / max(turns, 1),
         }
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.eval_seconds += time.monotonic() - start
-        return metrics
+
+    def observe(self, rows: list[Encoded]) -> fidelity.Seen:
+        """What the model says at the trained tokens of some rows; every process goes through all of them, as ZeRO-3 needs."""
+
+        def logits(row: Encoded) -> torch.Tensor:
+            batch = micro_batch([Row(np.array(row.input_ids), np.array(row.labels))], [0], self.pad, packed=False)
+            return self.forward(self.inside, batch, losses=False)
+
+        with as_in_use(self.model):
+            return fidelity.observe(logits, rows, "proof")
+
+    @property
+    def inside(self):
+        """The model to call without gradients: DeepSpeed's engine where there is one."""
+        return self.model_wrapped if self.is_deepspeed_enabled and hasattr(self.model_wrapped, "forward") else self.model
 
     @torch.no_grad()
     def _measure(self) -> torch.Tensor:
@@ -185,13 +207,12 @@ class ChatTrainer(Trainer):
         """
         world, me = self.args.world_size, self.args.process_index
         total = torch.zeros(5, dtype=torch.float64, device=self.args.device)
-        model = self.model_wrapped if self.is_deepspeed_enabled and hasattr(self.model_wrapped, "forward") else self.model
         order, at = np.argsort(-self.validation.lengths, kind="stable").tolist(), 0
         while at < len(order):
             size = world * max(1, self.plan.capacity // int(self.validation.lengths[order[at]]))
             mine, at = order[at : at + size][me::world], at + size
             batch = micro_batch(self.validation, mine, self.pad, packed=self.plan.packed)
-            results = self.forward(model, batch)
+            results = self.forward(self.inside, batch)
             targets = batch["targets"].to(self.args.device)
             losses, right = (results if self.head else token_results(results, targets)).double().unbind(1)
             ends = (targets == self.end).double()

@@ -12,7 +12,7 @@ import shutil
 import time
 from pathlib import Path
 
-from src import aux_files
+from src import aux_files, exact
 from src.answering import stop_ids
 from src.artifact import Artifact
 from src.deploy import contract, preflight
@@ -52,9 +52,9 @@ def check(inputs: dict[str, Artifact], target: Axera, out: Path) -> list[str]:
         )
     notes = preflight.check_headers(model, shape, embedding)
     tool = toolchain.find(target)
-    planned, work = tool or toolchain.documented(), out / WORK
+    planned, work, start = tool or toolchain.documented(), out / WORK, exact.folder(inputs, out / exact.FOLDER)
     command = toolchain.command_line(
-        planned, target, arguments_of(planned, target, quantization, model, work), work, model, container(work)
+        planned, target, arguments_of(planned, target, quantization, start, work), work, start, container(work)
     )
     rows, hidden = embedding.shape
     return [
@@ -103,7 +103,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Axera) -> dict:
     model = inputs["model"]
     shape, quantization = read_shape(model.path), preflight.gptq_block(model.path)
     work = work_folder(out)
-    made = prepare(model, shape, target, out)
+    made = prepare(inputs["stored"], shape, target, out)
     tool = toolchain.find(target)
     if tool is None:
         raise Unfinished(
@@ -120,7 +120,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Axera) -> dict:
             os.replace(work / "build" / name, out / name)
     shutil.copyfile(work / "compile.log", out / "compile.log")
     runtime.write_json(out / "compile.json", record)
-    config = runtime.axllm_config(target, model_name(model), layers=record["layers"], post=record["post"], **made["axllm"])
+    config = runtime.axllm_config(target, model_name(inputs["stored"]), layers=record["layers"], post=record["post"], **made["axllm"])
     runtime.write_json(out / "config.json", config)
     runtime.write_json(out / "post_config.json", runtime.post_config(model.path))
     runtime.write_run_script(out, config)
@@ -150,7 +150,7 @@ def model_name(model: Artifact) -> str:
 def prepare(model: Artifact, shape: ModelShape, target: Axera, out: Path) -> dict:
     """Everything that needs no compiler: embedding table, tokenizer file, contract, Hugging Face files. Files that are whole are kept.
 
-    Returns {"axllm": what config.json needs of them, "metrics"}.
+    model: as it is stored, since a table in bf16 is copied, and one in fp32 would be cut off. Returns {"axllm": what config.json needs of them, "metrics"}.
     """
     embedding = find_embedding(model.path)
     rows, hidden = embedding.shape

@@ -153,7 +153,8 @@ def command_line(tool: Toolchain, target: Axera, arguments: list[str], work: Pat
     """
     if tool.image is None:
         return [*tool.prefix, *arguments]
-    files = [file for file in sorted(model.iterdir()) if file.is_file()] if any(file.is_symlink() for file in model.iterdir()) else []
+    inside = sorted(model.iterdir()) if model.is_dir() else []
+    files = [file for file in inside if file.is_file()] if any(file.is_symlink() for file in inside) else []
     lent = [f"{file.resolve()}:/data/model/{file.name}:ro" for file in files] or [f"{model.resolve()}:/data/model:ro"]
     mounts = [word for mount in (f"{work.resolve()}:/data", *lent) for word in ("-v", mount)]
     env = [word for key, value in environment(target).items() for word in ("-e", f"{key}={value}")]

@@ -11,16 +11,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from src import fidelity
 from src.answering import stop_ids
 from src.artifact import Artifact, read_json
 from src.deploy.llama2c.chat import ChatPieces, find_chat
-from src.deploy.llama2c.proof import prove_ids, prove_text
+from src.deploy.llama2c.proof import prove_ids, prove_loss, prove_text
 from src.deploy.llama2c.runtime import write_runtime
 from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
 from src.deploy.llama2c.weights import VERSIONS, Shape, check_tensors, group_size, read_shape, write_model
 from src.errors import MissingInput, MissingTool, ProofFailed, WrongKind
 from src.log import say, size, warn
-from src.modeling import load_tokenizer
+from src.modeling import load_model, load_tokenizer
 
 SOURCES = Path(__file__).parents[3] / "assets" / "llama2c"
 TAKES = {"model"}
@@ -93,7 +94,10 @@ def build(inputs: dict[str, Artifact], out: Path, settings) -> dict:
         "chat": pieces is not None,
     }
     metrics |= prove_ids(out, hf, pieces)
-    metrics |= prove_text(model_dir, out, hf, stops, exact=group == 0)
+    model = load_model(model_dir, dtype="float32").eval()
+    metrics |= prove_text(model, out, hf, stops, exact=group == 0)
+    rows = fidelity.held_out(fidelity.dataset_of(inputs["stored"]), hf)
+    metrics |= prove_loss(model, out / "model.bin", shape, rows, exact=group == 0)
     metrics["summary"] = (
         f"{metrics['tokens_per_second']:,.0f} tokens/s here, {metrics['prompts_equal']}/{metrics['prompts']} prompts as transformers"
     )

@@ -2,12 +2,15 @@
 
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
+from src import chatml, fidelity
 from src.deploy.llama2c.chat import ChatPieces
 from src.deploy.llama2c.runtime import escape
+from src.deploy.llama2c.weights import Shape, read_model
 from src.errors import ProofFailed
-from src.modeling import load_model
+from src.log import say
 
 PROBES = (
     "",
@@ -73,7 +76,30 @@ def _same_ids(ours: list[int], theirs: list[int], text: str) -> int:
     return len(ours)
 
 
-def prove_text(model_dir: Path, out: Path, hf, stops: list[int], exact: bool, tokens: int = 64) -> dict:
+def prove_loss(model, path: Path, shape: Shape, rows: list[chatml.Encoded], exact: bool) -> dict:
+    """What model.bin holds, read back into `model` (transformers', in fp32), against what it was made from, on held-out rows; see fidelity.
+
+    exact: raise ProofFailed where there is a difference. Else (int8) what was lost is a result. The model is another one afterwards.
+    """
+    import torch
+
+    if not rows:
+        return {}
+    before = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof")
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in read_model(path, shape):
+            parameters[name].copy_(weight)
+    after = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof", before.top_k_ids)
+    change = fidelity.compare(before, after, len(rows))
+    if exact:
+        fidelity.judge("llama2c", change, 1e-4, path, [], setting=None)
+    else:
+        say(f"llama2c: {change.told('before', 'in int8')}")
+    return change.metrics()
+
+
+def prove_text(model, out: Path, hf, stops: list[int], exact: bool, tokens: int = 64) -> dict:
     """The program's greedy text against transformers in fp32: is each token the likeliest after the ones before it?
 
     One pass of transformers over the finished text tells, since greedy texts part at the first token that is not.
@@ -82,7 +108,6 @@ def prove_text(model_dir: Path, out: Path, hf, stops: list[int], exact: bool, to
     """
     import torch
 
-    model = load_model(model_dir, dtype="float32").eval()
     context = model.config.max_position_embeddings
     prompts = equal = agreed = made = ties = 0
     speed = 0.0

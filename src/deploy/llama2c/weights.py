@@ -3,7 +3,9 @@
 Formats: export.py of karpathy/llama2.c, read by its run.c (versions 0 and 1, fp32) and runq.c (version 2, int8).
 """
 
+import math
 import struct
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +193,47 @@ def write_model(model_dir: Path, shape: Shape, version: int, group: int, path: P
             matrix(CLASSIFIER)
 
 
+def read_model(path: Path, shape: Shape) -> Iterator[tuple[str, "object"]]:
+    """(name in the checkpoint, fp32 tensor) of every weight in a model.bin, as the program computes with it: int8 values times their scales."""
+    import numpy as np
+    import torch
+
+    header = path.read_bytes()[:256]
+    version = struct.unpack("<Ii", header[:8])[1] if struct.unpack("<I", header[:4])[0] == MAGIC else 0
+    group = struct.unpack("<i", header[37:41])[0] if version == 2 else 0
+    shapes, at = shape.tensors(), 256 if version else 28
+
+    def take(name: str, heads: int = 0, quantized: bool = True):
+        nonlocal at
+        count = math.prod(shapes[name])
+        if group and quantized:
+            values = torch.from_numpy(np.fromfile(path, np.int8, count, offset=at)).view(-1, group)
+            scales = torch.from_numpy(np.fromfile(path, np.float32, count // group, offset=at + count))
+            weight, at = values * scales[:, None], at + count + count // group * 4
+        else:
+            weight, at = torch.from_numpy(np.fromfile(path, np.float32, count, offset=at)), at + 4 * count
+        weight = weight.view(shapes[name])
+        return name, separate(weight, heads) if heads else weight
+
+    norms = [shape.each_layer(ATTENTION_NORM), shape.each_layer(FFN_NORM)]
+    if version:
+        yield from (take(name, quantized=False) for name in [*norms[0], *norms[1], FINAL_NORM])
+        yield take(EMBEDDING)
+    else:
+        yield take(EMBEDDING)
+        yield from map(take, norms[0])
+    for key, part in MATRICES.items():
+        if not version and key == "w1":
+            yield from map(take, norms[1])
+        for name in shape.each_layer(part):
+            yield take(name, {"wq": shape.heads, "wk": shape.kv_heads}.get(key, 0))
+    if not version:
+        yield take(FINAL_NORM)
+        at += 4 * shape.context * shape.head  # the tables of cosines and sines
+    if not shape.shared:
+        yield take(CLASSIFIER)
+
+
 def rope_tables(shape: Shape) -> tuple:
     """Cosine and sine of every position's angles, (context, head / 2) each, as version 0 stores them."""
     import torch
@@ -206,6 +249,11 @@ def interleave(weight, heads: int):
     Rope turns rows i and i + head_dim / 2 together in the one, rows 2i and 2i + 1 in the other.
     """
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def separate(weight, heads: int):
+    """`interleave` undone."""
+    return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def quantize(weight, group: int) -> tuple:

@@ -8,11 +8,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+from src import modeling
 from src.artifact import Artifact, write_json
 from src.deploy import contract, preflight
 from src.deploy.mobilint import calibration, compile, job, plan, runtime, toolchain, transformers4
 from src.deploy.vendor import WORK, finish, whole, work_folder
-from src.modeling import fresh, load_tokenizer
+from src.modeling import load_tokenizer
 from src.targets import Mobilint
 
 TAKES = {"model"}
@@ -44,7 +45,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Mobilint) -> dict:
     tokenizer = load_tokenizer(made.model, trust_remote_code=made.trust)
     runtime.write_tokenizer(made.model, tokenizer, out)
     runtime.write_config(made, out)
-    ids = contract.prove(tokenizer, out, lambda texts: fresh(runtime.board_ids, out, texts))
+    ids = contract.prove(tokenizer, out, lambda texts: modeling.fresh(runtime.board_ids, out, texts))
 
     calibration.write_table(made.table, work / "embedding.pt")
     table = calibration.open_table(work / "embedding.pt")

@@ -6,9 +6,10 @@ openvino_genai's LLMPipeline loads on "NPU" and on "CPU", so every bundle is pro
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from src import shards
+from src import exact, shards
 from src.artifact import Artifact, write_json
 from src.deploy import preflight
 from src.deploy.embedding import find_embedding
@@ -35,13 +36,14 @@ def check(inputs: dict[str, Artifact], target: Openvino, out: Path) -> list[str]
     shape = read_shape(model.path)
     recipe.check_settings(shape, target, model.path)
     check_tokenizer(model.path)
+    start = replace(model, path=exact.folder(inputs, out / exact.FOLDER))
     stored = sum(entry.size for entry in shards.entries(model.path).values())
     return [
         *preflight.check_headers(model.path, shape, find_embedding(model.path)),
         f"weights: {size(stored)} become {recipe.group_size(shape, target)[1]}",
         *preflight.check_room(out, shape, target),
         recipe.environment_line(target),
-        f"in .work: {' '.join(recipe.export_argv(model, shape, target, MADE))}",
+        f"in .work: {' '.join(recipe.export_argv(start, shape, target, MADE))}",
     ]
 
 

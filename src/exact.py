@@ -1,0 +1,84 @@
+"""The exact sum behind a merge that stored it in 16 bits, for what rounds once more: quantizers and board compilers.
+
+A merge knows its adapter and its base. While both are where they were, the sum is made anew in fp32, in a folder that is removed when the work is done.
+"""
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from src import artifact, merging, shards
+from src.artifact import Artifact, read_json
+from src.errors import NoRoom
+from src.log import duration, say, size, warn
+
+FOLDER = ".exact"
+"""Folder inside an unfinished bundle with the exact sum. Hidden, so it is no content."""
+ROLES = {"adapter": "exact_adapter", "model": "exact_base"}
+"""role of a merge's parent -> its role under what is made from the exact sum"""
+
+
+def parents(model: Artifact, wanted: str, cache: Path) -> dict[str, Artifact]:
+    """{"exact_adapter", "exact_base"} of a model that is a rounded merge; empty for every other, and where wanted=stored declines.
+
+    Where one of the two is no longer what it was, that is said, and the weights are taken as they are stored. cache: see artifact.outside.
+    """
+    if wanted == "stored" or model.stage != "merge" or read_json(model.path / "config.json").get("dtype") == "float32":
+        return {}
+    found = {}
+    for role, name in ROLES.items():
+        record = model.parent(role)
+        path = model.path_of(record)
+        found[name] = artifact.open_any(path, cache) if path.is_dir() else None
+        if found[name] is None or found[name].key != record["key"]:
+            warn(
+                f"{model.path} is a rounded merge, and its {'base' if role == 'model' else role} is no longer at {path}: takes the rounded weights "
+                "instead of the exact sum"
+            )
+            return {}
+    return found
+
+
+def cost(inputs: dict[str, Artifact], out: Path) -> list[str]:
+    """A line of the plan: what the exact sum takes; none where there is none to make. Raises NoRoom where the disk of `out` has not that much."""
+    if ROLES["adapter"] not in inputs:
+        return []
+    written, _ = merging.plan(inputs[ROLES["adapter"]], inputs[ROLES["model"]].path, "float32")
+    need = sum(entry.size for entry in written)
+    there = next(path for path in out.absolute().parents if path.is_dir())
+    if (free := shutil.disk_usage(there).free) < need:
+        raise NoRoom(
+            f"the exact sum of adapter and base takes {size(need)} of disk while this works, {size(free)} are free",
+            where=str(there),
+            fix=["free space", "outputs=FOLDER_ELSEWHERE", "weights=stored takes the merge as it was rounded"],
+        )
+    return [
+        f"from the exact sum of {inputs[ROLES['adapter']].path} and its base: {size(need)} of disk in fp32 while this works; "
+        "weights=stored takes the merge as it was rounded"
+    ]
+
+
+def folder(inputs: dict[str, Artifact], at: Path) -> Path:
+    """Where the weights lie that the work starts from: the exact sum's folder `at`, or the model's own."""
+    return at if ROLES["adapter"] in inputs else inputs["model"].path
+
+
+def write(inputs: dict[str, Artifact], at: Path) -> Artifact:
+    """The model among the inputs with its exact weights: a complete folder in fp32 at `at`, taken as it is where it was made before; the model
+    itself where there are none."""
+    model = inputs["model"]
+    if ROLES["adapter"] not in inputs:
+        return model
+    if not at.is_dir():
+        adapter, base = inputs[ROLES["adapter"]], inputs[ROLES["model"]].path
+        partial = at.with_name(f"{at.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        begun = time.monotonic()
+        written, changes = merging.plan(adapter, base, "float32")
+        shards.write(partial, written, merging.merged_tensors(adapter, base, written, changes), shards.parse_size("5GB"))
+        merging.complete(adapter, base, partial, written)
+        partial.rename(at)
+        say(f"the exact sum of adapter and base, made anew in fp32: {duration(time.monotonic() - begun)}")
+    return replace(model, path=at)
