@@ -157,8 +157,10 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     run.train(resume_from_checkpoint=resume and str(resume))
     rows_of_val = (chatml.Encoded(row.input_ids.tolist(), row.labels.tolist()) for row in val)
     held = fidelity.within(rows_of_val) or fidelity.held_out(records, tokenizer)
-    seen = run.observe(held) if held else None
-    saved = narrowing.settle(run, saved_dtype(cfg, inputs["model"].path), cfg.tuner)
+    seen = run.observe(held) if held and precision == "fp32" else None
+    saved = narrowing.settle(run, saved_dtype(cfg, inputs["model"].path), cfg.tuner, precision)
+    if held and not seen:  # a pass in 16 bits shows what was learnt only now
+        seen = run.observe(held)
     run.finished = True
     run.save_model(str(out))
     told.trackers.close()

@@ -219,8 +219,8 @@ def prove(start: Artifact, out: Path, trust: bool, tokenizer, dataset: Path, pro
     figures = {"logit_error": error}
     if rows:
         change = fidelity.compare(whole, seen, len(rows))
-        say(f"quantize: {change.told('whole', 'quantized')}")
-        figures |= change.metrics()
+        ways = "quantizer=gptq_int8, a smaller quantizer.group_size or more calibration rows lose less"
+        figures |= fidelity.report("quantize", change, "quantized", ways)
     return figures
 
 

@@ -230,7 +230,7 @@ def test_a_copy_of_a_bundle_verifies_and_a_changed_byte_does_not(bundle, call, t
         ("no_tokenizer", ProofFailed, ["did not convert this model's tokenizer", "FunnyTokenizer"]),
         ("ids", ProofFailed, ["the board's tokenizer file", "token 5 of 'code'"]),
         ("template", ProofFailed, ["renders the model's chat template otherwise", "system"]),
-        ("garbage", ProofFailed, ["agree with transformers on 0 of 10 prompts"]),
+        ("garbage", ProofFailed, ["agree with transformers on"]),
         ("short", ProofFailed, ["answer of 2 tokens does not end where"]),
     ],
 )

@@ -1,7 +1,7 @@
 """From the weights that were trained to those that are saved, before the last validation: what it measures is what the result holds.
 
-Where a process trains in 16 bits, DeepSpeed keeps fp32 masters that collect what is too small for a step of the weights themselves; without DeepSpeed
-what is trained is fp32. So an exact weight always exists, and it, not its nearest neighbour, is what gets saved.
+An exact weight always exists. Without DeepSpeed what is trained is fp32; with it, what trains in 16 bits has fp32 masters. But a forward pass in 16
+bits sees them rounded to the nearest, so it does not see what is too small for a step, and neither does a loss that it computes (docs/fidelity.md).
 """
 
 import torch
@@ -14,18 +14,24 @@ from src.modeling import whole
 from src.training.trainer import ChatTrainer
 
 
-def settle(run: ChatTrainer, dtype: str, tuner: Tuner) -> dict:
-    """Make the trainer's model, or what it will save of it, the values that a save in `dtype` holds; all processes take part.
+def settle(run: ChatTrainer, dtype: str, tuner: Tuner, precision: str) -> dict:
+    """Make the trainer's model what a save in `dtype` holds, and what it computes with show it; all processes take part.
 
-    Returns the validation of the narrowed model, see ChatTrainer.validate; empty where nothing was narrowed or there are no validation rows.
+    precision: fp32, bf16 or fp16, of the forward passes. Where the save is exact but they are not, the exact weights are put aside for the save, and
+    the model gets their stochastic rounding. Returns the validation of the model as it is then, see ChatTrainer.validate; empty where nothing was
+    narrowed or there are no validation rows.
     """
-    if getattr(torch, dtype).itemsize >= 4:
-        run.masters = masters(run.model)
+    computed = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
+    exact = getattr(torch, dtype).itemsize >= 4
+    if exact and computed == "float32":
         return {}
-    onto_grid(run.model, getattr(torch, dtype), tuner.rounding)
+    if exact:
+        run.masters = masters(run.model)
+    onto_grid(run.model, getattr(torch, computed if exact else dtype), "stochastic" if exact else tuner.rounding)
     found = run.validate() if len(run.validation) else {}
     if found:
-        say(f"  as saved, {dtype} by {tuner.rounding} rounding: validation loss {found['loss']:.4f}")
+        how = f"{dtype}, computed in {computed}" if exact else f"{dtype} by {tuner.rounding} rounding"
+        say(f"  as saved, {how}: validation loss {found['loss']:.4f}")
     return found
 
 
@@ -40,12 +46,14 @@ def onto_grid(model, dtype: torch.dtype, how: str) -> None:
 
 
 def masters(model) -> dict[str, torch.Tensor]:
-    """{name: fp32 value on the CPU} of the trained weights that this process holds in 16 bits; all processes take part in making it."""
+    """{name: fp32 value on the CPU} of all trained weights; all processes take part in making it."""
     found = {}
     for name, parameter in model.named_parameters():
-        exact = master(parameter) if parameter.requires_grad else None
-        if exact is not None:
-            found[name] = exact.detach().float().cpu().view(getattr(parameter, "ds_shape", parameter.shape))
+        if parameter.requires_grad:
+            exact = master(parameter)
+            with torch.no_grad(), whole([parameter]):
+                value = parameter.detach() if exact is None else exact.view(parameter.shape)
+                found[name] = value.float().cpu().clone()
     return found
 
 

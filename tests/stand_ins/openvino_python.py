@@ -95,6 +95,8 @@ def inside(question: dict, fault: str | None) -> dict:
         return {"ids": ids}
     if question["do"] == "render":
         return {"texts": [_render(talk, fault) for talk in question["conversations"]]}
+    if question["do"] == "observe":
+        return {"rows": _observed(model, question["rows"])}
     return {"ids": _answers(model, question, fault), "tokens_per_second": 100.0, "first_token_ms": 5.0, "load_seconds": 0.5}
 
 
@@ -126,6 +128,19 @@ def _answers(model: str, question: dict, fault: str | None) -> list[list[int]]:
         given = torch.tensor([row])
         made.append(net.generate(given, attention_mask=torch.ones_like(given), pad_token_id=0, **options)[0, len(row) :].tolist())
     return made
+
+
+def _observed(model: str, rows: list[dict]) -> list[dict]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    net, found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), []
+    for row in rows:
+        with torch.no_grad():
+            log_probs = net(torch.tensor([row["ids"]])).logits[0, row["keep"]].log_softmax(-1)
+        losses, known = -log_probs[range(len(log_probs)), row["targets"]], log_probs.gather(1, torch.tensor(row["top_k_ids"]))
+        found.append({"losses": losses.tolist(), "log_probs": known.tolist(), "likeliest": log_probs.argmax(-1).tolist()})
+    return found
 
 
 if __name__ == "__main__":

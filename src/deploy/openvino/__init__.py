@@ -9,7 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from src import exact, shards
+from src import exact, fidelity, shards
 from src.artifact import Artifact, write_json
 from src.deploy import preflight
 from src.deploy.embedding import find_embedding
@@ -18,7 +18,7 @@ from src.deploy.openvino.exporter import LOG, MADE, export
 from src.deploy.vendor import finish, work_folder
 from src.errors import Unfinished
 from src.log import size
-from src.modeling import check_tokenizer, load_tokenizer, trust_of
+from src.modeling import check_tokenizer, load_model, load_tokenizer, trust_of
 from src.sizing.shape import read_shape
 from src.targets import Openvino
 
@@ -75,7 +75,9 @@ def build(inputs: dict[str, Artifact], out: Path, target: Openvino) -> dict:
     tokenizer = load_tokenizer(model.path, trust_remote_code=trust)
     metrics = {"unmade_pieces": proof.mend_tokenizer(tokenizer, model.path, ask, trust=trust)}
     metrics |= proof.prove_ids(tokenizer, out, ask)
-    metrics |= proof.prove_answers(model.path, out, tokenizer, target, ask, trust=trust)
+    whole = load_model(model.path, dtype="float32", trust_remote_code=trust).eval()
+    metrics |= proof.prove_answers(whole, model.path, out, tokenizer, target, ask)
+    metrics |= proof.prove_loss(whole, ask, fidelity.held_out(fidelity.dataset_of(inputs["stored"]), tokenizer), target)
     finish(out)
     return {
         **metrics,

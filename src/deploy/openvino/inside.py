@@ -5,6 +5,8 @@ Stands alone: that environment has openvino_genai but nothing of this project. T
 convert: {"model": folder, "trust": bool, "unmade": [str]} -> {}; writes openvino_tokenizer.xml anew without the pieces `unmade`.
 render: {"conversations": [{"messages", "tools"}]} -> {"texts": [str or null]}, by the chat template in openvino_tokenizer.xml.
 encode: {"texts": [str]} -> {"ids": [[int]], "read": [str]}, token ids by openvino_tokenizer.xml and what openvino_detokenizer.xml makes of them.
+observe: {"rows": [{"ids": [int], "keep": [int], "targets": [int], "top_k_ids": [[int]]}]} -> {"rows": [{"losses": [nats], "log_probs": [[nats]],
+    "likeliest": [int]}]} at the positions `keep`, computed as the device does by default.
 answer: {"prompts": [[int]], "tokens": int} -> {"ids": [[int]], "tokens_per_second", "first_token_ms", "load_seconds"}, greedy answers and medians.
 """
 
@@ -49,6 +51,36 @@ def encode(question: dict) -> dict:
     return {"ids": ids, "read": [tokenizer.decode(row, skip_special_tokens=False) if row else "" for row in ids]}
 
 
+def observe(question: dict) -> dict:
+    import numpy
+    import openvino
+
+    model = openvino.Core().compile_model(Path(question["bundle"]) / "openvino_model.xml", question["device"])
+    names, request, found = {name for given in model.inputs for name in given.names}, model.create_infer_request(), []
+    for row in question["rows"]:
+        length = len(row["ids"])
+        given = {
+            "input_ids": numpy.array([row["ids"]], dtype=numpy.int64),
+            "attention_mask": numpy.ones((1, length), dtype=numpy.int64),
+            "position_ids": numpy.arange(length, dtype=numpy.int64)[None],
+            "beam_idx": numpy.zeros(1, dtype=numpy.int32),
+        }
+        request.reset_state()
+        logits = request.infer({name: value for name, value in given.items() if name in names})["logits"][0, row["keep"]].astype(
+            numpy.float64
+        )
+        logits -= logits.max(1, keepdims=True)
+        log_probs = logits - numpy.log(numpy.exp(logits).sum(1, keepdims=True))
+        found.append(
+            {
+                "losses": (-log_probs[range(len(log_probs)), row["targets"]]).tolist(),
+                "log_probs": numpy.take_along_axis(log_probs, numpy.array(row["top_k_ids"]), 1).tolist(),
+                "likeliest": log_probs.argmax(1).tolist(),
+            }
+        )
+    return {"rows": found}
+
+
 def answer(question: dict) -> dict:
     import numpy
     import openvino
@@ -86,5 +118,6 @@ def _tokenizer(question: dict):
 if __name__ == "__main__":
     asked = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     Path(sys.argv[2]).write_text(
-        json.dumps({"convert": convert, "render": render, "encode": encode, "answer": answer}[asked["do"]](asked)), "utf-8"
+        json.dumps({"convert": convert, "render": render, "encode": encode, "observe": observe, "answer": answer}[asked["do"]](asked)),
+        "utf-8",
     )
