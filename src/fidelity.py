@@ -205,12 +205,12 @@ def judge(verb: str, change: Change, limit: float, where: Path, fix: list[str], 
     fix: ways out beside the limit itself, which `setting` raises.
     """
     told = change.told("as trained", "as saved")
-    over = max(abs(change.loss) - change.loss_waver, change.kl - change.kl_waver)
-    if not over <= limit:
+    over = (abs(change.loss) - change.loss_waver, change.kl - change.kl_waver)
+    if not all(nats <= limit for nats in over):  # not a number is over it too
         raise ProofFailed(
             f"what is saved is not what was trained: {told}",
             where=f"{where}, limit {limit:g} nats beside what other conversations would explain ({change.loss_waver:.4f} of the loss, {change.kl_waver:.4f} of KL)",
-            fix=[*fix, *([f"{setting}={over * 1.1:.2g} if you accept it"] if setting else [])],
+            fix=[*fix, *([f"{setting}={max(over) * 1.1:.2g} if you accept it"] if setting else [])],
         )
     say(f"{verb}: {told}")
 
