@@ -1,9 +1,10 @@
 """Merging against peft: python benchmarks/merge.py [FOLDER] [PAIRS]
 
 Makes a random base of Qwen2.5-0.5B's shape in bf16 and a LoRA adapter of rank 64 on all its linear layers in FOLDER (a temporary one by default), then in
-turn runs as whole processes: peft (load the base, PeftModel.from_pretrained, merge_and_unload, save_pretrained), our streamed merge alone, and
-`python -m src.merge`, which also hashes its inputs and result and proves the result by reloading it in a fresh process. Prints wall time and peak
-resident memory as the kernel counts it, their ratios pair by pair, and whether all tensors are equal byte for byte. Takes 3.2 GB of disk.
+turn runs as whole processes: peft (load the base, PeftModel.from_pretrained, merge_and_unload, save_pretrained), our streamed merge alone, rounding
+stochastically as it does by default and to the nearest as peft does, and `python -m src.merge`, which also hashes its inputs and result and proves the
+result by reloading it in a fresh process. Prints wall time and peak resident memory as the kernel counts it, their ratios pair by pair, and whether the
+tensors rounded to the nearest are peft's byte for byte. Takes 3.2 GB of disk.
 """
 
 import json
@@ -59,19 +60,19 @@ def by_peft(base: Path, adapter: Path, out: Path) -> None:
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 
 
-def by_us(base: Path, adapter: Path, out: Path) -> None:
-    from src import merge, shards
+def by_us(base: Path, adapter: Path, out: Path, how: str = "stochastic") -> None:
+    from src import merging, shards
     from src.artifact import Artifact
-    from src.config import MergeVerb
 
-    cfg = MergeVerb(
-        run="a", outputs="", force=False, dry_run=False, source=None, base=None, dtype="auto", tolerance="auto", shard_size="5GB"
-    )
     source = Artifact(adapter, "adapter", "", None, {})
     out.mkdir()
-    written, changes = merge.plan(cfg, source, base)
-    shards.write(out, written, merge.merged_tensors(source, base, written, changes), shards.parse_size(cfg.shard_size))
-    merge.complete(source, base, out, written)
+    written, changes = merging.plan(source, base)
+    shards.write(out, written, merging.merged_tensors(source, base, written, changes, how), shards.parse_size("5GB"))
+    merging.complete(source, base, out, written)
+
+
+def by_us_nearest(base: Path, adapter: Path, out: Path) -> None:
+    by_us(base, adapter, out, "nearest")
 
 
 def compare(one: Path, other: Path) -> None:
@@ -108,7 +109,9 @@ def main(place: Path, pairs: int) -> None:
     run(__file__, "--write", base, adapter)
     rows = []
     for number in range(pairs + 1):  # the first is not counted: memory and files are touched for the first time
-        row = {"peft": run(__file__, "--peft", base, adapter, theirs), "ours": run(__file__, "--ours", base, adapter, ours)}
+        row = {"peft": run(__file__, "--peft", base, adapter, theirs), "stochastic": run(__file__, "--ours", base, adapter, ours)}
+        shutil.rmtree(ours)
+        row["nearest"] = run(__file__, "--nearest", base, adapter, ours)
         equal = subprocess.run([sys.executable, __file__, "--compare", ours, theirs], capture_output=True, text=True, check=True).stdout
         shutil.rmtree(theirs)
         shutil.rmtree(ours)
@@ -129,7 +132,9 @@ def main(place: Path, pairs: int) -> None:
 
 
 if __name__ == "__main__":
-    work = {"--write": write_inputs, "--peft": by_peft, "--ours": by_us, "--compare": compare}.get((sys.argv[1:] or [""])[0])
+    work = {"--write": write_inputs, "--peft": by_peft, "--ours": by_us, "--nearest": by_us_nearest, "--compare": compare}.get(
+        (sys.argv[1:] or [""])[0]
+    )
     if work:
         work(*map(Path, sys.argv[2:]))
     else:

@@ -50,6 +50,11 @@ def user_deepspeed_json(path: Path, stage: int) -> dict:
         for key in ("optimizer", "scheduler")
         if key in theirs
     ]
+    faults += [
+        f"{kind}.{kind}_master_weights_and_grads leaves no fp32 weights, so updates below a step of {kind} would be lost while training"
+        for kind in ("bf16", "fp16")
+        if isinstance(theirs.get(kind), dict) and theirs[kind].get(f"{kind}_master_weights_and_grads")
+    ]
     zero = theirs.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise BadData("zero_optimization must be a JSON object", where=str(path), fix="deepspeed=zero2 or zero3 needs no file")

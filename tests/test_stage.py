@@ -450,6 +450,7 @@ def test_qlora_and_zero3(plan):
         ("{}", "none", ConfigError, "deepspeed=none would ignore it"),
         ("{", "zero2", BadData, "not valid JSON"),
         ("[]", "zero2", BadData, "expected a JSON object"),
+        ('{"bf16": {"bf16_master_weights_and_grads": true}}', "zero2", ConfigError, "leaves no fp32 weights"),
         ('{"zero_optimization": 2}', "zero2", BadData, "zero_optimization"),
     ],
 )

@@ -54,7 +54,8 @@ def build(inputs: dict[str, Artifact], out: Path, target: Mobilint) -> dict:
     records = calibration.write(found, table, work / job.CALIBRATION)
     calibration.check(work / job.CALIBRATION, records, made.low, made.high, table.shape[1])
 
-    transformers4.lend_model(made.model, work)
+    # qubee casts the weights to bf16 itself (weight_dtype), to the nearest: it gets those that are on that grid already.
+    transformers4.lend_model(inputs["stored"].path if made.compiler.package == "qubee" else made.model, work)
     digest = job.write(made, work)
     record = compile.compile_model(made, target, work, digest, job.container(out))
 
