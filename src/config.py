@@ -264,7 +264,7 @@ class FinetuneVerb(SourcedVerb):
     """how long, in what portions and in what precision"""
     teacher: Annotated[Teacher, Field(exclude_if=lambda teacher: teacher.path is None)]
     """a larger model to learn from"""
-    max_loss_change: PositiveFloat
+    max_loss_change: Annotated[PositiveFloat, Unkeyed]
     """nats that the loss on held-out conversations may differ between what was trained and what is saved, beside what other conversations would explain"""
     legacy_mask: Literal["none", "qwen"]
     """none: train on the assistant's text and its <|im_end|>; qwen: the labels of Qwen's finetune.py, turn markers included"""
@@ -285,7 +285,7 @@ class MergeVerb(SourcedVerb):
     """how the exact sum becomes 16 bits; stochastic keeps small updates, nearest gives peft's bytes and loses them"""
     tolerance: Literal["auto"] | PositiveFloat
     """largest relative difference of random tokens' logits between adapter-on-base and the merged folder; auto: what rounding to its dtype explains"""
-    max_loss_change: PositiveFloat
+    max_loss_change: Annotated[PositiveFloat, Unkeyed]
     """nats that the loss on held-out conversations may differ from the adapter's on its base, beside what other conversations would explain"""
     shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[MG]B$")]
     """largest weight file, such as 5GB"""

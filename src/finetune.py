@@ -94,10 +94,11 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if rank() != 0:
         return {}
     finish(cfg, base, tokenizer, end, out, keep_tokenizer=not added, saved=trained.names)
+    metrics = trained.metrics | {"added_tokens": added, "turn_end": end}
+    metrics |= prove(cfg, base, tokenizer, out, trained, metrics)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     (out / "layout.json").unlink()
-    metrics = trained.metrics | {"added_tokens": added, "turn_end": end}
-    return metrics | prove(cfg, base, tokenizer, out, trained, metrics)
+    return metrics
 
 
 @dataclass(frozen=True)

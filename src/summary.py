@@ -21,9 +21,9 @@ def headline(a: Artifact) -> str:
             return f"validation loss {m['val_loss_first']:.3f} -> {m['val_loss']:.3f} in {m['steps']} steps"
         return f"training loss {m['train_loss_first']:.3f} -> {m['train_loss_last']:.3f} in {m['steps']} steps"
     if a.stage == "merge":
-        return f"logits within {m['logit_error']:.0e} of adapter on base"
+        return lost(m) or f"logits within {m['logit_error']:.0e} of adapter on base"
     if a.stage == "quantize":
-        return f"logits within {m['logit_error']:.1%} of the unquantized"
+        return lost(m) or f"logits within {m['logit_error']:.1%} of the unquantized"
     if a.stage == "evaluate":
         parts = [f"perplexity {m['perplexity']:.3f}"] if "perplexity" in m else []
         if "parent_perplexity" in m:
@@ -38,8 +38,13 @@ def headline(a: Artifact) -> str:
             parts.append(f"{m['tokens_per_second']:.1f} tokens/s")
         return ", ".join(parts)
     if a.stage == "deploy":
-        return m["summary"]
+        return ", ".join(filter(None, (lost(m), m["summary"])))
     return ""
+
+
+def lost(m: dict) -> str:
+    """From what was trained to what this holds, on held-out conversations; empty where that was not measured."""
+    return f"held-out loss {m['loss_before']:.4f} -> {m['loss_after']:.4f}, KL {m['kl']:.4f}" if "kl" in m else ""
 
 
 def rows(folder: Path) -> list[tuple[Artifact, str]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHAT, ROOT, go
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
@@ -98,7 +98,9 @@ def test_rounding_a_full_fine_tune_to_the_nearest_is_refused_and_each_way_out_wo
     assert "what is saved is not what was trained" in err and not (tmp_path / "f" / "finetune").exists()
     ways = [line.split()[1] for line in err.splitlines() if line.startswith(("  fix:", "  or:"))]
     assert [way.split("=")[0] for way in ways] == ["tuner.rounding", "tuner.dtype", "max_loss_change"]
-    for way in ways:
+    assert go(finetune, *given, "tuner.rounding=nearest", ways[2]) == 0, "the same run"
+    assert "goes on from step 16" in capsys.readouterr().err, "what was trained is not lost with the proof"
+    for way in ways[:2]:
         assert go(finetune, *given, "tuner.rounding=nearest", way, "force=true") == 0, way
 
 
@@ -117,6 +119,23 @@ def test_what_deepspeed_trains_in_bf16_is_saved_from_its_fp32_masters(stage, arg
     assert abs(evaluated(place, f"z{stage}-{argv[0][6:]}", "finetune") - plain.metrics["val_loss"]) < LIMIT
 
 
+def test_rows_of_tokens_the_base_never_learnt_are_saved_as_trained(place, tmp_path):
+    """They are parameters of their own while training, are folded into their matrix, and rounded with it."""
+    base = Path(shutil.copytree(place / "base", tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    table[1022:1024] = table[:1022].float().mean(0).bfloat16()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    given = [f"outputs={tmp_path}", "run=r", f"source={place / 'd' / 'data'}", f"model.path={base}", "tuner=full", *SMALL]
+    assert go(finetune, *given) == 0
+    m = artifact.open_artifact(tmp_path / "r" / "finetune").metrics
+    assert m["trained_rows"] == [1022, 1023] and abs(m["val_loss"] - m["val_loss_trained"]) < LIMIT and m["kl"] < LIMIT
+    assert go(evaluate, *given[:2], f"source={tmp_path / 'r' / 'finetune'}", f"dataset={place / 'd' / 'data'}", "evaluation.samples=0") == 0
+    assert artifact.open_artifact(tmp_path / "r" / "evaluate-finetune").metrics["loss"] == pytest.approx(m["val_loss"], abs=2e-5)
+    saved = load_file(tmp_path / "r" / "finetune" / "model.safetensors")["model.embed_tokens.weight"]
+    assert saved.dtype == torch.bfloat16 and not torch.equal(saved[1022:], table[1022:])
+
+
 # ---- merging
 
 
@@ -127,7 +146,7 @@ def test_a_merge_keeps_what_was_learnt_and_the_nearest_loses_it(adapter, place, 
     ways = [line.split()[1] for line in err.splitlines() if line.startswith(("  fix:", "  or:"))]
     assert [way.split("=")[0] for way in ways] == ["rounding", "dtype", "max_loss_change"]
     for way in ways:
-        assert go(merge, *given, "run=n", "rounding=nearest", way, "force=true") == 0, way
+        assert go(merge, *given, f"run=n-{way[:4]}", "rounding=nearest", way) == 0, way
     assert go(merge, *given, "run=s") == 0
     made = artifact.open_artifact(tmp_path / "s" / "merge")
     print(f"stochastic: {made.metrics['loss_before']:.4f} -> {made.metrics['loss_after']:.4f}, KL {made.metrics['kl']:.6f}")
