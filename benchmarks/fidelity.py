@@ -4,7 +4,7 @@ Walks MODEL (by default the real chat model that scripts/real_model.py makes) th
 conversations, and each result through merging, quantizing and the bundles that run here, in FOLDER, which keeps what is finished. Beside each station
 stand what rounding to the nearest makes of the same weights, peft's merge_and_unload and transformers' save_pretrained. Every loss is that of the
 validation split, by `python -m src.evaluate` of the folder as it was saved, or by the bundle's own proof. key=value pairs go to finetune, such as
-train.max_steps=25; data.path=FILE to data. On two CPU cores about 25 minutes.
+train.max_steps=25; data.path=FILE to data; plot=FILE.png draws the weights that are saved in 16 bits. On two CPU cores about 40 minutes.
 """
 
 import json
@@ -93,13 +93,46 @@ class Road:
         return json.loads((out / "manifest.json").read_text())["metrics"]["loss_after"]
 
 
+def draw(rows: list[tuple[str, float, float | None]], file: Path) -> None:
+    """Bars of what LoRA and full fine-tuning learnt and what of it is saved, up to the base's loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = [
+        ("LoRA: adapter on its base", "lora: adapter on its base", "#444444"),
+        ("merged in bf16, here", "its merge in bf16, stochastic (the default)", "#2a7f62"),
+        ("merged in bf16 by peft", "peft's merge_and_unload in bf16", "#c44e52"),
+        ("full: as training reported", "full, as training reported", "#444444"),
+        ("saved in bf16, here", "full: as saved in bf16, stochastic (the default)", "#2a7f62"),
+        ("saved in bf16 by transformers", "transformers' save_pretrained in bf16", "#c44e52"),
+    ]
+    losses = {what: loss for what, loss, _ in reversed(rows)}  # LoRA's rows come before Q-LoRA's of the same name
+    at = [0, 1, 2, 3.6, 4.6, 5.6]
+    figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
+    values = [losses[name] for _, name, _ in bars]
+    axes.barh(at, values, color=[colour for _, _, colour in bars], height=0.75)
+    for y, value in zip(at, values):
+        axes.text(value + 0.02, y, f"{value:.3f}", va="center", fontsize=9)
+    axes.axvline(losses["the base"], color="#999999", linestyle=":", linewidth=1)
+    axes.text(losses["the base"] - 0.02, 2.3, "the base, untrained", rotation=90, ha="right", va="center", fontsize=8, color="#777777")
+    axes.set_yticks(at, [label for label, _, _ in bars], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, losses["the base"] * 1.05)
+    axes.set_xlabel("loss on held-out conversations (nats)", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
 def main(folder: Path, model: Path | None, argv: list[str]) -> None:
     if model is None:
         model = folder / "SmolLM2-135M-Instruct"
         if not model.is_dir() and subprocess.run([sys.executable, ROOT / "scripts" / "real_model.py", model]).returncode:
             sys.exit(7)
     data = next((a.removeprefix("data.path=") for a in argv if a.startswith("data.path=")), str(ROOT / "assets" / "conversations.json"))
-    road = Road(folder, model.resolve(), data, [a for a in argv if not a.startswith("data.path=")])
+    road = Road(folder, model.resolve(), data, [a for a in argv if not a.startswith(("data.path=", "plot="))])
     here = (ROOT / ".venv-openvino").is_dir()
     rows: list[tuple[str, float, float | None]] = []
 
@@ -140,6 +173,9 @@ def main(folder: Path, model: Path | None, argv: list[str]) -> None:
     int4 = row("GPTQ int4 of the fp32 weights", road.loss(road.int4("full-int4-fp32", full32)), trained)
     row("GPTQ int4 of the bf16 weights, stochastic", road.loss(road.int4("full-int4", full)), int4)
     row("the base", road.loss(road.model))
+    for option in argv:
+        if option.startswith("plot="):
+            draw(rows, Path(option.removeprefix("plot=")))
 
 
 if __name__ == "__main__":

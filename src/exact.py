@@ -10,7 +10,7 @@ from pathlib import Path
 
 from src import artifact, merging, shards
 from src.artifact import Artifact, read_json
-from src.errors import NoRoom
+from src.errors import NoRoom, UserError
 from src.log import duration, say, size, warn
 
 FOLDER = ".exact"
@@ -30,11 +30,15 @@ def parents(model: Artifact, wanted: str, cache: Path) -> dict[str, Artifact]:
     for role, name in ROLES.items():
         record = model.parent(role)
         path = model.path_of(record)
-        found[name] = artifact.open_any(path, cache) if path.is_dir() else None
-        if found[name] is None or found[name].key != record["key"]:
+        try:
+            found[name] = artifact.open_any(path, cache)
+            same = found[name].key == record["key"]
+        except UserError:  # gone, damaged, or another thing by now
+            same = False
+        if not same:
             warn(
-                f"{model.path} is a rounded merge, and its {'base' if role == 'model' else role} is no longer at {path}: takes the rounded weights "
-                "instead of the exact sum"
+                f"{model.path} is a rounded merge, and {path} is no longer the {'base' if role == 'model' else role} it was made from: takes the "
+                "rounded weights instead of the exact sum"
             )
             return {}
     return found
