@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from src import adapters, answering, aux_files, chatml, fidelity, launch, modeling, stage
+from src import adapters, answering, aux_files, chatml, fidelity, launch, modeling, shards, stage
 from src.artifact import Artifact, outside
 from src.config import FinetuneVerb, FullTuner, QloraTuner
 from src.errors import ConfigError, MissingInput, WrongKind
@@ -266,11 +266,12 @@ def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained,
     Returns the figures. Raises ProofFailed where they differ.
     """
     modeling.give_back_memory()
+    device = modeling.device_that_fits(sum(math.prod(entry.shape) for entry in shards.entries(base).values()))
     full, compute = isinstance(cfg.tuner, FullTuner), "float32" if metrics["precision"] == "fp32" else "auto"
     made = {"settings": cfg.model_dump(mode="json"), "metrics": metrics, "parents": []}
     saved = Artifact(out, "model" if full else "adapter", "", made, {})
     given = (trained.rows, trained.seen and trained.seen.top_k_ids, None if full else base)
-    ids, _, seen = modeling.fresh(fidelity.reload, saved, compute, modeling.device(), *given)
+    ids, _, seen = modeling.fresh(fidelity.reload, saved, compute, device, *given)
     aux_files.compare(ids, tokenizer, out)
     if not trained.rows:
         return {}

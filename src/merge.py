@@ -66,8 +66,9 @@ def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: lis
     """
     import torch
 
-    device = modeling.device()
-    compute = modeling.dtype_that_fits(sum(math.prod(e.shape) for e in written), device)
+    parameters = sum(math.prod(entry.shape) for entry in written)
+    device = modeling.device_that_fits(parameters)
+    compute = modeling.dtype_that_fits(parameters, device)
     model, tokenizer = modeling.load_any(adapter, dtype=compute, device=device, base=base)
     rows = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer)
     trained = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof") if rows else None

@@ -395,6 +395,13 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def device_that_fits(parameters: int) -> str:
+    """cuda where a GPU has room for a model of so many parameters in fp32, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and 1.2 * 4 * parameters < torch.cuda.mem_get_info()[0] else "cpu"
+
+
 def dtype_that_fits(parameters: int, device: str) -> str:
     """float32 where a model of so many parameters fits the device's free memory twice in it, as one that is loaded may; else auto, as it is stored."""
     import psutil

@@ -68,6 +68,7 @@ def adapter(place) -> artifact.Artifact:
         ("full-fp32", ["tuner=full", "tuner.dtype=float32"]),
         ("full-fp16", ["tuner=full", "tuner.dtype=float16"]),
         ("full-in-bf16", ["tuner=full", "train.precision=bf16"]),
+        ("full-fp16-in-bf16", ["tuner=full", "tuner.dtype=float16", "train.precision=bf16"]),
         ("lora", LORA),
         ("lora-in-bf16", [*LORA, "train.precision=bf16"]),
         ("qlora", [*LORA, "tuner=qlora"]),
@@ -78,7 +79,11 @@ def test_the_last_validation_is_what_evaluate_finds(run, argv, place):
     found, m = evaluated(place, run, "finetune"), made.metrics
     print(f"{run}: trained {m['val_loss_trained']:.4f}, as saved {m['val_loss']:.4f}, evaluated {found:.4f}, KL {m['kl']:.5f}")
     exactly = "in-bf16" not in run  # computed in 16 bits there, in 32 by evaluate
-    assert abs(found - m["val_loss"]) < (2e-5 if exactly else LIMIT)
+    if run == "lora-in-bf16":
+        # The base's output is rounded to bf16 before the adapter's share, mostly below its step, is added: evaluate sees what was learnt, bf16 does not.
+        assert m["val_loss"] - 0.02 < found < m["val_loss"] - LIMIT
+    else:
+        assert abs(found - m["val_loss"]) < (2e-5 if exactly else LIMIT)
     assert abs(m["loss_after"] - m["loss_before"]) < LIMIT and m["kl"] < LIMIT and m["proof_tokens"] > 500
     if exactly:
         assert abs(m["val_loss"] - m["val_loss_trained"]) < LIMIT

@@ -17,21 +17,21 @@ from src.training.trainer import ChatTrainer
 def settle(run: ChatTrainer, dtype: str, tuner: Tuner, precision: str) -> dict:
     """Make the trainer's model what a save in `dtype` holds, and what it computes with show it; all processes take part.
 
-    precision: fp32, bf16 or fp16, of the forward passes. Where the save is exact but they are not, the exact weights are put aside for the save, and
-    the model gets their stochastic rounding. Returns the validation of the model as it is then, see ChatTrainer.validate; empty where nothing was
-    narrowed or there are no validation rows.
+    precision: fp32, bf16 or fp16, of the forward passes. Where they have 16 bits and the save is of another type, the exact weights are put aside for
+    the save, and the model gets their stochastic rounding. Returns the validation of the model as it is then, see ChatTrainer.validate; empty where
+    nothing was narrowed or there are no validation rows.
     """
     computed = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
-    exact = getattr(torch, dtype).itemsize >= 4
-    if exact and computed == "float32":
+    if dtype == computed == "float32":
         return {}
-    if exact:
+    grid = dtype if computed == "float32" else computed
+    if grid != dtype:
         run.masters = masters(run.model)
-    onto_grid(run.model, getattr(torch, computed if exact else dtype), "stochastic" if exact else tuner.rounding)
+    onto_grid(run.model, getattr(torch, grid), tuner.rounding if grid == dtype else "stochastic")
     found = run.validate() if len(run.validation) else {}
     if found:
-        how = f"{dtype}, computed in {computed}" if exact else f"{dtype} by {tuner.rounding} rounding"
-        say(f"  as saved, {how}: validation loss {found['loss']:.4f}")
+        how = f" by {tuner.rounding} rounding" if grid == dtype else f", computed in {computed}"
+        say(f"  as saved, {dtype}{how}: validation loss {found['loss']:.4f}")
     return found
 
 
