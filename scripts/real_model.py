@@ -6,6 +6,7 @@ written. Exit code 7 where the registry does not have the packages.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,12 @@ def main(out: Path) -> int:
         [file] = packages.rglob("*.gguf")
         # In a process of its own: transformers looks for gguf among the installed packages when it is imported.
         environment = {**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"}
-        return subprocess.run([sys.executable, __file__, "--convert", file, out], env=environment).returncode
+        partial = out.with_name(f"{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        done = subprocess.run([sys.executable, __file__, "--convert", file, partial], env=environment)
+        if not done.returncode:
+            partial.rename(out)
+        return done.returncode
 
 
 if __name__ == "__main__":

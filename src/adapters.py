@@ -434,7 +434,11 @@ def is_no_update(a, b) -> bool:
     return bool((inside * outside).sum() <= 1e-12 * inside.trace() * outside.trace())
 
 
+def count(model, *, trained: bool = False) -> int:
+    """Parameters of a model, those of ZeRO-3's partitions counted whole; only the trained ones if asked for."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)
+
+
 def describe(model, rows: list[int]) -> None:
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    trained, total = count(model, trained=True), count(model)
     say(f"trains {trained:,} of {total:,} parameters ({trained / total:.2%})" + (f", {len(rows)} token rows among them" if rows else ""))

@@ -67,8 +67,9 @@ def logits(model, rows: list[list[int]] | None = None):
         size = vocabulary_rows(model)
         rows = torch.randint(0, size, (2, 32), generator=torch.Generator().manual_seed(0)).tolist()
         rows.append([i % size for i in range(size - 32, size)])
+    device = next(model.parameters()).device
     with torch.no_grad():
-        return torch.cat([model(torch.tensor([row]), use_cache=False).logits[0].float() for row in rows]).numpy()
+        return torch.cat([model(torch.tensor([row], device=device), use_cache=False).logits[0].float().cpu() for row in rows]).numpy()
 
 
 def stop_ids(folder: Path, tokenizer) -> list[int]:

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from src import artifact, merging, shards
-from src.artifact import Artifact, read_json
+from src.artifact import Artifact
 from src.errors import NoRoom, UserError
 from src.log import duration, say, size, warn
+from src.sizing.shape import ModelShape
 
 FOLDER = ".exact"
 """Folder inside an unfinished bundle with the exact sum. Hidden, so it is no content."""
@@ -24,7 +25,7 @@ def parents(model: Artifact, wanted: str, cache: Path) -> dict[str, Artifact]:
 
     Where one of the two is no longer what it was, that is said, and the weights are taken as they are stored. cache: see artifact.outside.
     """
-    if wanted == "stored" or model.stage != "merge" or read_json(model.path / "config.json").get("dtype") == "float32":
+    if wanted == "stored" or model.stage != "merge" or not any(e.dtype in ("BF16", "F16") for e in shards.entries(model.path).values()):
         return {}
     found = {}
     for role, name in ROLES.items():
@@ -44,13 +45,12 @@ def parents(model: Artifact, wanted: str, cache: Path) -> dict[str, Artifact]:
     return found
 
 
-def cost(inputs: dict[str, Artifact], out: Path) -> list[str]:
-    """A line of the plan: what the exact sum takes; none where there is none to make. Raises NoRoom where the disk of `out` has not that much."""
-    if ROLES["adapter"] not in inputs:
+def cost(inputs: dict[str, Artifact], at: Path) -> list[str]:
+    """A line of the plan: what the exact sum takes; none where there is none to make, or where an unfinished bundle has it. Raises NoRoom where the
+    disk of `at`, its folder, has not that much."""
+    if not (need := size_to_write(inputs, at)):
         return []
-    written, _ = merging.plan(inputs[ROLES["adapter"]], inputs[ROLES["model"]].path, "float32")
-    need = sum(entry.size for entry in written)
-    there = next(path for path in out.absolute().parents if path.is_dir())
+    there = next(path for path in at.absolute().parents if path.is_dir())
     if (free := shutil.disk_usage(there).free) < need:
         raise NoRoom(
             f"the exact sum of adapter and base takes {size(need)} of disk while this works, {size(free)} are free",
@@ -61,6 +61,19 @@ def cost(inputs: dict[str, Artifact], out: Path) -> list[str]:
         f"from the exact sum of {inputs[ROLES['adapter']].path} and its base: {size(need)} of disk in fp32 while this works; "
         "weights=stored takes the merge as it was rounded"
     ]
+
+
+def size_to_write(inputs: dict[str, Artifact], at: Path) -> int:
+    """Bytes of the exact sum that is still to be made at `at`."""
+    if ROLES["adapter"] not in inputs or at.is_dir():
+        return 0
+    written, _ = merging.plan(inputs[ROLES["adapter"]], inputs[ROLES["model"]].path, "float32")
+    return sum(entry.size for entry in written)
+
+
+def shape(model: ModelShape, inputs: dict[str, Artifact]) -> ModelShape:
+    """The model's shape in the dtype that the work starts from."""
+    return replace(model, dtype="float32") if ROLES["adapter"] in inputs else model
 
 
 def folder(inputs: dict[str, Artifact], at: Path) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 from src import aux_files, chatml, modeling
 from src.answering import logits
 from src.artifact import Artifact, is_finished, open_artifact
-from src.errors import BadData, ProofFailed
+from src.errors import BadData, ProofFailed, UserError
 from src.log import progress, say, warn
 
 TOP_K = 64
@@ -87,22 +87,34 @@ def dataset_of(made: Artifact) -> Path | None:
     for role in ("dataset", "adapter"):
         record = made.parent(role)
         path = made.path_of(record) if record else None
-        if path and is_finished(path) and (found := open_artifact(path)).key == record["key"]:
+        if not path or not is_finished(path):
+            continue
+        try:
+            found = open_artifact(path)
+        except UserError:  # damaged since
+            continue
+        if found.key == record["key"]:
             return path if role == "dataset" else dataset_of(found)
     return None
 
 
-def within(rows: Iterable[chatml.Encoded]) -> list[chatml.Encoded]:
-    """As many of the rows as TOKENS allows, those over LONGEST left out."""
+def within(rows: Iterable[chatml.Encoded], longest: int = LONGEST) -> list[chatml.Encoded]:
+    """The first rows that fit into TOKENS together, those over `longest` tokens left out."""
     found, tokens = [], 0
     for row in rows:
-        if row.trained and len(row.input_ids) <= min(LONGEST, TOKENS - tokens):
-            found, tokens = [*found, row], tokens + len(row.input_ids)
+        if not row.trained or len(row.input_ids) > longest:
+            continue
+        if len(row.input_ids) > TOKENS - tokens:
+            break
+        found, tokens = [*found, row], tokens + len(row.input_ids)
     return found
 
 
-def held_out(dataset: Path | None, tokenizer) -> list[chatml.Encoded]:
-    """Conversations of a dataset's val split, or of its calib split where that has none, `within` bounds; empty, and said, without any."""
+def held_out(dataset: Path | None, tokenizer, config: dict) -> list[chatml.Encoded]:
+    """Conversations of a dataset's val split, or of its calib split where that has none, `within` bounds; empty, and said, without any.
+
+    config: of the model, whose positions bound the rows too.
+    """
 
     def encoded(split: str) -> Iterator[chatml.Encoded]:
         with open(dataset / f"{split}.jsonl", encoding="utf-8") as file:
@@ -115,7 +127,8 @@ def held_out(dataset: Path | None, tokenizer) -> list[chatml.Encoded]:
     if dataset:
         chatml.ensure_chat(tokenizer)
         end = chatml.turn_end(tokenizer)
-    found = (within(encoded("val")) or within(encoded("calib"))) if dataset else []
+    longest = min(LONGEST, config.get("max_position_embeddings") or config.get("n_positions") or LONGEST)
+    found = (within(encoded("val"), longest) or within(encoded("calib"), longest)) if dataset else []
     if not found:
         warn("no dataset is known to compare on, so what is lost on held-out conversations is not measured")
     return found

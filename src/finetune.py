@@ -9,8 +9,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from src import adapters, answering, aux_files, chatml, fidelity, launch, modeling, shards, stage
-from src.artifact import Artifact, outside
+from src import adapters, answering, aux_files, chatml, fidelity, launch, modeling, stage
+from src.artifact import Artifact, outside, read_json
 from src.config import FinetuneVerb, FullTuner, QloraTuner
 from src.errors import ConfigError, MissingInput, WrongKind
 from src.log import rank, say
@@ -105,11 +105,13 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
 class Trained:
     """What is left of a training when its model has been saved and let go.
 
-    metrics: for the manifest. names: of the tensors that were saved. rows, seen: held-out rows, and what the exact weights say at them.
+    metrics: for the manifest. names: of the tensors that were saved. parameters: of the whole model. rows, seen: held-out rows, and what the exact
+    weights say at them.
     """
 
     metrics: dict
     names: set[str]
+    parameters: int
     rows: list[chatml.Encoded]
     seen: fidelity.Seen | None
 
@@ -155,9 +157,9 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
         alpha=cfg.teacher.weight,
         callbacks=[probe.Probe(out, precision, proven=cfg.deepspeed.stage != 3), told, checkpoints.Checkpoints(world)],
     )
-    run.train(resume_from_checkpoint=resume and str(resume))
     rows_of_val = (chatml.Encoded(row.input_ids.tolist(), row.labels.tolist()) for row in val)
-    held = fidelity.within(rows_of_val) or fidelity.held_out(records, tokenizer)
+    held = fidelity.within(rows_of_val) or fidelity.held_out(records, tokenizer, read_json(inputs["model"].path / "config.json"))
+    run.train(resume_from_checkpoint=resume and str(resume))
     seen = run.observe(held) if held and precision == "fp32" else None
     saved = narrowing.settle(run, saved_dtype(cfg, inputs["model"].path), cfg.tuner, precision)
     if held and not seen:  # a pass in 16 bits shows what was learnt only now
@@ -168,7 +170,7 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     checkpoints.barrier()
     metrics = reports.summary(run, told, precision, saved) if rank() == 0 else {}
     metrics |= {"trained_rows": rows} | ({"nf4": nf4} if nf4 else {})
-    return Trained(metrics, adapters.saved_names(run.model), held, seen)
+    return Trained(metrics, adapters.saved_names(run.model), adapters.count(run.model), held, seen)
 
 
 def saved_dtype(cfg: FinetuneVerb, base: Path) -> str:
@@ -266,7 +268,7 @@ def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained,
     Returns the figures. Raises ProofFailed where they differ.
     """
     modeling.give_back_memory()
-    device = modeling.device_that_fits(sum(math.prod(entry.shape) for entry in shards.entries(base).values()))
+    device = modeling.device_that_fits(trained.parameters)
     full, compute = isinstance(cfg.tuner, FullTuner), "float32" if metrics["precision"] == "fp32" else "auto"
     made = {"settings": cfg.model_dump(mode="json"), "metrics": metrics, "parents": []}
     saved = Artifact(out, "model" if full else "adapter", "", made, {})

@@ -70,10 +70,11 @@ def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: lis
     device = modeling.device_that_fits(parameters)
     compute = modeling.dtype_that_fits(parameters, device)
     model, tokenizer = modeling.load_any(adapter, dtype=compute, device=device, base=base)
-    rows = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer)
+    rows = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer, read_json(out / "config.json"))
     trained = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof") if rows else None
     before = torch.from_numpy(logits(model))
     del model
+    modeling.give_back_memory()
     merged = Artifact(out, "model", "", adapter.manifest, {})
     ids, after, saved = modeling.fresh(fidelity.reload, merged, compute, device, rows, trained and trained.top_k_ids, None)
     aux_files.compare(ids, tokenizer, out)

@@ -176,7 +176,8 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     if nf4 := artifact.metrics.get("nf4"):
         quantization = nf4_config(**nf4)
     tokenizer = load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base, trust_remote_code=trust)
-    model = load_model(base, dtype=dtype, trust_remote_code=trust, quantization=quantization)
+    pickle = _allowed(artifact, "allow_pickle")
+    model = load_model(base, dtype=dtype, trust_remote_code=trust, allow_pickle=pickle, quantization=quantization)
     grow_vocabulary(model, len(tokenizer))
     return PeftModel.from_pretrained(model, artifact.path).to(device).eval(), tokenizer
 
@@ -193,8 +194,13 @@ def has_tokenizer(path: Path) -> bool:
 
 def trust_of(artifact: Artifact) -> bool:
     """Whether custom code was allowed when this artifact's model was trained."""
+    return _allowed(artifact, "trust_remote_code")
+
+
+def _allowed(artifact: Artifact, what: str) -> bool:
+    """Whether a setting of the model group was true for this artifact or for one it was made from."""
     records = [artifact.manifest or {}, *(artifact.manifest or {}).get("ancestors", {}).values()]
-    return any(r.get("settings", {}).get("model", {}).get("trust_remote_code") for r in records)
+    return any((r.get("settings", {}).get("model") or {}).get(what) for r in records)
 
 
 def base_of(adapter: Artifact) -> Path:

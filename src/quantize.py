@@ -55,7 +55,7 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     check_tokenizer(model.path)
     return [
         f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl",
-        *exact.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize"),
+        *exact.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize.partial" / "exact"),
     ]
 
 
@@ -77,14 +77,17 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     scratch = out / "scratch"
     scratch.mkdir()
     start = exact.write(inputs, scratch / "exact")
+    begin = str(start.path.resolve())
+    # gptqmodel would take fp32 weights as bf16 on a GPU, by its "auto".
+    wide = modeling.device() == "cpu" or modeling.stored_dtype(start.path) == "float32"
     # gptqmodel writes a folder of logs wherever it is run.
     with modeling.silenced(), contextlib.chdir(scratch):
         model = GPTQModel.load(
-            str(start.path.resolve()),
+            begin,
             config,
             trust_remote_code=trust,
             device=modeling.device(),
-            dtype=torch.float32 if modeling.device() == "cpu" else "auto",
+            dtype=torch.float32 if wide else "auto",
         )
         model.quantize(rows, batch_size=cfg.calibration.batch_size)
         model.save(str(target))
@@ -202,12 +205,13 @@ def prove(start: Artifact, out: Path, trust: bool, tokenizer, dataset: Path, pro
     """
     import torch
 
-    rows = fidelity.held_out(dataset, tokenizer)
+    rows = fidelity.held_out(dataset, tokenizer, read_json(out / "config.json"))
     compute = dtype_that_fits(sum(math.prod(entry.shape) for entry in shards.entries(start.path).values()), "cpu")
     model = load_model(start.path, dtype=compute, trust_remote_code=trust).eval()
     whole = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof") if rows else None
     before = torch.from_numpy(logits(model, probes))
     del model
+    modeling.give_back_memory()
     quantized = Artifact(out, "quantized", "", start.manifest, {})
     ids, after, seen = modeling.fresh(fidelity.reload, quantized, compute, "cpu", rows, whole and whole.top_k_ids, None, probes)
     aux_files.compare(ids, tokenizer, out)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -172,6 +173,22 @@ def test_merges_are_equal_byte_for_byte_with_any_threads_and_blocks(adapter, pla
     assert files[0] == files[1] == files[2]
 
 
+def test_a_pickled_base_that_was_allowed_is_allowed_to_the_proof_too(place, tmp_path):
+    base = Path(shutil.copytree(place / "base", tmp_path / "base"))
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    given = [f"outputs={tmp_path}", "run=p", f"source={place / 'd' / 'data'}", f"model.path={base}", "model.allow_pickle=true", *LORA]
+    assert go(finetune, *given, "train.max_steps=2") == 0
+    assert artifact.open_artifact(tmp_path / "p" / "finetune").metrics["kl"] < 1e-6
+
+
+def test_rows_stop_at_the_bound_and_at_the_models_positions():
+    rows = [fidelity.chatml.Encoded([1] * n, [-100] + [1] * (n - 1)) for n in (3000, 600, 500, 400, 900, 900, 900, 900)]
+    read = iter(rows)
+    assert [len(row.input_ids) for row in fidelity.within(read)] == [600, 500, 400, 900, 900] and next(read, None) is not None
+    assert [len(row.input_ids) for row in fidelity.within(rows, longest=512)] == [500, 400]
+
+
 def test_a_merge_without_its_dataset_says_what_is_not_measured(adapter, tmp_path, capsys):
     other = Path(shutil.copytree(adapter.path, tmp_path / "elsewhere"))
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}", f"base={adapter.path.parents[1] / 'base'}") == 0
@@ -212,7 +229,7 @@ def test_a_bundle_of_a_rounded_merge_is_that_of_the_exact_sum(format, merges, pl
 def test_what_is_quantized_is_the_exact_sum_and_what_is_not_stays_as_stored(merges, place):
     made = {}
     for run in ("m16", "m32"):
-        given = [f"outputs={place}", f"run={run}", f"dataset={place / 'd' / 'data'}", "calibration.rows=8"]
+        given = [f"outputs={os.path.relpath(place)}", f"run={run}", f"dataset={place / 'd' / 'data'}", "calibration.rows=8"]
         assert go(quantize, *given) == 0
         made[run] = load_file(place / run / "quantize" / "model.safetensors")
     stored = load_file(merges["m16"].path / "model.safetensors")
@@ -223,6 +240,8 @@ def test_what_is_quantized_is_the_exact_sum_and_what_is_not_stays_as_stored(merg
     assert plain == {name for name in stored if "_proj" not in name}
     assert all(torch.equal(made["m16"][name], stored[name]) and stored[name].dtype == torch.bfloat16 for name in plain)
     assert not (place / "m16" / "quantize" / "scratch").exists()
+    m = artifact.open_artifact(place / "m16" / "quantize").metrics
+    assert 0 < m["kl"] and abs(m["loss_before"] - merges["m32"].metrics["loss_before"]) < 1e-4
 
 
 def test_the_plan_says_what_the_exact_sum_costs_and_how_to_decline(merges, place, capsys):
@@ -295,13 +314,13 @@ def test_rows_are_bounded_and_come_from_val_then_calib(place, tmp_path, monkeypa
     from src.modeling import load_tokenizer
 
     tokenizer, dataset = load_tokenizer(CHAT), place / "d" / "data"
-    val = fidelity.held_out(dataset, tokenizer)
+    val = fidelity.held_out(dataset, tokenizer, {})
     assert 5 < len(val) <= sum(1 for _ in open(dataset / "val.jsonl"))
     monkeypatch.setattr(fidelity, "TOKENS", 200)
-    few = fidelity.held_out(dataset, tokenizer)
+    few = fidelity.held_out(dataset, tokenizer, {})
     assert 0 < sum(len(row.input_ids) for row in few) <= 200 and all(row in val for row in few)
     other = Path(shutil.copytree(dataset, tmp_path / "data"))
     (other / "val.jsonl").write_text("")
-    calib = fidelity.held_out(other, tokenizer)
+    calib = fidelity.held_out(other, tokenizer, {})
     assert calib and calib[0].input_ids not in [row.input_ids for row in val]
     assert np.mean([row.trained > 0 for row in calib]) == 1

@@ -52,7 +52,11 @@ def name(cfg: DeployVerb, inputs: dict[str, Artifact]) -> str:
 def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
     check_folder(inputs["model"].path, trust_remote_code=trust_of(inputs["model"]))
     out = Path(cfg.outputs) / cfg.run / f"{name(cfg, inputs)}.partial"
-    return [f"{inputs['model'].path} for {cfg.target.name}", *exact.cost(inputs, out), *builder(cfg).check(inputs, cfg.target, out)]
+    return [
+        f"{inputs['model'].path} for {cfg.target.name}",
+        *exact.cost(inputs, out / exact.FOLDER),
+        *builder(cfg).check(inputs, cfg.target, out),
+    ]
 
 
 def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:

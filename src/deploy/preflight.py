@@ -111,9 +111,13 @@ def check_fit(shape: ModelShape, target) -> list[str]:
     return fit.lines
 
 
-def check_room(folder: Path, shape: ModelShape, target) -> list[str]:
-    """Disk and memory of this host against an estimate, as lines. Raises NoRoom for the disk; too little memory, which swap can mend, is said."""
+def check_room(folder: Path, shape: ModelShape, target, also: int = 0) -> list[str]:
+    """Disk and memory of this host against an estimate, as lines. Raises NoRoom for the disk; too little memory, which swap can mend, is said.
+
+    also: bytes of disk taken beside the compile's own.
+    """
     ram, disk, lines = budget.host_needs(shape, target)
+    disk += also
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if free < disk:

@@ -248,7 +248,7 @@ def host_needs(shape: ModelShape, target: Target) -> tuple[int, int, list[str]]:
     """
     form = format_of(shape, target)
     bundle = layer_bytes(shape, form) + head_bytes(shape, form) + embedding_bytes(shape, form)
-    tool, stored = 4 * GIB, 2 * shape.params
+    tool, stored = 4 * GIB, (4 if shape.dtype == "float32" else 2) * shape.params
     if isinstance(target, Axera):
         bundle += graph_bytes(shape, form, form.prompt)
         workers = target.parallel * 12 * max(layer.params for layer in shape.stack)
@@ -261,11 +261,10 @@ def host_needs(shape: ModelShape, target: Target) -> tuple[int, int, list[str]]:
         ram, how = 4 * shape.params + GIB // 2, f"model in fp32 {size(4 * shape.params)} + {size(GIB // 2)}"
     elif isinstance(target, Openvino):
         # Measured with optimum-intel 2.2.0: 0.60 GB for 3.3M parameters in fp32, 2.36 GB for 494M in bf16 (0.99 GB), which it first writes uncompressed.
-        stored = (4 if shape.dtype == "float32" else 2) * shape.params
         ram, how = GIB + 2 * stored, f"exporter {size(GIB)} + model as it is stored twice {size(2 * stored)}"
     else:
         ram = tool + 2 * stored + 4 * shape.embedding
-        how = f"tool {size(tool)} + model in 16 bit twice {size(2 * stored)} + embedding in fp32 {size(4 * shape.embedding)}"
+        how = f"tool {size(tool)} + model as it is stored twice {size(2 * stored)} + embedding in fp32 {size(4 * shape.embedding)}"
     disk = round(1.1 * bundle)
     if isinstance(target, Openvino):
         disk += stored

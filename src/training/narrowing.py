@@ -26,7 +26,7 @@ def settle(run: ChatTrainer, dtype: str, tuner: Tuner, precision: str) -> dict:
         return {}
     grid = dtype if computed == "float32" else computed
     if grid != dtype:
-        run.masters = masters(run.model)
+        run.masters = masters(run.model, kept=run.args.should_save)
     onto_grid(run.model, getattr(torch, grid), tuner.rounding if grid == dtype else "stochastic")
     found = run.validate() if len(run.validation) else {}
     if found:
@@ -45,15 +45,16 @@ def onto_grid(model, dtype: torch.dtype, how: str) -> None:
                 parameter.copy_(rounding.narrow(value.float().clone(), dtype, folded_name(name), rounding=how))
 
 
-def masters(model) -> dict[str, torch.Tensor]:
-    """{name: fp32 value on the CPU} of all trained weights; all processes take part in making it."""
+def masters(model, *, kept: bool) -> dict[str, torch.Tensor]:
+    """{name: fp32 value on the CPU} of all trained weights; all processes take part in making it, those that save have it `kept`."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             exact = master(parameter)
             with torch.no_grad(), whole([parameter]):
                 value = parameter.detach() if exact is None else exact.view(parameter.shape)
-                found[name] = value.float().cpu().clone()
+                if kept:
+                    found[name] = value.float().cpu().clone()
     return found
 
 

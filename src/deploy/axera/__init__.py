@@ -60,7 +60,7 @@ def check(inputs: dict[str, Artifact], target: Axera, out: Path) -> list[str]:
     return [
         *notes,
         *preflight.check_fit(shape, target),
-        *preflight.check_room(out, shape, target),
+        *preflight.check_room(out, exact.shape(shape, inputs), target, also=exact.size_to_write(inputs, out / exact.FOLDER)),
         f"embedding table {rows} x {hidden}, {embedding.dtype} to bf16, {size(2 * rows * hidden)}"
         + ("" if embedding.dtype == "BF16" else ", cut off, not rounded, as AXERA's own tool does"),
         f"Pulsar2 {planned.version}{f' in {planned.image}' if planned.image else ''}{'' if tool else '; none is here, so this stops before it'}",

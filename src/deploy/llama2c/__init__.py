@@ -96,7 +96,7 @@ def build(inputs: dict[str, Artifact], out: Path, settings) -> dict:
     metrics |= prove_ids(out, hf, pieces)
     model = load_model(model_dir, dtype="float32").eval()
     metrics |= prove_text(model, out, hf, stops, exact=group == 0)
-    rows = fidelity.held_out(fidelity.dataset_of(inputs["stored"]), hf)
+    rows = fidelity.held_out(fidelity.dataset_of(inputs["stored"]), hf, read_json(model_dir / "config.json"))
     metrics |= prove_loss(model, out / "model.bin", shape, rows, exact=group == 0)
     metrics["summary"] = (
         f"{metrics['tokens_per_second']:,.0f} tokens/s here, {metrics['prompts_equal']}/{metrics['prompts']} prompts as transformers"

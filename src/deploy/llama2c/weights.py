@@ -198,7 +198,8 @@ def read_model(path: Path, shape: Shape) -> Iterator[tuple[str, "object"]]:
     import numpy as np
     import torch
 
-    header = path.read_bytes()[:256]
+    with open(path, "rb") as file:
+        header = file.read(256)
     version = struct.unpack("<Ii", header[:8])[1] if struct.unpack("<I", header[:4])[0] == MAGIC else 0
     group = struct.unpack("<i", header[37:41])[0] if version == 2 else 0
     shapes, at = shape.tensors(), 256 if version else 28

@@ -8,7 +8,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from src import modeling
+from src import exact, modeling
 from src.artifact import Artifact, write_json
 from src.deploy import contract, preflight
 from src.deploy.mobilint import calibration, compile, job, plan, runtime, toolchain, transformers4
@@ -30,7 +30,7 @@ def check(inputs: dict[str, Artifact], target: Mobilint, out: Path) -> list[str]
     return [
         *made.lines(out / WORK / job.JOB, shlex.join(argv)),
         *preflight.check_fit(made.shape, target),
-        *preflight.check_room(out, made.shape, target),
+        *preflight.check_room(out, exact.shape(made.shape, inputs), target, also=exact.size_to_write(inputs, out / exact.FOLDER)),
     ]
 
 

@@ -20,6 +20,8 @@ def lend_model(source: Path, work: Path) -> None:
     """
     model, copied = work / "model", 0
     model.mkdir(exist_ok=True)
+    for stale in [file for file in model.iterdir() if not (source / file.name).is_file()]:
+        stale.unlink()  # of other weights that an unfinished bundle began with
     for file in sorted(source.iterdir()):
         if not file.is_file() or file.name.startswith(".") or file.name == MANIFEST:
             continue

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from src import exact, fidelity, shards
-from src.artifact import Artifact, write_json
+from src.artifact import Artifact, read_json, write_json
 from src.deploy import preflight
 from src.deploy.embedding import find_embedding
 from src.deploy.openvino import card, proof, recipe
@@ -41,7 +41,7 @@ def check(inputs: dict[str, Artifact], target: Openvino, out: Path) -> list[str]
     return [
         *preflight.check_headers(model.path, shape, find_embedding(model.path)),
         f"weights: {size(stored)} become {recipe.group_size(shape, target)[1]}",
-        *preflight.check_room(out, shape, target),
+        *preflight.check_room(out, exact.shape(shape, inputs), target, also=exact.size_to_write(inputs, out / exact.FOLDER)),
         recipe.environment_line(target),
         f"in .work: {' '.join(recipe.export_argv(start, shape, target, MADE))}",
     ]
@@ -77,7 +77,8 @@ def build(inputs: dict[str, Artifact], out: Path, target: Openvino) -> dict:
     metrics |= proof.prove_ids(tokenizer, out, ask)
     whole = load_model(model.path, dtype="float32", trust_remote_code=trust).eval()
     metrics |= proof.prove_answers(whole, model.path, out, tokenizer, target, ask)
-    metrics |= proof.prove_loss(whole, ask, fidelity.held_out(fidelity.dataset_of(inputs["stored"]), tokenizer), target)
+    rows = fidelity.held_out(fidelity.dataset_of(inputs["stored"]), tokenizer, read_json(model.path / "config.json"))
+    metrics |= proof.prove_loss(whole, ask, rows, target)
     finish(out)
     return {
         **metrics,
