@@ -16,7 +16,7 @@ import numpy as np
 
 from src.errors import BadData
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 """values rounded at a time, whose draws stay in a processor's cache"""
 STEP = np.uint64(0x9E3779B97F4A7C15)
 """SplitMix64's increment, 2^64 over the golden ratio"""
@@ -92,10 +92,14 @@ def draws(key: int, start: int, count: int) -> np.ndarray:
 
 
 def _bfloat16(values: np.ndarray, random: np.ndarray, out: np.ndarray) -> None:
-    """bf16 is the upper half of fp32's bits: adding 16 random ones carries into it as often as the lower half says. `values` is used up."""
-    bits = values.view(np.uint32)
-    np.add(bits, random, out=bits)
-    out[:] = bits.view(np.uint16)[1::2]
+    """bf16 is the upper half of fp32's bits: adding 16 random ones carries into it as often as the lower half says."""
+    if getattr(_own, "sums", None) is None:
+        _own.sums = np.empty(CHUNK, np.uint32)
+    sums = _own.sums[: values.size]
+    np.copyto(sums, random)
+    np.add(sums, values.view(np.uint32), out=sums)
+    np.right_shift(sums, np.uint32(16), out=sums)
+    np.copyto(out, sums, casting="unsafe")
 
 
 def _float16(values: np.ndarray, random: np.ndarray, out: np.ndarray) -> None:
