@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from src.artifact import Artifact
 from src.deploy import llama2c
 from src.deploy.byte_level import SPLITS
 from src.deploy.llama2c import proof, weights
@@ -46,7 +47,8 @@ CORPUS = [
 
 
 def given(model: Path) -> dict:
-    return {"model": SimpleNamespace(path=model)}
+    made = Artifact(model, "model", "", None, {})
+    return {"model": made, "stored": made}
 
 
 def settings(format: str, group_size: int = 64) -> SimpleNamespace:
