@@ -4,6 +4,8 @@ An exact weight always exists. Without DeepSpeed what is trained is fp32; with i
 bits sees them rounded to the nearest, so it does not see what is too small for a step, and neither does a loss that it computes (docs/fidelity.md).
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from src import rounding
@@ -37,25 +39,22 @@ def settle(run: ChatTrainer, dtype: str, tuner: Tuner, precision: str) -> dict:
 
 def onto_grid(model, dtype: torch.dtype, how: str) -> None:
     """Bring every trained weight, in place and on all processes alike, to a value that `dtype` holds; how: see rounding.narrow."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            exact = master(parameter)
-            with torch.no_grad(), whole([parameter]):
-                value = parameter.detach() if exact is None else exact.view(parameter.shape)
-                parameter.copy_(rounding.narrow(value.float().clone(), dtype, folded_name(name), rounding=how))
+    for name, parameter, exact in exact_values(model):
+        parameter.copy_(rounding.narrow(exact.clone(), dtype, folded_name(name), rounding=how))
 
 
 def masters(model, *, kept: bool) -> dict[str, torch.Tensor]:
     """{name: fp32 value on the CPU} of all trained weights; all processes take part in making it, those that save have it `kept`."""
-    found = {}
+    return {name: exact.cpu().clone() for name, _, exact in exact_values(model) if kept}
+
+
+def exact_values(model) -> Iterator[tuple[str, torch.nn.Parameter, torch.Tensor]]:
+    """(name, parameter, its exact fp32 value) of every trained weight; under ZeRO-3 each is whole, and may be changed, while its turn lasts."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             exact = master(parameter)
             with torch.no_grad(), whole([parameter]):
-                value = parameter.detach() if exact is None else exact.view(parameter.shape)
-                if kept:
-                    found[name] = value.float().cpu().clone()
-    return found
+                yield name, parameter, (parameter.detach() if exact is None else exact.view(parameter.shape)).float()
 
 
 def master(parameter) -> torch.Tensor | None:
