@@ -49,6 +49,11 @@ def evaluated(place: Path, run: str, name: str) -> float:
     return metrics(place, run, f"evaluate-{name}")["loss"]
 
 
+def within(m: dict, loss: float, kl: float) -> None:
+    """A bundle's loss, either way, and KL stay below their limits in nats, the loss beside what other conversations would explain."""
+    assert abs(m["loss_after"] - m["loss_before"]) - m["loss_waver"] < loss and m["kl"] < kl
+
+
 @pytest.fixture(scope="module", params=["lora", "qlora", "full"])
 def tuned(request, place) -> tuple[str, float]:
     """(run, loss by evaluate) of a fine-tune, whose last validation that is."""
@@ -86,13 +91,14 @@ def test_int4_starts_from_the_exact_weights(merged, tuned, place):
     assert abs(found - m["loss_after"]) < 2e-3 and found - before < 0.2
 
 
-@pytest.mark.parametrize("format, limit", [("fp32_v0", 1e-3), ("int8_v2", 0.02)])
-def test_the_cpu_bundle_holds_the_exact_weights(merged, tuned, place, format, limit):
+@pytest.mark.parametrize("format, loss, kl", [("fp32_v0", 1e-3, 1e-6), ("int8_v2", 0.05, 0.005)])
+def test_the_cpu_bundle_holds_the_exact_weights(merged, tuned, place, format, loss, kl):
     run, name, before = merged
     verb(place, run, "deploy", f"source={place / run / name}", "target=llama2c", f"target.format={format}", "force=true")
     m = metrics(place, run, "deploy-llama2c")
     print(f"{run}: {format} {m['loss_after']:.4f} ({m['loss_after'] - m['loss_before']:+.4f}), KL {m['kl']:.4f}")
-    assert abs(m["loss_before"] - (tuned[1] if run != "full" else before)) < 1e-3 and abs(m["loss_after"] - m["loss_before"]) < limit
+    assert abs(m["loss_before"] - (tuned[1] if run != "full" else before)) < 1e-3
+    within(m, loss, kl)
 
 
 def test_the_openvino_bundle_answers_as_trained(merged, place):
@@ -102,4 +108,4 @@ def test_the_openvino_bundle_answers_as_trained(merged, place):
     verb(place, run, "deploy", f"source={place / run / name}", "target=openvino_cpu")
     m = metrics(place, run, "deploy-openvino_cpu")
     print(f"{run}: OpenVINO int8 {m['loss_after']:.4f} ({m['loss_after'] - m['loss_before']:+.4f}), KL {m['kl']:.4f}")
-    assert abs(m["loss_after"] - m["loss_before"]) < 0.03
+    within(m, 0.1, 0.03)
