@@ -11,7 +11,7 @@ import torch
 from src import rounding
 from src.adapters import folded_name
 from src.config import Tuner
-from src.log import say
+from src.log import say, warn
 from src.modeling import whole
 from src.training.trainer import ChatTrainer
 
@@ -29,6 +29,10 @@ def settle(run: ChatTrainer, dtype: str, tuner: Tuner, precision: str) -> dict:
     grid = dtype if computed == "float32" else computed
     if grid != dtype:
         run.masters = masters(run.model, kept=run.args.should_save)
+    if computed != "float32" and grid == dtype and tuner.rounding == "nearest":
+        warn(
+            f"tuner.rounding=nearest loses updates below half a step of {dtype}, and passes in {computed} do not see it, so no figure here shows it"
+        )
     onto_grid(run.model, getattr(torch, grid), tuner.rounding if grid == dtype else "stochastic")
     found = run.validate() if len(run.validation) else {}
     if found:
