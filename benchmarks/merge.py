@@ -61,13 +61,13 @@ def by_peft(base: Path, adapter: Path, out: Path) -> None:
 
 
 def by_us(base: Path, adapter: Path, out: Path, how: str = "stochastic") -> None:
-    from src import merging, shards
-    from src.artifact import Artifact
+    from src.core.artifact import Artifact
+    from src.models import merging, safetensors_io
 
     source = Artifact(adapter, "adapter", "", None, {})
     out.mkdir()
     written, changes = merging.plan(source, base)
-    shards.write(out, written, merging.merged_tensors(source, base, written, changes, how), shards.parse_size("5GB"))
+    safetensors_io.write(out, written, merging.merged_tensors(source, base, written, changes, how), safetensors_io.parse_size("5GB"))
     merging.complete(source, base, out, written)
 
 

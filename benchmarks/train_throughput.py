@@ -93,9 +93,9 @@ def our_command(place: Path, run: str, tuner: str, steps: int) -> list[str]:
 
 def our_rows(place: Path, tuner: str, steps: int) -> None:
     """The rows our command trains on, step by step, for the others to train on: rows.json holds [[{"input_ids", "labels"}, ...], ...]."""
-    from src.artifact import open_any, open_artifact
-    from src.compose import compose
-    from src.config import FinetuneVerb
+    from src.core.artifact import open_any, open_artifact
+    from src.core.compose import compose
+    from src.settings.verbs import FinetuneVerb
     from src.training.batches import Plan
     from src.training.tokens import token_rows
 
@@ -107,7 +107,7 @@ def our_rows(place: Path, tuner: str, steps: int) -> None:
 
 
 def ours(place: Path, tuner: str, steps: int) -> dict:
-    from src.artifact import open_artifact
+    from src.core.artifact import open_artifact
 
     run = f"ours-{time.time_ns()}"
     subprocess.run(our_command(place, run, tuner, steps), check=True, cwd=ROOT, capture_output=True)

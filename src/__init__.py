@@ -2,6 +2,10 @@
 
 import importlib.util
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+"""the project: configs/, assets/, src/"""
 
 if not all(importlib.util.find_spec(name) for name in ("hydra", "pydantic")):
     print(

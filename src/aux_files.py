@@ -3,82 +3,15 @@
 As a verb it serves folders made elsewhere: `python -m src.aux_files source=BASE_MODEL target=FOLDER`.
 """
 
-import shutil
 from pathlib import Path
 
-from src import modeling, stage
-from src.artifact import is_finished
-from src.config import AuxFilesVerb
-from src.errors import MissingInput, ProofFailed, WrongKind
-from src.log import say
-from src.modeling import load_tokenizer
-
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-# The Qwen-1 models keep their attention kernels and tokenizer code beside the weights; without them the folder does not load.
-AUXILIARY = ("generation_config.json", "preprocessor_config.json", "*.py", "*.cu", "*.cpp")
-PROBES = (
-    "Hello, world!",
-    "  two spaces,\ttab\n\nnewlines ",
-    "3.14 + 2,718 = 12345?",
-    "안녕하세요, 보드에서 만나요.",
-    "你好，世界！こんにちは。",
-    "emoji 🚀👩‍🔬 and accents déjà vu",
-    "<|im_start|>user\nhi<|im_end|>\n",
-    "def f(x):\n    return x ** 2",
-)
-
-
-def copy(source: Path, out: Path, *, tokenizer: bool = True) -> list[str]:
-    """Copy the files `out` lacks from `source`; returns their names. Files already in `out` stay as they are."""
-    copied = []
-    for pattern in (*(TOKENIZER if tokenizer else ()), *AUXILIARY):
-        for file in sorted(source.glob(pattern)):
-            target = out / file.relative_to(source)
-            if file.is_file() and not file.name.startswith(".") and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                partial = target.with_name(target.name + ".partial")
-                shutil.copyfile(file, partial)
-                partial.rename(target)
-                copied.append(str(file.relative_to(source)))
-    return copied
-
-
-def prove(out: Path, tokenizer, *, trust_remote_code: bool = False) -> int:
-    """Load `out` alone in a fresh offline process and compare its token ids with those of `tokenizer`; returns how many ids were equal.
-
-    Raises ProofFailed at the first text whose ids differ.
-    """
-    return compare(modeling.fresh(token_ids, out, trust_remote_code), tokenizer, out)
-
-
-def compare(ours: list[list[int]], tokenizer, out: Path) -> int:
-    """Token ids of the probes as a fresh process read them from `out`, against `tokenizer`; see `prove`."""
-    for text, found in zip(PROBES, ours):
-        if found != (wanted := tokenizer(text).input_ids):
-            raise ProofFailed(
-                f"the folder's tokenizer differs from its source's on {text!r}: {found} against {wanted}",
-                where=str(out),
-                fix="if the source's is the right one, remove the tokenizer files there and run it again",
-            )
-    return sum(map(len, ours))
-
-
-def token_ids(folder: Path, trust_remote_code: bool) -> list[list[int]]:
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return [tokenizer(text).input_ids for text in PROBES]
+from src.core import stage
+from src.core.artifact import is_finished
+from src.core.errors import MissingInput, WrongKind
+from src.core.log import say
+from src.models.complete import AUXILIARY, TOKENIZER, copy, prove
+from src.models.loading import load_tokenizer
+from src.settings.verbs import AuxFilesVerb
 
 
 def main_aux_files(cfg: AuxFilesVerb) -> int:

@@ -5,12 +5,12 @@ A record's split follows from a seeded hash of its content alone, so adding rows
 
 from pathlib import Path
 
-from src import artifact, stage
-from src.artifact import Artifact
-from src.config import DataVerb
-from src.conversations import Tally, read, split_of
-from src.errors import BadData, MissingInput
-from src.log import progress, say, warn
+from src.chat.conversations import Tally, read, split_of
+from src.core import artifact, stage
+from src.core.artifact import Artifact
+from src.core.errors import BadData, MissingInput
+from src.core.log import progress, say, warn
+from src.settings.verbs import DataVerb
 
 SPLITS = ("train", "val", "calib")
 

@@ -12,11 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from src import chatml, endpoint, measuring, modeling, served, stage
-from src.artifact import Artifact
-from src.config import EvaluateVerb
-from src.errors import ConfigError, MissingInput
-from src.log import say
+from src.chat import encoding
+from src.core import stage
+from src.core.artifact import Artifact
+from src.core.errors import ConfigError, MissingInput
+from src.core.log import say
+from src.models import devices, evaluation
+from src.models.folder import base_of
+from src.models.loading import load_any, tokenizer_of
+from src.models.vocabulary import grow_vocabulary
+from src.serving import measure
+from src.serving.client import Client
+from src.settings.verbs import EvaluateVerb
 
 MEASURED = ("finetune", "merge", "quantize")
 BUILT_FROM = ("merge", "finetune", "quantize")
@@ -61,7 +68,7 @@ def parent_path(model: Artifact) -> Path | None:
     """The model this one was made from, by its manifest: the base of an adapter or a full fine-tune, the adapter of a merge, the model of a
     quantization; None for a folder made elsewhere."""
     if model.kind == "adapter":
-        return modeling.base_of(model)
+        return base_of(model)
     record = model.parent("adapter") or model.parent("model")
     path = model.path_of(record) if record else None
     return path if path and path.is_dir() else None
@@ -112,15 +119,15 @@ def check_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], parent: str) 
     ]
 
 
-def connect(cfg: EvaluateVerb) -> endpoint.Client:
-    return endpoint.Client(cfg.endpoint.url, timeout=cfg.endpoint.timeout, key=os.environ.get("OPENAI_API_KEY"))
+def connect(cfg: EvaluateVerb) -> Client:
+    return Client(cfg.endpoint.url, timeout=cfg.endpoint.timeout, key=os.environ.get("OPENAI_API_KEY"))
 
 
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json and answers.jsonl."""
     if cfg.endpoint.url:
         return evaluate_endpoint(cfg, inputs, out)
-    device = modeling.device()
+    device = devices.device()
     records = validation(cfg, inputs)
     prompts = asked(cfg, records)
     subjects = {role: inputs[role] for role in ("parent", "model") if role in inputs}
@@ -128,16 +135,16 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     # The parent is read with the child's tokenizer and template, so that both see the same tokens.
     tokenizer = None
     for role in ("model", *(["parent"] if "parent" in subjects else [])):
-        model, own = modeling.load_any(subjects[role], dtype=measuring.compute_dtype(device), device=device)
+        model, own = load_any(subjects[role], dtype=evaluation.compute_dtype(device), device=device)
         if tokenizer is None:
             tokenizer = own
-            chatml.ensure_chat(tokenizer)
-            end = chatml.turn_end(tokenizer)
-            rows = measuring.encode_all(records, tokenizer, end, cfg.evaluation.max_length)
+            encoding.ensure_chat(tokenizer)
+            end = encoding.turn_end(tokenizer)
+            rows = evaluation.encode_all(records, tokenizer, end, cfg.evaluation.max_length)
         else:
-            modeling.grow_vocabulary(model, len(tokenizer))
-        measured[role], top[role] = measuring.measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, end, role)
-        answers[role] = measuring.answer(model, tokenizer, prompts, cfg.evaluation, end)
+            grow_vocabulary(model, len(tokenizer))
+        measured[role], top[role] = evaluation.measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, end, role)
+        answers[role] = evaluation.answer(model, tokenizer, prompts, cfg.evaluation, end)
         del model
     metrics = {**measured["model"], "rows": len(rows), "prompts": len(prompts)}
     if "parent" in subjects:
@@ -152,35 +159,35 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
 def evaluate_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json and answers.jsonl. The endpoint is asked first, while this machine does nothing else, then the local model."""
     client, parent = connect(cfg), inputs.get("parent")
-    model, description = served.choose(client, cfg.endpoint.model)
+    model, description = measure.choose(client, cfg.endpoint.model)
     records = validation(cfg, inputs)
     prompts, many = asked(cfg, records), cfg.endpoint.concurrency
-    rows = served.ask(client, model, prompts, out, max_tokens=cfg.evaluation.max_new_tokens, workers=many, anew=cfg.force)
+    rows = measure.ask(client, model, prompts, out, max_tokens=cfg.evaluation.max_new_tokens, workers=many, anew=cfg.force)
     tokenizer, scored, metrics, answers = None, None, {"served": description}, {"model": rows}
     if parent:
-        tokenizer = modeling.tokenizer_of(parent)
-        chatml.ensure_chat(tokenizer)
-        end = chatml.turn_end(tokenizer)
-        encoded = measuring.encode_all(records, tokenizer, end, cfg.evaluation.max_length)
-        if scored := served.score(client, model, encoded, tokenizer, end, many):
+        tokenizer = tokenizer_of(parent)
+        encoding.ensure_chat(tokenizer)
+        end = encoding.turn_end(tokenizer)
+        encoded = evaluation.encode_all(records, tokenizer, end, cfg.evaluation.max_length)
+        if scored := measure.score(client, model, encoded, tokenizer, end, many):
             figures, top, kept = scored
             metrics |= {**figures, "rows": len(kept)}
-    metrics |= served.speed(rows, tokenizer)
+    metrics |= measure.speed(rows, tokenizer)
     if parent:
-        device = modeling.device()
-        local, _ = modeling.load_any(parent, dtype=measuring.compute_dtype(device), device=device)
-        modeling.grow_vocabulary(local, len(tokenizer))
-        metrics |= served.compare_prompts(rows, tokenizer, prompts)
-        answers["parent"] = measuring.answer(local, tokenizer, prompts, cfg.evaluation, end)
-        metrics |= served.likeness(rows, answers["parent"], tokenizer)
+        device = devices.device()
+        local, _ = load_any(parent, dtype=evaluation.compute_dtype(device), device=device)
+        grow_vocabulary(local, len(tokenizer))
+        metrics |= measure.compare_prompts(rows, tokenizer, prompts)
+        answers["parent"] = evaluation.answer(local, tokenizer, prompts, cfg.evaluation, end)
+        metrics |= measure.likeness(rows, answers["parent"], tokenizer)
         if scored:
             same = [encoded[i] for i in kept]
-            own, best = measuring.measure(local, same, cfg.evaluation.batch_size, tokenizer.pad_token_id, end, "parent")
+            own, best = evaluation.measure(local, same, cfg.evaluation.batch_size, tokenizer.pad_token_id, end, "parent")
             metrics |= {f"parent_{k}": v for k, v in own.items()}
-            metrics["agreement"] = served.agreement(top, best, tokenizer)
+            metrics["agreement"] = measure.agreement(top, best, tokenizer)
     metrics |= expected(cfg, answers)
     write(out, metrics, answers)
-    (out / served.RECEIVED).unlink()
+    (out / measure.RECEIVED).unlink()
     show(metrics, answers, ("parent", "board"))
     return metrics
 
@@ -228,7 +235,7 @@ def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
             line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
         say(line)
     if "answers_ended" in metrics:
-        say(f"evaluate: {served.in_words(metrics)}")
+        say(f"evaluate: {measure.in_words(metrics)}")
     if "expected" in metrics:
         say(
             f"evaluate: {metrics['expected']} of {metrics['prompts']} answers as expected"
@@ -259,7 +266,7 @@ STAGE = stage.Stage(
     run=evaluate,
     each=each,
     doc=__doc__,
-    resumes=lambda partial: (partial / served.RECEIVED).is_file(),
+    resumes=lambda partial: (partial / measure.RECEIVED).is_file(),
 )
 
 if __name__ == "__main__":

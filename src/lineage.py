@@ -9,10 +9,11 @@ import os
 import sys
 from pathlib import Path
 
-from src import artifact, stage
-from src.artifact import Artifact
-from src.errors import ConfigError, MissingInput, Tampered
-from src.log import size
+from src.core import artifact, stage
+from src.core.artifact import Artifact
+from src.core.errors import ConfigError, MissingInput, Tampered
+from src.core.files import hash_files
+from src.core.log import size
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +72,7 @@ def follow(child: Artifact, parent: dict, path: Path, indent: str, seen: set[str
     if "files" in parent:
         print(f"{indent}{parent['role']}: outside {parent['kind']}  {path}  {len(parent['files'])} files  key {parent['key'][:12]}")
         if verify and path.exists():
-            now = artifact.hash_files(path)
+            now = hash_files(path)
             faults += [f"{path}: '{name}' differs from what was used" for name, entry in parent["files"].items() if now.get(name) != entry]
         elif verify:
             print(f"{indent}  not here, so not verified")

@@ -9,12 +9,17 @@ import math
 from functools import partial
 from pathlib import Path
 
-from src import aux_files, fidelity, merging, modeling, shards, stage
-from src.answering import logits
-from src.artifact import Artifact, read_json
-from src.config import MergeVerb
-from src.errors import ProofFailed, WrongKind
-from src.log import say
+from src.core import processes, stage
+from src.core.artifact import Artifact
+from src.core.errors import ProofFailed, WrongKind
+from src.core.files import read_json
+from src.core.log import say
+from src.models import complete, fidelity, merging, safetensors_io
+from src.models.devices import device_that_fits, dtype_that_fits, give_back_memory
+from src.models.folder import base_of, check_folder, trust_of
+from src.models.generation import logits
+from src.models.loading import load_any
+from src.settings.verbs import MergeVerb
 
 # Relative L2 distance of logits that rounding to the stored dtype alone explains, with room to spare (8, 11 and 24 bits of mantissa).
 TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3, "float32": 1e-4}
@@ -22,7 +27,7 @@ TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3, "float32": 1e-4}
 
 def find(cfg: MergeVerb, run: stage.Run) -> dict[str, Artifact]:
     adapter = run.source(cfg.source, "finetune", kinds={"adapter"})
-    base = run.source(cfg.base or str(modeling.base_of(adapter)), kinds={"model", "quantized"})
+    base = run.source(cfg.base or str(base_of(adapter)), kinds={"model", "quantized"})
     recorded = adapter.parent("model")
     if recorded and recorded["key"] != base.key:
         raise WrongKind(
@@ -44,7 +49,7 @@ def check(cfg: MergeVerb, inputs: dict[str, Artifact]) -> list[str]:
                 "train with tuner=qlora on the unquantized base (NF4), then merge and quantize",
             ],
         )
-    modeling.check_folder(base.path, allow_pickle=False, trust_remote_code=modeling.trust_of(adapter))
+    check_folder(base.path, allow_pickle=False, trust_remote_code=trust_of(adapter))
     merging.plan(adapter, base.path, cfg.dtype)
     return [f"{adapter.path} into {base.path}, written as {cfg.dtype}, rounding {cfg.rounding}"]
 
@@ -53,13 +58,13 @@ def merge(cfg: MergeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     adapter, base = inputs["adapter"], inputs["model"].path
     written, changes = merging.plan(adapter, base, cfg.dtype)
     tensor = merging.merged_tensors(adapter, base, written, changes, cfg.rounding)
-    shards.write(out, written, tensor, shards.parse_size(cfg.shard_size))
-    merging.complete(adapter, base, out, written)
+    safetensors_io.write(out, written, tensor, safetensors_io.parse_size(cfg.shard_size))
+    merging.add_files(adapter, base, out, written)
     adapted = sum(bool(merging.LORA & change.keys()) for change in changes.values())
     return {"tensors": len(written), "adapted": adapted, **prove(cfg, adapter, base, out, written)}
 
 
-def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: list[shards.Entry]) -> dict:
+def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: list[safetensors_io.Entry]) -> dict:
     """The proof's figures: the adapter on its base against the merged folder, loaded alone, in a fresh process, offline; tokenizers are compared too.
 
     Raises ProofFailed where logits of random tokens, or the loss on held-out conversations, differ by more than their limits.
@@ -67,17 +72,17 @@ def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: lis
     import torch
 
     parameters = sum(math.prod(entry.shape) for entry in written)
-    device = modeling.device_that_fits(parameters)
-    compute = modeling.dtype_that_fits(parameters, device)
-    model, tokenizer = modeling.load_any(adapter, dtype=compute, device=device, base=base)
+    device = device_that_fits(parameters)
+    compute = dtype_that_fits(parameters, device)
+    model, tokenizer = load_any(adapter, dtype=compute, device=device, base=base)
     rows = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer, read_json(out / "config.json"))
     trained = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof") if rows else None
     before = torch.from_numpy(logits(model))
     del model
-    modeling.give_back_memory()
+    give_back_memory()
     merged = Artifact(out, "model", "", adapter.manifest, {})
-    ids, after, saved = modeling.fresh(fidelity.reload, merged, compute, device, rows, trained and trained.top_k_ids, None)
-    aux_files.compare(ids, tokenizer, out)
+    ids, after, saved = processes.fresh(fidelity.reload, merged, compute, device, rows, trained and trained.top_k_ids, None)
+    complete.compare(ids, tokenizer, out)
     after = torch.from_numpy(after)
     error = ((before - after).norm() / before.norm()).item()
     tolerance = TOLERANCE[read_json(out / "config.json")["dtype"]] if cfg.tolerance == "auto" else cfg.tolerance

@@ -9,10 +9,10 @@ import typing
 from math import ceil
 from pathlib import Path
 
-from src import adapters, stage
-from src.config import FullTuner, PlanVerb, QloraTuner
-from src.errors import ConfigError, WrongKind
-from src.log import say, size
+from src.core import stage
+from src.core.errors import ConfigError
+from src.core.log import say, size
+from src.settings.verbs import FullTuner, PlanVerb, QloraTuner
 from src.sizing.budget import (
     Fit,
     Format,
@@ -28,9 +28,11 @@ from src.sizing.budget import (
     layer_bytes,
 )
 from src.sizing.chart import Point, draw, table
+from src.sizing.config_reader import read_shape
 from src.sizing.gpu import ADAPTERS, AUTOCAST, ZERO, Job, Training, training
-from src.sizing.shape import ModelShape, read_shape
+from src.sizing.shape import ModelShape
 from src.sizing.speed import decode_ms, first_token_ms, speed
+from src.training import rules
 
 
 def plan(cfg: PlanVerb) -> int:
@@ -153,9 +155,8 @@ def gpu_plan(shape: ModelShape, cfg: PlanVerb) -> tuple[list[str], list[Point]]:
     verdict = "fits" if fits else "does NOT fit"
     batch = largest(lambda n: training(shape, dataclasses.replace(job, micro_batch=n), cfg.gpu), limit, 1024)
     length = largest(lambda n: training(shape, dataclasses.replace(job, length=n), cfg.gpu), limit, shape.max_positions or 2**20)
-    zero = {0: "no DeepSpeed", 2: "ZeRO-2", 3: "ZeRO-3"}[job.stage] + (" with offload" if job.offload else "")
     lines = [
-        f"{job.method} on {job.gpus} x {cfg.gpu.name}, {zero}, 16 bit, {job.micro_batch} x {job.length:,} tokens a pass, "
+        f"{job.method} on {job.gpus} x {cfg.gpu.name}, {rules.zero_name(job.stage, job.offload)}, 16 bit, {job.micro_batch} x {job.length:,} tokens a pass, "
         f"{job.accumulation} passes a step, gradient checkpointing {'on' if job.checkpointing else 'off'}",
         f"trained = {trained_words(job)} = {result.trained:,} of {shape.params:,}",
         *map(str, result.parts),
@@ -191,16 +192,9 @@ def job_of(shape: ModelShape, cfg: PlanVerb) -> Job:
     """The settings as src/finetune.py would carry them out. Raises ConfigError or WrongKind where it would refuse them."""
     tuner, zero, train = cfg.tuner, cfg.deepspeed, cfg.train
     full, qlora = isinstance(tuner, FullTuner), isinstance(tuner, QloraTuner)
-    if qlora and zero.stage == 3:
-        raise ConfigError(
-            "tuner=qlora with ZeRO-3: a 4-bit base cannot be partitioned", fix=["deepspeed=zero2", "tuner=lora deepspeed=zero3"]
-        )
-    if shape.quantization and not qlora:
-        raise WrongKind(
-            f"a model quantized with {shape.quantization.method} trains with tuner=qlora only", where=cfg.model, fix="tuner=qlora"
-        )
+    method = shape.quantization.method if shape.quantization else None
+    rules.check(tuner, zero_stage=zero.stage, quantization=method, where=cfg.model)
     if not full:
-        adapters.check(tuner, zero_stage=zero.stage, gptq=bool(shape.quantization))
         tables = {"embed_tokens", "lm_head"}
         if others := sorted({name.rsplit(".", 1)[-1] for name in tuner.modules_to_save} - tables):
             raise ConfigError(

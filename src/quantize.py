@@ -14,18 +14,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from src import aux_files, chatml, exact, fidelity, modeling, shards, stage
-from src.answering import logits
-from src.artifact import Artifact, read_json
-from src.config import QuantizeVerb
-from src.errors import ConfigError, MissingInput, ProofFailed
-from src.log import say, warn
-from src.modeling import check_folder, check_tokenizer, dtype_that_fits, load_model, load_tokenizer, trust_of
+from src.chat import encoding
+from src.core import processes, stage
+from src.core.artifact import Artifact
+from src.core.errors import ConfigError, MissingInput, ProofFailed
+from src.core.files import read_json
+from src.core.log import say, warn
+from src.core.processes import silenced
+from src.models import complete, exact_sum, fidelity, safetensors_io
+from src.models.devices import device, dtype_that_fits, give_back_memory
+from src.models.folder import check_folder, check_tokenizer, stored_dtype, trust_of
+from src.models.generation import logits
+from src.models.loading import load_model, load_tokenizer, prepare_gptq
+from src.settings.verbs import QuantizeVerb
 
 
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
     model = run.source(cfg.source, "merge", "finetune", kinds={"model"})
-    return {"model": model, "dataset": stage.data_sources(run, cfg.dataset), **exact.parents(model, cfg.weights, run.cache)}
+    return {"model": model, "dataset": stage.data_sources(run, cfg.dataset), **exact_sum.parents(model, cfg.weights, run.cache)}
 
 
 def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
@@ -34,7 +40,7 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     if not dataset.files["calib.jsonl"]["size"]:
         raise MissingInput("the calib split is empty", where=str(dataset.path), fix="python -m src.data data.calib=0.1")
     group = cfg.quantizer.group_size
-    linear = [e for e in shards.entries(model.path).values() if ".layers." in e.name and len(e.shape) == 2]
+    linear = [e for e in safetensors_io.entries(model.path).values() if ".layers." in e.name and len(e.shape) == 2]
     # gptqmodel packs 32 / bits output columns into one word.
     pack = 32 // cfg.quantizer.bits
     if narrow := [e for e in linear if e.shape[0] % pack]:
@@ -55,14 +61,14 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     check_tokenizer(model.path)
     return [
         f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl",
-        *exact.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize.partial" / "exact"),
+        *exact_sum.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize.partial" / "exact"),
     ]
 
 
 def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     import torch
 
-    modeling.prepare_gptq()
+    prepare_gptq()
     from gptqmodel import GPTQModel, QuantizeConfig
 
     source, target = inputs["model"].path.resolve(), out.resolve()
@@ -76,17 +82,17 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     )
     scratch = out / "scratch"
     scratch.mkdir()
-    start = exact.write(inputs, scratch / "exact")
+    start = exact_sum.write(inputs, scratch / "exact")
     begin = str(start.path.resolve())
     # gptqmodel would take fp32 weights as bf16 on a GPU, by its "auto".
-    wide = modeling.device() == "cpu" or modeling.stored_dtype(start.path) == "float32"
+    wide = device() == "cpu" or stored_dtype(start.path) == "float32"
     # gptqmodel writes a folder of logs wherever it is run.
-    with modeling.silenced(), contextlib.chdir(scratch):
+    with silenced(), contextlib.chdir(scratch):
         model = GPTQModel.load(
             begin,
             config,
             trust_remote_code=trust,
-            device=modeling.device(),
+            device=device(),
             dtype=torch.float32 if wide else "auto",
         )
         model.quantize(rows, batch_size=cfg.calibration.batch_size)
@@ -96,7 +102,7 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     keep_own_files(out)
     make_reproducible(out)
     keep_stored(source, out, scratch / "kept")
-    aux_files.copy(source, out)
+    complete.copy(source, out)
     complete_config(source, out)
     figures = prove(start, out, trust, tokenizer, inputs["dataset"].path, [row["input_ids"][:256] for row in rows[:8]])
     shutil.rmtree(scratch)
@@ -105,14 +111,14 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
 
 def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[dict], int]:
     """(rows of {"input_ids", "attention_mask"} as gptqmodel takes them, tokens in all): whole conversations, as in training."""
-    chatml.ensure_chat(tokenizer)
-    end = chatml.turn_end(tokenizer)
+    encoding.ensure_chat(tokenizer)
+    end = encoding.turn_end(tokenizer)
     rows, cut = [], 0
     for line in open(path, encoding="utf-8"):
         if len(rows) == cfg.calibration.rows:
             break
         record = json.loads(line)
-        ids = chatml.encode(tokenizer, record["messages"], record.get("tools"), end=end).input_ids
+        ids = encoding.encode(tokenizer, record["messages"], record.get("tools"), end=end).input_ids
         cut += len(ids) > cfg.calibration.max_length
         ids = ids[: cfg.calibration.max_length]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
@@ -176,13 +182,13 @@ def plain_metadata(file: Path) -> None:
 
 def keep_stored(source: Path, out: Path, scratch: Path) -> None:
     """Put the source's own tensors in place of those that gptqmodel only cast to the dtype it computed in: embedding, norms, output layer."""
-    stored, kept, values = shards.entries(source), [], {}
-    for name, entry in shards.entries(out).items():
+    stored, kept, values = safetensors_io.entries(source), [], {}
+    for name, entry in safetensors_io.entries(out).items():
         own = stored.get(name)
         values[name] = own if own and own.shape == entry.shape and own.dtype.startswith(("F", "BF")) else entry
         kept.append(replace(entry, dtype=values[name].dtype))
     scratch.mkdir()
-    shards.write(scratch, kept, values.get, shards.parse_size("5GB"))
+    safetensors_io.write(scratch, kept, values.get, safetensors_io.parse_size("5GB"))
     for file in out.glob("model*.safetensors*"):
         file.unlink()
     for file in scratch.iterdir():
@@ -206,15 +212,15 @@ def prove(start: Artifact, out: Path, trust: bool, tokenizer, dataset: Path, pro
     import torch
 
     rows = fidelity.held_out(dataset, tokenizer, read_json(out / "config.json"))
-    compute = dtype_that_fits(sum(math.prod(entry.shape) for entry in shards.entries(start.path).values()), "cpu")
+    compute = dtype_that_fits(sum(math.prod(entry.shape) for entry in safetensors_io.entries(start.path).values()), "cpu")
     model = load_model(start.path, dtype=compute, trust_remote_code=trust).eval()
     whole = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof") if rows else None
     before = torch.from_numpy(logits(model, probes))
     del model
-    modeling.give_back_memory()
+    give_back_memory()
     quantized = Artifact(out, "quantized", "", start.manifest, {})
-    ids, after, seen = modeling.fresh(fidelity.reload, quantized, compute, "cpu", rows, whole and whole.top_k_ids, None, probes)
-    aux_files.compare(ids, tokenizer, out)
+    ids, after, seen = processes.fresh(fidelity.reload, quantized, compute, "cpu", rows, whole and whole.top_k_ids, None, probes)
+    complete.compare(ids, tokenizer, out)
     after = torch.from_numpy(after)
     error = ((before - after).norm() / before.norm()).item()
     if not error < 1:

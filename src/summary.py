@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from src import artifact, stage
-from src.artifact import Artifact
-from src.config import Verb
-from src.errors import MissingInput
-from src.log import duration, size
+from src.core import artifact, stage
+from src.core.artifact import Artifact
+from src.core.errors import MissingInput
+from src.core.log import duration, size
+from src.settings.verbs import Verb
 
 ORDER = ("data", "finetune", "evaluate-finetune", "merge", "evaluate-merge", "quantize", "evaluate-quantize")
 

@@ -119,7 +119,7 @@ def hear_ctrl_c() -> None:
 
 def go(module, *argv) -> int:
     """The exit code of a verb's module, run in this process for good; what it says is pytest's to capture."""
-    from src import stage
+    from src.core import stage
 
     return stage.guarded(lambda: stage._main(module.STAGE, [str(a) for a in argv]))
 
@@ -127,16 +127,16 @@ def go(module, *argv) -> int:
 @pytest.fixture(scope="module")
 def proofs_in_this_process():
     """A fresh process per proof costs 3 s; test_merge, test_quantize and test_aux_files each have a test with the real thing."""
-    from src import modeling
+    from src.core import processes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling, "fresh", lambda work, *args: work(*args))
+        patch.setattr(processes, "fresh", lambda work, *args: work(*args))
         yield
 
 
 def worked(verb: str, work, *argv) -> None:
     """Run a verb through its one door, with `work(cfg, inputs, out) -> metrics` in place of the costly part."""
-    from src import stage
+    from src.core import stage
 
     module = importlib.import_module("src.deploy.__main__" if verb == "deploy" else f"src.{verb}")
     before, sys.argv = sys.argv, [verb, *map(str, argv)]

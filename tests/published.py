@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src import compose
-from src.config import Gpu, PlanVerb
+from src.core import compose
+from src.settings.targets import Board, Target
+from src.settings.verbs import Gpu, PlanVerb
 from src.sizing import budget, speed
 from src.sizing.budget import format_of
-from src.sizing.families import shape_of
+from src.sizing.config_reader import shape_of
 from src.sizing.gpu import Job, Widths, training
 from src.sizing.shape import ModelShape
-from src.targets import Board, Target
 
 MIB = 2**20
 

@@ -13,10 +13,10 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from src import adapters
-from src.config import LoraTuner
-from src.errors import ConfigError, ProofFailed
-from src.modeling import load_tokenizer
+from src.core.errors import ConfigError, ProofFailed
+from src.models import adapter_files, lora, token_rows
+from src.models.loading import load_tokenizer
+from src.settings.verbs import LoraTuner
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "models"
@@ -58,7 +58,7 @@ def tuner(**changes):
 
 def test_the_embedded_model_learnt_its_control_tokens():
     model = AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "tiny-chat", local_files_only=True)
-    assert adapters.untrained(model, [1021, 1022, 1023], 1024) == []
+    assert token_rows.untrained(model, [1021, 1022, 1023], 1024) == []
 
 
 def test_a_widened_model_with_chatml_tokens_added_did_not():
@@ -66,8 +66,8 @@ def test_a_widened_model_with_chatml_tokens_added_did_not():
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    assert adapters.untrained(model, [513, 514], 515) == [513, 514]
-    assert adapters.untrained(model, [*range(300, 330), 513, 514], 515) == [513, 514], "pieces the stories use were learnt"
+    assert token_rows.untrained(model, [513, 514], 515) == [513, 514]
+    assert token_rows.untrained(model, [*range(300, 330), 513, 514], 515) == [513, 514], "pieces the stories use were learnt"
 
 
 def test_learnt_rows_are_not_flagged_anywhere_in_the_vocabulary():
@@ -79,7 +79,7 @@ def test_learnt_rows_are_not_flagged_anywhere_in_the_vocabulary():
         for t in row["conversations"]
         for i in tokenizer(t["value"]).input_ids
     }
-    flagged = adapters.untrained(model, sorted(seen), 1024)
+    flagged = token_rows.untrained(model, sorted(seen), 1024)
     print(f"{len(flagged)} of {len(seen)} ids that occur in the conversations are flagged")
     assert flagged == []
 
@@ -107,7 +107,7 @@ def test_kinds_of_rows_that_were_only_initialised(fault, tied):
                     weight[row] = weight[85]
                 else:
                     weight[row] = 0.01 + torch.randn(32) * 1e-3
-    found = adapters.untrained(model, [3, 40, 70, 71], 80)
+    found = token_rows.untrained(model, [3, 40, 70, 71], 80)
     assert found == [70, 71]
 
 
@@ -119,7 +119,7 @@ def test_a_model_whose_padding_is_as_large_as_its_learnt_rows_flags_what_looks_l
             layer.weight[:80] = torch.randn(80, 32)
             layer.weight[80:] = 0.02 * torch.randn(16, 32)
             layer.weight[71] = 0.02 * torch.randn(32)
-    assert adapters.untrained(model, [3, 70, 71], 80) == [71]
+    assert token_rows.untrained(model, [3, 70, 71], 80) == [71]
 
 
 # ---- rows trained beside the adapter
@@ -132,7 +132,7 @@ def both_ways(model, batch, stock, monkeypatch):
         with monkeypatch.context() as patch:
             if not ours:
                 patch.setattr(TrainableTokensLayer, "forward_adapters", stock.forward_adapters)
-            assert TrainableTokensLayer.forward_adapters.__module__ == ("src.adapters" if ours else stock.__module__)
+            assert TrainableTokensLayer.forward_adapters.__module__ == ("src.models.token_rows" if ours else stock.__module__)
             model.zero_grad()
             out = model(**batch, use_cache=False)
             out.loss.backward()
@@ -146,7 +146,7 @@ def both_ways(model, batch, stock, monkeypatch):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_rows_train_as_in_peft(arch, tied, dtype, stock, monkeypatch):
-    model = adapters.attach(model_of(arch, tied=tied, dtype=dtype), tuner(), ROWS, deepspeed=False)
+    model = lora.attach(model_of(arch, tied=tied, dtype=dtype), tuner(), ROWS, deepspeed=False)
     names = [n for n, p in model.named_parameters() if "trainable_tokens_delta" in n and p.requires_grad]
     assert len(names) == (1 if tied else 2)
     torch.manual_seed(1)
@@ -175,7 +175,7 @@ def test_with_the_adapter_switched_off_the_base_answers():
     base = model_of(tied=False)
     ids = torch.tensor([[1, 3, 70, 71]])
     before = base(ids).logits.detach().clone()
-    model = adapters.attach(base, tuner(), ROWS, deepspeed=False)
+    model = lora.attach(base, tuner(), ROWS, deepspeed=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "trainable_tokens_delta" in name:
@@ -186,17 +186,17 @@ def test_with_the_adapter_switched_off_the_base_answers():
 
 
 def test_adapters_go_on_every_linear_layer_but_the_output():
-    model = adapters.attach(model_of(tied=False), tuner(), [], deepspeed=False)
+    model = lora.attach(model_of(tied=False), tuner(), [], deepspeed=False)
     adapted = {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n, _ in model.named_parameters() if "lora_A" in n}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert not any("trainable_tokens" in n for n, _ in model.named_parameters())
 
 
 def test_named_layers_only_and_a_wrong_name_says_so():
-    model = adapters.attach(model_of(tied=False), tuner(target_modules=["q_proj", "v_proj"]), [], deepspeed=False)
+    model = lora.attach(model_of(tied=False), tuner(target_modules=["q_proj", "v_proj"]), [], deepspeed=False)
     assert {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n, _ in model.named_parameters() if "lora_A" in n} == {"q_proj", "v_proj"}
     with pytest.raises(ConfigError, match="c_attn"):
-        adapters.attach(model_of(tied=False), tuner(target_modules=["q_proj", "c_attn"]), [], deepspeed=False)
+        lora.attach(model_of(tied=False), tuner(target_modules=["q_proj", "c_attn"]), [], deepspeed=False)
 
 
 # ---- what was saved
@@ -209,30 +209,30 @@ def adapter_folder(folder, **tensors):
 
 def test_a_saved_adapter_that_learnt_nothing_or_broke_is_refused(tmp_path):
     good = {"q__lora_A__weight": torch.ones(2, 2), "q__lora_B__weight": torch.ones(2, 2)}
-    assert adapters.check_saved(adapter_folder(tmp_path, **good), moved=True, expected=set()) == 2
+    assert adapter_files.check_saved(adapter_folder(tmp_path, **good), moved=True, expected=set()) == 2
     with pytest.raises(ProofFailed, match="learnt nothing"):
-        adapters.check_saved(adapter_folder(tmp_path, **good | {"q__lora_B__weight": torch.zeros(2, 2)}), moved=True, expected=set())
+        adapter_files.check_saved(adapter_folder(tmp_path, **good | {"q__lora_B__weight": torch.zeros(2, 2)}), moved=True, expected=set())
     with pytest.raises(ProofFailed, match="not finite"):
-        adapters.check_saved(
+        adapter_files.check_saved(
             adapter_folder(tmp_path, **good | {"q__lora_A__weight": torch.tensor([float("nan")])}), moved=True, expected=set()
         )
     with pytest.raises(ProofFailed, match="empty"):
-        adapters.check_saved(adapter_folder(tmp_path, **good | {"q__lora_A__weight": torch.zeros(0, 2)}), moved=True, expected=set())
+        adapter_files.check_saved(adapter_folder(tmp_path, **good | {"q__lora_A__weight": torch.zeros(0, 2)}), moved=True, expected=set())
 
 
 def test_a_saved_adapter_that_lacks_a_tensor_is_refused(tmp_path):
-    model = adapters.attach(model_of(tied=False), tuner(modules_to_save=["v_proj"]), ROWS, deepspeed=False)
-    names = adapters.saved_names(model)
+    model = lora.attach(model_of(tied=False), tuner(modules_to_save=["v_proj"]), ROWS, deepspeed=False)
+    names = adapter_files.saved_names(model)
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    assert adapters.check_saved(tmp_path, moved=False, expected=names) == len(names)
+    assert adapter_files.check_saved(tmp_path, moved=False, expected=names) == len(names)
     assert any("trainable_tokens_delta" in n for n in names) and any(n.endswith("v_proj.weight") for n in names)
     gone = min(names)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file({n: t for n, t in tensors.items() if n != gone}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ProofFailed, match=re.escape(gone)):
-        adapters.check_saved(tmp_path, moved=False, expected=names)
+        adapter_files.check_saved(tmp_path, moved=False, expected=names)
 
 
 def test_an_empty_result_is_refused(tmp_path):
     with pytest.raises(ProofFailed, match="no weights"):
-        adapters.check_saved(tmp_path, moved=True, expected=set())
+        adapter_files.check_saved(tmp_path, moved=True, expected=set())

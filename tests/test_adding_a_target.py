@@ -28,10 +28,10 @@ def project(tmp_path_factory) -> Path:
     named = blocks()
     for name in ("configs/target/m4n_dock.yaml", "configs/target/rk3588.yaml", "src/deploy/rkllm.py"):
         (copy / name).write_text(named[name], encoding="utf-8")
-    targets = copy / "src" / "targets.py"
+    targets = copy / "src" / "settings" / "targets.py"
     text = targets.read_text(encoding="utf-8")
     assert text.count("\nAnyTarget = ") == 1
-    targets.write_text(text.replace("\nAnyTarget = ", f"\n{named['src/targets.py']}\n\nAnyTarget = "), encoding="utf-8")
+    targets.write_text(text.replace("\nAnyTarget = ", f"\n{named['src/settings/targets.py']}\n\nAnyTarget = "), encoding="utf-8")
     main = copy / "src" / "deploy" / "__main__.py"
     text = main.read_text(encoding="utf-8")
     main.write_text(text.replace("BUILDERS = {\n", "BUILDERS = {\n" + named["src/deploy/__main__.py"]), encoding="utf-8")

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import FEW, ROOT, hear_ctrl_c, in_process, refused
 
-from src import artifact, compose, config
-from src.artifact import Artifact, building, key_of, open_artifact, seal
-from src.errors import BadData, Busy, MissingInput, NoRoom, Tampered, WrongKind
+from src.core import artifact, compose, files
+from src.core.artifact import Artifact, building, key_of, open_artifact, seal
+from src.core.errors import BadData, Busy, MissingInput, NoRoom, Tampered, WrongKind
+from src.core.files import hash_files, sha256
+from src.settings import verbs
 
 CHATS = [
     {"id": str(i), "conversations": [{"from": "user", "value": f"Question {i}?"}, {"from": "assistant", "value": f"Answer {i}."}]}
@@ -78,7 +80,7 @@ def test_a_key_refuses_what_json_has_no_word_for():
 
 
 def settings_of(*overrides: str) -> dict:
-    return compose.compose("finetune", list(overrides), config.FinetuneVerb).model_dump(mode="json")
+    return compose.compose("finetune", list(overrides), verbs.FinetuneVerb).model_dump(mode="json")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,8 @@ def test_a_partial_folder_is_continued_only_for_the_same_key(tmp_path, capsys):
 
 SLOW = """
 import dataclasses, sys, time
-from src import data, stage
+from src import data
+from src.core import stage
 def work(cfg, inputs, out):
     (out / "half.jsonl").write_text("half a result")
     print("building", flush=True)
@@ -323,28 +326,28 @@ def test_hashes_are_kept_while_a_file_stays_the_same(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "a.bin").write_bytes(b"a" * 100)
     (folder / "b.bin").write_bytes(b"b" * 100)
-    hashed, real = [], artifact.sha256
-    monkeypatch.setattr(artifact, "sha256", lambda path: hashed.append(path.name) or real(path))
-    first = artifact.hash_files(folder, cache)
-    assert artifact.hash_files(folder, cache) == first and hashed == ["a.bin", "b.bin"]
+    hashed, real = [], sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or real(path))
+    first = hash_files(folder, cache)
+    assert hash_files(folder, cache) == first and hashed == ["a.bin", "b.bin"]
 
     stat = (folder / "a.bin").stat()
     (folder / "a.bin").write_bytes(b"c" * 100)  # same size, new time
     os.utime(folder / "a.bin", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    second = artifact.hash_files(folder, cache)
+    second = hash_files(folder, cache)
     assert second["a.bin"] != first["a.bin"] and second["b.bin"] == first["b.bin"] and hashed[2:] == ["a.bin"]
 
     (folder / "new").write_bytes(b"d" * 100)  # same size and time, another inode
     os.utime(folder / "new", ns=((folder / "b.bin").stat().st_mtime_ns,) * 2)
     os.replace(folder / "new", folder / "b.bin")
-    assert artifact.hash_files(folder, cache)["b.bin"] != first["b.bin"]
+    assert hash_files(folder, cache)["b.bin"] != first["b.bin"]
 
 
 @pytest.mark.parametrize("content", ["", "not json", "[]", '"text"', "null", '{"a|1|2|3": 5}'])
 def test_a_damaged_cache_costs_time_and_nothing_else(tmp_path, content):
     (tmp_path / "cache.json").write_text(content)
     (tmp_path / "input").write_text("x")
-    assert artifact.hash_files(tmp_path / "input", tmp_path / "cache.json") == artifact.hash_files(tmp_path / "input")
+    assert hash_files(tmp_path / "input", tmp_path / "cache.json") == hash_files(tmp_path / "input")
 
 
 def test_the_seal_never_trusts_the_cache(tmp_path):
@@ -371,12 +374,12 @@ def test_an_outside_key_follows_names_and_bytes(tmp_path):
 
 def test_hidden_files_and_caches_are_no_content(tmp_path):
     (tmp_path / "a").write_text("x")
-    before = artifact.hash_files(tmp_path)
+    before = hash_files(tmp_path)
     for name in (".git", "__pycache__", ".cache"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     (tmp_path / ".DS_Store").write_text("x")
-    assert artifact.hash_files(tmp_path) == before
+    assert hash_files(tmp_path) == before
 
 
 # ---- opening

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import CHAT, refused
 
-from src import artifact, aux_files
-from src.errors import MissingInput, ProofFailed, WrongKind
+from src.core.errors import MissingInput, ProofFailed, WrongKind
+from src.core.files import hash_files
+from src.models import complete
 
 NAMES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -23,13 +24,13 @@ def bare(tiny_model) -> Path:
 
 
 def test_a_folder_without_tokenizer_is_completed_and_proven(cli, bare):
-    weights = artifact.hash_files(bare)
+    weights = hash_files(bare)
     done = cli("aux_files", f"source={CHAT}", f"target={bare}")
     assert done.returncode == 0, done.stderr
     assert all(name in done.stderr for name in NAMES)
     assert "token ids equal to the source's, loaded alone and offline" in done.stderr
-    after = artifact.hash_files(bare)
-    assert weights.items() <= after.items() and {n: after[n] for n in NAMES} == {n: artifact.hash_files(CHAT)[n] for n in NAMES}
+    after = hash_files(bare)
+    assert weights.items() <= after.items() and {n: after[n] for n in NAMES} == {n: hash_files(CHAT)[n] for n in NAMES}
     assert not list(bare.glob("*.partial"))
 
 
@@ -39,17 +40,17 @@ def test_a_tokenizer_that_differs_fails_the_proof(cli, tiny_model):
     merges = tokenizer["model"]["merges"]
     tokenizer["model"]["merges"] = merges[: len(merges) // 2]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    before = artifact.hash_files(folder)
+    before = hash_files(folder)
     done = cli("aux_files", f"source={CHAT}", f"target={folder}")
     refused(done, ProofFailed, "tokenizer differs", folder)
-    assert artifact.hash_files(folder) == before, "what a folder has stays as it is"
+    assert hash_files(folder) == before, "what a folder has stays as it is"
 
 
 def test_a_plan_names_the_files_and_copies_none(call, bare):
-    before = artifact.hash_files(bare)
+    before = hash_files(bare)
     done = call("aux_files", f"source={CHAT}", f"target={bare}", "dry_run=true")
     assert done.returncode == 0 and all(name in done.stderr for name in NAMES)
-    assert artifact.hash_files(bare) == before
+    assert hash_files(bare) == before
 
 
 def test_folders_it_does_not_take(call, bare, finished, tmp_path):
@@ -60,11 +61,11 @@ def test_folders_it_does_not_take(call, bare, finished, tmp_path):
 
 
 def test_a_source_without_tokenizer_leaves_the_target_alone(call, bare, tiny_model):
-    source, before = tiny_model(), artifact.hash_files(bare)
+    source, before = tiny_model(), hash_files(bare)
     for name in NAMES[:2]:
         (source / name).unlink()
     refused(call("aux_files", f"source={source}", f"target={bare}"), MissingInput, "no tokenizer", source)
-    assert artifact.hash_files(bare) == before
+    assert hash_files(bare) == before
 
 
 def test_everything_a_model_needs_beside_its_weights_is_copied(tmp_path):
@@ -79,9 +80,9 @@ def test_everything_a_model_needs_beside_its_weights_is_copied(tmp_path):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
     out.mkdir()
-    assert sorted(aux_files.copy(source, out)) == sorted(wanted)
+    assert sorted(complete.copy(source, out)) == sorted(wanted)
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == sorted(wanted)
-    assert aux_files.copy(source, out) == []
+    assert complete.copy(source, out) == []
 
 
 def test_files_that_are_there_stay(tmp_path):
@@ -90,10 +91,10 @@ def test_files_that_are_there_stay(tmp_path):
     (source / "tokenizer.json").write_text("theirs")
     (source / "generation_config.json").write_text("theirs")
     (out / "tokenizer.json").write_text("ours")
-    assert aux_files.copy(source, out) == ["generation_config.json"]
+    assert complete.copy(source, out) == ["generation_config.json"]
     assert (out / "tokenizer.json").read_text() == "ours"
     (out / "generation_config.json").unlink()
-    assert aux_files.copy(source, out, tokenizer=False) == ["generation_config.json"]
+    assert complete.copy(source, out, tokenizer=False) == ["generation_config.json"]
 
 
 def test_a_copy_cut_short_is_not_taken_for_the_file(tmp_path, monkeypatch):
@@ -107,13 +108,13 @@ def test_a_copy_cut_short_is_not_taken_for_the_file(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(OSError):
         patched.setattr(shutil, "copyfile", cut)
-        aux_files.copy(source, out)
+        complete.copy(source, out)
     assert not (out / "tokenizer.json").exists()
-    assert aux_files.copy(source, out) == ["tokenizer.json"] and (out / "tokenizer.json").read_text() == "whole"
+    assert complete.copy(source, out) == ["tokenizer.json"] and (out / "tokenizer.json").read_text() == "whole"
 
 
 def test_probes_reach_what_tokenizers_get_wrong():
     """Spaces, digits, scripts, emoji and control tokens: a tokenizer rebuilt in another class differs on at least one."""
-    text = "".join(aux_files.PROBES)
+    text = "".join(complete.PROBES)
     for part in ("  ", "\t", "\n\n", "12345", "안녕", "你好", "🚀", "é", "<|im_start|>"):
         assert part in text

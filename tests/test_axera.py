@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT, hear_ctrl_c, in_process, refused, save, write_model
 from safetensors.numpy import load_file
 
+from src.core.errors import BadData, ConfigError, MissingInput, MissingTool, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
 from src.deploy.axera import compile, runtime, tokenizer_txt, toolchain
 from src.deploy.embedding import KEYS, bf16_truncated, find_embedding, write_bf16
-from src.errors import BadData, ConfigError, MissingInput, MissingTool, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
 
 STAND_IN = ROOT / "tests" / "stand_ins" / "pulsar2.py"
 CHATML = (
@@ -504,7 +504,7 @@ def test_truncation_is_the_vendors():
 
 
 def test_the_tokenizer_file_line_by_line(qwen, tmp_path):
-    from src.modeling import load_tokenizer
+    from src.models.loading import load_tokenizer
 
     tokenizer_txt.write(load_tokenizer(qwen), [END - 2, END], tmp_path / "t.txt")
     spec = json.loads((qwen / "tokenizer.json").read_text())
@@ -516,7 +516,7 @@ def test_the_tokenizer_file_line_by_line(qwen, tmp_path):
 
 
 def test_the_reader_reads_as_transformers_does(qwen, tmp_path):
-    from src.modeling import load_tokenizer
+    from src.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(qwen)
     tokenizer_txt.write(tokenizer, [END], tmp_path / "t.txt")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from src import chatml
-from src.errors import BadData, WrongKind
-from src.modeling import load_tokenizer
+from src.chat import encoding
+from src.core.errors import BadData, WrongKind
+from src.models.loading import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
@@ -81,10 +81,10 @@ def pilot():
 
 def spans(encoded):
     """The runs of trained labels, each a list of ids."""
-    found, before = [], chatml.IGNORE
+    found, before = [], encoding.IGNORE
     for label in encoded.labels:
-        if label != chatml.IGNORE:
-            if before == chatml.IGNORE:
+        if label != encoding.IGNORE:
+            if before == encoding.IGNORE:
                 found.append([])
             found[-1].append(label)
         before = label
@@ -93,10 +93,10 @@ def spans(encoded):
 
 def check(tokenizer, messages, answers, tools=None):
     """The trained spans are exactly `answers`, each closed by the stop token; every trained label is its own input id."""
-    end = chatml.turn_end(tokenizer)
-    encoded = chatml.encode(tokenizer, messages, tools, end=end)
+    end = encoding.turn_end(tokenizer)
+    encoded = encoding.encode(tokenizer, messages, tools, end=end)
     assert len(encoded.labels) == len(encoded.input_ids)
-    assert all(label in (chatml.IGNORE, token) for label, token in zip(encoded.labels, encoded.input_ids))
+    assert all(label in (encoding.IGNORE, token) for label, token in zip(encoded.labels, encoded.input_ids))
     runs = spans(encoded)
     stop = tokenizer.decode([end])
     assert [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs] == [answer + stop for answer in answers]
@@ -107,7 +107,7 @@ def check(tokenizer, messages, answers, tools=None):
 
 def test_golden_ids_and_mask_of_the_embedded_model(load):
     # 1022 <|im_start|>, 1023 <|im_end|>, 13 newline; 573 'user', 412 818 'as' 'sistant'; the rest spelled out in the comments.
-    ignore, encoded = chatml.IGNORE, chatml.encode(load("tiny-chat"), [SYSTEM, *TURNS], end=1023)
+    ignore, encoded = encoding.IGNORE, encoding.encode(load("tiny-chat"), [SYSTEM, *TURNS], end=1023)
     system = [1022, 341, 347, 539, 327, 335, 13, 663, 884, 415, 328, 272, 1023, 13]  # s y st e m \n Be _br ie f .
     first = [1022, 573, 13, 847, 259, 1023, 13, 1022, 412, 818, 13]  # Hi !
     answer = [577, 259, 470, 616, 270, 589, 272, 1023]  # Ahoy ! _A _cat , _captain .
@@ -116,12 +116,12 @@ def test_golden_ids_and_mask_of_the_embedded_model(load):
     assert encoded.input_ids == [*system, *first, *answer, *second, *last, 13]
     assert encoded.labels == [*[ignore] * (len(system) + len(first)), *answer, *[ignore] * len(second), *last, ignore]
     assert encoded.trained == 11
-    assert chatml.turn_end(load("tiny-chat")) == 1023
+    assert encoding.turn_end(load("tiny-chat")) == 1023
 
 
 def test_golden_labels_of_the_old_recipe(load):
-    ignore, encoded = chatml.IGNORE, chatml.encode_qwen_legacy(load("tiny-chat"), [SYSTEM, *TURNS[:2]], end=1023)
-    assert encoded.input_ids == chatml.encode(load("tiny-chat"), [SYSTEM, *TURNS[:2]], end=1023).input_ids
+    ignore, encoded = encoding.IGNORE, encoding.encode_qwen_legacy(load("tiny-chat"), [SYSTEM, *TURNS[:2]], end=1023)
+    assert encoded.input_ids == encoding.encode(load("tiny-chat"), [SYSTEM, *TURNS[:2]], end=1023).input_ids
     assert encoded.labels == [
         *[1022, *[ignore] * 11, 1023, 13],
         *[1022, *[ignore] * 4, 1023, 13],
@@ -143,9 +143,9 @@ def test_only_answers_and_their_stop_tokens_are_trained(load, pilot, name):
 
 @pytest.mark.parametrize("name", ["tiny-chat", *NAMES])
 def test_ids_are_those_of_the_template(load, pilot, name):
-    tokenizer, end = load(name), chatml.turn_end(load(name))
+    tokenizer, end = load(name), encoding.turn_end(load(name))
     for messages in [TURNS, *pilot[::4], *map(talk, HARD)]:
-        assert chatml.encode(tokenizer, messages, end=end).input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
+        assert encoding.encode(tokenizer, messages, end=end).input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
 @pytest.mark.parametrize("name", ["tiny-chat", *sorted(TAKES_SYSTEM)])
@@ -159,13 +159,15 @@ def test_a_system_turn_is_seen_and_not_trained(load, name):
 def test_the_trained_prompt_is_the_served_prompt(load, name):
     """What stands before an answer is token for token what a server makes of the conversation so far, also where the answer begins with a newline."""
     tokenizer = load(name)
-    end = chatml.turn_end(tokenizer)
+    end = encoding.turn_end(tokenizer)
     for answer in ("Fin", "\n\nFin", "\nFin"):
         messages = [*TURNS[:3], {"role": "assistant", "content": answer}]
-        encoded = chatml.encode(tokenizer, messages, end=end)
-        prompt = tokenizer(chatml.render(tokenizer, messages[:3], prompt=True), add_special_tokens=False).input_ids
+        encoded = encoding.encode(tokenizer, messages, end=end)
+        prompt = tokenizer(encoding.render(tokenizer, messages[:3], prompt=True), add_special_tokens=False).input_ids
         last = max(
-            i for i, label in enumerate(encoded.labels) if label == chatml.IGNORE and any(x != chatml.IGNORE for x in encoded.labels[i:])
+            i
+            for i, label in enumerate(encoded.labels)
+            if label == encoding.IGNORE and any(x != encoding.IGNORE for x in encoded.labels[i:])
         )
         assert encoded.input_ids[: last + 1] == prompt
         if not THINKS.get(name):
@@ -177,7 +179,7 @@ def test_tool_calls_are_trained_and_tool_results_are_not(load, name):
     tokenizer = load(name)
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Söul"}}\n</tool_call>'
     encoded = check(tokenizer, CALLING, [call, THINKS.get(name, "") + "It is warm."], [TOOL])
-    untrained = tokenizer.decode([i for i, label in zip(encoded.input_ids, encoded.labels) if label == chatml.IGNORE])
+    untrained = tokenizer.decode([i for i, label in zip(encoded.input_ids, encoded.labels) if label == encoding.IGNORE])
     assert "21 degrees" in untrained and '"description": "Weather."' in untrained
 
 
@@ -187,55 +189,55 @@ def test_a_tokenizer_without_chatml_is_given_it():
         pytest.skip(f"no {folder}")
     tokenizer = load_tokenizer(folder)
     old, bos = len(tokenizer), tokenizer.bos_token_id
-    assert chatml.ensure_chat(tokenizer) == [chatml.START, chatml.END]
-    start, end = tokenizer.convert_tokens_to_ids([chatml.START, chatml.END])
+    assert encoding.ensure_chat(tokenizer) == [encoding.START, encoding.END]
+    start, end = tokenizer.convert_tokens_to_ids([encoding.START, encoding.END])
     assert [start, end] == [old, old + 1] and len(tokenizer) == old + 2
-    assert tokenizer.eos_token_id == end == chatml.turn_end(tokenizer) and tokenizer.pad_token_id is not None
+    assert tokenizer.eos_token_id == end == encoding.turn_end(tokenizer) and tokenizer.pad_token_id is not None
     encoded = check(tokenizer, TURNS, ["Ahoy! A cat, captain.", "Fin"])
     # This tokenizer puts BOS before a text, so its conversations begin with one, and only one.
     assert tokenizer("").input_ids == [bos]
     assert encoded.input_ids[:2] == [bos, start] and encoded.input_ids.count(bos) == 1
-    assert chatml.ensure_chat(tokenizer) == [], "a second call finds nothing to add"
+    assert encoding.ensure_chat(tokenizer) == [], "a second call finds nothing to add"
 
 
 def test_chatml_on_a_tokenizer_that_adds_no_bos_begins_with_the_first_turn():
     tokenizer = load_tokenizer(TINY)
-    own = chatml.encode(tokenizer, [SYSTEM, *TURNS], end=1023)
+    own = encoding.encode(tokenizer, [SYSTEM, *TURNS], end=1023)
     tokenizer.chat_template = None
-    assert chatml.ensure_chat(tokenizer) == [], "it has both tokens already"
-    assert chatml.encode(tokenizer, [SYSTEM, *TURNS], end=1023) == own
+    assert encoding.ensure_chat(tokenizer) == [], "it has both tokens already"
+    assert encoding.encode(tokenizer, [SYSTEM, *TURNS], end=1023) == own
     call = '<|im_start|>assistant\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Söul"}}\n</tool_call><|im_end|>\n'
-    assert call in chatml.render(tokenizer, CALLING, [TOOL])
+    assert call in encoding.render(tokenizer, CALLING, [TOOL])
 
 
 def test_padding_falls_back_to_the_turn_end():
     tokenizer = load_tokenizer(TINY)
     tokenizer.pad_token = None
-    chatml.ensure_chat(tokenizer)
+    encoding.ensure_chat(tokenizer)
     assert tokenizer.pad_token_id == 1023
     # The collator masks by length, so a pad token that is also the stop token stays trained where it is one.
-    assert chatml.encode(tokenizer, TURNS, end=1023).labels.count(1023) == 2
+    assert encoding.encode(tokenizer, TURNS, end=1023).labels.count(1023) == 2
 
 
 def test_a_template_without_a_stop_token_is_refused():
     tokenizer = load_tokenizer(TINY)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     with pytest.raises(WrongKind, match="stop"):
-        chatml.turn_end(tokenizer)
+        encoding.turn_end(tokenizer)
 
 
 def test_a_template_that_rewrites_history_is_refused():
     tokenizer = load_tokenizer(TINY)
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
     with pytest.raises(BadData, match="message 4"):
-        chatml.encode(tokenizer, TURNS, end=1023)
+        encoding.encode(tokenizer, TURNS, end=1023)
 
 
 def test_what_a_template_refuses_is_the_data_s_fault(load):
     """Mistral's template raises on a system turn; that must name the data, not end in a traceback."""
     tokenizer = load("mistral-7b-v0.2")
     with pytest.raises(BadData, match="alternate"):
-        chatml.encode(tokenizer, [SYSTEM, *TURNS], end=chatml.turn_end(tokenizer))
+        encoding.encode(tokenizer, [SYSTEM, *TURNS], end=encoding.turn_end(tokenizer))
 
 
 def old_recipe(tokenizer, messages):
@@ -255,7 +257,7 @@ def old_recipe(tokenizer, messages):
 @pytest.mark.parametrize("name", ["tiny-chat", "qwen2", "qwen2.5", "qwen3"])
 def test_the_old_recipe_s_labels(load, pilot, name):
     tokenizer = load(name)
-    end = tokenizer.convert_tokens_to_ids(chatml.END)
+    end = tokenizer.convert_tokens_to_ids(encoding.END)
     for messages in [TURNS, *pilot[::4], *map(talk, HARD)]:
-        encoded = chatml.encode_qwen_legacy(tokenizer, messages, end=end)
+        encoded = encoding.encode_qwen_legacy(tokenizer, messages, end=end)
         assert (encoded.input_ids, encoded.labels) == old_recipe(tokenizer, messages)

@@ -7,19 +7,20 @@ import shutil
 import pytest
 from conftest import ROOT, refused
 
-from src import compose, config, recipes, targets, teachers
-from src.errors import ConfigError
+from src.core import compose
+from src.core.errors import ConfigError
+from src.settings import recipes, targets, teachers, verbs
 
 CONFIGS = ROOT / "configs"
 ROOTS = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
 SCHEMAS = sorted(
-    {c for module in (config, recipes, targets, teachers) for c in vars(module).values() if inspect.isclass(c) and issubclass(c, config.Settings)},
+    {c for module in (verbs, recipes, targets, teachers) for c in vars(module).values() if inspect.isclass(c) and issubclass(c, verbs.Settings)},
     key=lambda c: c.__name__,
 )
 
 
 def schema_of(verb: str) -> type:
-    return getattr(config, "".join(word.title() for word in verb.split("_")) + "Verb", config.Verb)
+    return getattr(verbs, "".join(word.title() for word in verb.split("_")) + "Verb", verbs.Verb)
 
 
 def composed(verb: str, *overrides: str):
@@ -112,7 +113,7 @@ def test_fields_have_no_default_and_say_what_they_mean(schema):
 def test_every_field_is_read_somewhere():
     read = set()
     for path in (ROOT / "src").rglob("*.py"):
-        if path.name == "config.py":
+        if path.name == "verbs.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from src import conversations, json_stream
-from src.conversations import FORMATS, Conversation, Tally, read, split_of
-from src.errors import BadData, MissingInput
+from src.chat import conversations, json_stream
+from src.chat.conversations import FORMATS, Conversation, Tally, read, split_of
+from src.core.errors import BadData, MissingInput
 
 SHARED = Path(__file__).parents[2] / "shared/data/chat"
 

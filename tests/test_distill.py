@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import CHAT, ROOT, hear_ctrl_c, refused
 
+from src.core.errors import BadData, BudgetSpent, ConfigError, MissingInput, Moved, NoAnswer
 from src.distill import sources
 from src.distill.estimate import by_root, estimate
-from src.errors import BadData, BudgetSpent, ConfigError, MissingInput, Moved, NoAnswer
 
 FAULTS = {"seconds": 0.04, "date": 0.01, "server": 0.06, "malformed": 0.04, "shape": 0.03, "dropped": 0.04, "refused": 0.03, "empty": 0.03}
 FILES = ("train.jsonl", "val.jsonl", "calib.jsonl", "set_aside.jsonl", "samples.html")

@@ -6,16 +6,16 @@ import random
 
 import pytest
 
+from src.core.errors import BadData
 from src.distill import filters
 from src.distill.agreement import Agreement, squared, unequal
 from src.distill.classifier import Classifier, held_out
-from src.distill.near import CodeOverlap, NearDuplicates, NgramOverlap, functions
+from src.distill.disk_rows import Spool
+from src.distill.near_duplicates import CodeOverlap, NearDuplicates, NgramOverlap, functions
+from src.distill.pipeline import Row, SetAside
 from src.distill.rouge import Pool, lcs, rouge_l
-from src.distill.spool import Spool
 from src.distill.steps.filters import evaluation_texts
 from src.distill.texts import code_of, fill, kept, listed, part, words
-from src.distill.work import Row, SetAside
-from src.errors import BadData
 
 ENGLISH = "The harbour freezes in January, and the ships that were there for the winter have to wait until it thaws."
 SPANISH = "El puerto se congela en enero y los barcos que pasan el invierno tienen que esperar hasta que llegue la primavera."

@@ -16,8 +16,12 @@ import pytest
 from conftest import CHAT, ROOT, go, hear_ctrl_c, in_process, refused
 from stand_ins.openai_server import Behaviour, Server
 
-from src import artifact, endpoint, evaluate, served
-from src.errors import ConfigError, NoAnswer, WrongKind
+from src import evaluate
+from src.core import artifact
+from src.core.errors import ConfigError, NoAnswer, WrongKind
+from src.serving import measure as served
+from src.serving import protocol
+from src.serving.client import Client
 
 ASKED = ["What animal goes quack?", "Where is Ottawa?", "What is the child of a pig?"]
 SHORT = ["evaluation.prompts=[" + ",".join(f"'{p}'" for p in ASKED) + "]", "evaluation.max_new_tokens=24", "evaluation.rows=3"]
@@ -69,8 +73,8 @@ def chats(server) -> list[dict]:
     return [body for path, _, body in server.requests if path.endswith("/chat/completions")]
 
 
-def client(server, timeout=5.0, key=None) -> endpoint.Client:
-    return endpoint.Client(server.url, timeout=timeout, key=key)
+def client(server, timeout=5.0, key=None) -> Client:
+    return Client(server.url, timeout=timeout, key=key)
 
 
 def asked(server, text=ASKED[0], max_tokens=24, **client_settings):
@@ -235,7 +239,7 @@ def test_without_a_local_model_answers_and_times_remain(measure, server):
 
 
 def artifact_error():
-    from src.errors import Moved
+    from src.core.errors import Moved
 
     return Moved
 
@@ -324,7 +328,7 @@ def test_a_server_that_stays_busy_ends_it(measure, server):
 )
 def test_retry_after_in_every_spelling(given, low, high):
     given = format_datetime(datetime.now(UTC) + timedelta(seconds=10), usegmt=True) if given == "date" else given
-    assert low <= endpoint._wait(given, 2) <= high
+    assert low <= protocol._wait(given, 2) <= high
 
 
 def test_one_prompt_that_fails_is_counted_and_the_others_go_on(measure, server):
@@ -483,7 +487,7 @@ def test_a_server_that_only_says_it_is_alive_is_given_up(running):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Alive) as alive:
         threading.Thread(target=alive.serve_forever, daemon=True).start()
         with pytest.raises(NoAnswer, match="silent for 1 s"):
-            endpoint.Client(f"http://127.0.0.1:{alive.server_port}", timeout=1).chat("m", [], None, max_tokens=4)
+            Client(f"http://127.0.0.1:{alive.server_port}", timeout=1).chat("m", [], None, max_tokens=4)
         alive.shutdown()
 
 
@@ -504,11 +508,11 @@ def test_nothing_there(measure):
 
 def test_a_server_of_another_protocol(server):
     with pytest.raises(NoAnswer, match="no secure connection"):
-        endpoint.Client(server.url.replace("http:", "https:"), timeout=2).models()
+        Client(server.url.replace("http:", "https:"), timeout=2).models()
     with socket.create_server(("127.0.0.1", 0)) as ssh:
         threading.Thread(target=lambda: ssh.accept()[0].sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), daemon=True).start()
         with pytest.raises(NoAnswer, match=r"SSH-2\.0"):
-            endpoint.Client(f"http://127.0.0.1:{ssh.getsockname()[1]}", timeout=2).models()
+            Client(f"http://127.0.0.1:{ssh.getsockname()[1]}", timeout=2).models()
 
 
 # ---- models
@@ -605,7 +609,7 @@ def test_settings_that_make_no_sense(measure, finished):
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
 def test_an_address_with_or_without_v1(end):
-    assert endpoint.api_of(f"http://h:8000{end}") == "http://h:8000/v1"
+    assert protocol.api_of(f"http://h:8000{end}") == "http://h:8000/v1"
 
 
 # ---- the artifact

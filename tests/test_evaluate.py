@@ -10,7 +10,9 @@ import torch
 from conftest import go
 from transformers import AutoModelForCausalLM
 
-from src import artifact, data, evaluate, finetune, merge, modeling
+from src import data, evaluate, finetune, merge
+from src.core import artifact
+from src.models.loading import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
@@ -103,7 +105,7 @@ def test_answers_are_the_greedy_ones_one_prompt_at_a_time(reports, here):
     assert [r["by"] for r in rows] == ["model"] * 5 + ["parent"] * 5
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(here / "r" / "merge", local_files_only=True).eval(),
-        modeling.load_tokenizer(here / "r" / "merge"),
+        load_tokenizer(here / "r" / "merge"),
     )
     records = [json.loads(line) for line in open(here / "r" / "data" / "val.jsonl")]
     for row, record in zip(rows[:5], records):
@@ -197,7 +199,7 @@ def test_any_model_can_be_the_parent(here):
 
 
 def test_rows_too_long_are_left_out_and_counted(here, capsys):
-    tokenizer = modeling.load_tokenizer(TINY)
+    tokenizer = load_tokenizer(TINY)
     lengths = [
         len(tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False))
         for line in open(here / "r" / "data" / "val.jsonl")

@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
-from src import artifact, data, deploy, evaluate, exact, fidelity, finetune, merge, merging, quantize, shards
+from src import data, deploy, evaluate, finetune, merge, quantize
+from src.chat.encoding import Encoded
+from src.core import artifact
+from src.core.errors import ProofFailed
 from src.deploy import __main__ as deploy_verb
-from src.errors import ProofFailed
+from src.models import exact_sum, fidelity, merging, safetensors_io
 
 assert deploy  # the package whose door is deploy_verb
 
@@ -183,7 +186,7 @@ def test_a_pickled_base_that_was_allowed_is_allowed_to_the_proof_too(place, tmp_
 
 
 def test_rows_stop_at_the_bound_and_at_the_models_positions():
-    rows = [fidelity.chatml.Encoded([1] * n, [-100] + [1] * (n - 1)) for n in (3000, 600, 500, 400, 900, 900, 900, 900)]
+    rows = [Encoded([1] * n, [-100] + [1] * (n - 1)) for n in (3000, 600, 500, 400, 900, 900, 900, 900)]
     read = iter(rows)
     assert [len(row.input_ids) for row in fidelity.within(read)] == [600, 500, 400, 900, 900] and next(read, None) is not None
     assert [len(row.input_ids) for row in fidelity.within(rows, longest=512)] == [500, 400]
@@ -247,7 +250,7 @@ def test_what_is_quantized_is_the_exact_sum_and_what_is_not_stays_as_stored(merg
 def test_the_plan_says_what_the_exact_sum_costs_and_how_to_decline(merges, place, capsys):
     given = [f"outputs={place}", "run=m16", f"dataset={place / 'd' / 'data'}", "dry_run=true", "force=true"]
     assert go(quantize, *given) == 0
-    size = sum(entry.size for entry in shards.entries(merges["m32"].path).values())
+    size = sum(entry.size for entry in safetensors_io.entries(merges["m32"].path).values())
     err = capsys.readouterr().err
     assert f"{size / 1e6:.1f} MB of disk in fp32 while this works; weights=stored takes the merge as it was rounded" in err
     assert go(quantize, *given, "weights=stored") == 0 and "of disk in fp32" not in capsys.readouterr().err
@@ -257,12 +260,12 @@ def test_an_adapter_that_is_gone_is_said_and_the_stored_weights_are_taken(adapte
     copy = Path(shutil.copytree(adapter.path, tmp_path / "o" / "a" / "finetune"))
     assert go(merge, f"outputs={tmp_path / 'o'}", "run=a", f"base={place / 'base'}") == 0
     found = artifact.open_artifact(tmp_path / "o" / "a" / "merge")
-    assert exact.parents(found, "exact", tmp_path / "hashes.json").keys() == {"exact_adapter", "exact_base"}
-    assert exact.parents(found, "stored", tmp_path / "hashes.json") == {}
+    assert exact_sum.parents(found, "exact", tmp_path / "hashes.json").keys() == {"exact_adapter", "exact_base"}
+    assert exact_sum.parents(found, "stored", tmp_path / "hashes.json") == {}
     for harm in (lambda: (copy / "adapter_config.json").write_text("{}"), lambda: shutil.rmtree(copy), lambda: copy.mkdir()):
         harm()
         capsys.readouterr()
-        assert exact.parents(found, "exact", tmp_path / "hashes.json") == {}
+        assert exact_sum.parents(found, "exact", tmp_path / "hashes.json") == {}
         assert f"{copy} is no longer the adapter it was made from" in capsys.readouterr().err
 
 
@@ -273,7 +276,7 @@ def test_the_measure_is_kl_loss_and_agreement():
     """Against torch, on a vocabulary small enough that nothing counts together; and never above the truth where something does."""
     draw = torch.Generator().manual_seed(0)
     before, after = (torch.randn(300, 50, generator=draw) for _ in range(2))
-    row = fidelity.chatml.Encoded(list(range(301)), [-100] + [i % 50 for i in range(300)])
+    row = Encoded(list(range(301)), [-100] + [i % 50 for i in range(300)])
     one = fidelity.observe(lambda _: before, [row], "one")
     change = fidelity.compare(one, fidelity.observe(lambda _: after, [row], "other", one.top_k_ids), 1)
     true = kl_div(after.double().log_softmax(-1), before.double().log_softmax(-1), log_target=True, reduction="batchmean").item()
@@ -311,7 +314,7 @@ def test_the_limit_is_on_loss_either_way_and_on_kl(loss, kl, fails):
 
 
 def test_rows_are_bounded_and_come_from_val_then_calib(place, tmp_path, monkeypatch):
-    from src.modeling import load_tokenizer
+    from src.models.loading import load_tokenizer
 
     tokenizer, dataset = load_tokenizer(CHAT), place / "d" / "data"
     val = fidelity.held_out(dataset, tokenizer, {})

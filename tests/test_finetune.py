@@ -12,10 +12,14 @@ from conftest import END, START, go, make_base, process
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import adapters, answering, artifact, data, finetune, merge, modeling
-from src.compose import compose
-from src.config import FinetuneVerb
-from src.errors import BadData, ConfigError, WrongKind
+from src import data, finetune, merge
+from src.core import artifact
+from src.core.compose import compose
+from src.core.errors import BadData, ConfigError, WrongKind
+from src.models import generation, token_rows
+from src.models.loading import load_any, load_tokenizer
+from src.settings.verbs import FinetuneVerb
+from src.training import session
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
@@ -77,7 +81,7 @@ def test_the_rows_the_base_never_learnt_are_trained_and_no_other(tuned, here):
     for name in before.keys() - set(matrices):
         assert torch.equal(before[name], after[name]) != name.endswith("_proj.weight"), name
     model = AutoModelForCausalLM.from_pretrained(here / run / "merge", local_files_only=True)
-    assert adapters.untrained(model, [START, END], 1024) == [], "nothing is flagged once it was trained"
+    assert token_rows.untrained(model, [START, END], 1024) == [], "nothing is flagged once it was trained"
 
 
 def test_plain_peft_loads_the_adapter_with_equal_outputs(tuned, monkeypatch):
@@ -87,16 +91,16 @@ def test_plain_peft_loads_the_adapter_with_equal_outputs(tuned, monkeypatch):
     from peft import PeftModel
 
     base, adapter = tuned
-    ours, _ = modeling.load_any(adapter)
-    ours = answering.logits(ours)
+    ours, _ = load_any(adapter)
+    ours = generation.logits(ours)
     spec = importlib.util.spec_from_file_location("peft.tuners.trainable_tokens.as_shipped", layer.__file__)
     shipped = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(shipped)
     monkeypatch.setattr(layer.TrainableTokensLayer, "forward_adapters", shipped.TrainableTokensLayer.forward_adapters)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, local_files_only=True), adapter.path).eval()
-    assert abs(answering.logits(plain) - ours).max() < 1e-4
+    assert abs(generation.logits(plain) - ours).max() < 1e-4
     with plain.disable_adapter():
-        assert abs(answering.logits(plain) - ours).max() > 0.1, "the adapter does something"
+        assert abs(generation.logits(plain) - ours).max() > 0.1, "the adapter does something"
 
 
 def test_the_rate_follows_a_cosine_after_its_warm_up(tuned):
@@ -154,7 +158,7 @@ def test_a_full_fine_tune_is_saved_in_the_base_s_dtype(dtype, here, train):
 
 
 def test_over_long_rows_are_dropped_and_counted(train, eighty, capsys):
-    tokenizer = modeling.load_tokenizer(TINY)
+    tokenizer = load_tokenizer(TINY)
     lengths = [len(tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False)) for line in open(eighty / "train.jsonl")]
     limit = sorted(lengths)[len(lengths) // 2]
     long = [n for n in lengths if n > limit]
@@ -302,9 +306,9 @@ def test_a_failed_self_check_in_workers_keeps_its_code_and_is_said_once(here, ei
 def test_gradients_after_an_evaluation_equal_those_without_one():
     """bitsandbytes repacks 4-bit weights for inference at the first evaluation on some CPUs; gradients must not notice."""
     cfg = compose("finetune", ["tuner=qlora", "tuner.dropout=0", "tuner.rank=4", f"model.path={TINY}"], FinetuneVerb)
-    tokenizer = modeling.load_tokenizer(TINY)
+    tokenizer = load_tokenizer(TINY)
     torch.manual_seed(0)
-    model, _rows, nf4 = finetune.prepare(cfg, artifact.open_any(TINY), tokenizer, END, [], "cpu", "fp32")
+    model, _rows, nf4 = session.prepare(cfg, artifact.open_any(TINY), tokenizer, END, [], "cpu", "fp32")
     four = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and not hasattr(m, "base_layer")]
     assert len(four) == 28 and nf4 == {"double_quant": True, "compute_dtype": "float32"}
     assert all(m.support_avx512bf16_for_cpu is False for m in four), "what forbids the repacking"
@@ -324,7 +328,7 @@ def test_gradients_after_an_evaluation_equal_those_without_one():
     model.eval()
     with torch.no_grad():
         model(input_ids=ids)
-        answering.greedy(model, tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=2, end=END)
+        generation.greedy(model, tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=2, end=END)
     after = gradients()
     assert before.keys() == after.keys() and all("lora" in n for n in before) and len(before) == 56
     assert all(torch.equal(before[n], after[n]) for n in before)
@@ -358,7 +362,7 @@ def test_what_cannot_work_is_said(argv, code, words, here, eighty, capsys):
     ],
 )
 def test_a_deepspeed_file_may_not_contradict_the_settings(content, words, tmp_path):
-    from src.zero import user_deepspeed_json
+    from src.training.deepspeed_config import user_deepspeed_json
 
     (tmp_path / "ds.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"deepspeed\.config") as error:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import go, make_base
 
-from src import artifact, finetune
+from src import finetune
+from src.core import artifact
 from src.training import attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("proofs_in_this_process")]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from src.core.errors import BadData, Busy, NoRoom
 from src.distill.journal import Journal, Total
-from src.errors import BadData, Busy, NoRoom
 
 ANSWER = {"text": "an answer", "reasoning": "", "prompt_tokens": 3, "tokens": 4, "finish": "stop"}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from src.compose import compose
-from src.config import DataVerb, FinetuneVerb
+from src.core.compose import compose
+from src.settings.verbs import DataVerb, FinetuneVerb
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = ROOT / "finetune"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from src import artifact
-from src.errors import ConfigError, MissingInput, Tampered
+from src.core import artifact
+from src.core.errors import ConfigError, MissingInput, Tampered
+from src.core.files import write_json
 
 CHAIN = ("data", "finetune", "merge", "quantize", "deploy-llama2c", "evaluate-quantize")
 
@@ -26,7 +27,7 @@ def edit(file: Path, change, *, reseal: bool = False) -> None:
     change(manifest)
     if reseal:
         manifest["seal"] = artifact.seal_of(manifest)
-    artifact.write_json(file, manifest)
+    write_json(file, manifest)
 
 
 def test_the_whole_chain_is_printed_and_holds(call, finished):

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from src.artifact import Artifact
+from src.core.artifact import Artifact
+from src.core.errors import BadData, MissingInput, MissingTool, ProofFailed, WrongKind
 from src.deploy import llama2c
 from src.deploy.byte_level import SPLITS
 from src.deploy.llama2c import proof, weights
@@ -18,7 +19,6 @@ from src.deploy.llama2c.chat import find_chat
 from src.deploy.llama2c.runtime import write_runtime
 from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
 from src.deploy.llama2c.weights import Shape, group_size, read_shape
-from src.errors import BadData, MissingInput, MissingTool, ProofFailed, WrongKind
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / ".." / "shared" / "data" / "models"

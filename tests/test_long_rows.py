@@ -9,12 +9,12 @@ import pytest
 from conftest import CHAT
 from test_chatml import CALLING, SYSTEM, TOOL, spans
 
-from src import chatml
-from src.chatml import IGNORE, Encoded
-from src.conversations import Tally, read
-from src.errors import BadData
-from src.long_rows import POLICIES, Counts, check, exchanges, fit, fit_rows, report, shortest_limit
-from src.modeling import load_tokenizer
+from src.chat import encoding
+from src.chat.conversations import Tally, read
+from src.chat.encoding import IGNORE, Encoded
+from src.chat.long_rows import POLICIES, Counts, check, exchanges, fit, fit_rows, report, shortest_limit
+from src.core.errors import BadData
+from src.models.loading import load_tokenizer
 
 NAMES = ("qwen2.5", "qwen3", "yi-6b-chat", "mistral-7b-v0.2")
 
@@ -43,8 +43,8 @@ def encoder(shared):
 
     def encoder(name):
         tokenizer = tokenizer_of(CHAT if name == "tiny-chat" else shared / "tokenizers" / name)
-        end = chatml.turn_end(tokenizer)
-        return lambda messages, tools=None: chatml.encode(tokenizer, messages, tools, end=end), end
+        end = encoding.turn_end(tokenizer)
+        return lambda messages, tools=None: encoding.encode(tokenizer, messages, tools, end=end), end
 
     return encoder
 
@@ -112,7 +112,7 @@ def test_split_rows_are_the_conversation_with_its_system_turn_in_each(shared, en
     """ChatML renders turn by turn, so the rows' ids, the repeated system turn taken off, are the whole conversation's: none lost, none twice."""
     encode, _ = encoder("qwen2.5")
     talk, tokenizer = long_talk(shared), tokenizer_of(shared / "tokenizers" / "qwen2.5")
-    head = tokenizer(chatml.render(tokenizer, [SYSTEM]), add_special_tokens=False).input_ids
+    head = tokenizer(encoding.render(tokenizer, [SYSTEM]), add_special_tokens=False).input_ids
     user, whole = tokenizer.convert_tokens_to_ids("user"), encode(talk)
     rows, counts = fit(whole, {"id": "long", "messages": talk}, policy="split_turns", max_length=300, encode=encode)
     assert all(row.input_ids[: len(head)] == head and row.input_ids[len(head) + 1] == user for row in rows)
@@ -183,7 +183,7 @@ def test_tools_and_their_results_stay_with_their_question(encoder):
 def test_rows_of_a_conversation_that_reasons_in_each_turn(shared, policy):
     """Qwen3 takes a row for each such turn. Split, each part's turns are again each trained once; otherwise each row is judged by itself."""
     tokenizer = tokenizer_of(shared / "tokenizers" / "qwen3")
-    encode = partial(chatml.encode_turns, tokenizer, end=chatml.turn_end(tokenizer))
+    encode = partial(encoding.encode_turns, tokenizer, end=encoding.turn_end(tokenizer))
     talk = [
         m | {"reasoning_content": f"Thought {i}. " * (60 if i == 8 else 5)} if m["role"] == "assistant" else m
         for i, m in enumerate(long_talk(shared)[:21])

@@ -13,9 +13,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import adapters, answering, merge, modeling
-from src.config import LoraTuner, QloraTuner
-from src.errors import ConfigError, ProofFailed
+from src import merge
+from src.core.errors import ConfigError, ProofFailed
+from src.models import adapter_files, generation, lora
+from src.models.loading import load_model, nf4_config
+from src.models.vocabulary import grow_vocabulary
+from src.settings.verbs import LoraTuner, QloraTuner
+from src.training import rules
 
 TINY = ROOT / "assets" / "tiny-chat"
 QWEN2 = SHARED / "models" / "stories260K-w256-qwen2-chatml-hf"
@@ -66,13 +70,13 @@ def load(folder: Path):
 
 
 def train(model, tuner, steps: int = STEPS, seed: int = 0) -> list[float]:
-    """Plain AdamW steps on what is trainable, each parameter at the rate `adapters.rates` gives it; the losses."""
+    """Plain AdamW steps on what is trainable, each parameter at the rate `lora.rates` gives it; the losses."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    rates = adapters.rates(model, tuner, 256)
+    rates = lora.rates(model, tuner, 256)
     groups = [
         {"params": [p], "lr": rate.peak, "weight_decay": 0.1 * rate.decays}
         for name, p in named.items()
-        for rate in [rates.get(name, adapters.Rate(tuner.learning_rate, True))]
+        for rate in [rates.get(name, lora.Rate(tuner.learning_rate, True))]
     ]
     optimizer, losses = torch.optim.AdamW(groups), []
     draw = torch.Generator().manual_seed(seed)
@@ -91,12 +95,12 @@ def train(model, tuner, steps: int = STEPS, seed: int = 0) -> list[float]:
 def made(base: Path, folder: Path, tuner, rows=(), steps: int = STEPS):
     """(the trained model in memory, its logits), its adapter saved as a finished run saves it."""
     torch.manual_seed(5)
-    model = adapters.attach(load(base), tuner, list(rows), deepspeed=False)
+    model = lora.attach(load(base), tuner, list(rows), deepspeed=False)
     train(model, tuner, steps)
-    adapters.save(model, folder, state_dict=None, writes=True, finished=True)
-    adapters.tidy(folder)
-    adapters.check_saved(folder, moved=True, expected=adapters.saved_names(model))
-    return model, torch.from_numpy(answering.logits(model))
+    adapter_files.save(model, folder, state_dict=None, writes=True, finished=True)
+    adapter_files.tidy(folder)
+    adapter_files.check_saved(folder, moved=True, expected=adapter_files.saved_names(model))
+    return model, torch.from_numpy(generation.logits(model))
 
 
 def merged(base: Path, adapter: Path, tmp_path: Path) -> Path:
@@ -154,8 +158,8 @@ def test_what_was_trained_is_what_the_merge_makes(variant, kind, bases, tmp_path
     _, trained = made(base, tmp_path / "adapter", settings(**(VARIANTS | ON_TABLES)[variant]))
     out = merged(base, tmp_path / "adapter", tmp_path)
     result = load(out)
-    error = distance(torch.from_numpy(answering.logits(result)), trained)
-    moved = distance(torch.from_numpy(answering.logits(load(base))), trained)
+    error = distance(torch.from_numpy(generation.logits(result)), trained)
+    moved = distance(torch.from_numpy(generation.logits(load(base))), trained)
     theirs, ours = by_peft(base, tmp_path / "adapter"), weights(out)
     if result.config.tie_word_embeddings:
         theirs.pop("lm_head.weight")
@@ -177,7 +181,7 @@ def test_what_was_trained_is_what_the_merge_makes(variant, kind, bases, tmp_path
 def test_what_is_taken_out_of_the_base_is_what_peft_takes(init, rslora, bases):
     from peft import LoraConfig, get_peft_model
 
-    ours = adapters.attach(load(bases("qwen2")), settings(init=init, rslora=rslora), [], deepspeed=False)
+    ours = lora.attach(load(bases("qwen2")), settings(init=init, rslora=rslora), [], deepspeed=False)
     theirs = get_peft_model(
         load(bases("qwen2")),
         LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, use_rslora=rslora, init_lora_weights=init, target_modules="all-linear"),
@@ -195,36 +199,36 @@ def test_what_is_taken_out_of_the_base_is_what_peft_takes(init, rslora, bases):
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
 def test_training_starts_from_the_base_as_it_answers(init, bases):
-    model = adapters.attach(load(bases("untied")), settings(init=init), [], deepspeed=False).eval()
-    assert distance(*(torch.from_numpy(answering.logits(m)) for m in (model, load(bases("untied"))))) < 1e-5
+    model = lora.attach(load(bases("untied")), settings(init=init), [], deepspeed=False).eval()
+    assert distance(*(torch.from_numpy(generation.logits(m)) for m in (model, load(bases("untied"))))) < 1e-5
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_checkpoint_goes_on_where_it_was_and_the_result_is_for_the_untouched_base(init, bases, tmp_path):
     """As transformers' Trainer resumes: the adapter is attached to the same base anew, and its checkpoint loaded into it."""
     base, tuner = bases("qwen2"), settings(init=init, rslora=True)
-    first = adapters.attach(load(base), tuner, [5], deepspeed=False)
+    first = lora.attach(load(base), tuner, [5], deepspeed=False)
     train(first, tuner)
-    adapters.save(first, tmp_path / "checkpoint", state_dict=None, writes=True, finished=False)
-    again = adapters.attach(load(base), tuner, [5], deepspeed=False)
+    adapter_files.save(first, tmp_path / "checkpoint", state_dict=None, writes=True, finished=False)
+    again = lora.attach(load(base), tuner, [5], deepspeed=False)
     again.load_adapter(str(tmp_path / "checkpoint"), "default", is_trainable=True)
     for one, other in zip(first.state_dict().values(), again.state_dict().values()):
         assert torch.equal(one, other)
     assert train(first, tuner, 2, seed=1) == train(again, tuner, 2, seed=1)
 
-    adapters.save(again, tmp_path / "done", state_dict=None, writes=True, finished=True)
+    adapter_files.save(again, tmp_path / "done", state_dict=None, writes=True, finished=True)
     before, after = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("checkpoint", "done"))
     assert (before["r"], after["r"]) == (8, 16) and after["init_lora_weights"] is True
-    trained = torch.from_numpy(answering.logits(again.eval()))
+    trained = torch.from_numpy(generation.logits(again.eval()))
     done = PeftModel.from_pretrained(load(base), tmp_path / "done").eval()
-    assert distance(torch.from_numpy(answering.logits(done)), trained) < 1e-5
+    assert distance(torch.from_numpy(generation.logits(done)), trained) < 1e-5
     wrong = PeftModel.from_pretrained(load(base), tmp_path / "checkpoint").eval()
-    assert distance(torch.from_numpy(answering.logits(wrong)), trained) > 0.1, "the checkpoint is not for the untouched base"
+    assert distance(torch.from_numpy(generation.logits(wrong)), trained) > 0.1, "the checkpoint is not for the untouched base"
 
 
 def test_only_the_process_that_writes_converts(bases, tmp_path):
-    model = adapters.attach(load(bases("tied")), settings(init="pissa"), [], deepspeed=False)
-    adapters.save(model, tmp_path / "none", state_dict=None, writes=False, finished=True)
+    model = lora.attach(load(bases("tied")), settings(init="pissa"), [], deepspeed=False)
+    adapter_files.save(model, tmp_path / "none", state_dict=None, writes=False, finished=True)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -236,14 +240,14 @@ def test_an_adapter_that_did_not_move_is_refused_wherever_it_started(init, bases
 
 def test_a_rank_above_what_a_layer_holds_is_refused(bases):
     with pytest.raises(ConfigError, match=r"tuner.rank=80 is above .*k_proj, \(64, 128\)"):
-        adapters.attach(load(bases("tied")), settings(init="pissa", rank=80), [], deepspeed=False)
+        lora.attach(load(bases("tied")), settings(init="pissa", rank=80), [], deepspeed=False)
 
 
 def test_dora_on_weights_of_no_length_is_refused():
     if not QWEN2.is_dir():
         pytest.skip(f"no {QWEN2}")
     with pytest.raises(ConfigError, match=r"layers\.0.* has outputs whose weights are all zero"):
-        adapters.attach(load(QWEN2), settings(dora=True), [], deepspeed=False)
+        lora.attach(load(QWEN2), settings(dora=True), [], deepspeed=False)
 
 
 # ---- rates
@@ -253,36 +257,34 @@ def test_lora_plus_is_pefts(bases):
     from peft.optimizers import create_loraplus_optimizer
 
     tuner = settings(lora_plus=16.0, target_modules=[*LAYERS, "embed_tokens"])
-    model = adapters.attach(load(bases("untied")), tuner, [], deepspeed=False)
+    model = lora.attach(load(bases("untied")), tuner, [], deepspeed=False)
     theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=tuner.learning_rate, loraplus_lr_ratio=16.0)
     named = {id(p): name for name, p in model.named_parameters()}
     raised = {named[id(p)] for group in theirs.param_groups if group["lr"] > tuner.learning_rate for p in group["params"]}
-    ours = adapters.rates(model, tuner, 1024)
-    assert ours == {name: adapters.Rate(16 * tuner.learning_rate, True) for name in raised} and len(raised) == 28
+    ours = lora.rates(model, tuner, 1024)
+    assert ours == {name: lora.Rate(16 * tuner.learning_rate, True) for name in raised} and len(raised) == 28
     assert all(".lora_B." in name for name in raised), "an adapted embedding keeps the common rate"
 
 
 def test_nothing_has_a_rate_of_its_own_without_a_reason(bases):
     for changes in ({}, {"rslora": True}, {"init": "orthogonal"}, {"modules_to_save": ["norm"]}):
-        assert (
-            adapters.rates(adapters.attach(load(bases("tied")), settings(**changes), [], deepspeed=False), settings(**changes), 1024) == {}
-        )
+        assert lora.rates(lora.attach(load(bases("tied")), settings(**changes), [], deepspeed=False), settings(**changes), 1024) == {}
 
 
 @pytest.mark.parametrize("changes", [{"dora": True}, {"init": "pissa"}, {"init": "olora", "lora_plus": 4.0}], ids=str)
 def test_decay_does_not_pull_the_base_to_zero(changes, bases):
     """A learning rate of zero with weight decay: only what is added to the base may shrink, so the model stays as it was."""
     tuner = settings(**changes)
-    model = adapters.attach(load(bases("tied")), tuner, [5, 1023], deepspeed=False)
-    rates = adapters.rates(model, tuner, 1024)
+    model = lora.attach(load(bases("tied")), tuner, [5, 1023], deepspeed=False)
+    rates = lora.rates(model, tuner, 1024)
     rows = {n for n in rates if "trainable_tokens_delta" in n}
     assert len(rows) == 1 and not any(rates[n].decays for n in rows)
-    before = torch.from_numpy(answering.logits(model.eval()))
+    before = torch.from_numpy(generation.logits(model.eval()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and rates.get(name, adapters.Rate(0, True)).decays:
+            if parameter.requires_grad and rates.get(name, lora.Rate(0, True)).decays:
                 parameter *= 0.9
-    assert distance(torch.from_numpy(answering.logits(model)), before) < 1e-5
+    assert distance(torch.from_numpy(generation.logits(model)), before) < 1e-5
     if "lora_plus" in changes:
         assert {rate.peak for n, rate in rates.items() if ".lora_B." in n} == {4 * tuner.learning_rate}
 
@@ -307,7 +309,7 @@ def test_rows_are_trained_where_their_table_is_not(kind, names, bases, tmp_path)
     out = merged(base, tmp_path / "adapter", tmp_path)
     result = load(out)
     assert result.config.tie_word_embeddings == (kind == "tied") and ("lm_head.weight" in weights(out)) == (kind == "untied")
-    assert distance(torch.from_numpy(answering.logits(result)), trained) < 1e-5
+    assert distance(torch.from_numpy(generation.logits(result)), trained) < 1e-5
     for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights(out).keys():
         changed = (weights(out)[name] != weights(base)[name]).any(1)
         if kind == "tied" or name.split(".")[-2] in names:
@@ -322,16 +324,16 @@ def test_the_vocabulary_may_grow_under_a_table_trained_whole(bases, tmp_path):
     model.resize_token_embeddings(1022)
     model.save_pretrained(base)
     model = load(base)
-    modeling.grow_vocabulary(model, 1024)
+    grow_vocabulary(model, 1024)
     tuner = settings(modules_to_save=["embed_tokens"])
-    model = adapters.attach(model, tuner, [1022, 1023], deepspeed=False)
+    model = lora.attach(model, tuner, [1022, 1023], deepspeed=False)
     train(model, tuner)
-    adapters.save(model, tmp_path / "adapter", state_dict=None, writes=True, finished=True)
+    adapter_files.save(model, tmp_path / "adapter", state_dict=None, writes=True, finished=True)
     for name in TOKENIZER:
         shutil.copy(TINY / name, tmp_path / "adapter")
     result = load(merged(base, tmp_path / "adapter", tmp_path))
     assert result.config.vocab_size == 1024
-    assert distance(torch.from_numpy(answering.logits(result)), torch.from_numpy(answering.logits(model))) < 1e-5
+    assert distance(torch.from_numpy(generation.logits(result)), torch.from_numpy(generation.logits(model))) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -359,17 +361,17 @@ def test_an_adapter_of_peft_on_one_end_of_a_tied_base_unties_it(changes, tmp_pat
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     result = load(merged(TINY, tmp_path / "adapter", tmp_path))
     assert result.config.tie_word_embeddings is False
-    assert distance(torch.from_numpy(answering.logits(result)), torch.from_numpy(answering.logits(model.eval()))) < 1e-5
+    assert distance(torch.from_numpy(generation.logits(result)), torch.from_numpy(generation.logits(model.eval()))) < 1e-5
 
 
 def test_a_whole_layer_on_a_16_bit_base_is_trained_in_fp32(bases):
-    model = adapters.attach(load(bases("bf16")), settings(modules_to_save=["embed_tokens", "norm"]), [], deepspeed=False)
+    model = lora.attach(load(bases("bf16")), settings(modules_to_save=["embed_tokens", "norm"]), [], deepspeed=False)
     held = {n: p for n, p in model.named_parameters() if ".modules_to_save." in n}
     assert len(held) == 2 and {p.dtype for p in held.values()} == {torch.float32}
     tied = [m for m in model.modules() if type(m).__name__ == "ModulesToSaveWrapper" and hasattr(m.original_module, "in_features")]
     assert tied[0].modules_to_save["default"].weight is held["base_model.model.model.embed_tokens.modules_to_save.default.weight"]
-    before = torch.from_numpy(answering.logits(load(bases("bf16"))))
-    assert distance(torch.from_numpy(answering.logits(model.eval())), before) < 2e-2, "outside autocast too"
+    before = torch.from_numpy(generation.logits(load(bases("bf16"))))
+    assert distance(torch.from_numpy(generation.logits(model.eval())), before) < 2e-2, "outside autocast too"
     assert model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
 
 
@@ -387,19 +389,19 @@ def test_a_whole_layer_on_a_16_bit_base_is_trained_in_fp32(bases):
 )
 def test_layers_that_cannot_be_trained_so_are_named(changes, rows, words, bases):
     with pytest.raises(ConfigError) as caught:
-        adapters.attach(load(bases("tied")), settings(**changes), rows, deepspeed=False)
+        lora.attach(load(bases("tied")), settings(**changes), rows, deepspeed=False)
     assert re.search(words, str(caught.value)), str(caught.value)
 
 
 def test_rows_and_an_adapter_on_one_table_are_refused(bases):
     with pytest.raises(ConfigError, match="lm_head would get an adapter and"):
-        adapters.attach(load(bases("untied")), settings(target_modules=["q_proj", "lm_head"]), [5], deepspeed=False)
+        lora.attach(load(bases("untied")), settings(target_modules=["q_proj", "lm_head"]), [5], deepspeed=False)
 
 
 def test_a_quantized_layer_is_not_trained_whole(bases):
-    model = modeling.load_model(bases("tied"), quantization=modeling.nf4_config(double_quant=True))
+    model = load_model(bases("tied"), quantization=nf4_config(double_quant=True))
     with pytest.raises(ConfigError, match="down_proj is quantized"):
-        adapters.attach(model, settings("qlora", double_quant=True, modules_to_save=["down_proj"]), [], deepspeed=False)
+        lora.attach(model, settings("qlora", double_quant=True, modules_to_save=["down_proj"]), [], deepspeed=False)
 
 
 # ---- settings that contradict each other
@@ -427,9 +429,9 @@ def test_contradictions_are_found_before_anything_is_read(kind, changes, words):
 def test_what_zero3_and_gptq_cannot_have():
     for changes in ({"dora": True}, {"init": "pissa"}, {"init": "olora"}):
         with pytest.raises(ConfigError, match="ZeRO-3 has partitioned"):
-            adapters.check(settings(**changes), zero_stage=3, gptq=False)
-        adapters.check(settings(**changes), zero_stage=2, gptq=False)
-    adapters.check(settings(rslora=True, init="orthogonal", lora_plus=4.0, modules_to_save=["norm"]), zero_stage=3, gptq=False)
+            rules.check(settings(**changes), zero_stage=3, quantization=None, where="")
+        rules.check(settings(**changes), zero_stage=2, quantization=None, where="")
+    rules.check(settings(rslora=True, init="orthogonal", lora_plus=4.0, modules_to_save=["norm"]), zero_stage=3, quantization=None, where="")
     with pytest.raises(ConfigError, match="no DoRA for a GPTQ base"):
-        adapters.check(settings("qlora", dora=True), zero_stage=0, gptq=True)
-    adapters.check(settings("qlora", dora=True), zero_stage=0, gptq=False)
+        rules.check(settings("qlora", dora=True), zero_stage=0, quantization="gptq", where="")
+    rules.check(settings("qlora", dora=True), zero_stage=0, quantization=None, where="")

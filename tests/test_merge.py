@@ -13,12 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import answering, artifact, data, finetune, merge, merging, modeling
+from src import data, finetune, merge
+from src.core import artifact, processes
+from src.models import generation, merging
+from src.models.loading import load_any, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-real_fresh = modeling.fresh
+real_fresh = processes.fresh
 
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
@@ -110,7 +113,7 @@ def test_the_merged_folder_is_complete_and_small_shards_are_indexed(tmp_path):
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling, "fresh", real_fresh)
+        patch.setattr(processes, "fresh", real_fresh)
         assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}", "shard_size=1MB") == 0
     out = tmp_path / "m" / "merge"
     shards = sorted(out.glob("*.safetensors"))
@@ -185,7 +188,7 @@ def test_a_base_without_chatml_grows_by_its_tokens(tied, padded, dataset, tmp_pa
     assert go(merge, f"outputs={tmp_path}", "run=r") == 0
     out, rows = tmp_path / "r" / "merge", 1024 if not padded else 1032
     model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
-    tokenizer = modeling.load_tokenizer(out)
+    tokenizer = load_tokenizer(out)
     assert model.config.vocab_size == rows and len(tokenizer) == 1024 and model.config.eos_token_id == 1023
     assert tokenizer("<|im_start|>a<|im_end|>").input_ids[0::2] == [1022, 1023]
     before, after, delta = tensors, weights(out), load_file(adapter.path / "adapter_model.safetensors")
@@ -196,7 +199,7 @@ def test_a_base_without_chatml_grows_by_its_tokens(tied, padded, dataset, tmp_pa
         assert torch.equal(after[name][1022:1024], trained[0])
         start = before[name][1022:1024] if padded else before[name].mean(0)
         assert (after[name][1022:1024] - start).abs().max() > 1e-4, "and they moved"
-    answers = answering.greedy(model.eval(), tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=3, end=1023)
+    answers = generation.greedy(model.eval(), tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=3, end=1023)
     assert len(answers) == 1
 
 
@@ -206,12 +209,12 @@ def test_nf4_merges_into_what_it_was_trained_against(dora, dataset, tmp_path):
     adapter = tune(tmp_path, dataset, TINY, "tuner=qlora", f"tuner.dora={dora}", "train.max_steps=6")
     assert adapter.metrics["nf4"] == {"double_quant": True, "compute_dtype": "float32"}
     assert go(merge, f"outputs={tmp_path}", "run=r") == 0
-    trained, _ = modeling.load_any(adapter)
+    trained, _ = load_any(adapter)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "merge", local_files_only=True).eval()
     naive = (
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY, local_files_only=True), adapter.path).merge_and_unload().eval()
     )
-    wanted, ours, other = (torch.from_numpy(answering.logits(m)) for m in (trained, merged, naive))
+    wanted, ours, other = (torch.from_numpy(generation.logits(m)) for m in (trained, merged, naive))
     ours, other = (((x - wanted).norm() / wanted.norm()).item() for x in (ours, other))
     print(f"relative logit error: merged as NF4 made it {ours:.1e}, into the original base {other:.1e}")
     assert ours < 1e-4 and other > 20 * ours and other > 1e-2
@@ -274,16 +277,16 @@ def test_a_wrong_tensor_fails_the_proof_and_publishes_nothing(damage, pair, tmp_
 
 
 def test_another_tokenizer_in_the_result_fails_the_proof(pair, tmp_path, monkeypatch, capsys):
-    complete = merging.complete
+    add_files = merging.add_files
 
     def spoilt(adapter, base, out, written):
-        complete(adapter, base, out, written)
+        add_files(adapter, base, out, written)
         content = json.loads((out / "tokenizer.json").read_text())
         vocabulary = content["model"]["vocab"]
         vocabulary[","], vocabulary["."] = vocabulary["."], vocabulary[","]
         (out / "tokenizer.json").write_text(json.dumps(content))
 
-    monkeypatch.setattr(merging, "complete", spoilt)
+    monkeypatch.setattr(merging, "add_files", spoilt)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 8
     assert "tokenizer differs" in capsys.readouterr().err and not (tmp_path / "m" / "merge").exists()
 
@@ -397,7 +400,7 @@ def test_weights_too_large_for_one_block_are_what_peft_makes_of_them_whole(tmp_p
 
 
 def test_a_fault_in_one_thread_ends_the_writing(tmp_path, threads):
-    from src import shards
+    from src.models import safetensors_io
 
     threads(4)
     asked = []
@@ -408,12 +411,12 @@ def test_a_fault_in_one_thread_ends_the_writing(tmp_path, threads):
             raise OSError("no room")
         return torch.zeros(4, 4)
 
-    entries = [shards.Entry(f"w{i}", "F32", (4, 4), tmp_path) for i in range(1000)]
+    entries = [safetensors_io.Entry(f"w{i}", "F32", (4, 4), tmp_path) for i in range(1000)]
     with pytest.raises(OSError, match="no room"):
-        shards.write(tmp_path, entries, tensor, 10**9)
+        safetensors_io.write(tmp_path, entries, tensor, 10**9)
     assert len(asked) < 1000 and torch.get_num_threads() == 4
     with pytest.raises(ValueError, match=r"w0: planned F32 \(4, 4\), got torch.float16"):
-        shards.write(tmp_path, entries[:1], lambda name: torch.zeros(4, 4, dtype=torch.float16), 10**9)
+        safetensors_io.write(tmp_path, entries[:1], lambda name: torch.zeros(4, 4, dtype=torch.float16), 10**9)
 
 
 def test_outside_adapter_without_its_base_says_what_to_do(pair, tmp_path, capsys):

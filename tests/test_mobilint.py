@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from conftest import CHAT, ROOT, write_model
 
-from src import modeling
+from src.core import processes
+from src.core.errors import BadData, ConfigError, MissingInput, MissingTool, NoRoom, ToolFailed, Unfinished, WrongKind
 from src.deploy.embedding import find_embedding
 from src.deploy.mobilint import calibration, job, runtime, transformers4
 from src.deploy.vendor import COMPILED
-from src.errors import BadData, ConfigError, MissingInput, MissingTool, NoRoom, ToolFailed, Unfinished, WrongKind
-from src.modeling import load_tokenizer
+from src.models.loading import load_tokenizer
 
 STAND_INS = ROOT / "tests" / "stand_ins"
 VERSIONS = {"0.11": "0.11.0.1", "0.12": "0.12.0.0", "1.0": "1.0.0", "1.1": "1.1.2"}
@@ -34,7 +34,7 @@ SETTINGS = ["run=a", "target=mobilint_aries", "target.context_len=512", "target.
 
 @pytest.fixture(autouse=True)
 def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr(modeling, "fresh", lambda work, *args: work(*args))
+    monkeypatch.setattr(processes, "fresh", lambda work, *args: work(*args))
 
 
 def interpreter(folder: Path, version: str, fault: str = "") -> Path:
@@ -143,7 +143,7 @@ def prepared(finished, tmp_path_factory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(modeling, "fresh", lambda work, *args: work(*args))
+        patch.setattr(processes, "fresh", lambda work, *args: work(*args))
         done = in_process("deploy", *SETTINGS, f"target.python={sys.executable}", f"outputs={outputs}")
     assert done.returncode == Unfinished.exit_code, done.stderr
     return work_of(outputs)
@@ -565,14 +565,14 @@ def test_embedding_pt_is_a_plain_fp32_tensor(dtype, tmp_path):
 
 
 def test_calibration_files_are_rows_of_the_table_for_the_trained_ids(prepared, finished):
-    from src import chatml
+    from src.chat import encoding
 
     tokenizer = load_tokenizer(CHAT)
-    end = chatml.turn_end(tokenizer)
+    end = encoding.turn_end(tokenizer)
     talks = {}
     for line in (finished / "a" / "data" / "calib.jsonl").read_text().splitlines():
         record = json.loads(line)
-        talks[record["id"]] = chatml.encode(tokenizer, record["messages"], record["tools"], end=end).input_ids
+        talks[record["id"]] = encoding.encode(tokenizer, record["messages"], record["tools"], end=end).input_ids
     table = np.array(tensors(finished / "a" / "merge" / "model.safetensors")[runtime.EMBEDDING])
     found, _ = calibration.from_conversations(finished / "a" / "data" / "calib.jsonl", tokenizer, 64, 256, 6)
     for k, sequence in enumerate(found):

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from src import answering, modeling
-from src.errors import MissingInput, WrongKind
+from src.core import processes
+from src.core.errors import MissingInput, WrongKind
+from src.core.files import read_json
+from src.core.processes import silenced
+from src.models import generation
+from src.models.folder import LFS, check_folder, locate
+from src.models.loading import load_model, load_tokenizer
+from src.models.vocabulary import grow_vocabulary
 
 ASSETS = Path(__file__).parent.parent / "assets"
 COMMIT = "0123456789012345678901234567890123456789"
@@ -27,8 +33,8 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_a_hub_id_is_found_in_the_cache(hub):
-    assert modeling.locate("someone/tiny").name == COMMIT
-    assert modeling.locate("someone/tiny", COMMIT, download=False).name == COMMIT
+    assert locate("someone/tiny").name == COMMIT
+    assert locate("someone/tiny", COMMIT, download=False).name == COMMIT
 
 
 @pytest.mark.parametrize(
@@ -37,13 +43,13 @@ def test_a_hub_id_is_found_in_the_cache(hub):
 )
 def test_a_model_that_is_nowhere_is_the_users_error(hub, name, words):
     with pytest.raises(MissingInput, match=words):
-        modeling.locate(name)
+        locate(name)
 
 
 def test_a_folder_beats_a_hub_id_of_the_same_name(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someone" / "tiny").mkdir(parents=True)
-    assert modeling.locate("someone/tiny") == Path("someone/tiny")
+    assert locate("someone/tiny") == Path("someone/tiny")
 
 
 @pytest.fixture
@@ -54,30 +60,30 @@ def folder(tmp_path):
 def test_pickles_and_custom_code_are_refused_unless_asked_for(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(WrongKind, match="pickle"):
-        modeling.check_folder(folder)
-    modeling.check_folder(folder, allow_pickle=True)
+        check_folder(folder)
+    check_folder(folder, allow_pickle=True)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
     with pytest.raises(WrongKind, match="Python code"):
-        modeling.check_folder(folder, allow_pickle=True)
+        check_folder(folder, allow_pickle=True)
 
 
 def test_lfs_pointers_and_missing_shards_are_named(folder):
-    (folder / "model.safetensors").write_bytes(modeling.LFS + b"\noid sha256:00\nsize 1\n")
+    (folder / "model.safetensors").write_bytes(LFS + b"\noid sha256:00\nsize 1\n")
     with pytest.raises(MissingInput, match="LFS pointer"):
-        modeling.check_folder(folder)
+        check_folder(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(MissingInput, match="no weights"):
-        modeling.check_folder(folder)
+        check_folder(folder)
 
 
 def test_a_grown_vocabulary_starts_at_the_mean(folder):
     import torch
 
-    model = modeling.load_model(folder)
+    model = load_model(folder)
     before = model.get_input_embeddings().weight.detach().clone()
-    assert modeling.grow_vocabulary(model, len(before)) == 0
-    assert modeling.grow_vocabulary(model, len(before) + 3) == 3
+    assert grow_vocabulary(model, len(before)) == 0
+    assert grow_vocabulary(model, len(before) + 3) == 3
     after = model.get_input_embeddings().weight.detach()
     assert torch.equal(after[: len(before)], before)
     assert torch.equal(after[len(before) :], before.mean(0).expand(3, -1))
@@ -85,29 +91,29 @@ def test_a_grown_vocabulary_starts_at_the_mean(folder):
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(folder):
-    model, tokenizer = modeling.load_model(folder).eval(), modeling.load_tokenizer(folder)
+    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
     prompts = [
         [{"role": "user", "content": text}]
         for text in ("What is the capital of Sweden?", "What animal goes quack?", "Tell me a story about Zoe and a duck.")
     ]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    together = answering.greedy(model, tokenizer, prompts, max_new_tokens=40, end=end)
-    assert together == [answering.greedy(model, tokenizer, [p], max_new_tokens=40, end=end)[0] for p in prompts]
+    together = generation.greedy(model, tokenizer, prompts, max_new_tokens=40, end=end)
+    assert together == [generation.greedy(model, tokenizer, [p], max_new_tokens=40, end=end)[0] for p in prompts]
     assert together[0] == ("The capital of Sweden is Stockholm.", True)
-    assert answering.greedy(model, tokenizer, prompts[:1], max_new_tokens=2, end=end)[0][1] is False
+    assert generation.greedy(model, tokenizer, prompts[:1], max_new_tokens=2, end=end)[0][1] is False
 
 
 def test_a_fresh_process_shares_nothing_and_hands_errors_back():
-    assert modeling.fresh(len, [1, 2, 3]) == 3
+    assert processes.fresh(len, [1, 2, 3]) == 3
     with pytest.raises(MissingInput, match="no such file"):
-        modeling.fresh(modeling.read_json, Path("/nowhere/config.json"))
+        processes.fresh(read_json, Path("/nowhere/config.json"))
 
 
 def test_silenced_output_is_shown_only_when_something_fails(capfd):
-    with modeling.silenced():
+    with silenced():
         os.write(1, b"banner")
     assert "banner" not in "".join(capfd.readouterr())
-    with pytest.raises(RuntimeError), modeling.silenced():
+    with pytest.raises(RuntimeError), silenced():
         os.write(2, b"the reason")
         raise RuntimeError
     assert "the reason" in "".join(capfd.readouterr())

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import CHAT, ROOT, in_process, refused, write_model
 
+from src.core.errors import ConfigError, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
 from src.deploy.openvino import exporter, proof, recipe
-from src.errors import ConfigError, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
-from src.sizing.shape import read_shape
+from src.sizing.config_reader import read_shape
 
 sys.path.insert(0, str(ROOT / "tests" / "stand_ins"))
 from openvino_python import DYING, TABLE, make
@@ -330,8 +330,8 @@ class TestExporter:
         assert metrics["model_bytes"] < metrics_of(exported / "deploy-openvino_cpu")["model_bytes"]
 
     def test_run_py_answers_in_a_copy_that_still_verifies(self, exported, call, tmp_path):
-        from src.answering import greedy
-        from src.modeling import load_model, load_tokenizer
+        from src.models.generation import greedy
+        from src.models.loading import load_model, load_tokenizer
 
         copy = Path(shutil.copytree(exported / "deploy-openvino_cpu", tmp_path / "copy"))
         prompt = "What is the capital of Sweden?"

@@ -10,10 +10,10 @@ from conftest import ROOT, refused
 from published import MODELS, target
 from test_structure import WATCH, loaded_by
 
-from src import compose
-from src.config import PlanVerb
-from src.errors import BadData, ConfigError, MissingInput, NoRoom, WrongKind
+from src.core import compose
+from src.core.errors import BadData, ConfigError, MissingInput, NoRoom, WrongKind
 from src.plan import job_of, largest
+from src.settings.verbs import PlanVerb
 from src.sizing import budget, speed
 from src.sizing.budget import board_fit, device_parts, format_of, head_bytes, host_needs, layer_bytes
 from src.sizing.gpu import ADAPTERS, AUTOCAST, ZERO, layer_activations, trained_values, training
@@ -195,7 +195,7 @@ def test_adapters_are_as_large_as_pefts():
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from src.sizing.families import shape_of
+    from src.sizing.config_reader import shape_of
 
     sizes = {
         "model_type": "qwen2",
@@ -223,7 +223,7 @@ def test_activations_are_near_what_torch_keeps(lora):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from src.sizing.families import shape_of
+    from src.sizing.config_reader import shape_of
 
     tokens, kept = 128, []
     for layers in (1, 2):

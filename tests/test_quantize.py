@@ -14,10 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from src import artifact, data, evaluate, fidelity, finetune, merge, modeling, quantize
-from src.compose import compose
-from src.config import FinetuneVerb, QuantizeVerb
-from src.errors import ConfigError, ProofFailed
+from src import data, evaluate, finetune, merge, quantize
+from src.core import artifact
+from src.core.compose import compose
+from src.core.errors import ConfigError, ProofFailed
+from src.models import fidelity
+from src.models.loading import load_tokenizer
+from src.settings.verbs import FinetuneVerb, QuantizeVerb
+from src.training import session
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
@@ -72,7 +76,7 @@ def test_it_loads_in_plain_transformers_and_speaks_like_its_source(made, here):
     bits, made = made
     model = AutoModelForCausalLM.from_pretrained(made.path, local_files_only=True).eval()
     source = AutoModelForCausalLM.from_pretrained(here / "model", local_files_only=True).eval()
-    ids = modeling.load_tokenizer(made.path)("<|im_start|>user\nWhat does a cat say?<|im_end|>\n", return_tensors="pt").input_ids
+    ids = load_tokenizer(made.path)("<|im_start|>user\nWhat does a cat say?<|im_end|>\n", return_tensors="pt").input_ids
     with torch.no_grad():
         a, b = model(ids).logits.float(), source(ids).logits
     apart = ((a - b).norm() / b.norm()).item()
@@ -168,7 +172,7 @@ def test_equal_inputs_give_equal_bytes_in_another_process(int4, here):
 
 
 def test_calibration_is_the_calib_split_through_the_template(int4, here, capsys):
-    tokenizer = modeling.load_tokenizer(here / "model")
+    tokenizer = load_tokenizer(here / "model")
     cfg = compose("quantize", ["calibration.rows=5", "calibration.max_length=30"], QuantizeVerb)
     rows, tokens = quantize.calibration_rows(cfg, here / "q" / "data" / "calib.jsonl", tokenizer)
     records = [json.loads(line) for line in open(here / "q" / "data" / "calib.jsonl")][:5]
@@ -209,9 +213,9 @@ def test_adapters_train_on_a_gptq_base(on_gptq, int4):
 def test_gradients_flow_through_a_gptq_base_after_an_evaluation(int4):
     """gptqmodel's CPU layers lose their gradient for good at the first evaluation, unless kept from it: every adapter must still get the gradient it had."""
     cfg = compose("finetune", ["tuner=qlora", "tuner.dropout=0", "tuner.rank=4", f"model.path={int4.path}"], FinetuneVerb)
-    tokenizer = modeling.load_tokenizer(int4.path)
+    tokenizer = load_tokenizer(int4.path)
     torch.manual_seed(0)
-    model, _, _ = finetune.prepare(cfg, int4, tokenizer, 1023, [], "cpu", "fp32")
+    model, _, _ = session.prepare(cfg, int4, tokenizer, 1023, [], "cpu", "fp32")
     ids = tokenizer("<|im_start|>user\nWhat does a cat say?<|im_end|>\n", return_tensors="pt").input_ids
 
     def gradients():
@@ -278,6 +282,6 @@ def test_a_quantized_model_that_lost_its_source_fails_the_proof(int4, here, monk
         return ids, -logits, seen
 
     monkeypatch.setattr(fidelity, "reload", other)
-    tokenizer, start = modeling.load_tokenizer(here / "model"), artifact.open_any(here / "model")
+    tokenizer, start = load_tokenizer(here / "model"), artifact.open_any(here / "model")
     with pytest.raises(ProofFailed, match="away from the source"):
         quantize.prove(start, int4.path, False, tokenizer, here / "q" / "data", [tokenizer("What does a cat say?").input_ids])

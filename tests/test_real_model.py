@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from src import artifact
+from src.core import artifact
 
 pytestmark = pytest.mark.slow
 ADAPTED = ["train.max_steps=24", "train.eval_steps=100", "train.log_steps=8"]

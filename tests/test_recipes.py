@@ -15,17 +15,17 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from src.artifact import canonical
+from src.core.errors import BadData, MissingTool
+from src.core.files import canonical
 from src.distill import rouge, sandbox
+from src.distill.dispatch import value_of
+from src.distill.endpoint import Failed
+from src.distill.pipeline import Answer, Request, Row, SetAside, Work, check_flows, through
 from src.distill.requests import stream
-from src.distill.sending import value_of
 from src.distill.steps import STEPS
 from src.distill.steps.translate import hide, restore
-from src.distill.teachers import Failed
 from src.distill.texts import fill, words
-from src.distill.work import Answer, Request, Row, SetAside, Work, check_flows, through
-from src.errors import BadData, MissingTool
-from src.recipes import Recipe
+from src.settings.recipes import Recipe
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml"))
 SUBJECTS = [
@@ -695,10 +695,10 @@ def test_the_numbers_of_system_calls_are_the_kernels(header, place):
         pytest.skip(f"no {file}; apt-get install linux-libc-dev")
     numbers = dict(re.findall(r"#define\s+__NR(?:3264)?_(\w+)\s+(\d+)", file.read_text()))
     calls = [
-        *sandbox.jail.REFUSED,
+        *sandbox.sandbox_child.REFUSED,
         *(
             (name, *(t[m] for m in ("x86_64", "aarch64")))
-            for name, t in (("prlimit64", sandbox.jail.PRLIMIT64), ("capset", sandbox.jail.CAPSET))
+            for name, t in (("prlimit64", sandbox.sandbox_child.PRLIMIT64), ("capset", sandbox.sandbox_child.CAPSET))
         ),
     ]
     for name, *by_machine in calls:
@@ -728,8 +728,8 @@ def test_only_code_that_its_tests_prove_is_kept(code, tests, reason, closed):
 def test_without_the_kernels_help_the_step_is_refused(monkeypatch, tmp_path):
     """A jail whose Landlock is another system call, which no kernel has."""
     other = tmp_path / "jail.py"
-    other.write_text(Path(sandbox.jail.__file__).read_text().replace("= 444, 445, 446", "= 9444, 9445, 9446"))
-    monkeypatch.setattr(sandbox.jail, "__file__", str(other))
+    other.write_text(Path(sandbox.sandbox_child.__file__).read_text().replace("= 444, 445, 446", "= 9444, 9445, 9446"))
+    monkeypatch.setattr(sandbox.sandbox_child, "__file__", str(other))
     with pytest.raises(MissingTool, match="landlock"):
         sandbox.check("full", "run")
     assert sandbox.check("limits", "run") == "landlock"

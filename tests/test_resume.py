@@ -10,8 +10,9 @@ import sys
 import pytest
 from conftest import CHAT, ROOT, go, hear_ctrl_c, make_base, process
 
-from src import artifact, finetune
-from src.errors import Moved
+from src import finetune
+from src.core import artifact
+from src.core.errors import Moved
 from src.training.checkpoints import Checkpoints
 
 FAST = ["tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=4", "train.max_steps=8", "train.checkpoint_steps=1"]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from src import rounding
-from src.errors import BadData
+from src.core.errors import BadData
+from src.models import rounding
 
 SIXTEEN = [torch.bfloat16, torch.float16]
 both = pytest.mark.parametrize("dtype", SIXTEEN, ids=["bf16", "fp16"])

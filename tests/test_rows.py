@@ -10,7 +10,8 @@ from conftest import ROOT, go
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from src import data, finetune, rows
+from src import data, finetune
+from src.models import token_rows
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 IDS = [5, 9, 30]
@@ -32,7 +33,7 @@ def logits(model):
 
 def test_splitting_off_changes_no_output_and_moves_all_gradient_of_the_rows(model):
     before = logits(model)
-    rows.split_off(model, IDS)
+    token_rows.split_off(model, IDS)
     # The rows' logits come from a product of their own, whose last bit may differ with how its operands lie in memory.
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
     logits(model).square().sum().backward()
@@ -44,11 +45,11 @@ def test_splitting_off_changes_no_output_and_moves_all_gradient_of_the_rows(mode
 
 def test_folding_gives_a_plain_model_of_the_same_function(model):
     names = set(model.state_dict())
-    rows.split_off(model, IDS)
+    token_rows.split_off(model, IDS)
     for layer in {id(m.rows): m for m in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
         torch.nn.init.normal_(layer.rows)
     plain = LlamaForCausalLM(model.config).eval()
-    folded = rows.folded(model, model.state_dict())
+    folded = token_rows.folded(model, model.state_dict())
     assert set(folded) == names
     plain.load_state_dict(folded)
     torch.testing.assert_close(logits(plain), logits(model))

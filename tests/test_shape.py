@@ -7,9 +7,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-from src.errors import BadData, MissingInput, WrongKind
-from src.sizing.families import FAMILIES, shape_of
-from src.sizing.shape import read_shape
+from src.core.errors import BadData, MissingInput, WrongKind
+from src.sizing.config_reader import read_shape, shape_of
+from src.sizing.families import FAMILIES
 
 QWEN2_05B = {
     "model_type": "qwen2",
@@ -221,6 +221,6 @@ def test_a_path_without_a_config_is_refused(tmp_path):
 
 def test_reading_a_shape_needs_no_torch(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_05B))
-    code = f"import sys; from src.sizing.shape import read_shape; read_shape({str(tmp_path)!r}); print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = f"import sys; from src.sizing.config_reader import read_shape; read_shape({str(tmp_path)!r}); print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import FEW, fake_adapter, in_process, refused, save, worked, write_model
 
-from src import artifact, data, stage
-from src.errors import (
+from src import data
+from src.core import artifact, stage
+from src.core.errors import (
     BadData,
     Busy,
     ConfigError,
@@ -29,6 +30,7 @@ from src.errors import (
     UserError,
     WrongKind,
 )
+from src.core.files import hash_files
 
 
 @pytest.fixture
@@ -127,10 +129,10 @@ def test_flattened_settings():
 )
 def test_equal_work_is_skipped(call, road, verb, argv):
     own = {"data": [f"data.path={road / 'inputs' / 'chats.json'}"], "finetune": [f"model.path={road / 'inputs' / 'base'}"]}.get(verb, [])
-    before = artifact.hash_files(road / "a")
+    before = hash_files(road / "a")
     done = call(verb, "run=a", *argv, *own)
     assert done.returncode == 0 and "up to date, skipped" in done.stderr
-    assert artifact.hash_files(road / "a") == before
+    assert hash_files(road / "a") == before
 
 
 def test_a_setting_that_moved_is_named(call, road):

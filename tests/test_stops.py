@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import CHAT, go, make_base
 
-from src import artifact, data, finetune
-from src.errors import MissingTool, NoMemory, NoRoom, ProofFailed
+from src import data, finetune
+from src.core import artifact
+from src.core.errors import MissingTool, NoMemory, NoRoom, ProofFailed
 from src.training import batches, choices, layout, probe, reports
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
@@ -119,7 +120,7 @@ def test_what_a_model_is_not_proven_to_take_is_an_error_only_where_it_was_asked_
 
 
 def test_what_a_cpu_cannot_do_is_refused():
-    from src.errors import ConfigError
+    from src.core.errors import ConfigError
 
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")

@@ -10,7 +10,9 @@ import pytest
 from conftest import FEW, ROOT, VERBS, write_model
 
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-LIGHT = ("errors", "log", "config", "artifact", "compose", "stage", "conversations", "chatml")
+HEAVY = {"torch", "transformers", "peft", "deepspeed", "gptqmodel", "datasets", "accelerate"}
+FLOORS = (("settings",), ("core",), ("chat", "sizing"), ("models",), ("serving",), ("training",))
+"""the rooms of src/ from the ground up; the verbs live above them all"""
 # Prints what was loaded after the verb has ended, however it ended.
 WATCH = """
 import atexit, runpy, sys
@@ -41,18 +43,78 @@ def imported(node: ast.AST) -> set[str]:
     return names
 
 
-def test_light_modules_import_neither_torch_nor_transformers():
-    done, _ = loaded_by(
-        "import sys; from src import " + ", ".join(LIGHT) + "; print([m for m in ('torch', 'transformers', 'hydra') if m in sys.modules])"
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def room_of(module: str) -> str:
+    """The folder a module lives in: core of src.core.log; a verb's own name for the verbs; empty for src itself."""
+    return (module.split(".") + [""])[1].removesuffix("__main__")
+
+
+def edges(path: Path) -> set[str]:
+    """The modules of src that a file imports, inside functions too; of a package only what is taken from it."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {name if (name := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names}
+    return found & MODULES.keys() - {module_of(path), "src"}
+
+
+def test_the_floors_are_the_folders_there_are():
+    folders = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
+    assert folders == {room for floor in FLOORS for room in floor} | {"distill", "deploy"}
+    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"distill", "deploy"} == {"__init__", "__main__", *VERBS}, (
+        "src/ holds verbs and rooms, nothing else"
     )
+    assert not [path for path in SOURCES if {"utils", "util", "helpers", "common", "misc"} & set(path.with_suffix("").parts)]
+
+
+def test_imports_point_down_and_never_to_a_verb():
+    """A room knows the floors below it, a verb all floors and no other verb."""
+    below: set[str] = {""}
+    allowed = {}
+    for floor in FLOORS:
+        allowed |= {room: below | {room} for room in floor}
+        below = below | set(floor)
+    for module, path in MODULES.items():
+        room = room_of(module)
+        known = allowed.get(room, below | {room}) if room else {""}
+        found = {name for name in edges(path) if room_of(name) not in known}
+        assert not found, f"{module} may import {', '.join(sorted(known))}, and imports {found}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module: edges(path) for module, path in MODULES.items()}
+    left = dict(graph)
+    while free := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, f"a circle among {sorted(left)}"
+
+
+def test_settings_import_pydantic_alone():
+    for path in (ROOT / "src" / "settings").glob("*.py"):
+        outside = {name.split(".")[0] for name in imported(tree(path))} - set(sys.stdlib_module_names) - {"src"}
+        assert outside <= {"pydantic"}, f"{path} imports {outside}"
+
+
+def test_core_never_imports_torch():
+    for path in (ROOT / "src" / "core").glob("*.py"):
+        heavy = {name.split(".")[0] for name in imported(tree(path))} & HEAVY
+        assert not heavy, f"{path} imports {heavy}"
+
+
+def test_what_a_plan_needs_comes_without_torch():
+    rooms = ("settings", "core", "chat", "sizing", "serving", "deploy", "distill")
+    modules = [module for module in MODULES if room_of(module) in rooms and not module.endswith(("__main__", ".inside", ".job"))]
+    done, _ = loaded_by(f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted({HEAVY} & set(sys.modules)))")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
-
-
-def test_no_module_imports_torch_or_transformers_when_it_is_imported():
-    for path in SOURCES:
-        top = ast.Module([node for node in tree(path).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)], [])
-        heavy = {name.split(".")[0] for name in imported(top)} & {"torch", "transformers", "peft", "deepspeed", "gptqmodel"}
-        assert not heavy or path.parent.name == "training" or path.stem == "rows", f"{path} imports {heavy}"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -92,36 +154,6 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
         assert not (tmp_path / "plan.png").exists()
     if verb not in ("plan", "summary", "lineage", "aux_files"):
         assert f"{verb}: would make {tmp_path / 'outputs' / 'new'}" in done.stderr
-
-
-def test_verbs_never_import_each_other():
-    for path in SOURCES:
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__").removesuffix(".__init__")
-        # aux_files is a verb and also the step by which every stage completes its folder.
-        others = {f"src.{verb}" for verb in VERBS if verb != "aux_files"} - {name}
-        found = {
-            module
-            for module in imported(tree(path))
-            if module in others and not any(name.startswith(room) and module.startswith(room) for room in ("src.deploy", "src.distill"))
-        }
-        assert not found, f"{path} imports {found}"
-
-
-def test_lower_modules_import_only_downwards():
-    below = {
-        "errors": set(),
-        "log": set(),
-        "settings": set(),
-        "targets": {"settings"},
-        "recipes": {"settings"},
-        "teachers": {"settings"},
-        "config": {"settings", "targets", "recipes", "teachers"},
-        "artifact": {"errors", "log"},
-        "compose": {"errors", "log", "config"},
-    }
-    for name, allowed in below.items():
-        found = {m.split(".")[1] for m in imported(tree(ROOT / "src" / f"{name}.py")) if m.startswith("src.")}
-        assert found <= allowed, f"{name} imports {found - allowed}"
 
 
 def test_only_the_door_knows_hydra():

@@ -8,8 +8,12 @@ import pytest
 import torch
 from conftest import CHAT, go, make_base, write_model
 
-from src import answering, artifact, chatml, finetune, modeling
-from src.errors import WrongKind
+from src import finetune
+from src.chat import encoding
+from src.core import artifact
+from src.core.errors import WrongKind
+from src.models import generation
+from src.models.loading import load_model, load_tokenizer
 from src.training import teacher
 from src.training.head import Targets, loss_sum
 
@@ -65,11 +69,9 @@ def train(tmp_path, eighty, capsys):
 
 def distance(student, rows) -> float:
     """Mean KL (nats a token) from tiny-chat to a model where an answer is to be given."""
-    at = torch.tensor(np.concatenate([np.append(np.array(row.labels[1:]) != chatml.IGNORE, False) for row in rows]))
+    at = torch.tensor(np.concatenate([np.append(np.array(row.labels[1:]) != encoding.IGNORE, False) for row in rows]))
     ids = [row.input_ids for row in rows]
-    ours, theirs = (
-        torch.from_numpy(answering.logits(modeling.load_model(path).eval(), ids))[at].log_softmax(-1) for path in (student, CHAT)
-    )
+    ours, theirs = (torch.from_numpy(generation.logits(load_model(path).eval(), ids))[at].log_softmax(-1) for path in (student, CHAT))
     return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean").item()
 
 
@@ -80,8 +82,8 @@ def test_a_student_of_its_probabilities_comes_closer_to_the_teacher(train, tmp_p
     code, said = train("with", base, *argv, f"teacher.path={CHAT}", "teacher.weight=0.9")
     assert code == 0 and "its 32 likeliest tokens hold" in said, said
     assert train("without", base, *argv)[0] == 0
-    tokenizer = modeling.load_tokenizer(CHAT)
-    rows = [chatml.encode(tokenizer, json.loads(line)["messages"], end=1023) for line in open(eighty / "val.jsonl")]
+    tokenizer = load_tokenizer(CHAT)
+    rows = [encoding.encode(tokenizer, json.loads(line)["messages"], end=1023) for line in open(eighty / "val.jsonl")]
     near, far, start = (distance(path, rows) for path in (tmp_path / "with/finetune", tmp_path / "without/finetune", base))
     print(f"KL to the teacher: {start:.3f} at the start, {far:.3f} by tokens, {near:.3f} by its probabilities")
     assert near < 0.9 * far < far < start
@@ -129,9 +131,9 @@ def test_soft_targets_are_the_teacher_s_likeliest_tokens_in_the_rows_order(tmp_p
     (folder,) = [p.parent for p in (tmp_path / ".cache" / "tokens").rglob("likely.npy")]
     likely, shares = np.load(folder / "likely.npy"), np.load(folder / "shares.npy")
     first = json.loads((eighty / "train.jsonl").read_text().splitlines()[0])
-    tokenizer, model = modeling.load_tokenizer(CHAT), modeling.load_model(CHAT).eval()
-    row = chatml.encode(tokenizer, first["messages"], end=1023)
-    at = [i - 1 for i, label in enumerate(row.labels) if label != chatml.IGNORE]
+    tokenizer, model = load_tokenizer(CHAT), load_model(CHAT).eval()
+    row = encoding.encode(tokenizer, first["messages"], end=1023)
+    at = [i - 1 for i, label in enumerate(row.labels) if label != encoding.IGNORE]
     with torch.no_grad():
         expected = model(torch.tensor([row.input_ids])).logits[0, at].softmax(-1).topk(4, dim=-1)
     assert likely[: len(at)].tolist() == expected.indices.tolist()

@@ -9,15 +9,15 @@ import pytest
 from conftest import CHAT
 from test_config import composed
 
-from src.config import Budget
-from src.distill import limits, teachers
-from src.distill.sending import value_of
-from src.distill.teachers import Endpoint, Failed
-from src.distill.work import Request, Row, SetAside, Work, check_flows, through
-from src.errors import BudgetSpent, ConfigError, NoAnswer, ProofFailed
+from src.core.errors import BudgetSpent, ConfigError, NoAnswer, ProofFailed
+from src.distill import endpoint, limits
+from src.distill.dispatch import value_of
+from src.distill.endpoint import Endpoint, Failed
+from src.distill.pipeline import Request, Row, SetAside, Work, check_flows, through
+from src.settings.verbs import Budget
 
 
-def endpoint(*overrides: str) -> Endpoint:
+def teacher(*overrides: str) -> Endpoint:
     return Endpoint(composed("distill", "teacher.model=m", *overrides).teacher)
 
 
@@ -34,26 +34,26 @@ def chat(text="fine", finish="stop", **message) -> dict:
 
 
 def test_a_request_is_known_by_what_is_asked_and_of_whom_not_by_where():
-    here, there = endpoint("teacher.url=http://127.0.0.1:1"), endpoint("teacher.url=https://elsewhere.example/v1")
+    here, there = teacher("teacher.url=http://127.0.0.1:1"), teacher("teacher.url=https://elsewhere.example/v1")
     key = here.key_of(request())
     assert key == there.key_of(request()) == here.key_of(request(teacher="judge"))
     others = [request(seed=1), request(max_tokens=11), request(temperature=0.6), request(top_p=0.9), request(schema={"type": "object"})]
     others += [request(messages=[{"role": "user", "content": "Ho"}]), request(messages=[], prefix="Hi"), request(stop=("x",))]
-    keys = {here.key_of(other) for other in others} | {endpoint("teacher.revision=2").key_of(request())}
-    keys |= {endpoint("teacher.model=n").key_of(request()), endpoint("teacher.extra={a: 1}").key_of(request())}
+    keys = {here.key_of(other) for other in others} | {teacher("teacher.revision=2").key_of(request())}
+    keys |= {teacher("teacher.model=n").key_of(request()), teacher("teacher.extra={a: 1}").key_of(request())}
     assert key not in keys and len(keys) == len(others) + 3
 
 
 def test_what_is_sent_is_what_the_server_is_said_to_take():
-    body = endpoint().body_of(request(schema={"type": "object"}, stop=("END",)), 7)
+    body = teacher().body_of(request(schema={"type": "object"}, stop=("END",)), 7)
     assert body["seed"] == 7 and body["max_tokens"] == 10 and body["stop"] == ["END"]
     assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
-    plain = endpoint("teacher.seed=false", "teacher.structured=none", "teacher.token_limit=max_completion_tokens", "teacher.extra={a: 1}")
+    plain = teacher("teacher.seed=false", "teacher.structured=none", "teacher.token_limit=max_completion_tokens", "teacher.extra={a: 1}")
     body = plain.body_of(request(schema={"type": "object"}), 7)
     assert body.keys() == {"model", "max_completion_tokens", "temperature", "top_p", "messages", "a"}
-    assert endpoint("teacher.structured=json_object").body_of(request(schema={}, messages=[], prefix="<|user|>"), 0)["prompt"] == "<|user|>"
+    assert teacher("teacher.structured=json_object").body_of(request(schema={}, messages=[], prefix="<|user|>"), 0)["prompt"] == "<|user|>"
     with pytest.raises(ConfigError, match="extra sets messages"):
-        endpoint("teacher.extra={messages: []}")
+        teacher("teacher.extra={messages: []}")
 
 
 def test_a_prompt_is_never_counted_too_small():
@@ -65,7 +65,7 @@ def test_a_prompt_is_never_counted_too_small():
         text = "".join(chr(draw.choice([65, 32, 0xE9, 0x4E2D, 0xAC00, 0x1F600, 10])) for _ in range(draw.randrange(200)))
         messages = [{"role": "user", "content": text}] * draw.randrange(1, 4)
         counted = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
-        assert counted <= endpoint().most(request(messages=messages))[0]
+        assert counted <= teacher().most(request(messages=messages))[0]
 
 
 # ---- replies
@@ -94,22 +94,22 @@ def test_a_prompt_is_never_counted_too_small():
 )
 def test_what_a_reply_means(status, body, reason, again):
     with pytest.raises(Failed) as caught:
-        endpoint().reply_of(status, json.dumps(body).encode(), 10)
+        teacher().reply_of(status, json.dumps(body).encode(), 10)
     assert (caught.value.reason, caught.value.again) == (reason, again)
 
 
 def test_a_reply_that_is_fine():
-    reply = endpoint().reply_of(200, json.dumps(chat("Hello", reasoning_content="Greet.")).encode(), 10)
+    reply = teacher().reply_of(200, json.dumps(chat("Hello", reasoning_content="Greet.")).encode(), 10)
     assert (reply.text, reply.reasoning, reply.finish, reply.prompt_tokens, reply.tokens) == ("Hello", "Greet.", "stop", 5, 2)
-    cut = endpoint().reply_of(200, json.dumps(chat("Hel", "length")).encode(), 10)
+    cut = teacher().reply_of(200, json.dumps(chat("Hel", "length")).encode(), 10)
     assert cut.finish == "length"
-    uncounted = endpoint().reply_of(200, json.dumps(chat("x") | {"usage": {"prompt_tokens": -1, "completion_tokens": True}}).encode(), 10)
+    uncounted = teacher().reply_of(200, json.dumps(chat("x") | {"usage": {"prompt_tokens": -1, "completion_tokens": True}}).encode(), 10)
     assert uncounted.tokens is None
-    assert endpoint().reply_of(200, json.dumps({"choices": [{"text": "more", "finish_reason": "stop"}]}).encode(), 10).text == "more"
+    assert teacher().reply_of(200, json.dumps({"choices": [{"text": "more", "finish_reason": "stop"}]}).encode(), 10).text == "more"
 
 
 def test_replies_of_any_shape_never_crash():
-    draw, server = random.Random(1), endpoint()
+    draw, server = random.Random(1), teacher()
     whole = json.dumps(chat("An answer.", reasoning_content="hm"))
     values = [None, 1, "x", [], {}, True, {"a": 1}, [[]], "\ud800", 1e300]
 
@@ -136,7 +136,7 @@ def test_replies_of_any_shape_never_crash():
 
 def test_what_no_try_can_mend_and_the_key_is_never_told(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    server = endpoint()
+    server = teacher()
     for status, words, told in (
         (401, "bad key sk-secret", "OPENAI_API_KEY"),
         (404, "no model", "teacher.model"),
@@ -150,7 +150,7 @@ def test_what_no_try_can_mend_and_the_key_is_never_told(monkeypatch):
     assert "sk-secret" not in server.reply_of(200, json.dumps(chat("it is sk-secret")).encode(), 10).text
     monkeypatch.setenv("OPENAI_API_KEY", "two words")
     with pytest.raises(ConfigError, match="characters that no key has"):
-        endpoint()
+        teacher()
 
 
 SCHEMA = {
@@ -372,4 +372,4 @@ def test_draws_follow_from_seed_and_words_alone():
 
 
 def test_words_from_outside_steer_no_terminal():
-    assert teachers.plain("a\x1b[31mb\u202e\n" + "x" * 500)[:4] == "a [3"
+    assert endpoint.plain("a\x1b[31mb\u202e\n" + "x" * 500)[:4] == "a [3"

@@ -8,10 +8,10 @@ import pytest
 from conftest import CHAT
 from test_chatml import CALLING, SYSTEM, TOOL, spans
 
-from src import chatml
-from src.conversations import Tally, read
-from src.errors import BadData
-from src.modeling import load_tokenizer
+from src.chat import encoding
+from src.chat.conversations import Tally, read
+from src.core.errors import BadData
+from src.models.loading import load_tokenizer
 
 NAMES = ("qwen2", "qwen2.5", "qwen3", "yi-6b-chat", "minicpm4", "mistral-7b-v0.2")
 # Conversations of ../shared, one in so many of them.
@@ -141,11 +141,11 @@ def load(request):
 
 
 def encode(tokenizer, messages, tools=None):
-    return chatml.encode(tokenizer, messages, tools, end=chatml.turn_end(tokenizer))
+    return encoding.encode(tokenizer, messages, tools, end=encoding.turn_end(tokenizer))
 
 
 def encode_turns(tokenizer, messages, tools=None):
-    return chatml.encode_turns(tokenizer, messages, tools, end=chatml.turn_end(tokenizer))
+    return encoding.encode_turns(tokenizer, messages, tools, end=encoding.turn_end(tokenizer))
 
 
 def laid_out(encoded, golden) -> bool:
@@ -201,7 +201,7 @@ def test_golden_ids_and_labels_of_gemma_s_kind(load):
 def test_answers_follow_the_prompt_a_server_makes(load, name):
     """For each turn of each row: what stands before it is the prompt of the conversation so far, and it is trained to its stop token."""
     tokenizer = load(name)
-    end = chatml.turn_end(tokenizer)
+    end = encoding.turn_end(tokenizer)
     for messages in (TURNS, THINKING, [*TURNS, *THINKING, {"role": "user", "content": "Left alone"}]):
         rows = encode_turns(tokenizer, messages)
         answered = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -213,9 +213,9 @@ def test_answers_follow_the_prompt_a_server_makes(load, name):
                 found.append((row.input_ids[:begin], row.input_ids[begin : stop + 1]))
         assert len(found) == len(answered)
         for i, (prompt, answer) in zip(answered, sorted(found, key=lambda pair: len(pair[0]))):
-            served = chatml.render(tokenizer, messages[:i], prompt=True)
+            served = encoding.render(tokenizer, messages[:i], prompt=True)
             assert prompt == tokenizer(served, add_special_tokens=False).input_ids
-            whole = chatml.render(tokenizer, messages[: i + 1])
+            whole = encoding.render(tokenizer, messages[: i + 1])
             assert whole.startswith(served + text_of(tokenizer, answer))
 
 
@@ -232,7 +232,7 @@ def test_few_rows_where_history_is_what_was_answered(load):
 def test_a_typed_control_token_is_refused_wherever_it_stands(load, name, spot):
     """As a token it would end or forge a turn; served through the same template it would too, so it is no text to train on."""
     tokenizer = load(name)
-    stop = tokenizer.convert_ids_to_tokens(chatml.turn_end(tokenizer))
+    stop = tokenizer.convert_ids_to_tokens(encoding.turn_end(tokenizer))
     messages = [dict(message) for message in TURNS]
     messages[spot]["content"] += f" {stop} and on"
     with pytest.raises(BadData) as refused:
@@ -258,7 +258,7 @@ def test_a_user_forges_no_turn(load, typed):
         with pytest.raises(BadData, match=r"message 4 \(assistant\)"):
             encode(tokenizer, [*TURNS[:3], TURNS[3] | {"reasoning_content": typed}])
         with pytest.raises(BadData, match=r"message 1 \(user\)"):
-            chatml.encode_qwen_legacy(tokenizer, [{"role": "user", "content": typed}, *TURNS[1:]], end=151645)
+            encoding.encode_qwen_legacy(tokenizer, [{"role": "user", "content": typed}, *TURNS[1:]], end=151645)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_other_text_forges_nothing(load, name, typed):
         {"role": "assistant", "content": "Ahoy, captain."},
     ]
     encoded = encode(tokenizer, messages)
-    stop = tokenizer.convert_ids_to_tokens(chatml.turn_end(tokenizer))
+    stop = tokenizer.convert_ids_to_tokens(encoding.turn_end(tokenizer))
     first, last = [text_of(tokenizer, run) for run in spans(encoded)]
     assert "".join(first.split()) == "".join(f"Ahoy {typed} captain.{stop}".split())
     assert last.removeprefix("<think>\n\n</think>\n\n") == f"Ahoy, captain.{stop}"
@@ -296,7 +296,7 @@ def test_the_stop_token_is_trained_though_it_is_what_rows_are_filled_with():
     tokenizer = load_tokenizer(CHAT)
     own = encode(tokenizer, TURNS)
     tokenizer.pad_token = tokenizer.eos_token
-    assert tokenizer.pad_token_id == 1023 == chatml.turn_end(tokenizer)
+    assert tokenizer.pad_token_id == 1023 == encoding.turn_end(tokenizer)
     assert encode(tokenizer, TURNS) == own and own.labels.count(1023) == 2
 
 
@@ -412,7 +412,7 @@ def test_a_prompt_that_opens_the_reasoning(load):
 
 
 def test_which_templates_show_reasoning(load):
-    assert {name for name in (*NAMES, *MADE) if chatml.shows_reasoning(load(name))} == {"qwen3", "opened"}
+    assert {name for name in (*NAMES, *MADE) if encoding.shows_reasoning(load(name))} == {"qwen3", "opened"}
 
 
 # ---- ends of conversations
@@ -434,14 +434,14 @@ def test_what_follows_the_last_answer_changes_nothing(load, name):
 def test_every_real_conversation(load, shared, name):
     """Trained spans are the answers, one a turn, each closed by the stop token; no id of anyone else counts."""
     tokenizer = load(name)
-    end, checked = chatml.turn_end(tokenizer), 0
+    end, checked = encoding.turn_end(tokenizer), 0
     for file, every in CHATS.items():
         for chat in chats(shared, file, every):
             if name.startswith(("mistral", "yi", "minicpm")) and any(
                 m["role"] in ("system", "tool") or m.get("tool_calls") for m in chat.messages
             ):
                 continue
-            encoded = chatml.encode(tokenizer, chat.messages, chat.tools, end=end)
+            encoded = encoding.encode(tokenizer, chat.messages, chat.tools, end=end)
             runs, turns = spans(encoded), [m for m in chat.messages if m["role"] == "assistant"]
             assert encoded.trained and len(runs) == len(turns) - encoded.untrained
             assert all(run[-1] == end and run.count(end) == 1 for run in runs)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from conftest import CHAT, in_process
 
-from src import chatml
-from src.artifact import open_any, open_artifact
-from src.compose import compose
-from src.config import FinetuneVerb
-from src.errors import BadData
-from src.modeling import load_tokenizer
+from src.chat import encoding
+from src.core.artifact import open_any, open_artifact
+from src.core.compose import compose
+from src.core.errors import BadData
+from src.models.loading import load_tokenizer
+from src.settings.verbs import FinetuneVerb
 from src.training import tokens
 
 
@@ -63,7 +63,7 @@ def test_rows_are_what_the_template_makes_of_each_conversation(made):
     assert len(rows) == 90 and rows.lines.tolist() == list(range(1, 91))
     for i in (0, 41, 89):
         messages = [{"role": t["from"], "content": t["value"]} for t in CHATS[i]]
-        encoded = chatml.encode(tokenizer, messages, end=1023)
+        encoded = encoding.encode(tokenizer, messages, end=1023)
         assert content(rows)[i] == (encoded.input_ids, encoded.labels)
         assert rows.lengths[i] == len(encoded.input_ids) and rows.trained_tokens[i] == encoded.trained
     assert isinstance(rows.input_ids, np.memmap) and rows.input_ids.dtype == np.int32
@@ -120,7 +120,7 @@ def test_whatever_decides_the_rows_makes_them_anew(made, monkeypatch, tmp_path, 
     if change == "code":
         other = tmp_path / "chatml.py"
         other.write_text("# another version\n")
-        monkeypatch.setattr(chatml, "__file__", str(other))
+        monkeypatch.setattr(encoding, "__file__", str(other))
     made(chats, *argv, base=base, name="other")
     assert len(folders(tmp_path)) == 2 and set(before) < set(folders(tmp_path))
 
@@ -134,7 +134,7 @@ def test_long_conversations_are_counted_also_when_they_come_from_the_cache(made,
     split = made(long, "train.max_length=72", "train.long_rows=split_turns", "train.long_share=0.5")
     assert len(split) > 10 and split.lengths.max() <= 72
     assert split.lines.tolist()[9:] == [10] * (len(split) - 9), "each row still knows its record"
-    assert all(row.labels[row.labels != chatml.IGNORE][-1] == 1023 for row in (split[i] for i in range(len(split))))
+    assert all(row.labels[row.labels != encoding.IGNORE][-1] == 1023 for row in (split[i] for i in range(len(split))))
     with pytest.raises(BadData, match="longer than"):
         made(long, "train.max_length=72", "train.long_rows=error")
 
@@ -142,8 +142,8 @@ def test_long_conversations_are_counted_also_when_they_come_from_the_cache(made,
 def test_the_first_token_of_a_row_is_never_trained(made):
     """The labels of Qwen's finetune.py count the first marker, which nothing stands before."""
     rows = made(CHATS, "legacy_mask=qwen")
-    assert all(rows[i].labels[0] == chatml.IGNORE for i in range(len(rows)))
-    assert rows.trained_tokens[0] == (rows[0].labels != chatml.IGNORE).sum()
+    assert all(rows[i].labels[0] == encoding.IGNORE for i in range(len(rows)))
+    assert rows.trained_tokens[0] == (rows[0].labels != encoding.IGNORE).sum()
 
 
 def test_answers_that_qwen3_shows_without_their_reasoning_are_skipped_or_rows_of_their_own(made, shared, tmp_path, capsys):
@@ -156,5 +156,5 @@ def test_answers_that_qwen3_shows_without_their_reasoning_are_skipped_or_rows_of
     each = made(chats, "train.hidden_turns=rows", base=base)
     assert len(each) == 2 and "not trained" not in capsys.readouterr().err
     decode = load_tokenizer(base).decode
-    trained = [decode(row.labels[row.labels != chatml.IGNORE]) for row in (each[0], each[1])]
+    trained = [decode(row.labels[row.labels != encoding.IGNORE]) for row in (each[0], each[1])]
     assert "Two pairs." in trained[0] and "The same." in trained[1]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import go
 
-from src import artifact, data, finetune, modeling, tracking
-from src.config import Tensorboard, Wandb
-from src.tracking import Trackers
+from src import data, finetune
+from src.core import artifact, processes
+from src.settings.verbs import Tensorboard, Wandb
+from src.training import tracking
+from src.training.tracking import Trackers
 
 ROOT = Path(__file__).resolve().parent.parent
 WANDB = Wandb(kind="wandb", project="boardwalk-test", mode="offline")
@@ -27,7 +29,7 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     for name in SECRETS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(modeling, "fresh", lambda work, *args: work(*args))
+    monkeypatch.setattr(processes, "fresh", lambda work, *args: work(*args))
 
 
 def events(folder: Path):
@@ -47,7 +49,7 @@ def tracked(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**SECRETS, "WANDB_MODE": "offline"}.items():
             patch.setenv(name, value)
-        patch.setattr(modeling, "fresh", lambda work, *args: work(*args))
+        patch.setattr(processes, "fresh", lambda work, *args: work(*args))
         said = []
         patch.setattr(tracking, "say", said.append)
         patch.setattr(tracking, "warn", said.append)

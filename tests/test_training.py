@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from src import chatml
+from src.chat import encoding
 from src.training import attention, batches, layout
 from src.training.batches import Plan, Steps, micro_batch
 from src.training.head import HeadLoss, Targets
@@ -53,7 +53,7 @@ def drawn(*lengths: int) -> list[Row]:
     for length in lengths:
         ids = draw.integers(0, 512, length, dtype=np.int32)
         trained = np.arange(length) % 10 >= 5
-        rows.append(Row(ids, np.where(trained, ids, chatml.IGNORE)))
+        rows.append(Row(ids, np.where(trained, ids, encoding.IGNORE)))
     return rows
 
 
@@ -180,7 +180,7 @@ def test_the_loss_in_chunks_works_with_lora_on_the_output_layer_and_with_a_froze
 
 def test_a_micro_batch_with_nothing_trained_has_no_loss_and_gradients_of_zero(model):
     ids = ROWS[0].input_ids
-    empty = [Row(ids, np.full_like(ids, chatml.IGNORE))]
+    empty = [Row(ids, np.full_like(ids, encoding.IGNORE))]
     for batch in (micro_batch(empty, [0], 0, packed=False), micro_batch(empty, [], 0, packed=False)):
         ours = model("llama")
         loss, gradients = step_of(ours, [batch], HeadLoss(ours, chunked=True))
@@ -258,7 +258,7 @@ def test_a_row_is_a_step_of_its_process_with_its_own_positions():
     made = plan([len(row.input_ids) for row in ROWS], batch=4, world=2, capacity=80, epochs=1)
 
     class Rows(list):
-        trained_tokens = np.array([(row.labels != chatml.IGNORE).sum() for row in ROWS])
+        trained_tokens = np.array([(row.labels != encoding.IGNORE).sum() for row in ROWS])
 
     both = [Steps(made, Rows(ROWS), rank, pad=0) for rank in range(2)]
     assert len(both[0]) == 2
@@ -276,7 +276,7 @@ def test_a_row_is_a_step_of_its_process_with_its_own_positions():
 
 def test_padding_that_equals_the_stop_token_does_not_untrain_it():
     ids = np.array([5, 6, 511], dtype=np.int32)
-    rows = [Row(ids, np.array([chatml.IGNORE, 6, 511], dtype=np.int32)), ROWS[0]]
+    rows = [Row(ids, np.array([encoding.IGNORE, 6, 511], dtype=np.int32)), ROWS[0]]
     batch = micro_batch(rows, [0, 1], 511, packed=False)
     assert batch["keep"][0].tolist() == [True, True] + [False] * 29
     assert batch["targets"][:2].tolist() == [6, 511] and batch["attention_mask"][0].sum() == 3

@@ -7,11 +7,12 @@ import importlib
 import shutil
 from pathlib import Path
 
-from src import artifact, exact, stage
-from src.artifact import Artifact
-from src.config import DeployVerb
+from src.core import artifact, stage
+from src.core.artifact import Artifact
 from src.deploy.vendor import COMPILED, WORK
-from src.modeling import check_folder, trust_of
+from src.models import exact_sum
+from src.models.folder import check_folder, trust_of
+from src.settings.verbs import DeployVerb
 
 # kind of target -> the module that builds for it. It has
 #   TAKES                          kinds of artifact it can build from
@@ -38,7 +39,7 @@ def find(cfg: DeployVerb, run: stage.Run) -> dict[str, Artifact]:
         inputs["dataset"] = stage.data_sources(run, cfg.dataset)
     # Where the board takes bf16, the merge is on its grid already, and the compiler would round the exact sum to the nearest.
     rounds = getattr(cfg.target, "weight_type", None) != "bf16"
-    inputs |= exact.parents(inputs["model"], cfg.weights, run.cache) if rounds else {}
+    inputs |= exact_sum.parents(inputs["model"], cfg.weights, run.cache) if rounds else {}
     if texts := getattr(cfg.target, "texts", None):
         inputs["texts"] = artifact.outside(Path(texts), "file", run.cache)
     return inputs
@@ -54,14 +55,14 @@ def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
     out = Path(cfg.outputs) / cfg.run / f"{name(cfg, inputs)}.partial"
     return [
         f"{inputs['model'].path} for {cfg.target.name}",
-        *exact.cost(inputs, out / exact.FOLDER),
+        *exact_sum.cost(inputs, out / exact_sum.FOLDER),
         *builder(cfg).check(inputs, cfg.target, out),
     ]
 
 
 def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Builds from the exact weights; their folder stays in an unfinished bundle, for the compile that goes on from there."""
-    start = exact.write(inputs, out / exact.FOLDER)
+    start = exact_sum.write(inputs, out / exact_sum.FOLDER)
     metrics = builder(cfg).build({**inputs, "model": start, "stored": inputs["model"]}, out, cfg.target)
     if start is not inputs["model"]:
         shutil.rmtree(start.path)

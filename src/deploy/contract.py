@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from src import chatml
-from src.aux_files import PROBES
+from src.chat import encoding
+from src.core.errors import BadData, ProofFailed
+from src.core.log import say, warn
 from src.deploy.vendor import whole
-from src.errors import BadData, ProofFailed
-from src.log import say, warn
+from src.models.complete import PROBES
 
 FILE = "contract.json"
 WEATHER = {
@@ -58,11 +58,11 @@ def prove(tokenizer, out: Path, board: Callable[[list[str]], list[list[int]]]) -
     """
     talks, refused = [], []
     if tokenizer.chat_template:
-        end = chatml.turn_end(tokenizer)
+        end = encoding.turn_end(tokenizer)
         for name, (messages, tools) in conversations().items():
             try:
-                text = chatml.render(tokenizer, messages, tools, prompt=True)
-                row = chatml.encode(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], tools, end=end)
+                text = encoding.render(tokenizer, messages, tools, prompt=True)
+                row = encoding.encode(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], tools, end=end)
             except BadData as error:
                 refused.append(f"{name}: {error.what}")
                 continue
@@ -104,9 +104,9 @@ def entries(bundle: Path) -> Iterator[tuple[str, str, list[int]]]:
 def _last_turn(labels: list[int]) -> int:
     """Tokens from the start of the last trained stretch to the end."""
     k = len(labels)
-    while k and labels[k - 1] == chatml.IGNORE:
+    while k and labels[k - 1] == encoding.IGNORE:
         k -= 1
-    while k and labels[k - 1] != chatml.IGNORE:
+    while k and labels[k - 1] != encoding.IGNORE:
         k -= 1
     return len(labels) - k
 

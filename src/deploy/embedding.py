@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from src import shards
+from src.core.errors import BadData, WrongKind
 from src.deploy.vendor import whole
-from src.errors import BadData, WrongKind
-from src.shards import Entry
+from src.models import safetensors_io
+from src.models.safetensors_io import Entry
 
 # The keys AXERA's extract_embed.py knows, in its order, then those that newer transformers give to models with a vision part
 # (Qwen3.5, Gemma 3), ChatGLM's, InternLM2's and Qwen-1's.
@@ -31,7 +31,7 @@ CHUNK = 1 << 20
 
 def find_embedding(model_dir: Path) -> Entry:
     """The embedding table's entry, (vocabulary rows, hidden size). Raises WrongKind where no known key is there or its dtype is not a float."""
-    entries = shards.entries(model_dir)
+    entries = safetensors_io.entries(model_dir)
     found = next((entries[key] for key in KEYS if key in entries), None)
     if found is None:
         named = [name for name in entries if "emb" in name.lower()][:3]

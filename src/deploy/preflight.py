@@ -5,19 +5,19 @@ import re
 import shutil
 from pathlib import Path
 
-from src import shards
-from src.artifact import read_json
-from src.errors import BadData, ConfigError, NoRoom, WrongKind
-from src.log import size
+from src.core.errors import BadData, ConfigError, NoRoom, WrongKind
+from src.core.files import read_json
+from src.core.log import size
+from src.models import safetensors_io
 from src.sizing import budget
 from src.sizing.shape import ModelShape
 
 OTHER_TOWERS = re.compile(r"vision|visual|audio|image|mtp")
 
 
-def check_headers(model_dir: Path, shape: ModelShape, embedding: shards.Entry) -> list[str]:
+def check_headers(model_dir: Path, shape: ModelShape, embedding: safetensors_io.Entry) -> list[str]:
     """config.json against the safetensors headers: layers, hidden size, vocabulary rows. Returns what is worth saying; raises BadData with every fault."""
-    entries = shards.entries(model_dir)
+    entries = safetensors_io.entries(model_dir)
     found = {int(m[1]) for name in entries if not OTHER_TOWERS.search(name) and (m := re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name))}
     rows, columns = embedding.shape
     faults, notes = [], []
@@ -60,7 +60,7 @@ def gptq_block(model_dir: Path) -> dict | None:
     """{"bits", "group_size"} of a symmetric GPTQ int4 or int8 model; None for a plain one. Raises WrongKind for every other quantization."""
     block = read_json(model_dir / "config.json").get("quantization_config")
     if block is None:
-        if (model_dir / "quantize_config.json").is_file() or any(name.endswith(".qweight") for name in shards.entries(model_dir)):
+        if (model_dir / "quantize_config.json").is_file() or any(name.endswith(".qweight") for name in safetensors_io.entries(model_dir)):
             raise WrongKind(
                 "an AutoGPTQ folder: its config.json has no quantization_config, where compilers look for it",
                 where=str(model_dir),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from src.log import say
+from src.core.log import say
 
 WORK = ".work"
 """Folder inside an unfinished bundle with what the vendor's tool needs and makes. Hidden, so it is no content; gone when the bundle is finished."""

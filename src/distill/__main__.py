@@ -7,23 +7,23 @@ nothing that was answered is asked again; with another step or filter all earlie
 import asyncio
 from pathlib import Path
 
-from src import artifact, stage
-from src.artifact import Artifact
-from src.config import DistillVerb
-from src.distill import running, sources
+from src.core import artifact, stage
+from src.core.artifact import Artifact
+from src.core.errors import ConfigError, MissingInput
+from src.core.log import say, warn
+from src.distill import runner, sources
+from src.distill.endpoint import key_in
 from src.distill.limits import in_words
-from src.distill.teachers import key_in
-from src.endpoint import api_of
-from src.errors import ConfigError, MissingInput
-from src.log import say, warn
-from src.teachers import EndpointTeacher, LocalTeacher
+from src.serving.protocol import api_of
+from src.settings.teachers import EndpointTeacher, LocalTeacher
+from src.settings.verbs import DistillVerb
 
 
 def find(cfg: DistillVerb, run: stage.Run) -> dict[str, Artifact]:
-    path = running.path_of(cfg)
+    path = runner.path_of(cfg)
     sources.check(path, cfg.recipe.takes)
     inputs = {} if path is None else {"prompts": artifact.outside(path, "file", run.cache)}
-    for role, teacher in running.teachers(cfg).items():
+    for role, teacher in runner.teachers(cfg).items():
         if isinstance(teacher, LocalTeacher):
             inputs[role] = run.source(teacher.path, kinds={"adapter", "model", "quantized"})
     for role, file in cfg.recipe.files().items():
@@ -36,7 +36,7 @@ def find(cfg: DistillVerb, run: stage.Run) -> dict[str, Artifact]:
 def check(cfg: DistillVerb, inputs: dict[str, Artifact]) -> list[str]:
     """The plan; nothing is sent."""
     lines = [f"{cfg.prompts.path or 'no file'} through {' > '.join(cfg.recipe.order)}"]
-    for role, teacher in running.teachers(cfg).items():
+    for role, teacher in runner.teachers(cfg).items():
         if isinstance(teacher, LocalTeacher):
             lines.append(f"{role}: {inputs[role].path} ({inputs[role].kind}), on this machine")
         else:
@@ -64,9 +64,9 @@ def around(cfg: DistillVerb, argv: list[str]) -> int | None:
     """With estimate=k the estimate takes the place of the work."""
     if not cfg.estimate:
         return None
-    found = asyncio.run(running.guess(cfg, find(cfg, stage.Run(Path(cfg.outputs) / cfg.run))))
+    found = asyncio.run(runner.guess(cfg, find(cfg, stage.Run(Path(cfg.outputs) / cfg.run))))
     say(f"distill: by {found.units:,} of {found.total:,} rows, whose answers are kept:")
-    for line in found.lines(any(isinstance(t, EndpointTeacher) and t.price.completion is not None for t in running.teachers(cfg).values())):
+    for line in found.lines(any(isinstance(t, EndpointTeacher) and t.price.completion is not None for t in runner.teachers(cfg).values())):
         say(f"  {line}")
     say("distill: the same command without estimate= makes the dataset")
     return 0
@@ -74,7 +74,7 @@ def around(cfg: DistillVerb, argv: list[str]) -> int | None:
 
 def distill(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes train.jsonl, val.jsonl, calib.jsonl, preference.jsonl where there are pairs, set_aside.jsonl, samples.html and README.md."""
-    return asyncio.run(running.make(cfg, inputs, out))
+    return asyncio.run(runner.make(cfg, inputs, out))
 
 
 STAGE = stage.Stage(

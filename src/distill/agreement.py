@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
-from src.distill.work import Work
+from src.distill.pipeline import Work
 
 
 def squared(a: float, b: float) -> float:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from src.core.errors import NoAnswer, UserError
+from src.core.log import say
+from src.distill.endpoint import Endpoint, Failed, Reply
 from src.distill.journal import Journal, Known, OpenBatch
 from src.distill.limits import Purse, back_off
-from src.distill.teachers import Endpoint, Failed, Reply
-from src.distill.work import Request
-from src.errors import NoAnswer, UserError
-from src.log import say
+from src.distill.pipeline import Request
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 METADATA = "boardwalk_batch"

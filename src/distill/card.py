@@ -6,11 +6,12 @@ import json
 import random
 from pathlib import Path
 
-from src.artifact import Artifact, canonical
-from src.config import DistillVerb
+from src.core.artifact import Artifact
+from src.core.files import canonical
 from src.distill.journal import Total
-from src.distill.work import Row, Work
-from src.teachers import EndpointTeacher, LocalTeacher
+from src.distill.pipeline import Row, Work
+from src.settings.teachers import EndpointTeacher, LocalTeacher
+from src.settings.verbs import DistillVerb
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

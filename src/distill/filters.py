@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections import Counter
 
-from src.distill.near import ngrams
+from src.distill.near_duplicates import ngrams
 from src.distill.texts import words
 
 SCRIPTS = {

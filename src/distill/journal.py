@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.errors import BadData, Busy, NoRoom
+from src.core.errors import BadData, Busy, NoRoom
 
 APPLICATION = 0x0B0A9D01
 """SQLite's application_id, by which a journal is told from another database"""

@@ -9,10 +9,10 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from src.config import Budget
-from src.errors import BudgetSpent
-from src.log import say
-from src.teachers import TeacherLimits
+from src.core.errors import BudgetSpent
+from src.core.log import say
+from src.settings.teachers import TeacherLimits
+from src.settings.verbs import Budget
 
 LONGEST_BACK_OFF = 60.0
 

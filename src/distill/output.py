@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
-from src.artifact import canonical
-from src.config import Holdout
-from src.conversations import CONTROL, Conversation, split_of
+from src.chat.conversations import CONTROL, Conversation, split_of
+from src.core.files import canonical
 from src.distill.journal import Journal
-from src.distill.work import Row, SetAside, Work
+from src.distill.pipeline import Row, SetAside, Work
+from src.settings.verbs import Holdout
 
 SPLITS = ("train", "val", "calib")
 _spelled = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode

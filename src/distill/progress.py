@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from src.log import duration, on_terminal, status
+from src.core.log import duration, on_terminal, status
 
 PACE_OVER = 60.0
 """seconds the pace is measured over"""

@@ -4,9 +4,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 
+from src.distill.pipeline import Answer, Request, SetAside, Work
 from src.distill.texts import user
-from src.distill.work import Answer, Request, SetAside, Work
-from src.recipes import Sampling
+from src.settings.recipes import Sampling
 
 AS_JSON = "Answer with one JSON object and nothing before or after it. It has to fit this JSON schema:"
 TEXT = {"type": "string"}

@@ -12,8 +12,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from src.distill import jail
-from src.errors import MissingTool
+from src.core.errors import MissingTool
+from src.distill import sandbox_child
 
 PASSED = "passed"
 TAIL = 4096
@@ -40,7 +40,7 @@ def check(isolation: str, step: str) -> str | None:
         done = subprocess.run([*_argv(limits), program], capture_output=True, text=True, env={}, timeout=60)
     if done.returncode == 0:
         return None
-    lacking = done.stdout.strip() if done.returncode == jail.LACKING else f"to start Python in it ({done.stderr.strip()[-200:]})"
+    lacking = done.stdout.strip() if done.returncode == sandbox_child.LACKING else f"to start Python in it ({done.stderr.strip()[-200:]})"
     if isolation == "full":
         raise MissingTool(
             f"programs cannot be closed off here: the kernel lacks {lacking}",
@@ -101,7 +101,7 @@ async def run(program: str, limits: Limits) -> str:
 
 
 def _argv(limits: str) -> list[str]:
-    return [sys.executable, "-I", "-S", jail.__file__, limits]
+    return [sys.executable, "-I", "-S", sandbox_child.__file__, limits]
 
 
 async def _tail(stream: asyncio.StreamReader) -> bytes:

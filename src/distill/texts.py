@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from src.distill.work import Answer, Row, SetAside
+from src.distill.pipeline import Answer, Row, SetAside
 
 _NAME = re.compile(r"\{([a-z_]+)\}")
 # A Chinese, Japanese or Korean character stands for a word, as no spaces part words there (Korean has them, but with particles attached).

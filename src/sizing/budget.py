@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
-from src.log import size
+from src.core.log import size
+from src.settings.targets import Axera, Llama2c, Mobilint, Openvino, Target
 from src.sizing.shape import Matrix, ModelShape
-from src.targets import Axera, Llama2c, Mobilint, Openvino, Target
 
 GIB = 2**30
 FLOATS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}

@@ -6,8 +6,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.errors import ConfigError
-from src.log import on_terminal, size
+from src.core.errors import ConfigError
+from src.core.log import on_terminal, size
 
 WIDTH = 28
 

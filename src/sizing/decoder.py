@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from src.errors import BadData
+from src.core.errors import BadData
 from src.sizing.shape import Layer, Matrix
 
 LARGEST = 2**40

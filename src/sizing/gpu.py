@@ -7,8 +7,8 @@ own does the same). The constants below were fitted once to the Qwen-1 README's 
 
 from dataclasses import dataclass
 
-from src.config import Gpu
-from src.log import size
+from src.core.log import size
+from src.settings.verbs import Gpu
 from src.sizing.budget import Quantity
 from src.sizing.shape import Layer, ModelShape
 

@@ -5,10 +5,7 @@ What each family calls its sizes is in families.py, which matrices its layers ho
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
-
-from src.errors import MissingInput, WrongKind
 
 
 class Matrix(NamedTuple):
@@ -140,23 +137,3 @@ class ModelShape:
         return width * sum(
             layer.kv_values * (context if layer.window is None else min(context, layer.window)) + layer.state for layer in self.stack
         )
-
-
-def read_shape(path: str | Path) -> ModelShape:
-    """The shape of the model in a folder, or described by a config.json alone.
-
-    Raises MissingInput where there is no config.json, BadData where it is damaged or lacks a size, WrongKind for what is not a dense
-    decoder-only language model.
-    """
-    from src.artifact import read_json
-    from src.sizing.families import shape_of
-
-    path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        if (path / "adapter_config.json").is_file():
-            raise WrongKind(
-                "an adapter has no shape of its own", where=str(path), fix="give the model it was trained on, or the merged one"
-            )
-        raise MissingInput("no config.json there", where=str(path), fix="give a model folder, or the path of its config.json")
-    return shape_of(read_json(file), str(file))

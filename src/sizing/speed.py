@@ -7,10 +7,10 @@ does. Where the two meet is the batch beyond which more sequences cost time (Wil
 from dataclasses import dataclass
 from math import ceil
 
-from src.log import size
+from src.core.log import size
+from src.settings.targets import Board
 from src.sizing.budget import Format, Quantity, head_bytes, kv_cache_bytes, layer_bytes
 from src.sizing.shape import ModelShape
-from src.targets import Board
 
 
 @dataclass(frozen=True)

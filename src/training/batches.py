@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from src import chatml
+from src.chat import encoding
 from src.training.tokens import TokenRows
 
 SEARCHED = 20_000
@@ -137,8 +137,8 @@ def micro_batch(data: TokenRows, rows: list[int], pad: int, *, packed: bool) -> 
     """
     found = [data[row] for row in rows]
     ids = [row.input_ids for row in found] or [np.array([pad], dtype=np.int32)]
-    labels = [row.labels for row in found] or [np.array([chatml.IGNORE], dtype=np.int32)]
-    after = [np.append(row[1:], chatml.IGNORE) for row in labels]
+    labels = [row.labels for row in found] or [np.array([encoding.IGNORE], dtype=np.int32)]
+    after = [np.append(row[1:], encoding.IGNORE) for row in labels]
     if packed:
         lengths = [len(row) for row in ids]
         bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
@@ -155,6 +155,6 @@ def micro_batch(data: TokenRows, rows: list[int], pad: int, *, packed: bool) -> 
         longest = max(map(len, ids))
         block = lambda parts, fill: torch.tensor([[*part, *[fill] * (longest - len(part))] for part in parts])
         batch = {"input_ids": block(ids, pad), "attention_mask": block([[1] * len(row) for row in ids], 0)}
-        shifted = block(after, chatml.IGNORE)
-    keep = shifted != chatml.IGNORE
+        shifted = block(after, encoding.IGNORE)
+    keep = shifted != encoding.IGNORE
     return batch | {"keep": keep, "targets": shifted[keep], "rows": rows}

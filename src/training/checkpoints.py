@@ -6,9 +6,9 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from src import adapters
-from src.errors import Moved
-from src.log import rank, say
+from src.core.errors import Moved
+from src.core.log import rank, say
+from src.models import adapter_files
 
 
 def barrier() -> None:
@@ -31,7 +31,7 @@ class Checkpoints(TrainerCallback):
             newest = folder / f"checkpoint-{state.global_step}"
             if any(newest.glob("*.safetensors")):  # DeepSpeed keeps a whole model in files of its own
                 adapter = hasattr(self.trainer.model, "peft_config")
-                adapters.check_saved(newest, moved=False, expected=adapters.saved_names(self.trainer.model) if adapter else set())
+                adapter_files.check_saved(newest, moved=False, expected=adapter_files.saved_names(self.trainer.model) if adapter else set())
             (newest / self.MARK).write_text(str(self.world))
             for other in folder.glob("checkpoint-*"):
                 if other != newest:

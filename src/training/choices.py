@@ -11,15 +11,16 @@ import torch.distributed as dist
 import yaml
 from transformers import TrainingArguments, set_seed
 
-from src.config import FinetuneVerb
-from src.errors import ConfigError, MissingTool
-from src.log import say
-from src.modeling import device, say_device
-from src.zero import deepspeed_json
+from src import ROOT
+from src.core.errors import ConfigError, MissingTool
+from src.core.log import say
+from src.models.devices import device, say_device
+from src.settings.verbs import FinetuneVerb
+from src.training.deepspeed_config import deepspeed_json
 
 M_MMAP_THRESHOLD = -3
 """glibc's malloc.h"""
-GPUS = Path(__file__).resolve().parent.parent.parent / "configs" / "gpu"
+GPUS = ROOT / "configs" / "gpu"
 
 
 def start(cfg: FinetuneVerb) -> tuple[str, str]:

@@ -10,12 +10,12 @@ import numpy as np
 import psutil
 import torch
 
-from src import chatml, launch
-from src.artifact import read_json, write_json
-from src.config import FinetuneVerb
-from src.errors import NoMemory, ProofFailed
-from src.log import rank, say, size
-from src.training import attention
+from src.chat import encoding
+from src.core.errors import NoMemory, ProofFailed
+from src.core.files import read_json, write_json
+from src.core.log import rank, say, size
+from src.settings.verbs import FinetuneVerb
+from src.training import attention, launch
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
 from src.training.head import LOGITS, HeadLoss, Targets, token_results
@@ -163,7 +163,7 @@ def sample_rows(model) -> list[Row]:
     draw, rows = np.random.default_rng(0), []
     for length in (9, 14):
         ids = draw.integers(0, vocabulary, length, dtype=np.int32)
-        rows.append(Row(ids, np.where(np.arange(length) < length // 2, chatml.IGNORE, ids)))
+        rows.append(Row(ids, np.where(np.arange(length) < length // 2, encoding.IGNORE, ids)))
     return rows
 
 

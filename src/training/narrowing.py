@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
-from src import rounding
-from src.adapters import folded_name
-from src.config import Tuner
-from src.log import say, warn
-from src.modeling import whole
+from src.core.log import say, warn
+from src.models import rounding
+from src.models.adapter_files import folded_name
+from src.models.vocabulary import whole
+from src.settings.verbs import Tuner
 from src.training.trainer import ChatTrainer
 
 

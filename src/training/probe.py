@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from src.errors import NoMemory, NoRoom, ProofFailed
-from src.log import duration, rank, say, size
+from src.core.errors import NoMemory, NoRoom, ProofFailed
+from src.core.log import duration, rank, say, size
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
 from src.training.head import token_results

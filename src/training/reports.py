@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from src import chatml
-from src.answering import greedy
-from src.config import FinetuneVerb
-from src.errors import ProofFailed
-from src.log import duration, mark, on_terminal, rank, say, spark, status, warn
-from src.tracking import Trackers
+from src.chat import encoding
+from src.core.errors import ProofFailed
+from src.core.log import duration, mark, on_terminal, rank, say, spark, status, warn
+from src.models.generation import greedy
+from src.settings.verbs import FinetuneVerb
 from src.training.choices import peak_operations
 from src.training.tokens import Row
+from src.training.tracking import Trackers
 
 STILL = 20
 """steps after which a loss that has not moved at all is a fault"""
@@ -166,7 +166,7 @@ def preview(row: Row, tokenizer, limit: int = 120) -> None:
     """Show one row as the model will see it, with what is trained standing out; long stretches are shortened in their middle."""
     pieces = []
     pairs = zip(row.input_ids.tolist(), row.labels.tolist())
-    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != chatml.IGNORE):
+    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != encoding.IGNORE):
         text = tokenizer.decode([token for token, _ in group])
         text = text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"
         pieces.append(mark(text.replace("\n", "⏎"), trained))

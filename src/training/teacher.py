@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src import chatml, launch
-from src.artifact import Artifact, key_of, sha256
-from src.config import FinetuneVerb
-from src.errors import WrongKind
-from src.log import progress, rank, say
-from src.modeling import load_any, tokenizer_of
+from src.chat import encoding
+from src.core.artifact import Artifact, key_of
+from src.core.errors import WrongKind
+from src.core.files import sha256
+from src.core.log import progress, rank, say
+from src.models.loading import load_any, tokenizer_of
+from src.settings.verbs import FinetuneVerb
+from src.training import launch
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
 from src.training.layout import inputs_of
@@ -56,7 +58,7 @@ def soft_targets(cfg: FinetuneVerb, teacher: Artifact, rows: TokenRows, tokenize
 def check_tokenizer(teacher: Artifact, tokenizer) -> None:
     """Raises WrongKind where a token id means another token to the teacher."""
     theirs = tokenizer_of(teacher)
-    chatml.ensure_chat(theirs)
+    encoding.ensure_chat(theirs)
     ours, other = tokenizer.get_vocab(), theirs.get_vocab()
     different = sorted((i, token) for token, i in ours.items() if other.get(token) != i)
     if different or len(ours) != len(other):

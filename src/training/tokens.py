@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from src import chatml, long_rows
-from src.artifact import Artifact, key_of, package_versions, read_json, sha256, write_json
-from src.config import FinetuneVerb
-from src.errors import BadData
-from src.log import progress, rank, warn
-from src.modeling import load_tokenizer
+from src.chat import encoding, long_rows
+from src.core.artifact import Artifact, key_of, package_versions
+from src.core.errors import BadData
+from src.core.files import read_json, sha256, write_json
+from src.core.log import progress, rank, warn
+from src.models.loading import load_tokenizer
+from src.settings.verbs import FinetuneVerb
 from src.training.checkpoints import barrier
 
 PORTION = 256
@@ -57,7 +58,7 @@ class TokenRows:
     def __getitem__(self, i: int) -> Row:
         span = slice(self.offsets[i], self.offsets[i + 1])
         ids = np.asarray(self.input_ids[span])
-        return Row(ids, np.where(self.trained[span], ids, chatml.IGNORE))
+        return Row(ids, np.where(self.trained[span], ids, encoding.IGNORE))
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -100,7 +101,7 @@ def content_key(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str
         "tokenizer": {name: f["sha256"] for name, f in base.files.items() if not name.endswith((".safetensors", ".bin"))},
         "train": {name: getattr(cfg.train, name) for name in ("max_length", "long_rows", "hidden_turns")},
         "legacy_mask": cfg.legacy_mask,
-        "code": [sha256(Path(module)) for module in (chatml.__file__, long_rows.__file__, __file__)],
+        "code": [sha256(Path(module)) for module in (encoding.__file__, long_rows.__file__, __file__)],
         "packages": {name: package_versions()[name] for name in ("tokenizers", "transformers")},
     }
     return key_of("tokens", 1, settings, {})
@@ -202,8 +203,8 @@ class Encoder:
     def __init__(self, cfg: FinetuneVerb, base: Path, source: Path):
         self.cfg, self.source = cfg, source
         self.tokenizer = load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
-        chatml.ensure_chat(self.tokenizer)
-        self.end = chatml.turn_end(self.tokenizer)
+        encoding.ensure_chat(self.tokenizer)
+        self.end = encoding.turn_end(self.tokenizer)
 
     def __call__(self, portion: tuple[int, int, int]) -> Portion:
         start, first, count = portion
@@ -217,12 +218,12 @@ class Encoder:
                 for row in rows:
                     ids += row.input_ids
                     # Nothing stands before a first token to predict it from.
-                    trained += [False, *(label != chatml.IGNORE for label in row.labels[1:])]
+                    trained += [False, *(label != encoding.IGNORE for label in row.labels[1:])]
                     lengths.append(len(row.input_ids))
                     lines.append(number)
         return Portion(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_), lengths, lines, counts, unseen)
 
-    def rows(self, record: dict) -> tuple[list[chatml.Encoded], long_rows.Counts]:
+    def rows(self, record: dict) -> tuple[list[encoding.Encoded], long_rows.Counts]:
         t, encode = self.cfg.train, lambda messages: self.encode(messages, record.get("tools"))
         try:
             made = encode(record["messages"])
@@ -232,16 +233,16 @@ class Encoder:
                 error.what, where=f"record '{record['id']}'", fix="mend the record, or use a model whose template takes such turns"
             ) from None
 
-    def encode(self, messages: list[dict], tools: list | None) -> list[chatml.Encoded]:
+    def encode(self, messages: list[dict], tools: list | None) -> list[encoding.Encoded]:
         if self.cfg.legacy_mask == "qwen":
-            return [chatml.encode_qwen_legacy(self.tokenizer, messages, tools, end=self.end)]
+            return [encoding.encode_qwen_legacy(self.tokenizer, messages, tools, end=self.end)]
         if self.cfg.train.hidden_turns == "rows":
-            return chatml.encode_turns(self.tokenizer, messages, tools, end=self.end)
-        return [chatml.encode(self.tokenizer, messages, tools, end=self.end)]
+            return encoding.encode_turns(self.tokenizer, messages, tools, end=self.end)
+        return [encoding.encode(self.tokenizer, messages, tools, end=self.end)]
 
-    def unseen(self, record: dict, rows: list[chatml.Encoded]) -> Counter:
+    def unseen(self, record: dict, rows: list[encoding.Encoded]) -> Counter:
         """What of a record is not trained on as it stands there: tools that its template does not show, answers it shows otherwise as history."""
         tools, messages = record.get("tools"), record["messages"]
-        ignored = tools and chatml.render(self.tokenizer, messages) == chatml.render(self.tokenizer, messages, tools)
+        ignored = tools and encoding.render(self.tokenizer, messages) == encoding.render(self.tokenizer, messages, tools)
         hidden = sum(row.untrained for row in rows) if self.cfg.train.hidden_turns == "skip" else 0
         return Counter({"tools": int(bool(ignored)), "turns": hidden})

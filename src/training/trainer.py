@@ -12,9 +12,9 @@ from safetensors.torch import save_model
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from src import adapters, fidelity
-from src.chatml import Encoded
-from src.rows import folded
+from src.chat.encoding import Encoded
+from src.models import adapter_files, fidelity, lora
+from src.models.token_rows import folded
 from src.training.batches import Plan, Steps, micro_batch
 from src.training.head import HeadLoss, Targets, loss_sum, token_results
 from src.training.layout import arguments_of, as_in_use, inputs_of
@@ -47,7 +47,7 @@ class ChatTrainer(Trainer):
         *,
         pad: int,
         end: int,
-        rates: dict[str, adapters.Rate],
+        rates: dict[str, lora.Rate],
         head: HeadLoss | None,
         soft: SoftTargets | None = None,
         alpha: float = 0.0,
@@ -147,7 +147,7 @@ class ChatTrainer(Trainer):
         if self.finished and self.masters:
             state_dict = {**(state_dict or self.model.state_dict()), **self.masters}
         if hasattr(self.model, "peft_config"):
-            adapters.save(self.model, Path(folder), state_dict=state_dict, writes=writes, finished=self.finished)
+            adapter_files.save(self.model, Path(folder), state_dict=state_dict, writes=writes, finished=self.finished)
             return
         if not writes:
             return

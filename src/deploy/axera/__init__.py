@@ -12,19 +12,21 @@ import shutil
 import time
 from pathlib import Path
 
-from src import aux_files, exact
-from src.answering import stop_ids
-from src.artifact import Artifact
+from src.core.artifact import Artifact
+from src.core.errors import ConfigError, Unfinished
+from src.core.log import say, size, warn
 from src.deploy import contract, preflight
 from src.deploy.axera import chat, runtime, tokenizer_txt, toolchain
 from src.deploy.axera.compile import compile_layers, container
 from src.deploy.embedding import find_embedding, write_bf16
 from src.deploy.vendor import COMPILED, WORK, finish, whole, work_folder
-from src.errors import ConfigError, Unfinished
-from src.log import say, size, warn
-from src.modeling import load_tokenizer, trust_of
-from src.sizing.shape import ModelShape, read_shape
-from src.targets import Axera
+from src.models import complete, exact_sum
+from src.models.folder import trust_of
+from src.models.generation import stop_ids
+from src.models.loading import load_tokenizer
+from src.settings.targets import Axera
+from src.sizing.config_reader import read_shape
+from src.sizing.shape import ModelShape
 
 TAKES = {"model", "quantized"}
 # Families that Pulsar2's documents and AXERA's published models name (documents 3.2 to 7.0; model repositories to 2026-08).
@@ -52,7 +54,7 @@ def check(inputs: dict[str, Artifact], target: Axera, out: Path) -> list[str]:
         )
     notes = preflight.check_headers(model, shape, embedding)
     tool = toolchain.find(target)
-    planned, work, start = tool or toolchain.documented(), out / WORK, exact.folder(inputs, out / exact.FOLDER)
+    planned, work, start = tool or toolchain.documented(), out / WORK, exact_sum.folder(inputs, out / exact_sum.FOLDER)
     command = toolchain.command_line(
         planned, target, arguments_of(planned, target, quantization, start, work), work, start, container(work)
     )
@@ -60,7 +62,7 @@ def check(inputs: dict[str, Artifact], target: Axera, out: Path) -> list[str]:
     return [
         *notes,
         *preflight.check_fit(shape, target),
-        *preflight.check_room(out, exact.shape(shape, inputs), target, also=exact.size_to_write(inputs, out / exact.FOLDER)),
+        *preflight.check_room(out, exact_sum.shape(shape, inputs), target, also=exact_sum.size_to_write(inputs, out / exact_sum.FOLDER)),
         f"embedding table {rows} x {hidden}, {embedding.dtype} to bf16, {size(2 * rows * hidden)}"
         + ("" if embedding.dtype == "BF16" else ", cut off, not rounded, as AXERA's own tool does"),
         f"Pulsar2 {planned.version}{f' in {planned.image}' if planned.image else ''}{'' if tool else '; none is here, so this stops before it'}",
@@ -170,7 +172,7 @@ def prepare(model: Artifact, shape: ModelShape, target: Axera, out: Path) -> dic
     hf = out / runtime.HF
     hf.mkdir(exist_ok=True)
     tokenizer.save_pretrained(hf)
-    aux_files.copy(model.path, hf, tokenizer=False)
+    complete.copy(model.path, hf, tokenizer=False)
     shutil.copyfile(model.path / "config.json", hf / "config.json")
     axllm = {"tokenizer_file": file, "tokenizer_type": type, "system_prompt": system_prompt, "rows": rows, "hidden": hidden}
     return {"axllm": axllm, "metrics": {**metrics, "older_axllm_differs": len(older), "tokenizer_type": type}}

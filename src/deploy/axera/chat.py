@@ -3,10 +3,10 @@
 On the board the model's template does not count: axllm has one per type. A type that renders otherwise makes a tuned model answer worse without a word.
 """
 
-from src import chatml
+from src.chat import encoding
+from src.core.errors import BadData, WrongKind
+from src.core.log import say, warn
 from src.deploy import contract
-from src.errors import BadData, WrongKind
-from src.log import say, warn
 
 # axllm's types whose rendering is known: ChatML, a missing system turn filled in from config.json's system_prompt
 # (AXERA's tokenizer repository, Qwen3Tokenizer.hpp; ax-llm docs/configuration.md).
@@ -49,7 +49,7 @@ def choose(tokenizer, wanted: str, model_type: str) -> tuple[str, str | None]:
         if tools:
             continue  # axllm renders tools in a way of its own (docs/tool_calling.md), which is not known here to the letter
         try:
-            ours = chatml.render(tokenizer, messages, prompt=True)
+            ours = encoding.render(tokenizer, messages, prompt=True)
         except BadData:
             continue
         theirs = board_text(messages, system_prompt)
@@ -72,6 +72,6 @@ def choose(tokenizer, wanted: str, model_type: str) -> tuple[str, str | None]:
 
 def default_system(tokenizer) -> str | None:
     """The system text a ChatML template puts in where a conversation has none; None where it puts in none."""
-    text = chatml.render(tokenizer, [{"role": "user", "content": "Q"}], prompt=True)
-    opening = f"{chatml.START}system\n"
-    return text[len(opening) :].partition(chatml.END)[0] if text.startswith(opening) else None
+    text = encoding.render(tokenizer, [{"role": "user", "content": "Q"}], prompt=True)
+    opening = f"{encoding.START}system\n"
+    return text[len(opening) :].partition(encoding.END)[0] if text.startswith(opening) else None

@@ -7,12 +7,12 @@ import statistics
 import time
 from pathlib import Path
 
+from src.core.errors import ToolFailed, WrongKind
+from src.core.log import duration, say, size, status, warn
 from src.deploy.axera import toolchain
 from src.deploy.axera.toolchain import Toolchain
 from src.deploy.vendor import Done, hand_back, run, stop_container
-from src.errors import ToolFailed, WrongKind
-from src.log import duration, say, size, status, warn
-from src.targets import Axera
+from src.settings.targets import Axera
 
 BUILT = "build llm model done!"
 LAYER = re.compile(r"(?P<prefix>.+)_p(?P<chunk>\d+)_l(?P<index>\d+)_together\.axmodel")

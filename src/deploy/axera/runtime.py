@@ -8,12 +8,13 @@ import shlex
 import shutil
 from pathlib import Path
 
-from src.artifact import hash_files, read_json
+from src import ROOT
+from src.core.files import hash_files, read_json
 from src.deploy.axera.compile import LAYER
 from src.deploy.vendor import whole
-from src.targets import Axera
+from src.settings.targets import Axera
 
-ASSETS = Path(__file__).parents[3] / "assets" / "axera"
+ASSETS = ROOT / "assets" / "axera"
 EMBEDDING = "model.embed_tokens.weight.bfloat16.bin"
 SUMS = "SHA256SUMS"
 HF = "hf"

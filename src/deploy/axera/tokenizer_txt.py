@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from src.core.errors import WrongKind
 from src.deploy.byte_level import SPLITS, steps_of, symbol_bytes
 from src.deploy.vendor import whole
-from src.errors import WrongKind
 
 MAGIC, HUGGINGFACE = 430, 3
 SYMBOL_BYTES = symbol_bytes()

@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from src.core.errors import ConfigError, MissingTool, ToolFailed
 from src.deploy.vendor import ask, image_id
-from src.errors import ConfigError, MissingTool, ToolFailed
-from src.targets import Axera
+from src.settings.targets import Axera
 
 DOCUMENTED = {
     # The options and choices of the 7.0 documents, for plans made where no Pulsar2 is.

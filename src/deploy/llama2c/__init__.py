@@ -11,19 +11,21 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from src import fidelity
-from src.answering import stop_ids
-from src.artifact import Artifact, read_json
+from src import ROOT
+from src.core.artifact import Artifact
+from src.core.errors import MissingInput, MissingTool, ProofFailed, WrongKind
+from src.core.files import read_json
+from src.core.log import say, size, warn
 from src.deploy.llama2c.chat import ChatPieces, find_chat
 from src.deploy.llama2c.proof import prove_ids, prove_loss, prove_text
 from src.deploy.llama2c.runtime import write_runtime
 from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
 from src.deploy.llama2c.weights import VERSIONS, Shape, check_tensors, group_size, read_shape, write_model
-from src.errors import MissingInput, MissingTool, ProofFailed, WrongKind
-from src.log import say, size, warn
-from src.modeling import load_model, load_tokenizer
+from src.models import fidelity
+from src.models.generation import stop_ids
+from src.models.loading import load_model, load_tokenizer
 
-SOURCES = Path(__file__).parents[3] / "assets" / "llama2c"
+SOURCES = ROOT / "assets" / "llama2c"
 TAKES = {"model"}
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from src import chatml
-from src.errors import BadData
+from src.chat import encoding
+from src.core.errors import BadData
 
 # Role, text, role, text, ...: what the pieces are proved on, here as text and in proof.py as ids.
 CONVERSATIONS = (
@@ -58,7 +58,7 @@ def find_chat(tokenizer) -> tuple[ChatPieces | None, str]:
     if not tokenizer.chat_template:
         return None, "its tokenizer has no chat template"
     try:
-        return _derive(lambda messages: chatml.render(tokenizer, messages, prompt=True)), ""
+        return _derive(lambda messages: encoding.render(tokenizer, messages, prompt=True)), ""
     except BadData as fault:
         return None, fault.what
     except (ValueError, TypeError) as fault:

@@ -5,11 +5,12 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-from src import chatml, fidelity
+from src.chat import encoding
+from src.core.errors import ProofFailed
 from src.deploy.llama2c.chat import ChatPieces
 from src.deploy.llama2c.runtime import escape
 from src.deploy.llama2c.weights import Shape, read_model
-from src.errors import ProofFailed
+from src.models import fidelity
 
 PROBES = (
     "",
@@ -75,7 +76,7 @@ def _same_ids(ours: list[int], theirs: list[int], text: str) -> int:
     return len(ours)
 
 
-def prove_loss(model, path: Path, shape: Shape, rows: list[chatml.Encoded], exact: bool) -> dict:
+def prove_loss(model, path: Path, shape: Shape, rows: list[encoding.Encoded], exact: bool) -> dict:
     """What model.bin holds, read back into `model` (transformers', in fp32), against what it was made from, on held-out rows; see fidelity.
 
     exact: raise ProofFailed where there is a difference. Else (int8) what was lost is a result. The model is another one afterwards.

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from src.core.errors import WrongKind
 from src.deploy.llama2c.chat import ChatPieces
 from src.deploy.llama2c.tokenizer import Tokenizer, unicode_ranges
 from src.deploy.llama2c.weights import Shape
-from src.errors import WrongKind
 
 
 def write_runtime(shape: Shape, tokenizer: Tokenizer, hf, stops: list[int], pieces: ChatPieces | None, why: str, path: Path) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from src.core.errors import BadData, WrongKind
 from src.deploy.byte_level import SPLITS, steps_of, symbol_bytes
-from src.errors import BadData, WrongKind
 
 # The names in SPLITS that run.c knows.
 KNOWN_SPLITS = ("gpt2", "llama3", "qwen2")

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.artifact import read_json
-from src.errors import BadData, MissingInput, WrongKind
-from src.shards import entries
+from src.core.errors import BadData, MissingInput, WrongKind
+from src.core.files import read_json
+from src.models.safetensors_io import entries
 
 MAGIC = 0x616B3432
 VERSIONS = {"fp32_v0": 0, "fp32_v1": 1, "int8_v2": 2}

@@ -8,13 +8,15 @@ import shlex
 import shutil
 from pathlib import Path
 
-from src import exact, modeling
-from src.artifact import Artifact, write_json
+from src.core import processes
+from src.core.artifact import Artifact
+from src.core.files import write_json
 from src.deploy import contract, preflight
 from src.deploy.mobilint import calibration, compile, job, plan, runtime, toolchain, transformers4
 from src.deploy.vendor import WORK, finish, whole, work_folder
-from src.modeling import load_tokenizer
-from src.targets import Mobilint
+from src.models import exact_sum
+from src.models.loading import load_tokenizer
+from src.settings.targets import Mobilint
 
 TAKES = {"model"}
 
@@ -30,7 +32,9 @@ def check(inputs: dict[str, Artifact], target: Mobilint, out: Path) -> list[str]
     return [
         *made.lines(out / WORK / job.JOB, shlex.join(argv)),
         *preflight.check_fit(made.shape, target),
-        *preflight.check_room(out, exact.shape(made.shape, inputs), target, also=exact.size_to_write(inputs, out / exact.FOLDER)),
+        *preflight.check_room(
+            out, exact_sum.shape(made.shape, inputs), target, also=exact_sum.size_to_write(inputs, out / exact_sum.FOLDER)
+        ),
     ]
 
 
@@ -45,7 +49,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Mobilint) -> dict:
     tokenizer = load_tokenizer(made.model, trust_remote_code=made.trust)
     runtime.write_tokenizer(made.model, tokenizer, out)
     runtime.write_config(made, out)
-    ids = contract.prove(tokenizer, out, lambda texts: modeling.fresh(runtime.board_ids, out, texts))
+    ids = contract.prove(tokenizer, out, lambda texts: processes.fresh(runtime.board_ids, out, texts))
 
     calibration.write_table(made.table, work / "embedding.pt")
     table = calibration.open_table(work / "embedding.pt")

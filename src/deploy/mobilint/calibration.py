@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from src import chatml
+from src.chat import encoding
+from src.core.errors import BadData, ToolFailed, WrongKind
+from src.core.log import progress, say, size, warn
 from src.deploy.embedding import chunks
 from src.deploy.mobilint.plan import Plan
 from src.deploy.vendor import whole
-from src.errors import BadData, ToolFailed, WrongKind
-from src.log import progress, say, size, warn
-from src.shards import Entry
+from src.models.safetensors_io import Entry
 
 BARREN = 8
 """drawings in a row that gave no new sequence, after which the split is taken to hold no more"""
@@ -149,18 +149,18 @@ def join(conversations: Iterable[tuple[str, list[int]]], low: int, high: int) ->
 
 def _conversations(path: Path, tokenizer) -> Iterator[tuple[str, list[int] | None]]:
     """(id, token ids) of each conversation as it is trained on; None where the template refuses it."""
-    if added := chatml.ensure_chat(tokenizer):
+    if added := encoding.ensure_chat(tokenizer):
         raise WrongKind(
             f"the model has no chat template, and its tokenizer lacks ChatML's {', '.join(added)}: conversations cannot be rendered for it",
             where=str(tokenizer.name_or_path),
             fix=["target.languages=[en] target.texts=FOLDER calibrates on plain text", "fine-tune it first"],
         )
-    end = chatml.turn_end(tokenizer)
+    end = encoding.turn_end(tokenizer)
     with open(path, encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
             try:
-                yield record["id"], chatml.encode(tokenizer, record["messages"], record.get("tools"), end=end).input_ids
+                yield record["id"], encoding.encode(tokenizer, record["messages"], record.get("tools"), end=end).input_ids
             except BadData:
                 yield record["id"], None
 

@@ -5,13 +5,13 @@ import shutil
 import time
 from pathlib import Path
 
-from src.artifact import read_json, sha256, write_json
+from src.core.errors import BadData, NoRoom, ToolFailed, Unfinished, UserError
+from src.core.files import read_json, sha256, write_json
+from src.core.log import say, size
 from src.deploy.mobilint import job, toolchain
 from src.deploy.mobilint.plan import Plan
 from src.deploy.vendor import COMPILED, Done, hand_back, image_id, run, stop_container
-from src.errors import BadData, NoRoom, ToolFailed, Unfinished, UserError
-from src.log import say, size
-from src.targets import Mobilint
+from src.settings.targets import Mobilint
 
 LOG = "compile.log"
 OWN_LINE = re.compile(r"(qubee|qbcompiler) \S+, API [\d.]+|compiling .* calibration files")

@@ -4,17 +4,19 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from src import shards
-from src.artifact import Artifact, read_json
+from src.core.artifact import Artifact
+from src.core.errors import BadData, ConfigError, MissingInput, WrongKind
+from src.core.files import read_json
+from src.core.log import size
 from src.deploy import preflight
 from src.deploy.embedding import find_embedding
 from src.deploy.mobilint import toolchain
 from src.deploy.mobilint.toolchain import FOUR_BIT, Compiler
-from src.errors import BadData, ConfigError, MissingInput, WrongKind
-from src.log import size
-from src.modeling import trust_of
-from src.sizing.shape import ModelShape, read_shape
-from src.targets import Mobilint
+from src.models import safetensors_io
+from src.models.folder import trust_of
+from src.settings.targets import Mobilint
+from src.sizing.config_reader import read_shape
+from src.sizing.shape import ModelShape
 
 FAMILIES = {
     "llama": "MobilintLlamaForCausalLM",
@@ -41,7 +43,7 @@ class Plan:
     model: Path
     config: dict
     shape: ModelShape
-    table: shards.Entry
+    table: safetensors_io.Entry
     values: int
     weight_type: str
     context: int
@@ -133,7 +135,7 @@ def make(inputs: dict[str, Artifact], target: Mobilint) -> Plan:
             fix=["target.weight_type=w8", "qbcompiler 1.0 or newer"],
         )
     low, high = target.lengths()
-    values = sum(math.prod(entry.shape) for entry in shards.entries(model).values()) - math.prod(table.shape)
+    values = sum(math.prod(entry.shape) for entry in safetensors_io.entries(model).values()) - math.prod(table.shape)
     return Plan(
         model=model,
         config=config,

@@ -7,13 +7,13 @@ import json
 import zipfile
 from pathlib import Path
 
-from src import aux_files, shards
-from src.artifact import read_json, write_json
+from src.core.errors import ToolFailed, WrongKind
+from src.core.files import read_json, write_json
+from src.core.log import say
 from src.deploy.mobilint import transformers4
 from src.deploy.mobilint.plan import FAMILIES, Plan
 from src.deploy.vendor import whole
-from src.errors import ToolFailed, WrongKind
-from src.log import say
+from src.models import complete, safetensors_io
 
 EMBEDDING = "model.embed_tokens.weight"
 ROWS = 4096
@@ -34,7 +34,7 @@ def write_tokenizer(model: Path, tokenizer, out: Path) -> None:
             where=str(model),
             fix="a version of the model whose folder has a tokenizer.json",
         )
-    copied = aux_files.copy(model, out)
+    copied = complete.copy(model, out)
     runs, stored = json.loads(tokenizer.backend_tokenizer.to_str()), out / "tokenizer.json"
     made = []
     if not stored.exists() or read_json(stored) != runs:
@@ -74,8 +74,8 @@ def write_config(plan: Plan, out: Path) -> None:
 def write_embedding(plan: Plan, table, work: Path, out: Path) -> None:
     """model.safetensors with the table (vocabulary, hidden) alone: fp32, or for 4-bit weights bf16 and rotated as the compiler rotated its input."""
     rotation = find_rotation(work, plan.table.shape[1]) if plan.bits == 4 else None
-    entry = shards.Entry(EMBEDDING, "F32" if rotation is None else "BF16", plan.table.shape, out / "model.safetensors")
-    shards.write(out, [entry], lambda name: table if rotation is None else rotate(table, rotation), entry.size)
+    entry = safetensors_io.Entry(EMBEDDING, "F32" if rotation is None else "BF16", plan.table.shape, out / "model.safetensors")
+    safetensors_io.write(out, [entry], lambda name: table if rotation is None else rotate(table, rotation), entry.size)
     say(f"model.safetensors: the embedding table in {entry.dtype}" + ("" if rotation is None else ", rotated by the compiler's R1"))
 
 
@@ -144,7 +144,7 @@ def load_matrix(path: Path):
 
 def board_ids(folder: Path, texts: list[str]) -> list[list[int]]:
     """Token ids of rendered texts by the tokenizer files of a runtime folder alone; made to run in a fresh process."""
-    from src.modeling import load_tokenizer
+    from src.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]

@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.core.errors import ConfigError, MissingTool
 from src.deploy.vendor import ask
-from src.errors import ConfigError, MissingTool
-from src.targets import Mobilint
+from src.settings.targets import Mobilint
 
 PACKAGES = {"0.11": "qubee", "0.12": "qubee", "1.0": "qbcompiler", "1.1": "qbcompiler"}
 """API generation -> the package that has it; 1.1 stands for all that follow"""

@@ -8,9 +8,10 @@ import os
 import shutil
 from pathlib import Path
 
-from src.artifact import MANIFEST, read_json
+from src.core.artifact import MANIFEST
+from src.core.files import read_json
+from src.core.log import say, size
 from src.deploy.vendor import whole
-from src.log import say, size
 
 
 def lend_model(source: Path, work: Path) -> None:

@@ -9,18 +9,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from src import exact, fidelity, shards
-from src.artifact import Artifact, read_json, write_json
+from src.core.artifact import Artifact
+from src.core.errors import Unfinished
+from src.core.files import read_json, write_json
+from src.core.log import size
 from src.deploy import preflight
 from src.deploy.embedding import find_embedding
 from src.deploy.openvino import card, proof, recipe
 from src.deploy.openvino.exporter import LOG, MADE, export
 from src.deploy.vendor import finish, work_folder
-from src.errors import Unfinished
-from src.log import size
-from src.modeling import check_tokenizer, load_model, load_tokenizer, trust_of
-from src.sizing.shape import read_shape
-from src.targets import Openvino
+from src.models import exact_sum, fidelity, safetensors_io
+from src.models.folder import check_tokenizer, trust_of
+from src.models.loading import load_model, load_tokenizer
+from src.settings.targets import Openvino
+from src.sizing.config_reader import read_shape
 
 TAKES = {"model"}
 
@@ -36,12 +38,12 @@ def check(inputs: dict[str, Artifact], target: Openvino, out: Path) -> list[str]
     shape = read_shape(model.path)
     recipe.check_settings(shape, target, model.path)
     check_tokenizer(model.path)
-    start = replace(model, path=exact.folder(inputs, out / exact.FOLDER))
-    stored = sum(entry.size for entry in shards.entries(model.path).values())
+    start = replace(model, path=exact_sum.folder(inputs, out / exact_sum.FOLDER))
+    stored = sum(entry.size for entry in safetensors_io.entries(model.path).values())
     return [
         *preflight.check_headers(model.path, shape, find_embedding(model.path)),
         f"weights: {size(stored)} become {recipe.group_size(shape, target)[1]}",
-        *preflight.check_room(out, exact.shape(shape, inputs), target, also=exact.size_to_write(inputs, out / exact.FOLDER)),
+        *preflight.check_room(out, exact_sum.shape(shape, inputs), target, also=exact_sum.size_to_write(inputs, out / exact_sum.FOLDER)),
         recipe.environment_line(target),
         f"in .work: {' '.join(recipe.export_argv(start, shape, target, MADE))}",
     ]

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from src.settings.targets import Openvino
 from src.sizing.shape import ModelShape
-from src.targets import Openvino
 
 RUN = '''"""python run.py "your prompt" [{device}]: the answer, token by token. On an NPU the first start compiles the model into .cache."""
 

@@ -7,13 +7,14 @@ import shutil
 import time
 from pathlib import Path
 
-from src.artifact import Artifact, read_json, write_json
+from src.core.artifact import Artifact
+from src.core.errors import NoRoom, ProofFailed, ToolFailed
+from src.core.files import read_json, write_json
+from src.core.log import duration, say, size, status
 from src.deploy.openvino import recipe
 from src.deploy.vendor import COMPILED, Done, run
-from src.errors import NoRoom, ProofFailed, ToolFailed
-from src.log import duration, say, size, status
+from src.settings.targets import Openvino
 from src.sizing.shape import ModelShape
-from src.targets import Openvino
 
 MADE, LOG = "export", "export.log"
 MODEL = ("openvino_model.xml", "openvino_model.bin", "config.json")

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from src import chatml, fidelity
-from src.answering import stop_ids
+from src.chat import encoding
+from src.core.errors import ProofFailed, ToolFailed
+from src.core.log import say, warn
 from src.deploy import contract
 from src.deploy.openvino import recipe
 from src.deploy.openvino.exporter import OFFLINE, READ
 from src.deploy.vendor import run
-from src.errors import ProofFailed, ToolFailed
-from src.log import say, warn
-from src.targets import Openvino
+from src.models import fidelity
+from src.models.generation import stop_ids
+from src.settings.targets import Openvino
 
 TOKENS = 64
 PROMPTS = 10
@@ -104,14 +105,14 @@ def prompts(out: Path, tokenizer, room: int) -> list[list[int]]:
     return [row for row in rows if 0 < len(row) <= room][:PROMPTS]
 
 
-def prove_loss(model, ask: Callable[..., dict], rows: list[chatml.Encoded], target: Openvino) -> dict:
+def prove_loss(model, ask: Callable[..., dict], rows: list[encoding.Encoded], target: Openvino) -> dict:
     """What was lost from `model` (transformers', in fp32) to the bundle as OpenVINO computes it here, on held-out rows; see fidelity."""
     if not rows:
         return {}
     before = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof")
     questions, begin = [], 0
     for row in rows:
-        keep = [at for at, label in enumerate(row.labels[1:]) if label != chatml.IGNORE]
+        keep = [at for at, label in enumerate(row.labels[1:]) if label != encoding.IGNORE]
         ids = before.top_k_ids[begin : begin + len(keep)].tolist()
         questions.append({"ids": row.input_ids, "keep": keep, "targets": [row.labels[at + 1] for at in keep], "top_k_ids": ids})
         begin += len(keep)

@@ -7,11 +7,11 @@ groups of 128, or whole rows (-1) for models above a billion parameters.
 import re
 from pathlib import Path
 
-from src.artifact import Artifact
-from src.errors import ConfigError, WrongKind
-from src.modeling import trust_of
+from src.core.artifact import Artifact
+from src.core.errors import ConfigError, WrongKind
+from src.models.folder import trust_of
+from src.settings.targets import Openvino
 from src.sizing.shape import ModelShape
-from src.targets import Openvino
 
 TASK = "text-generation-with-past"
 BILLION = 10**9

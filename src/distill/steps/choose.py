@@ -5,10 +5,10 @@ import statistics
 from collections import Counter
 from collections.abc import AsyncIterator
 
+from src.distill.pipeline import Row, SetAside, Work
 from src.distill.rouge import rouge_l
 from src.distill.texts import grown, said, words
-from src.distill.work import Row, SetAside, Work
-from src.recipes import BestOf, Pair
+from src.settings.recipes import BestOf, Pair
 
 
 async def best_of(rows: AsyncIterator[Row], settings: BestOf, work: Work) -> AsyncIterator[Row]:

@@ -3,13 +3,13 @@
 import heapq
 from collections.abc import AsyncIterator, Iterable
 
+from src.core.errors import BadData
 from src.distill.classifier import Classifier, held_out
+from src.distill.disk_rows import Spool
+from src.distill.pipeline import Row, SetAside, Work
 from src.distill.requests import TEXT, obj, request, stream, whole
-from src.distill.spool import Spool
 from src.distill.texts import fill, grown, text_of
-from src.distill.work import Row, SetAside, Work
-from src.errors import BadData
-from src.recipes import Classify
+from src.settings.recipes import Classify
 
 AT_ONCE = 256
 

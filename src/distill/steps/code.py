@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+from src.core.log import warn
 from src.distill import sandbox
+from src.distill.pipeline import Row, SetAside, Work
 from src.distill.requests import TEXT, ask_all, given, obj, request
 from src.distill.texts import code_of, fill, grown, kept, said, text_of, user
-from src.distill.work import Row, SetAside, Work
-from src.log import warn
-from src.recipes import Exercise, RunCode
+from src.settings.recipes import Exercise, RunCode
 
 
 async def exercise(rows: AsyncIterator[Row], settings: Exercise, work: Work) -> AsyncIterator[Row]:

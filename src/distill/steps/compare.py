@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 from src.distill.agreement import Agreement, unequal
+from src.distill.pipeline import Answer, Row, SetAside, Work
 from src.distill.requests import TEXT, ask_all, given, obj, request
 from src.distill.texts import fill, grown, transcript
-from src.distill.work import Answer, Row, SetAside, Work
-from src.recipes import Compare
+from src.settings.recipes import Compare
 
 BOTH, AGAINST, TIE, DISAGREE, MISSING = (
     "chosen in both orders",

@@ -4,11 +4,11 @@ import re
 import unicodedata
 from collections.abc import AsyncIterator, Iterator
 
+from src.distill.pipeline import Row, SetAside, Work
 from src.distill.requests import TEXT, YES_NO, array, obj, request
 from src.distill.steps.respond import prompt_of
 from src.distill.texts import all_kept, fill, grown, kept, said, text_of, user
-from src.distill.work import Row, SetAside, Work
-from src.recipes import Chunk, Ground, Questions
+from src.settings.recipes import Chunk, Ground, Questions
 
 # The end of a sentence, in Latin and in East Asian writing.
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")

@@ -3,11 +3,11 @@
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+from src.distill.pipeline import Row, SetAside, Work
 from src.distill.requests import TEXT, YES_NO, obj, request
 from src.distill.steps.respond import prompt_of
 from src.distill.texts import fill, grown, kept, part, said, words
-from src.distill.work import Row, SetAside, Work
-from src.recipes import Evolve
+from src.settings.recipes import Evolve
 
 IN_BREADTH = "in_breadth"
 

@@ -4,14 +4,14 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+from src.core.errors import BadData
+from src.core.log import warn
 from src.distill import filters
-from src.distill.near import CodeOverlap, NearDuplicates, NgramOverlap
+from src.distill.near_duplicates import CodeOverlap, NearDuplicates, NgramOverlap
+from src.distill.pipeline import Row, Work
 from src.distill.texts import part, text_of
-from src.distill.work import Row, Work
-from src.errors import BadData
-from src.log import warn
-from src.recipes import InLanguage, Length, Overlap, Refusal, Repetition
-from src.recipes import NearDuplicates as NearDuplicateSettings
+from src.settings.recipes import InLanguage, Length, Overlap, Refusal, Repetition
+from src.settings.recipes import NearDuplicates as NearDuplicateSettings
 
 
 async def sift(rows: AsyncIterator[Row], fault: Callable[[Row], str | None], work: Work) -> AsyncIterator[Row]:

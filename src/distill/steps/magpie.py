@@ -2,10 +2,10 @@
 
 from collections.abc import AsyncIterator
 
+from src.distill.pipeline import Request, Row, SetAside, Work
 from src.distill.requests import stream
 from src.distill.texts import grown, kept, user
-from src.distill.work import Request, Row, SetAside, Work
-from src.recipes import Magpie
+from src.settings.recipes import Magpie
 
 
 async def magpie(rows: AsyncIterator[Row], settings: Magpie, work: Work) -> AsyncIterator[Row]:

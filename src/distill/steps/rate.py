@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from src.distill.agreement import Agreement, squared
+from src.distill.pipeline import Answer, Request, Row, SetAside, Work
 from src.distill.requests import TEXT, array, ask_all, given, obj, request, whole
 from src.distill.texts import fill, grown, kept, listed, part, transcript
-from src.distill.work import Answer, Request, Row, SetAside, Work
-from src.recipes import Rate
+from src.settings.recipes import Rate
 
 Scores = dict[str, list[list[int]]]
 """{aspect: for each candidate the scores that count}"""

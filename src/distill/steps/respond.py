@@ -2,10 +2,10 @@
 
 from collections.abc import AsyncIterator
 
+from src.distill.pipeline import Row, SetAside, Work
 from src.distill.requests import ask_all, given, request
 from src.distill.texts import all_kept, grown, said
-from src.distill.work import Row, SetAside, Work
-from src.recipes import Respond
+from src.settings.recipes import Respond
 
 
 async def respond(rows: AsyncIterator[Row], settings: Respond, work: Work) -> AsyncIterator[Row]:

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 
-from src.distill.spool import Spool
+from src.distill.disk_rows import Spool
+from src.distill.pipeline import Row, Work
 from src.distill.texts import part, words
-from src.distill.work import Row, Work
-from src.recipes import Select
+from src.settings.recipes import Select
 
 COLUMNS = 2048
 

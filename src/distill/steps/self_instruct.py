@@ -3,14 +3,14 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from src.core.errors import BadData
+from src.core.log import warn
 from src.distill.filters import task
+from src.distill.pipeline import Row, SetAside, Work
 from src.distill.requests import TEXT, YES_NO, array, obj, request, stream
 from src.distill.rouge import Pool
 from src.distill.texts import fill, grown, kept, listed, part, said, user, words
-from src.distill.work import Row, SetAside, Work
-from src.errors import BadData
-from src.log import warn
-from src.recipes import Instances, SelfInstruct
+from src.settings.recipes import Instances, SelfInstruct
 
 
 @dataclass

@@ -4,10 +4,10 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator
 
+from src.distill.pipeline import Row, SetAside, Work
 from src.distill.requests import TEXT, array, obj, request
 from src.distill.texts import fill, grown, kept, listed
-from src.distill.work import Row, SetAside, Work
-from src.recipes import Translate
+from src.settings.recipes import Translate
 
 NAMES = {"ko": "Korean", "zh": "Chinese", "ja": "Japanese", "en": "English"}
 # Code, addresses, markup, formulas and what programs fill in.

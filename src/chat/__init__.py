@@ -1,0 +1,1 @@
+"""A conversation, from a file to token ids and labels."""

@@ -1,0 +1,309 @@
+"""Artifacts: finished results, each a folder whose manifest.json is written last and which is then renamed into place.
+
+"Has a manifest" means "is finished". An artifact's key is the sha256 of (stage, stage version, settings, parents' keys), so equal work has an equal
+name wherever it is done. A manifest also carries its ancestors' keys and settings: a bundle copied to a board still tells where it came from.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from src import ROOT
+from src.core.errors import BadData, Busy, MissingInput, Tampered, WrongKind
+from src.core.files import _spelled, canonical, hash_files, read_json, write_json
+from src.core.log import say
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "bitsandbytes",
+    "gptqmodel",
+    "numpy",
+    "safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One input or result: a finished artifact of this project, or an outside file or folder known by its hashes.
+
+    kind: dataset, adapter, model, quantized, report, bundle; or file, for a raw input.
+    manifest: None for an outside input.
+    files: {relative path: {"sha256", "size"}}.
+    """
+
+    path: Path
+    kind: str
+    key: str
+    manifest: dict | None
+    files: dict
+
+    @property
+    def stage(self) -> str:
+        return self.manifest["stage"] if self.manifest else "outside"
+
+    @property
+    def settings(self) -> dict:
+        return self.manifest["settings"] if self.manifest else {}
+
+    @property
+    def metrics(self) -> dict:
+        return self.manifest["metrics"] if self.manifest else {}
+
+    def parent(self, role: str) -> dict | None:
+        """The manifest's record of the parent in this role, or None."""
+        return next((p for p in (self.manifest or {}).get("parents", []) if p["role"] == role), None)
+
+    def path_of(self, parent: dict) -> Path:
+        """Where a parent's record says it was; relative records are seen from this artifact's own place."""
+        return Path(os.path.normpath(self.path.parent / parent["path"]))
+
+
+def key_of(stage: str, version: int, settings: dict, parents: dict[str, str]) -> str:
+    """sha256 hex over stage, its version, its settings and {role: parent key}."""
+    return hashlib.sha256(canonical({"stage": stage, "version": version, "settings": settings, "parents": parents})).hexdigest()
+
+
+def outside(path: Path, kind: str, cache: Path | None = None) -> Artifact:
+    """A file or folder this project did not make, named by the hashes of its content."""
+    files = hash_files(path, cache)
+    if not files:
+        raise MissingInput("the folder is empty", where=str(path))
+    return Artifact(path, kind, content_key(files), None, files)
+
+
+def content_key(files: dict) -> str:
+    """The key of an outside input: sha256 hex over its files' names and hashes."""
+    return hashlib.sha256(canonical({name: entry["sha256"] for name, entry in files.items()})).hexdigest()
+
+
+def kind_of_folder(path: Path) -> str:
+    """adapter, quantized or model, told by the configuration files of a Hugging Face folder."""
+    if (path / "adapter_config.json").is_file():
+        return "adapter"
+    config = path / "config.json"
+    if config.is_file():
+        return "quantized" if read_json(config).get("quantization_config") else "model"
+    raise WrongKind(
+        "not an artifact of this project and not a Hugging Face folder (no manifest.json, adapter_config.json or config.json)",
+        where=str(path),
+        fix="give the folder that holds one of them",
+    )
+
+
+def is_finished(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def open_artifact(path: Path) -> Artifact:
+    """A finished artifact. Its manifest is checked against its own seal, its files by name and size (their bytes: see `verify`)."""
+    try:
+        manifest = read_json(path / MANIFEST)
+    except BadData as error:
+        raise Tampered(error.what, where=error.where, fix="make the artifact again with force=true") from None
+    if manifest.get("schema") != SCHEMA or manifest.get("seal") != seal_of(manifest):
+        raise Tampered(
+            "the manifest was changed after it was written, or by another version",
+            where=str(path / MANIFEST),
+            fix="make the artifact again with force=true",
+        )
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["size"]:
+            raise Tampered(
+                f"'{name}' is missing or has another size than the manifest says",
+                where=str(path),
+                fix="make the artifact again with force=true",
+            )
+    return Artifact(path, manifest["kind"], manifest["key"], manifest, manifest["files"])
+
+
+def open_any(path: Path, cache: Path | None = None) -> Artifact:
+    """A finished artifact, or any complete Hugging Face folder as an outside input."""
+    if not path.is_dir():
+        raise MissingInput("no such folder", where=str(path))
+    return open_artifact(path) if is_finished(path) else outside(path, kind_of_folder(path), cache)
+
+
+def seal_of(manifest: dict) -> str:
+    return hashlib.sha256(canonical({k: v for k, v in manifest.items() if k != "seal"})).hexdigest()
+
+
+def verify(artifact: Artifact) -> list[str]:
+    """Recompute every hash; returns one line per difference, none when all is as it was sealed.
+
+    A file beside the listed ones is a difference too: a board would load it.
+    """
+    actual = hash_files(artifact.path)
+    actual.pop(MANIFEST, None)
+    faults = [f"{name}: missing" for name in artifact.files.keys() - actual.keys()]
+    faults += [f"{name}: not in the manifest" for name in actual.keys() - artifact.files.keys()]
+    faults += [f"{name}: bytes differ" for name in artifact.files.keys() & actual.keys() if artifact.files[name] != actual[name]]
+    if artifact.manifest:
+        if (artifact.path / MANIFEST).read_bytes() != _spelled(artifact.manifest).encode():
+            faults.append(f"{MANIFEST}: bytes differ")
+        faults += [f"{MANIFEST}: {fault}" for fault in _contradictions(artifact.manifest)]
+    return sorted(faults)
+
+
+def _contradictions(manifest: dict) -> Iterator[str]:
+    """Where a manifest, sealed anew after a change, still contradicts itself: keys that do not follow from what they stand for."""
+    for key, m in {**manifest["ancestors"], manifest["key"]: manifest}.items():
+        if key_of(m["stage"], m["version"], m["settings"], {p["role"]: p["key"] for p in m["parents"]}) != key:
+            yield f"the key of '{m['stage']}' does not follow from its stage, settings and parents"
+        for parent in m["parents"]:
+            if "files" in parent and content_key(parent["files"]) != parent["key"]:
+                yield f"the key of '{parent['role']}' under '{m['stage']}' does not follow from its files"
+            if "files" not in parent and parent["key"] not in manifest["ancestors"]:
+                yield f"the record of '{parent['role']}' under '{m['stage']}' is missing"
+
+
+def seal(
+    out: Path, *, stage: str, kind: str, version: int, settings: dict, inputs: dict[str, Artifact], metrics: dict, seconds: float
+) -> None:
+    """Write manifest.json, the last file of an artifact, into the folder `out`."""
+    ancestors = {}
+    for parent in inputs.values():
+        if parent.manifest:
+            ancestors |= parent.manifest["ancestors"]
+            ancestors[parent.key] = {k: parent.manifest[k] for k in ("stage", "kind", "version", "settings", "parents")}
+    manifest = {
+        "schema": SCHEMA,
+        "stage": stage,
+        "kind": kind,
+        "version": version,
+        "key": key_of(stage, version, settings, {role: a.key for role, a in inputs.items()}),
+        "settings": settings,
+        "parents": parent_records(inputs, out.parent),
+        "metrics": metrics,
+        "seconds": round(seconds, 2),
+        "git": git_revision(),
+        "packages": package_versions(),
+        "files": hash_files(out),
+        "ancestors": ancestors,
+    }
+    manifest["seal"] = seal_of(manifest)
+    write_json(out / MANIFEST, manifest)
+
+
+def parent_records(inputs: dict[str, Artifact], folder: Path) -> list[dict]:
+    """What a manifest keeps of each input: role, key, kind, stage, path as seen from `folder`, and the hashes of an outside one."""
+    return [
+        {"role": role, "key": a.key, "kind": a.kind, "stage": a.stage, "path": _relative(a.path, folder)}
+        | ({"files": a.files} if a.manifest is None else {})
+        for role, a in inputs.items()
+    ]
+
+
+def _relative(path: Path, start: Path) -> str:
+    """Paths beside the run are kept relative, so that a moved outputs folder keeps its chain."""
+    path, start = path.resolve(), start.resolve()
+    return os.path.relpath(path, start) if path.is_relative_to(start.parent) else str(path)
+
+
+def package_versions() -> dict[str, str]:
+    return {d: importlib.metadata.version(d) for d in PACKAGES if importlib.util.find_spec(d)}
+
+
+def git_revision() -> str | None:
+    """Commit of this checkout, with -dirty when files differ from it; None outside git."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+@contextlib.contextmanager
+def building(path: Path, key: str, *, resumes: Callable[[Path], bool] | None = None, draft: dict | None = None) -> Iterator[Path]:
+    """A folder `<name>.partial` to build in, held by one process; when the block ends well it is renamed to `path`.
+
+    A partial folder left by a crash is continued if the stage resumes and its key is the same; else it is cleared, and that is said.
+    resumes: tells whether a partial folder holds work worth keeping; when the block raises, one that does not is cleared at once.
+    draft: what of the manifest is known beforehand, kept beside the folder for `unfinished`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, note = path.with_name(f"{path.name}.partial"), _note(path)
+    replaced = path.with_name(f".{path.name}.replaced")
+    with _lock(path.with_name(f".{path.name}.lock"), path):
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)  # killed between the two renames below
+        before = unfinished(path)
+        if partial.exists() and not (resumes and before and before.key == key):
+            say(f"clearing an unfinished {partial.name} of an earlier run")
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        write_json(note, {"key": key, **(draft or {})})
+        try:
+            yield partial
+        except Exception:
+            if not (resumes and resumes(partial)):
+                shutil.rmtree(partial, ignore_errors=True)
+                note.unlink(missing_ok=True)
+            raise
+        if not is_finished(partial):
+            raise RuntimeError(f"{partial} was left without a manifest")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(partial, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        note.unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> Artifact | None:
+    """What is known of the unfinished `<name>.partial` beside `path`: its key and the draft it was begun with; None where there is none."""
+    partial = path.with_name(f"{path.name}.partial")
+    if not partial.is_dir() or not _note(path).is_file():
+        return None
+    try:
+        draft = json.loads(_note(path).read_text())
+        return Artifact(partial, "unfinished", draft["key"], draft, {})
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial.key")
+
+
+def replaced_since(a: Artifact) -> str | None:
+    """Which ancestor of this artifact was made anew since, in words; None when the chain that is on this disk still holds together."""
+    for parent in (a.manifest or {}).get("parents", []):
+        path = a.path_of(parent)
+        if "files" in parent or not is_finished(path):
+            continue
+        now = open_artifact(path)
+        if now.key != parent["key"]:
+            return f"'{a.path}' was made from an earlier '{path}', which was made anew since"
+        if deeper := replaced_since(now):
+            return deeper
+    return None
+
+
+@contextlib.contextmanager
+def _lock(lock: Path, path: Path) -> Iterator[None]:
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy("another process is making this artifact", where=str(path), fix=["wait for it", "choose another run=NAME"]) from None
+        yield

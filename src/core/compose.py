@@ -1,0 +1,265 @@
+"""From a command line to one validated settings object, with every fault reported at once."""
+
+import difflib
+import re
+import typing
+
+from pydantic import BaseModel, ValidationError
+
+from src import ROOT
+from src.core.errors import ConfigError
+
+CONFIGS = ROOT / "configs"
+
+# What other trainers call our settings; only used to suggest the right name.
+ELSEWHERE_CALLED = {
+    "lr": "learning_rate",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "model_max_length": "max_length",
+    "cutoff_len": "max_length",
+    "per_device_train_batch_size": "micro_batch_size",
+    "batch_size": "global_batch_size",
+    "gradient_accumulation_steps": "global_batch_size",
+    "warmup_ratio": "warmup",
+    "report_to": "tracker",
+    "data_path": "data.path",
+    "model_name_or_path": "path",
+    "output_dir": "run",
+    "desc_act": "act_order",
+    "damp_percent": "damp",
+}
+
+
+def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseModel:
+    """The settings of `verb`: configs/<verb>.yaml with the overrides on top, validated.
+
+    Unknown keys are named as typed with the nearest valid one; the others are still validated, so that one run shows every fault.
+    Raises ConfigError.
+    """
+    parsed, faults = _parse(overrides)
+    groups = _groups(verb)
+    chosen, keyed = [], []
+    for override in parsed:
+        key = override.key_or_group
+        if override.is_add() or override.is_force_add() or override.is_delete() or override.package:
+            faults.append(f"{override.input_line}: settings can be changed, not added or removed; write {key}=VALUE")
+        else:
+            (chosen if key in groups else keyed).append(override)
+    for override in list(chosen):
+        names = override.value() if isinstance(override.value(), list) else [override.value()]
+        options = groups[override.key_or_group]
+        for name in names:
+            if str(name) not in options:
+                faults.append(
+                    f"{override.input_line}: no such {override.key_or_group}{_nearest(str(name), options)}; there is {', '.join(sorted(options))}"
+                )
+        if any(str(name) not in options for name in names):
+            chosen.remove(override)
+    composed = _hydra(verb, [o.input_line for o in chosen])
+    tree = _plain(composed)
+    known = _leaves(tree)
+    valid = []
+    for override in keyed:
+        key = override.key_or_group
+        if key in known or _inside(tree, key):
+            valid.append(override)
+        else:
+            faults.append(f"{override.input_line}: unknown setting '{key}'{_elsewhere(verb, key, groups) or _nearest(key, known)}")
+    cfg = None
+    try:
+        tree = _plain(composed, valid)
+        faults += [f"{key}: must be given, as {key}=VALUE" for key, value in _leaves(tree).items() if value == "???"]
+        cfg = schema.model_validate(tree)
+    except ValidationError as error:
+        faults += [_fault(e, tree) for e in error.errors() if e["input"] != "???"]
+    except _hydra_error() as error:
+        faults.append(str(error).splitlines()[0])
+    if faults:
+        what = faults[0] if len(faults) == 1 else f"{len(faults)} faults\n" + "\n".join(f"  - {fault}" for fault in faults)
+        raise ConfigError(what, fix=f"python -m src.{verb} --help lists every setting")
+    return cfg
+
+
+def _hydra_error():
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return (HydraException, OmegaConfBaseException)
+
+
+def _hydra(verb: str, options: list[str]):
+    """configs/<verb>.yaml with these options of its groups, as OmegaConf holds it."""
+    import hydra
+
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose(verb, options)
+
+
+def _plain(tree, changes=()) -> dict:
+    """The tree as plain containers, with single settings changed; required values that were not given stay as the string '???'.
+
+    Hydra itself would take a setting that is called as a folder of configs/ for a choice of that group.
+    """
+    from omegaconf import OmegaConf
+
+    for change in changes:
+        value, old = change.value(), OmegaConf.select(tree, change.key_or_group, throw_on_missing=False)
+        if isinstance(value, int | float) and not isinstance(value, bool) and (old is None or isinstance(old, str)):
+            value = change.input_line.partition("=")[2].strip()  # text that looks like a number: run=2024_01_05 is not 20240105
+        # An empty group, such as teacher.extra, has no keys to merge into and takes any.
+        OmegaConf.update(tree, change.key_or_group, value, merge=old != {})
+    return OmegaConf.to_container(tree, resolve=True)
+
+
+def _parse(overrides: list[str]):
+    """Hydra's parsed overrides, and a fault for each that is not of the form key=value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser, parsed, faults = OverridesParser.create(), [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except _hydra_error():
+            if text.startswith("-"):
+                faults.append(f"'{text}': flags belong to the launchers in finetune/; settings are key=value, such as model.path=FOLDER")
+                continue
+            faults.append(f"'{text}': not of the form key=value (a value with special characters needs quotes: \"key='a, b'\")")
+            continue
+        if override.is_sweep_override():
+            faults.append(f"'{text}': a list of values to sweep over; run the command once for each, or write a list as [a,b]")
+        else:
+            parsed.append(override)
+    return parsed, faults
+
+
+def _groups(verb: str) -> dict[str, set[str]]:
+    """{group: its options} for the config groups this verb composes from."""
+    from omegaconf import OmegaConf
+
+    defaults = OmegaConf.load(CONFIGS / f"{verb}.yaml").get("defaults", [])
+    names = [next(iter(d)) for d in defaults if not isinstance(d, str)]
+    return {name: {p.stem for p in (CONFIGS / name).glob("*.yaml")} for name in names}
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict:
+    """{dotted key: value} of every single setting."""
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _inside(tree: dict, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _elsewhere(verb: str, key: str, groups: dict[str, set[str]]) -> str:
+    """A hint where the key belongs to another option of a group: rank under tuner=lora while tuner=full."""
+    group, _, rest = key.partition(".")
+    if group not in groups or not rest:
+        return ""
+    owners = sorted(option for option in groups[group] if rest in _leaves(_option(group, option)))
+    return f"; it belongs to {group}={' or '.join(owners)}" if owners else ""
+
+
+def _option(group: str, option: str) -> dict:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{option}.yaml"))
+
+
+def _nearest(word: str, options) -> str:
+    """`; did you mean 'x'?` by spelling, the last part of a dotted key counting as much as the whole."""
+    options = sorted(options)
+    tails = {o.rsplit(".", 1)[-1]: o for o in reversed(options)}
+    tail = ELSEWHERE_CALLED.get(word.rsplit(".", 1)[-1])
+    near = (
+        [tails.get(tail, tail)]
+        if tail in tails or tail in options
+        else difflib.get_close_matches(word, options, 1, 0.6)
+        or [tails[t] for t in difflib.get_close_matches(word.rsplit(".", 1)[-1], tails, 1, 0.6)]
+    )
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _fault(error: dict, tree: dict) -> str:
+    """One pydantic error in the words of a command line."""
+    key = _typed(error["loc"], tree)
+    if key == "run" and error["type"] == "string_pattern_mismatch":
+        return f"run={error['input']}: a run's name is letters, digits, '.', '_' and '-', and begins with a letter or digit"
+    if error["type"] == "extra_forbidden":
+        return f"unknown setting '{key}'"
+    message = re.sub(
+        r"^(Value error|Input should be|String should) ",
+        lambda m: "" if m[1] == "Value error" else m[0][0].lower() + m[0][1:],
+        error["msg"].replace("Value error, ", ""),
+    ).strip()
+    shown = "" if isinstance(error["input"], dict) else f"={error['input']}"
+    return f"{key}{shown}: {message}"
+
+
+def _typed(place: tuple, tree) -> str:
+    """A pydantic location as the dotted key a user types: without the `kind` that a union of settings classes puts into it."""
+    parts = []
+    for part in place:
+        inside = isinstance(tree, dict) and part in tree
+        if inside or not (isinstance(tree, dict) and tree.get("kind") == part):
+            parts.append(str(part))
+        if inside:
+            tree = tree[part]
+    return ".".join(parts)
+
+
+def help_text(verb: str, doc: str, schema: type[BaseModel]) -> str:
+    """Every setting of a verb with its default and meaning, and the options of its groups."""
+    tree, groups = _plain(_hydra(verb, [])), _groups(verb)
+    lines = [doc.strip(), "", f"usage: python -m src.{verb} [key=value ...]", ""]
+    for group, options in groups.items():
+        lines.append(f"  {group}={'|'.join(sorted(options))}")
+    if groups:
+        lines.append("")
+    rows = list(_rows(tree, schema))
+    width = min(max(len(left) for left, _ in rows), 44)
+    lines += [f"  {left:<{width}}  {meaning}".rstrip() for left, meaning in rows]
+    return "\n".join(lines)
+
+
+def _rows(tree: dict, schema: type[BaseModel], prefix: str = ""):
+    for name, field in schema.model_fields.items():
+        value, inner = tree.get(name), _model_of(field.annotation, tree.get(name))
+        if named := _named_models(field.annotation, value):
+            for key, model in named.items():
+                yield from _rows(value[key], model, f"{prefix}{name}.{key}.")
+        elif inner and isinstance(value, dict):
+            yield from _rows(value, inner, f"{prefix}{name}.")
+        else:
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            yield f"{prefix}{name}={shown}", field.description or ""
+
+
+def _named_models(annotation, value) -> dict[str, type[BaseModel]]:
+    """{key: its settings class} of a field that holds settings by name, such as a recipe's steps; empty for any other."""
+    if typing.get_origin(annotation) is not dict or not isinstance(value, dict):
+        return {}
+    of_one = typing.get_args(annotation)[1]
+    union = typing.get_args(of_one)[0] if typing.get_origin(of_one) is typing.Annotated else of_one
+    return {key: model for key, one in value.items() if (model := _model_of(union, one))}
+
+
+def _model_of(annotation, value) -> type[BaseModel] | None:
+    """The settings class behind a field: itself, or the member of a union whose `kind` the value names."""
+    for option in (annotation, *typing.get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            kind = option.model_fields.get("kind")
+            if not (isinstance(value, dict) and kind and value.get("kind") not in typing.get_args(kind.annotation)):
+                return option
+    return None

@@ -1,0 +1,65 @@
+"""Work in a process of its own, and libraries imported without their greetings."""
+
+import concurrent.futures
+import contextlib
+import importlib
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+
+from src.core.errors import UserError
+
+
+def prepare_gptq_workers() -> None:
+    """gptqmodel asks for more CPU workers than a small machine has and fails, unless told otherwise before its import."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(os.cpu_count() or 1, 8)))
+
+
+def fresh(function: Callable, *args):
+    """The result of a module-level function run in a new process, offline, which shares nothing with this one but the disk."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(
+                "the checking process was killed, most likely for lack of memory", fix="free memory and run the same command again"
+            ) from None
+
+
+def import_quietly(*modules: str) -> None:
+    """Import libraries that greet (peft brings gptqmodel, torchao and bitsandbytes) without their greetings."""
+    prepare_gptq_workers()
+    with silenced():
+        for module in modules:
+            importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def silenced():
+    """Nothing written to stdout or stderr, by Python or native code, shows; when the block raises, what was held back is printed first."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        saved = [os.dup(1), os.dup(2)]
+        os.dup2(held.fileno(), 1)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            _restore(saved)
+            held.seek(0)
+            sys.stderr.write(held.read().decode(errors="replace"))
+            raise
+        else:
+            _restore(saved)
+
+
+def _restore(saved: list[int]) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number, copy in enumerate(saved, 1):
+        os.dup2(copy, number)
+        os.close(copy)

@@ -1,0 +1,306 @@
+"""The one door every verb goes through: compose -> validate -> open inputs -> check -> run -> seal. Sole owner of Hydra.
+
+A stage is a function `run(cfg, inputs, out) -> metrics`. It does not parse, choose folders, write manifests or know who runs next.
+"""
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.core import artifact, compose
+from src.core.artifact import Artifact
+from src.core.errors import MissingInput, Moved, NoRoom, UserError, WrongKind
+from src.core.log import duration, rank, say, size, warn
+from src.settings.verbs import Verb
+
+ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder <outputs>/<run> and what is finished in it."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def cache(self) -> Path:
+        """Hashes of outside inputs, shared by all runs."""
+        return self.folder.parent / ".cache" / "hashes.json"
+
+    def has(self, name: str) -> bool:
+        return artifact.is_finished(self.folder / name)
+
+    def open(self, name: str) -> Artifact:
+        """A finished artifact of this run by its name."""
+        if self.has(name):
+            return artifact.open_artifact(self.folder / name)
+        verb = name.split("-")[0]
+        others = (
+            sorted(p.name for p in self.folder.parent.glob("*") if artifact.is_finished(p / name)) if self.folder.parent.is_dir() else []
+        )
+        raise MissingInput(
+            f"run '{self.name}' has no finished '{name}'",
+            where=str(self.folder / name),
+            fix=[f"python -m src.{verb} run={self.name}"] + [f"run={other} has one" for other in others[:3]],
+        )
+
+    def current(self, found: Artifact) -> Artifact:
+        """The artifact, unless something it was made from was made anew since: building on it would mix two runs."""
+        if outdated := artifact.replaced_since(found):
+            raise Moved(
+                outdated,
+                where=str(found.path),
+                fix=[
+                    f"python -m src.{found.stage} run={self.name} force=true brings it up to date",
+                    f"source={found.path} takes it as it is",
+                ],
+            )
+        return found
+
+    def source(self, path: str | None, *names: str, kinds: set[str]) -> Artifact:
+        """The artifact or folder at `path`, or the first finished of this run's `names`; it must be of one of `kinds`."""
+        if path is not None:
+            found = artifact.open_any(Path(path), self.cache)
+        else:
+            found = self.open(next((n for n in names if self.has(n)), names[0]))
+        if path is None:
+            self.current(found)
+        elif outdated := artifact.replaced_since(found):
+            warn(outdated)
+        if found.kind not in kinds:
+            raise WrongKind(
+                f"this stage takes {' or '.join(sorted(kinds))}, not {found.kind}" + (f" ({found.stage})" if found.manifest else ""),
+                where=str(found.path),
+                fix=[_WAYS[found.kind]] if found.kind in _WAYS else [],
+            )
+        return found
+
+
+_WAYS = {
+    "adapter": "merge the adapter first: python -m src.merge, then use its output",
+    "model": "the model is already whole: give it to quantize, evaluate or deploy with source=PATH",
+    "quantized": "use the model it was quantized from: source=<run>/merge",
+    "dataset": "a dataset goes to finetune; give a model folder with source=PATH",
+    "bundle": "a bundle is where the road ends; give the model it was built from: <run>/merge",
+    "report": "a report is read by people; give the model it measured",
+}
+
+
+def data_sources(run: Run, given: str | None) -> Artifact:
+    """The dataset a stage trains, measures or calibrates on: the one given, or the run's own."""
+    if given is None and run.has("data") and run.has("distill"):
+        say(f"the run has two datasets; takes {run.folder / 'data'}, not {run.folder / 'distill'}")
+    return run.source(given, "data", "distill", kinds={"dataset"})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One verb.
+
+    find(cfg, run) -> {role: Artifact}: opens the inputs and checks their kinds; cheap.
+    run(cfg, inputs, out) -> metrics: the work; writes into the folder `out`, returns JSON-able numbers.
+    kind: what it produces, or a function of (cfg, inputs).
+    name(cfg, inputs) -> folder name of the result inside the run; the verb itself unless given.
+    check(cfg, inputs) -> lines of the plan; raises where a tool, device or rule stands in the way. Before torch is imported.
+    each(cfg, run) -> configurations to run in turn, where one call may mean several artifacts.
+    around(cfg, overrides) -> exit code, where the work runs in processes of its own; None: in this one.
+    resumes(partial) -> whether a partial folder holds work worth keeping when the stage fails. A stage with it goes on in a partial folder of the
+        same key; without it partial folders are cleared.
+    guards(partial) -> whether that work is so costly that one of another key is not cleared unless forced; as `resumes` unless given.
+    early(cfg, run): what can be checked before the inputs that another stage makes are there; for launchers (--settings-only).
+    """
+
+    verb: str
+    version: int
+    schema: type[Verb]
+    kind: str | Callable
+    find: Callable
+    run: Callable
+    doc: str
+    name: Callable | None = None
+    check: Callable | None = None
+    each: Callable | None = None
+    around: Callable | None = None
+    resumes: Callable[[Path], bool] | None = None
+    guards: Callable[[Path], bool] | None = None
+    early: Callable | None = None
+
+
+def main(stage: Stage) -> None:
+    """Run a verb from the command line and exit: 0 done or up to date, a UserError's own code, 130 interrupted; bugs keep their traceback."""
+    sys.exit(guarded(lambda: _main(stage, sys.argv[1:])))
+
+
+def main_plain(verb: str, doc: str, schema: type, work: Callable) -> None:
+    """Run a verb that makes no artifact: `work(cfg)` returns the exit code."""
+
+    def run() -> int:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(compose.help_text(verb, doc, schema))
+            return 0
+        return work(compose.compose(verb, sys.argv[1:], schema))
+
+    sys.exit(guarded(run))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Exit code of `work`, with errors a user can mend printed instead of raised."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        if "BOARDWALK_WORKER" not in os.environ:  # else the process that started the workers says it
+            say("interrupted; the same command goes on, from the last checkpoint where there is one")
+        return 130
+    except UserError as error:
+        return _report(error)
+    except Exception as error:
+        room = _no_room(error)
+        if room is None:
+            raise
+        return _report(room)
+
+
+def _report(error: UserError) -> int:
+    """Print the error and return its exit code. Of a machine's worker processes, which often fail together, the first one speaks."""
+    if status := os.environ.get("BOARDWALK_STATUS"):
+        try:
+            with open(status, "x") as file:
+                file.write(str(error.exit_code))
+        except FileExistsError:
+            return error.exit_code
+    print(error, file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _no_room(error: Exception) -> NoRoom | None:
+    """Disk-full, permission and file-in-the-way faults, also where a library wraps them in words of its own."""
+    if isinstance(error, OSError) and error.errno in ROOM:
+        return NoRoom(
+            error.strerror,
+            where=str(error.filename or ""),
+            fix=["free space or fix the permissions, then run the same command again", "outputs=FOLDER_ELSEWHERE"],
+        )
+    if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
+        return NoRoom(str(error), fix="free space or fix the permissions, then run the same command again")
+    return None
+
+
+def _main(stage: Stage, argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(compose.help_text(stage.verb, stage.doc, stage.schema))
+        return 0
+    cfg = compose.compose(stage.verb, [a for a in argv if a != "--settings-only"], stage.schema)
+    run = Run(Path(cfg.outputs) / cfg.run)
+    if "--settings-only" in argv:
+        if stage.early:
+            stage.early(cfg, run)
+        return 0
+    configs = list(stage.each(cfg, run)) if stage.each else [cfg]
+    return max(_one(stage, c, run, argv) for c in configs)
+
+
+def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
+    inputs = stage.find(cfg, run)
+    name = stage.name(cfg, inputs) if stage.name else stage.verb
+    path = run.folder / name
+    settings = cfg.model_dump(mode="json")
+    key = artifact.key_of(stage.verb, stage.version, settings, {role: a.key for role, a in inputs.items()})
+    if artifact.is_finished(path) and not cfg.force:
+        old = artifact.open_artifact(path)
+        if old.key == key:
+            say(f"{name}: up to date, skipped (same settings, same parents; key {key[:12]})")
+            return 0
+        raise Moved(
+            f"'{path}' is finished, but was made otherwise:\n" + "\n".join(f"  {line}" for line in moved(old, stage, settings, inputs)),
+            fix=["force=true makes it again in place", f"{_other_run(stage, inputs)} keeps both", "go back to the old settings"],
+        )
+    begun = artifact.unfinished(path)
+    guards = stage.guards or stage.resumes
+    if begun and guards and begun.key != key and not cfg.force and guards(begun.path):
+        raise Moved(
+            f"'{begun.path}' is an unfinished run that can go on, but it was begun otherwise:\n"
+            + "\n".join(f"  {line}" for line in moved(begun, stage, settings, inputs)),
+            fix=[
+                "go back to the old settings: it goes on",
+                f"{_other_run(stage, inputs)} keeps both",
+                "force=true clears it and starts anew",
+            ],
+        )
+    plan = stage.check(cfg, inputs) if stage.check else []
+    if cfg.dry_run:
+        say(f"{stage.verb}: would make {path}")
+        for role, a in inputs.items():
+            say(f"  from {role}: {a.path} ({a.kind}, {a.stage}, key {a.key[:12]})")
+        for line in plan:
+            say(f"  {line}")
+        return 0
+    if stage.around and "BOARDWALK_WORKER" not in os.environ and (code := stage.around(cfg, argv)) is not None:
+        return code
+    for line in plan:
+        say(f"{name}: {line}")
+    if rank() != 0:
+        stage.run(cfg, inputs, path.with_name(f"{name}.partial"))
+        return 0
+    draft = {"version": stage.version, "settings": settings, "parents": artifact.parent_records(inputs, path.parent)}
+    with artifact.building(path, key, resumes=stage.resumes, draft=draft) as out:
+        start = time.monotonic()
+        metrics = stage.run(cfg, inputs, out)
+        seconds = time.monotonic() - start
+        kind = stage.kind(cfg, inputs) if callable(stage.kind) else stage.kind
+        artifact.seal(
+            out, stage=stage.verb, kind=kind, version=stage.version, settings=settings, inputs=inputs, metrics=metrics, seconds=seconds
+        )
+    done = artifact.open_artifact(path)
+    say(f"{name}: done in {duration(seconds)}, {size(sum(f['size'] for f in done.files.values()))} in {path}")
+    return 0
+
+
+def _other_run(stage: Stage, inputs: dict[str, Artifact]) -> str:
+    """The overrides that do the same work under another name."""
+    first = next(iter(inputs.values()), None)
+    if first is None:
+        return "run=OTHER_NAME"
+    setting = "dataset" if first.kind == "dataset" and "dataset" in stage.schema.model_fields else "source"
+    return "run=OTHER_NAME" + (f" {setting}={first.path}" if setting in stage.schema.model_fields and first.manifest else "")
+
+
+def moved(old: Artifact, stage: Stage, settings: dict, inputs: dict[str, Artifact]) -> list[str]:
+    """One line for each setting, parent or stage version that differs: `tuner.rank 8 -> 16`."""
+    before, after = flatten(old.settings), flatten(settings)
+    lines = [
+        f"{k} {before.get(k, '(not set)')} -> {after.get(k, '(not set)')}"
+        for k in sorted(before.keys() | after.keys())
+        if before.get(k) != after.get(k)
+    ]
+    parents = {p["role"]: p for p in old.manifest["parents"]}
+    for role in sorted(parents.keys() | inputs.keys()):
+        was, now = parents.get(role), inputs.get(role)
+        if not was or not now or was["key"] != now.key:
+            lines.append(f"parent {role}: {_name(was and was['path'], was and was['key'])} -> {_name(now and now.path, now and now.key)}")
+    if old.manifest["version"] != stage.version:
+        lines.append(f"stage version {old.manifest['version']} -> {stage.version}")
+    return lines
+
+
+def _name(path, key) -> str:
+    return f"{path} ({key[:12]})" if key else "(none)"
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are leaves, spelled as JSON."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    return flat

@@ -1,0 +1,183 @@
+"""A model folder as teacher, run by transformers on this machine.
+
+Each answer is drawn by a generator seeded from its request alone, one number a token, so it does not follow from which requests it shares a batch with.
+What may follow from that is the last bits of the logits; with batch_size 1 not even those.
+"""
+
+import asyncio
+import hashlib
+from dataclasses import dataclass
+
+from src.chat import encoding
+from src.core.artifact import Artifact
+from src.core.errors import BadData
+from src.distill.endpoint import Failed, Reply, digest, plain
+from src.distill.pipeline import Request
+from src.models import devices, evaluation, generation
+from src.models.folder import base_of
+from src.models.generation import GREEDY, left_padded
+from src.models.loading import load_any
+from src.models.vocabulary import grow_vocabulary
+from src.settings.teachers import LocalTeacher, TeacherLimits
+
+
+def limits_of(settings: LocalTeacher) -> TeacherLimits:
+    """Of a model of our own: as much at once as it takes, with the next batch ready while one is under way."""
+    return TeacherLimits(
+        concurrency=2 * settings.batch_size,
+        requests_per_minute=None,
+        tokens_per_minute=None,
+        timeout=1.0,
+        tries=3,
+        back_off=0.1,
+        breaker=20,
+    )
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A request on its way into a batch."""
+
+    request: Request
+    seed: int
+    ids: list[int]
+    future: asyncio.Future
+
+
+class Local:
+    """model: an adapter, model or quantized artifact, or a folder made elsewhere. It is known by its content, wherever it lies."""
+
+    def __init__(self, settings: LocalTeacher, model: Artifact):
+        self.settings, self._artifact, self.name = settings, model, f"local@{model.key[:16]}"
+        self._waiting: list[Waiting] = []
+        self._worker: asyncio.Task | None = None
+
+    async def __aenter__(self) -> "Local":
+        device = devices.device()
+        self._model, self._tokenizer = load_any(self._artifact, dtype=evaluation.compute_dtype(device), device=device)
+        encoding.ensure_chat(self._tokenizer)
+        grow_vocabulary(self._model, len(self._tokenizer))
+        self._stops = sorted({encoding.turn_end(self._tokenizer), *generation.stop_ids(self._folder(), self._tokenizer)})
+        self._room = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        if self._worker:
+            await asyncio.gather(self._worker, return_exceptions=True)
+
+    def _folder(self):
+        return base_of(self._artifact) if self._artifact.kind == "adapter" else self._artifact.path
+
+    def key_of(self, request: Request) -> str:
+        return digest(self.name, {}, request)
+
+    def most(self, request: Request) -> tuple[int, int]:
+        """(prompt tokens, tokens) that a request may take at most."""
+        texts = [request.prefix] if request.prefix is not None else [m["content"] for m in request.messages]
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) + 1024, request.max_tokens
+
+    def cost(self, prompt_tokens: int, tokens: int) -> float:
+        return 0.0
+
+    def plain(self, text: str) -> str:
+        return plain(text)
+
+    def learn(self, most: int, prompt_tokens: int) -> bool:
+        return False
+
+    async def send(self, request: Request, seed: int) -> Reply:
+        """Raises Failed where the prompt does not fit or the answer is empty."""
+        ids = self._ids(request)
+        if len(ids) >= self._room:
+            raise Failed("prompt too long", f"{len(ids)} tokens, and the model takes {self._room}", again=False)
+        waiting = Waiting(request, seed, ids, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        reply = await waiting.future
+        if not reply.text.strip() and reply.finish == "stop":
+            raise Failed("empty answer", fault=True, paid=(reply.prompt_tokens, reply.tokens))
+        return reply
+
+    def _ids(self, request: Request) -> list[int]:
+        try:
+            text = request.prefix if request.prefix is not None else encoding.render(self._tokenizer, request.messages, prompt=True)
+        except BadData as error:
+            raise Failed("the chat template refuses it", error.what, again=False) from None
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    async def _work(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[: self.settings.batch_size], self._waiting[self.settings.batch_size :]
+            try:
+                replies = await asyncio.to_thread(self._generate, batch)
+            except BaseException as error:
+                for waiting in batch:
+                    waiting.future.set_exception(error)
+                raise
+            for waiting, reply in zip(batch, replies):
+                waiting.future.set_result(reply)
+
+    def _generate(self, batch: list[Waiting]) -> list[Reply]:
+        import torch
+        from transformers import LogitsProcessorList
+
+        tokenizer = self._tokenizer
+        longest = max(len(w.ids) for w in batch)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._stops[0]
+        with torch.no_grad():
+            out = self._model.generate(
+                **left_padded([w.ids for w in batch], pad, next(self._model.parameters()).device),
+                **GREEDY,
+                max_new_tokens=max(self._limit(w) for w in batch),
+                eos_token_id=self._stops,
+                pad_token_id=pad,
+                logits_processor=LogitsProcessorList([_drawn([_generator(w) for w in batch], [w.request for w in batch])]),
+            )
+        return [self._reply(waiting, row) for waiting, row in zip(batch, out[:, longest:].tolist())]
+
+    def _limit(self, waiting: Waiting) -> int:
+        return min(waiting.request.max_tokens, self._room - len(waiting.ids))
+
+    def _reply(self, waiting: Waiting, row: list[int]) -> Reply:
+        row = row[: self._limit(waiting)]
+        stop = next((k for k, token in enumerate(row) if token in self._stops), None)
+        text = self._tokenizer.decode(row[:stop], skip_special_tokens=True)
+        cut = min((at for at in map(text.find, waiting.request.stop) if at >= 0), default=None)
+        finish = "length" if stop is None and cut is None else "stop"
+        return Reply(text[:cut], "", finish, len(waiting.ids), len(row) if stop is None else stop + 1)
+
+
+def _generator(waiting: Waiting):
+    import torch
+
+    words = hashlib.sha256(f"{waiting.seed} {waiting.ids}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(words[:7], "big"))
+
+
+def _drawn(generators: list, requests: list[Request]):
+    """A logits processor that draws each row's next token by the row's own generator, from temperature and top-p (Holtzman et al. 2019,
+    arXiv:1904.09751), and leaves nothing else to choose."""
+    import torch
+    from transformers import LogitsProcessor
+
+    class Drawn(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            chosen = [_draw(row, generator, request) for row, generator, request in zip(scores, generators, requests)]
+            only = torch.full_like(scores, -torch.inf)
+            only[torch.arange(len(chosen)), chosen] = 0.0
+            return only
+
+    return Drawn()
+
+
+def _draw(scores, generator, request: Request) -> int:
+    import torch
+
+    if request.temperature == 0:
+        return int(scores.argmax())
+    chances, order = (scores.float() / request.temperature).softmax(-1).sort(descending=True, stable=True)
+    sums = chances.double().cumsum(-1).cpu()
+    kept = int((sums - chances.double().cpu() < request.top_p).sum())
+    place = torch.rand((), generator=generator, dtype=torch.float64) * sums[kept - 1]
+    return int(order[min(int(torch.searchsorted(sums, place, right=True)), kept - 1)])

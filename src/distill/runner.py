@@ -1,0 +1,263 @@
+"""A run from its settings: teachers and journal opened, rows through the steps, the files written, or the estimate made."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from src.core.artifact import Artifact
+from src.core.errors import BadData, BudgetSpent, UserError
+from src.core.log import say
+from src.distill import card, sources
+from src.distill.batch import Batches
+from src.distill.dispatch import Line, Sending
+from src.distill.endpoint import Endpoint
+from src.distill.estimate import Estimate, by_root, estimate
+from src.distill.journal import Journal, Total
+from src.distill.limits import Gate, Purse
+from src.distill.output import Aside, Output, keep
+from src.distill.pipeline import Row, Work, check_flows, through
+from src.distill.progress import Progress
+from src.distill.steps import STEPS
+from src.settings.recipes import Asking, Magpie, SelfInstruct
+from src.settings.teachers import EndpointTeacher, LocalTeacher, SameTeacher
+from src.settings.verbs import DistillVerb
+
+JOURNAL = "distill.journal.sqlite"
+READ, KEEP = "read prompts", "keep rows"
+"""the engine's own first and last step; no step of a recipe has a space in its name"""
+
+
+@dataclass
+class Run:
+    """What is open while rows are under way."""
+
+    cfg: DistillVerb
+    sending: Sending
+    purse: Purse
+    journal: Journal
+    work: Work
+    total: int
+
+    @property
+    def steps(self) -> list[str]:
+        return [READ, *self.cfg.recipe.order, KEEP]
+
+    def state(self) -> tuple[int, int, int, int, int, float]:
+        """As Progress wants it. A row has gone through once nothing of it is under work any more."""
+        flows = self.work.flows
+        begun = flows[READ].went if READ in flows else 0
+        under_work = sum(f.came + f.made - f.went - f.aside.total() for f in flows.values())
+        kept = flows[KEEP].went if KEEP in flows else 0
+        aside = sum(f.aside.total() for f in flows.values())
+        gone = max(0, begun - under_work) if begun else kept
+        return gone, self.total, kept, aside, self.purse.tokens, self.purse.money
+
+
+@contextlib.asynccontextmanager
+async def opened(cfg: DistillVerb, inputs: dict[str, Artifact], aside: Aside) -> AsyncIterator[Run]:
+    """Everything a run needs, and an orderly end: what is on its way is waited for, then all is closed."""
+    survey = sources.survey(path_of(cfg), cfg.recipe.takes, cfg.prompts.count, cfg.prompts.on_fault)
+    async with contextlib.AsyncExitStack() as stack:
+        journal = await stack.enter_async_context(Journal(Path(cfg.outputs) / cfg.run / JOURNAL))
+        if cfg.retry_set_aside and (count := await journal.take_back_all()):
+            say(f"distill: asks {count:,} requests anew that were set aside")
+        totals = await journal.totals()
+        purse = Purse(cfg.budget, sum(t.tokens for t in totals.values()), sum(t.money for t in totals.values()))
+        _say_totals(totals)
+        sending = Sending({}, journal, purse, allow_cut_off=cfg.allow_cut_off)
+        for role, teacher in teachers(cfg).items():
+            sending.lines[role] = await _line(teacher, role, inputs, sending, stack)
+        if isinstance(cfg.judge, SameTeacher):
+            sending.lines["judge"] = sending.lines["teacher"]
+        window = max(256, 4 * max(_at_once(line) for line in sending.lines.values()))
+        work = Work(seed=cfg.seed, ask=sending.ask, window=window, on_aside=aside)
+        run = Run(cfg, sending, purse, journal, work, survey.rows or _wanted(cfg))
+        await stack.enter_async_context(Progress(run.state))
+        stack.push_async_callback(sending.drain)
+        yield run
+
+
+def teachers(cfg: DistillVerb) -> dict[str, EndpointTeacher | LocalTeacher]:
+    """{role: teacher} of those that are one of their own."""
+    return {"teacher": cfg.teacher} | ({} if isinstance(cfg.judge, SameTeacher) else {"judge": cfg.judge})
+
+
+def path_of(cfg: DistillVerb) -> Path | None:
+    return Path(cfg.prompts.path) if cfg.prompts.path is not None else None
+
+
+async def _line(
+    teacher: EndpointTeacher | LocalTeacher, role: str, inputs: dict[str, Artifact], sending: Sending, stack: contextlib.AsyncExitStack
+) -> Line:
+    if isinstance(teacher, LocalTeacher):
+        from src.distill.local_model import Local, limits_of
+
+        limits = limits_of(teacher)
+        return Line(await stack.enter_async_context(Local(teacher, inputs[role])), limits, Gate(limits))
+    endpoint = await stack.enter_async_context(Endpoint(teacher))
+    line = Line(endpoint, teacher.limits, Gate(teacher.limits))
+    if teacher.batch:
+        line.batches = await stack.enter_async_context(Batches(endpoint, sending.journal, sending.purse, partial(sending.settle, line)))
+    return line
+
+
+def _at_once(line: Line) -> int:
+    return line.teacher.settings.batch_size if line.batches else line.limits.concurrency
+
+
+def _wanted(cfg: DistillVerb) -> int:
+    """Rows that a recipe without a source makes."""
+    return sum(getattr(step, "rows", 0) for _, step in cfg.recipe.ordered()[:1])
+
+
+def _say_totals(totals: dict[str, Total]) -> None:
+    if not totals:
+        return
+    tokens, money = sum(t.tokens for t in totals.values()), sum(t.money for t in totals.values())
+    lost = sum(t.lost for t in totals.values())
+    say(
+        f"distill: earlier commands sent {sum(t.requests for t in totals.values()):,} requests for {tokens:,} tokens, ${money:,.4f}"
+        + (f"; {lost:,} of them were on their way when a command was killed, and count in full" if lost else "")
+    )
+
+
+async def _read(run: Run) -> AsyncIterator[Row]:
+    """The source's rows."""
+    mine = run.work.at(READ)
+    for row in sources.rows(path_of(run.cfg), run.cfg.recipe.takes, run.cfg.prompts.count):
+        mine.flow.came += 1
+        if isinstance(row, Row):
+            mine.flow.went += 1
+            yield row
+        else:
+            where, fault = row
+            mine.set_aside(Row(where, []), f"malformed: {fault.reason}", str(fault))
+
+
+def steps_of(cfg: DistillVerb) -> list[tuple[str, Callable, object]]:
+    """(name, function, settings) of the recipe's steps."""
+    return [(name, STEPS[settings.kind], settings) for name, settings in cfg.recipe.ordered()]
+
+
+def rows_of(run: Run, steps: list[tuple[str, Callable, object]]) -> AsyncIterator[Row]:
+    """The result's rows, in order."""
+    cost = {line.teacher.name: line.teacher.cost for line in run.sending.lines.values()}
+
+    def price(teacher: str, prompt_tokens: int, tokens: int) -> float:
+        return cost[teacher](prompt_tokens, tokens)
+
+    kept = partial(keep, journal=run.journal, holdout=run.cfg.holdout)
+    return through(_read(run), [*steps, (KEEP, kept, price)], run.work)
+
+
+async def make(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    """Write the dataset into the folder `out` and return its figures."""
+    aside, output = Aside(), Output(out)
+    with contextlib.closing(output):
+        async with opened(cfg, inputs, aside) as run:
+            samples = card.Samples(cfg.samples, run.work.draw("samples"))
+            with told_how_far(run):
+                async with contextlib.aclosing(rows_of(run, steps_of(cfg))) as rows:
+                    async for row in rows:
+                        output.write(row)
+                        samples.offer(row)
+            totals = await run.journal.totals()
+    check_flows(run.work)
+    report(run, output.rows)
+    if not output.rows["train"]:
+        raise BadData("no row is left to train on", where=cfg.prompts.path or cfg.recipe.name, fix="see the counts above")
+    aside.write(out / "set_aside.jsonl", run.steps)
+    samples.write(out / "samples.html", f"{cfg.recipe.name}: samples of {cfg.run}")
+    card.write(out / "README.md", cfg, inputs, run.work, run.steps, output.rows, totals)
+    return figures(run, output.rows, totals)
+
+
+async def guess(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Estimate:
+    """Work on cfg.estimate rows and say what all would cost: rows drawn at random before the first step that asks, since steps before it cost nothing;
+    or, where the recipe makes its own, the first so many."""
+    async with opened(cfg, inputs, Aside()) as run:
+        run.sending.costs, roots, steps = {}, [], steps_of(cfg)
+        with told_how_far(run):
+            if isinstance(making := steps[0][2], SelfInstruct | Magpie):
+                total = making.rows
+                few = (*steps[0][:2], making.model_copy(update={"rows": min(cfg.estimate, total)}))
+                steps = [few, ("note rows", _noted, roots), *steps[1:]]
+            else:
+                first = next((place for place, (_, _, settings) in enumerate(steps) if isinstance(settings, Asking)), len(steps))
+                total = sum([1 async for _ in through(_read(run), steps[:first], run.work)])
+                run.work.clear()
+                places = set(run.work.draw("estimate").sample(range(total), min(cfg.estimate, total)))
+                steps = [*steps[:first], ("draw rows", _drawn, places), ("note rows", _noted, roots), *steps[first:]]
+            async with contextlib.aclosing(rows_of(run, steps)) as rows:
+                async for _ in rows:
+                    pass
+        if not roots:
+            raise BadData("no row came to where teachers are asked", fix="look at the recipe's filters")
+        return estimate(by_root(run.sending.costs, roots), total, run.work.draw("bootstrap"))
+
+
+async def _drawn(rows: AsyncIterator[Row], places: set[int], work: Work) -> AsyncIterator[Row]:
+    place = 0
+    async for row in rows:
+        if place in places:
+            yield row
+        place += 1
+
+
+async def _noted(rows: AsyncIterator[Row], ids: list[str], work: Work) -> AsyncIterator[Row]:
+    async for row in rows:
+        ids.append(row.id)
+        yield row
+
+
+@contextlib.contextmanager
+def told_how_far(run: Run):
+    """What stops a run is told with how far it came."""
+    try:
+        yield
+    except UserError as error:
+        gone, total, kept, aside, tokens, money = run.state()
+        say(
+            f"distill: stopped with {gone:,} of {total:,} rows through, {kept:,} kept, {aside:,} set aside, {tokens:,} tokens, ${money:,.4f} spent"
+        )
+        if isinstance(error, BudgetSpent):
+            raise BudgetSpent(
+                f"{error.what}; {gone:,} of {total:,} rows are done, {total - gone:,} remain",
+                where=str(run.journal.path),
+                fix=[
+                    "the same command with a higher budget.tokens or budget.money goes on",
+                    "prompts.count=N makes a smaller dataset of the first",
+                ],
+            ) from None
+        raise
+
+
+def report(run: Run, rows: dict[str, int]) -> None:
+    """Say what became of the rows."""
+    flows = run.work.flows
+    begun, kept = flows[READ].came if READ in flows else 0, flows[KEEP].went
+    made, aside = sum(f.made for f in flows.values()), sum(f.aside.total() for f in flows.values())
+    splits = ", ".join(f"{count:,} {split}" for split, count in rows.items() if count or split != "preference")
+    say(f"distill: {begun:,} rows in + {made:,} made = {kept:,} kept + {aside:,} set aside; {splits}")
+    for step in run.steps:
+        for reason, count in flows[step].aside.most_common() if step in flows else []:
+            say(f"distill: set aside {count:,} in {step}: {reason}")
+        for name, value in {**run.work.counts.get(step, {}), **run.work.measures.get(step, {})}.items():
+            say(f"distill: {step}: {name} {value:,.4g}" if isinstance(value, float) else f"distill: {step}: {name} {value:,}")
+    say(f"distill: {run.purse.tokens:,} tokens and ${run.purse.money:,.4f} spent over all commands of this run")
+
+
+def figures(run: Run, rows: dict[str, int], totals: dict[str, Total]) -> dict:
+    """The manifest's metrics."""
+    flows, work = run.work.flows, run.work
+    return {
+        **{f"{split}_rows": count for split, count in rows.items()},
+        "steps": {step: {"came": f.came, "made": f.made, "went": f.went, "aside": dict(f.aside)} for step, f in flows.items()},
+        "counts": {step: dict(counts) for step, counts in work.counts.items()},
+        "measures": work.measures,
+        "spent": {
+            name: {"requests": t.requests, "tokens": t.tokens, "money": round(t.money, 9), "lost": t.lost} for name, t in totals.items()
+        },
+    }

@@ -1,0 +1,43 @@
+"""Where a model is computed, and in which dtype, by what the machine has and has room for."""
+
+from src.core.log import say
+
+
+def device() -> str:
+    """cuda where there is a GPU, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def give_back_memory() -> None:
+    """Let go of what nobody holds any more, also of what torch keeps of a GPU's memory for itself."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def device_that_fits(parameters: int) -> str:
+    """cuda where a GPU has room for a model of so many parameters in fp32, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and 1.2 * 4 * parameters < torch.cuda.mem_get_info()[0] else "cpu"
+
+
+def dtype_that_fits(parameters: int, device: str) -> str:
+    """float32 where a model of so many parameters fits the device's free memory twice in it, as one that is loaded may; else auto, as it is stored."""
+    import psutil
+    import torch
+
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    return "float32" if 2 * 4 * parameters < free else "auto"
+
+
+def say_device(name: str) -> None:
+    import torch
+
+    say(f"device: {torch.cuda.get_device_name()}" if name == "cuda" else f"device: CPU, {torch.get_num_threads()} threads")

@@ -1,0 +1,80 @@
+"""What is measured of a model on this machine: the loss over validation rows, token by token, and greedy answers."""
+
+import math
+
+from src.chat import encoding
+from src.core.errors import BadData, MissingInput
+from src.core.log import progress, warn
+from src.models import generation
+from src.settings.verbs import Evaluation
+
+
+def compute_dtype(device: str) -> str:
+    """fp32 on a CPU, where it is the fastest and exact; on a GPU the stored dtype."""
+    return "auto" if device == "cuda" else "float32"
+
+
+def encode_all(records: list[dict], tokenizer, end: int, max_length: int) -> list[encoding.Encoded]:
+    """Validation records as token ids and labels; those longer than max_length tokens are left out, and counted."""
+    rows, long = [], 0
+    for record in records:
+        try:
+            encoded = encoding.encode(tokenizer, record["messages"], record.get("tools"), end=end)
+        except BadData as error:
+            raise BadData(error.what, where=f"record '{record['id']}'") from None
+        if len(encoded.input_ids) > max_length:
+            long += 1
+        else:
+            rows.append(encoded)
+    if long:
+        warn(f"left out {long} of {len(records)} validation rows longer than evaluation.max_length={max_length}")
+    if not rows:
+        raise MissingInput("no validation row is within evaluation.max_length", fix="raise evaluation.max_length")
+    return rows
+
+
+def measure(model, rows: list, batch_size: int, pad: int, end: int, what: str) -> tuple[dict, list]:
+    """({loss in nats, perplexity, accuracy, tokens} over trained tokens and the share of turn ends predicted, per row the top-1 token at each)."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    device = next(model.parameters()).device
+    loss = hits = tokens = turns = ended = 0
+    top = [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for batch in progress(batches, f"measuring {what}"):
+        longest = len(rows[batch[0]].input_ids)
+        ids = torch.tensor([rows[i].input_ids + [pad] * (longest - len(rows[i].input_ids)) for i in batch], device=device)
+        labels = torch.tensor([rows[i].labels + [encoding.IGNORE] * (longest - len(rows[i].labels)) for i in batch], device=device)[:, 1:]
+        mask = torch.tensor([[1] * len(rows[i].input_ids) + [0] * (longest - len(rows[i].input_ids)) for i in batch], device=device)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        for k, i in enumerate(batch):
+            kept = labels[k] != encoding.IGNORE
+            chosen, wanted = logits[k][kept].float(), labels[k][kept]
+            loss += cross_entropy(chosen, wanted, reduction="sum").double().item()
+            top[i] = chosen.argmax(-1).cpu()
+            hits += (top[i] == wanted.cpu()).sum().item()
+            tokens += len(wanted)
+            ends = wanted.cpu() == end
+            turns += ends.sum().item()
+            ended += (top[i][ends] == end).sum().item()
+    mean = loss / tokens
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700)),
+        "accuracy": hits / tokens,
+        "tokens": tokens,
+        "turns_ended": ended / max(turns, 1),
+    }, top
+
+
+def answer(model, tokenizer, prompts: list, evaluation: Evaluation, end: int) -> list[dict]:
+    """A row for each (messages, tools): prompt, greedy answer, and whether its turn was ended."""
+    found = []
+    for begin in range(0, len(prompts), evaluation.batch_size):
+        batch, tools = zip(*prompts[begin : begin + evaluation.batch_size])
+        texts = generation.greedy(model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, end=end, tools=tools)
+        found += [{"prompt": p[-1]["content"], "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
+    return found

@@ -1,0 +1,148 @@
+"""A model's folder: where it is, whether it is whole and safe to load, what it says of itself. Nothing is loaded."""
+
+import contextlib
+from pathlib import Path
+
+from src.core.artifact import Artifact
+from src.core.errors import BadData, MissingInput, WrongKind
+from src.core.files import AGAIN, read_json
+from src.core.log import say
+from src.models import safetensors_io
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+LFS = b"version https://git-lfs.github.com/spec/v1"
+
+
+def locate(path: str, revision: str | None = None, *, download: bool = True, allow_pickle: bool = False) -> Path:
+    """The local folder of a model named by a folder or by a hub id such as Qwen/Qwen2.5-0.5B-Instruct, which is downloaded once.
+
+    download: False looks only at what was downloaded before. Raises MissingInput when it is neither, or the hub cannot be reached.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise MissingInput(
+            "no such model folder", where=path, fix="give a folder that holds config.json, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = [
+        "*.json",
+        "*.safetensors",
+        "*.model",
+        "*.txt",
+        "*.jinja",
+        "*.py",
+        "*.cu",
+        "*.cpp",
+        "*.tiktoken",
+        *(["*.bin"] if allow_pickle else []),
+    ]
+    if not download:
+        say(f"looks for {path} among the models downloaded before, since a dry run downloads nothing")
+    with _user_fault(
+        (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError),
+        f"no folder '{path}' here, and the hub did not give a model of that name",
+        path,
+    ):
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, local_files_only=not download))
+
+
+@contextlib.contextmanager
+def _user_fault(errors, what: str, where: str, fix: str = "check the name, the network and, for gated models, HF_TOKEN"):
+    try:
+        yield
+    except errors as error:
+        raise MissingInput(f"{what}: {str(error).strip().splitlines()[0]}", where=where, fix=fix) from error
+
+
+def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> dict:
+    """Look at a model folder without loading it and return its config.
+
+    Raises MissingInput where files are missing or are Git LFS pointers, BadData where they are damaged, WrongKind for pickled weights or custom code that were not allowed.
+    """
+    config = read_json(path / "config.json")
+    index = path / "model.safetensors.index.json"
+    named = read_json(index).get("weight_map") if index.is_file() else {"": WEIGHTS[0]}
+    if not isinstance(named, dict) or not named or not all(isinstance(n, str) and Path(n).name == n for n in named.values()):
+        raise BadData("its weight_map does not name the files beside it", where=str(index), fix=AGAIN)
+    files = sorted(set(named.values()))
+    if not any((path / name).is_file() for name in WEIGHTS):
+        if not any((path / name).is_file() for name in PICKLES):
+            raise MissingInput(
+                "the folder has a config.json but no weights",
+                where=str(path),
+                fix="it needs model.safetensors, or its shards with model.safetensors.index.json",
+            )
+        if not allow_pickle:
+            raise WrongKind(
+                "the weights are a pickle (pytorch_model.bin), which can run any code when loaded",
+                where=str(path),
+                fix=["use a safetensors version of the model", "model.allow_pickle=true if you trust its maker"],
+            )
+        files = []
+    for shard in files:
+        file = path / shard
+        if not file.is_file():
+            raise MissingInput(f"weight file '{shard}' is missing", where=str(path), fix="copy or download it again")
+        with open(file, "rb") as stream:
+            if stream.read(len(LFS)) == LFS:
+                raise MissingInput(
+                    f"'{shard}' is a Git LFS pointer, not the weights", where=str(path), fix="run `git lfs pull` in that repository"
+                )
+    if files:
+        safetensors_io.entries(path)
+    if config.get("auto_map") and not trust_remote_code:
+        raise WrongKind(
+            "the model brings Python code of its own",
+            where=str(path / "config.json"),
+            fix="model.trust_remote_code=true runs it, if you have read it and trust it",
+        )
+    return config
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raises MissingInput where a folder holds no tokenizer file of any kind."""
+    if not any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken", "tokenizer_config.json")
+    ):
+        raise MissingInput(
+            "the folder has no tokenizer",
+            where=str(path),
+            fix=f"python -m src.aux_files source=BASE_MODEL target={path} copies it from the base model",
+        )
+
+
+def has_tokenizer(path: Path) -> bool:
+    return (path / "tokenizer_config.json").is_file()
+
+
+def trust_of(artifact: Artifact) -> bool:
+    """Whether custom code was allowed when this artifact's model was trained."""
+    return _allowed(artifact, "trust_remote_code")
+
+
+def _allowed(artifact: Artifact, what: str) -> bool:
+    """Whether a setting of the model group was true for this artifact or for one it was made from."""
+    records = [artifact.manifest or {}, *(artifact.manifest or {}).get("ancestors", {}).values()]
+    return any((r.get("settings", {}).get("model") or {}).get(what) for r in records)
+
+
+def base_of(adapter: Artifact) -> Path:
+    """The folder of the model an adapter was trained on: from its manifest, or from adapter_config.json for one made elsewhere."""
+    if parent := adapter.parent("model"):
+        path = adapter.path_of(parent)
+    else:
+        path = Path(read_json(adapter.path / "adapter_config.json").get("base_model_name_or_path") or "?")
+    if not path.is_dir():
+        raise MissingInput("the adapter's base model is not where it was", where=str(path), fix="base=FOLDER names its new place")
+    return path
+
+
+def stored_dtype(path: Path) -> str:
+    """The dtype a folder's config names for its weights; float32 where it names none."""
+    config = read_json(path / "config.json")
+    return config.get("dtype") or config.get("torch_dtype") or "float32"

@@ -1,0 +1,100 @@
+"""What a model says: greedy answers, logits of given tokens, and the tokens that end a turn, in a tokenizer's files and a model's configuration."""
+
+import json
+from pathlib import Path
+
+from src.chat.encoding import render
+from src.core.files import read_json
+from src.models.vocabulary import vocabulary_rows
+
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+    "max_length": None,
+}
+"""what generate() is told so that nothing in a generation_config.json changes the likeliest answer"""
+
+
+def left_padded(rows: list[list[int]], pad: int, device) -> dict:
+    """input_ids and attention_mask, int64 (rows, longest), of prompts padded on the left, so that all end where their answers begin."""
+    import torch
+
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),
+        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device),
+    }
+
+
+def greedy(
+    model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, end: int, tools: list[list | None] | None = None
+) -> list[tuple[str, bool]]:
+    """Greedy answers to conversations, batched: (text, whether the turn was ended by the stop token). tools: of each conversation, if any."""
+    import torch
+
+    offered = tools or [None] * len(prompts)
+    ids = [tokenizer(render(tokenizer, p, t, prompt=True), add_special_tokens=False).input_ids for p, t in zip(prompts, offered)]
+    stops = sorted({end, *_as_list(model.generation_config.eos_token_id)})
+    longest = max(map(len, ids))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    with torch.no_grad():
+        out = model.generate(
+            **left_padded(ids, pad, next(model.parameters()).device),
+            **GREEDY,
+            max_new_tokens=max(1, min(max_new_tokens, room - longest)),
+            eos_token_id=stops,
+            pad_token_id=pad,
+        )
+    answers = []
+    for row in out[:, longest:].tolist():
+        stop = next((k for k, token in enumerate(row) if token in stops), None)
+        answers.append((tokenizer.decode(row[:stop], skip_special_tokens=True), stop is not None and row[stop] == end))
+    return answers
+
+
+def logits(model, rows: list[list[int]] | None = None):
+    """fp32 logits, numpy (tokens, vocabulary), of the given token ids row by row; without any, of the vocabulary's last rows (where added
+    tokens live) and a fixed random draw."""
+    import torch
+
+    if rows is None:
+        size = vocabulary_rows(model)
+        rows = torch.randint(0, size, (2, 32), generator=torch.Generator().manual_seed(0)).tolist()
+        rows.append([i % size for i in range(size - 32, size)])
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([row], device=device), use_cache=False).logits[0].float().cpu() for row in rows]).numpy()
+
+
+def stop_ids(folder: Path, tokenizer) -> list[int]:
+    """Ids that end an answer: generation_config.json's (config.json's without one) and the tokenizer's eos."""
+    path = folder / "generation_config.json"
+    stop = _as_list(read_json(path if path.is_file() else folder / "config.json").get("eos_token_id"))
+    return sorted({*stop, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def write_generation_config(out: Path, source: Path, tokenizer, end: int) -> None:
+    """generation_config.json of the source model, with the turn's stop token first among its stop ids."""
+    path = source / "generation_config.json"
+    config = read_json(path) if path.is_file() else {}
+    config["eos_token_id"] = [end, *(i for i in _as_list(config.get("eos_token_id")) if i != end)]
+    if tokenizer.pad_token_id is not None:
+        config["pad_token_id"] = tokenizer.pad_token_id
+    (out / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_stop_token(config_file: Path, end: int) -> None:
+    """Make the turn's stop token the eos of a config.json; board runtimes read it there."""
+    config = read_json(config_file)
+    if config.get("eos_token_id") != end:
+        config["eos_token_id"] = end
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _as_list(value) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]

@@ -1,0 +1,292 @@
+"""A client of OpenAI-compatible servers (axllm serve, llama.cpp's server, vLLM): served models, streamed greedy chat, log-probabilities of given tokens.
+
+The protocol is OpenAI's chat completions with server-sent events (https://platform.openai.com/docs/api-reference/chat-streaming); events follow the
+HTML standard's server-sent events. No redirect is followed and no proxy asked, so prompts and the key reach the host that was named and no other.
+"""
+
+import contextlib
+import http.client
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from src.core.errors import ConfigError, NoAnswer
+from src.core.log import say
+from src.serving.protocol import AGAIN, BUSY, LARGEST, LONGEST_TOKEN, NOT_OPENAI, START, Echo, Refused, Reply, _wait, api_of, message_of
+
+# Ways to ask for an answer, richest first; a server that refuses one gets the next. vLLM would otherwise take sampling defaults, such as
+# repetition_penalty 1.05, from the model's generation_config.json (vLLM's --generation-config auto). llama.cpp would otherwise keep the prompts of
+# an earlier evaluation (cache_prompt), and so seem quicker to the first token than it is. Each ignores what it does not know.
+FORMS = (
+    {"stream": True, "stream_options": {"include_usage": True}, "repetition_penalty": 1.0, "cache_prompt": False},
+    {"stream": True},
+    {},
+)
+DOES_NOT_KNOW = (400, 415, 422, 501)
+"""statuses that a server gives to settings it does not take"""
+
+
+class Client:
+    """Requests to one server, each over a connection of its own, with the time it took.
+
+    url: with or without /v1 at its end. timeout: seconds the server may be silent. key: sent as a bearer token, never shown.
+    """
+
+    def __init__(self, url: str, *, timeout: float, key: str | None = None):
+        self.url, self.timeout = api_of(url), timeout
+        self._parts, self._key, self._form = urlsplit(self.url), key or None, None
+        self._open_now, self._lock, self._told = set(), threading.Lock(), set()
+        if self._key and not (self._key.isascii() and self._key.isprintable() and " " not in self._key):
+            raise ConfigError("OPENAI_API_KEY holds spaces or characters that no key has", fix=["set it again", "unset OPENAI_API_KEY"])
+
+    def models(self) -> list[dict]:
+        """What GET /models lists, each with an `id`; raises NoAnswer, Refused where the server has no such list."""
+        with self._asked("GET", "/models") as (response, _):
+            listed = self._json(self._read(response))
+        with self._shaped(listed):
+            return [entry for entry in listed["data"] if entry["id"].encode()]
+
+    def chat(self, model: str, messages: list[dict], tools: list | None, *, max_tokens: int) -> Reply:
+        """The greedy answer to a conversation. Raises Refused where the server refuses it, NoAnswer where it fails."""
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0} | ({"tools": tools} if tools else {})
+        refusal = None
+        for form in FORMS if self._form is None else [self._form]:
+            try:
+                reply = self._chat(body | form, max_tokens)
+            except Refused as error:
+                if error.status not in DOES_NOT_KNOW:
+                    raise
+                refusal = error
+                continue
+            if refusal and self._form is None:
+                without = "streaming" if not form else "stream_options (token counts), repetition_penalty or cache_prompt"
+                self._say_once(f"endpoint: it refuses {without} (HTTP {refusal.status}), asked without from here on")
+            self._form = form
+            return reply
+        raise refusal
+
+    def echo(self, model: str, ids: list[int]) -> Echo:
+        """Log-probabilities of token ids by /completions with echo, as vLLM and OpenAI's legacy API have it; raises NoAnswer where there are none.
+
+        max_tokens is 1, since 0 means "without limit" to some servers; what is generated stands behind the given tokens and is left out.
+        """
+        asked = {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
+        with self._asked("POST", "/completions", _completion(model, ids) | asked) as (response, _):
+            given = self._json(self._read(response))
+        with self._shaped(given):
+            found = given["choices"][0].get("logprobs") or {}
+            names, values, tops = (found.get(k) or [] for k in ("tokens", "token_logprobs", "top_logprobs"))
+            if not len(ids) <= len(names) == len(values) == len(tops) <= len(ids) + 1:
+                raise NoAnswer("it gives none of a prompt's tokens", where=self.url)
+            names = ["".join(name) for name in names]
+            best = [max(top, key=top.get) if top else None for top in tops]
+            values = [None if v is None else float(v) for v in values]
+        return Echo(names[: len(ids)], values[: len(ids)], best[: len(ids)])
+
+    def following(self, model: str, ids: list[int], count: int) -> dict[int, float]:
+        """{token id: log-probability} of the `count` likeliest tokens after these, as llama.cpp's server gives them; raises NoAnswer where there are none.
+
+        The server must have read as many tokens as it was given: one that puts a token of its own first is refused.
+        """
+        with self._asked("POST", "/completions", _completion(model, ids) | {"logprobs": count}) as (response, _):
+            given = self._json(self._read(response))
+        with self._shaped(given):
+            found = (given["choices"][0].get("logprobs") or {}).get("content") or []
+            likeliest = {entry["id"]: float(entry["logprob"]) for entry in (found[0]["top_logprobs"] if found else []) if "id" in entry}
+            read = (given.get("usage") or {}).get("prompt_tokens")
+        if not likeliest:
+            raise NoAnswer("it gives none of the next token's by id", where=self.url)
+        if read != len(ids):
+            raise NoAnswer(f"it read {read} tokens where {len(ids)} were given", where=self.url)
+        return likeliest
+
+    def close(self) -> None:
+        """End every request under way, from whichever thread."""
+        with self._lock:
+            for sock in self._open_now:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def _chat(self, body: dict, max_tokens: int) -> Reply:
+        text, length, finish, usage, first, pieces, reasoned = [], 0, None, {}, None, 0, False
+        with self._asked("POST", "/chat/completions", body) as (response, start):
+            streamed = "event-stream" in response.headers.get("Content-Type", "")
+            progressed = start
+            for event in self._events(response) if streamed else [self._json(self._read(response))]:
+                now = time.monotonic()
+                with self._shaped(event):
+                    if event.get("error"):
+                        raise NoAnswer("the server failed in the middle of an answer", where=f"{self.url}: {self._plain(event['error'])}")
+                    usage = event.get("usage") or usage
+                    for choice in event["choices"][:1] if streamed else [event["choices"][0]]:
+                        part = (choice.get("delta") or {}) if streamed else choice["message"]
+                        finish = choice.get("finish_reason") or finish
+                        thought = part.get("reasoning_content") or part.get("reasoning")
+                        if part.get("content") or thought or part.get("tool_calls"):
+                            first, pieces, progressed = first or now, pieces + 1, now
+                        text.append("".join(part.get("content") or ""))
+                        length += len(text[-1])
+                        reasoned = reasoned or bool(thought)
+                    counts = [n if isinstance(n := usage.get(k), int) else None for k in ("prompt_tokens", "completion_tokens")]
+                    cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+                    if length > LONGEST_TOKEN * max_tokens:
+                        raise NoAnswer(
+                            f"the server goes on long after max_tokens={max_tokens}", where=self.url, fix="use a server that keeps it"
+                        )
+                if now - progressed > self.timeout:
+                    raise TimeoutError
+            end = time.monotonic()
+        if finish is None and streamed:
+            raise NoAnswer(f"the stream was cut off after {pieces} pieces, before a finish_reason", where=self.url, fix=AGAIN)
+        # An emoji may come as two halves of a surrogate pair, in two pieces; a half that stays alone cannot be written to a file.
+        whole = "".join(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return Reply(whole, finish == "stop", end - start, first - start if first and streamed else None, pieces, *counts, cached, reasoned)
+
+    @contextlib.contextmanager
+    def _asked(self, method: str, path: str, body: dict | None = None) -> Iterator[tuple[http.client.HTTPResponse, float]]:
+        """An open reply of status 200 and the moment its request began, the connection being made; waits for a busy server, within the timeout."""
+        waited, tries = 0.0, 0
+        headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream", "Connection": "close"}
+        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        while True:
+            secure = self._parts.scheme == "https"
+            connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(
+                self._parts.hostname, self._parts.port, timeout=self.timeout
+            )
+            sock = None
+            try:
+                connection.connect()
+                sock = connection.sock
+                with self._lock:
+                    self._open_now.add(sock)
+                start = time.monotonic()
+                connection.request(method, self._parts.path + path, json.dumps(body).encode() if body else None, headers)
+                response = connection.getresponse()
+                if response.status == 200:
+                    with contextlib.closing(response):
+                        yield response, start
+                    return
+                refusal, wait = self._refusal(response), _wait(response.headers.get("Retry-After"), tries)
+            except TimeoutError:
+                raise NoAnswer(
+                    f"the server was silent for {self.timeout:g} s",
+                    where=self.url + path,
+                    fix=["endpoint.timeout=SECONDS waits longer", "look at the server's log"],
+                ) from None
+            except ConnectionRefusedError:
+                raise NoAnswer("nothing listens there", where=self.url, fix=START) from None
+            except ssl.SSLError as error:
+                raise NoAnswer(
+                    f"no secure connection: {error.reason or error}", where=self.url, fix="http:// for a server without TLS"
+                ) from None
+            except (OSError, http.client.HTTPException, UnicodeError) as error:
+                told = self._plain(str(error)) or type(error).__name__
+                raise NoAnswer(f"no connection, or it broke: {told}", where=self.url, fix=[AGAIN, *START]) from None
+            finally:
+                connection.close()
+                with self._lock:
+                    self._open_now.discard(sock)
+            if refusal.status not in BUSY or waited + wait > self.timeout:
+                raise refusal
+            self._say_once(f"endpoint: busy (HTTP {refusal.status}), asked again in {wait:g} s, for up to {self.timeout:g} s a request")
+            time.sleep(wait)
+            waited, tries = waited + wait, tries + 1
+
+    def _refusal(self, response: http.client.HTTPResponse) -> Refused:
+        """The error a status other than 200 means, with the server's own words."""
+        status = response.status
+        if 300 <= status < 400:
+            to = urlsplit(response.headers.get("Location", ""))
+            place = f"{to.scheme}://{to.hostname}{to.path}" if to.hostname else to.path
+            what, fix = (
+                f"the server sends us on to {self._plain(place)}, which is not followed",
+                "if you trust that address, give it as endpoint.url",
+            )
+        elif status in (401, 403):
+            what = f"the server refuses {'the key in OPENAI_API_KEY' if self._key else 'requests without a key'} (HTTP {status})"
+            fix = "export OPENAI_API_KEY=... with the key it wants"
+        elif status in BUSY:
+            what, fix = f"the server stays busy (HTTP {status})", "endpoint.timeout=SECONDS waits longer"
+        else:
+            what, fix = (
+                f"the server answers HTTP {status}",
+                "look at the server's log, and whether endpoint.url is an OpenAI-compatible API",
+            )
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            body = response.read(4096).decode(errors="replace").strip()
+            what += f": {self._plain(message_of(body))}" if body else ""
+        error = Refused(what, where=self.url, fix=fix)
+        error.status = status
+        return error
+
+    def _events(self, response: http.client.HTTPResponse) -> Iterator[dict]:
+        """The JSON of each server-sent event, until [DONE] or the end."""
+        data, read = [], 0
+        while line := response.readline(LARGEST):
+            read += len(line)
+            if read > LARGEST:
+                raise NoAnswer(f"the reply is larger than {LARGEST >> 20} MiB", where=self.url)
+            field, _, value = line.decode(errors="replace").rstrip("\r\n").partition(":")
+            if field == "data" and value.strip() == "[DONE]":
+                return
+            if field == "data":
+                data.append(value)
+            elif field == "error":  # llama.cpp's server until 2025
+                yield {"error": value.strip()}
+            elif not field and data:
+                yield self._json("\n".join(data))
+                data = []
+            elif field.startswith("{"):
+                raise NoAnswer("the stream is not made of server-sent events", where=f"{self.url}: {self._plain(field + value)}")
+            elif not field:
+                yield {"choices": []}  # a comment or an empty line: the caller looks at the clock
+        if data:
+            yield self._json("\n".join(data))
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        parts, size, start = [], 0, time.monotonic()
+        while part := response.read1(1 << 16):
+            parts.append(part)
+            size += len(part)
+            if size > LARGEST:
+                raise NoAnswer(f"the reply is larger than {LARGEST >> 20} MiB", where=self.url)
+            if time.monotonic() - start > self.timeout:
+                raise TimeoutError
+        return b"".join(parts)
+
+    def _json(self, data: str | bytes):
+        """A reply's JSON, without the key where the server repeats it, for it goes into reports."""
+        text = data if isinstance(data, str) else data.decode(errors="replace")
+        try:
+            return json.loads(text.replace(self._key, "***") if self._key else text)
+        except (ValueError, RecursionError):
+            raise NoAnswer("the reply is not JSON", where=f"{self.url}: {self._plain(text)}", fix=NOT_OPENAI) from None
+
+    @contextlib.contextmanager
+    def _shaped(self, value) -> Iterator[None]:
+        """Reads a reply that may be of any shape."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            raise NoAnswer("the reply is not of OpenAI's form", where=f"{self.url}: {self._plain(value)}", fix=NOT_OPENAI) from None
+
+    def _plain(self, value) -> str:
+        """A server's words for a person: one line, at most 300 characters, nothing that steers a terminal, and never the key."""
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = text.replace(self._key, "***") if self._key else text
+        return "".join(c if c.isprintable() else " " for c in text)[:300].strip()
+
+    def _say_once(self, line: str) -> None:
+        with self._lock:
+            new = line not in self._told
+            self._told.add(line)
+        if new:
+            say(line)
+
+
+def _completion(model: str, ids: list[int]) -> dict:
+    return {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0}

@@ -1,0 +1,326 @@
+"""What can be measured of a model behind an endpoint: its greedy answers and their speed, how far they are those of a local model, and, where the
+server gives log-probabilities of given tokens, the loss over the very tokens that a local evaluation counts.
+"""
+
+import contextlib
+import json
+import math
+import statistics
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from src.chat.encoding import IGNORE, render
+from src.core.errors import ConfigError, NoAnswer
+from src.core.log import progress, say, warn
+from src.serving.client import Client
+from src.serving.protocol import BUSY, Refused
+
+RECEIVED = "received.jsonl"
+"""answers as they arrive; an interrupted evaluation goes on from them"""
+FOR_ALL = (*range(300, 400), 401, 403, 404, *BUSY)
+"""statuses that concern every request, not the one prompt they came for"""
+FEW, ALL = 20, 1 << 18
+"""next tokens asked for: those that hold nearly every wanted one, and more than any vocabulary has"""
+DESCRIBED = 4000
+"""bytes that a report keeps of the server's description of its model"""
+
+
+def choose(client: Client, wanted: str | None) -> tuple[str, dict]:
+    """(the model's name, the server's own description of it): the one wanted, or the only one served."""
+    try:
+        entries = {entry["id"]: entry for entry in client.models()}
+    except Refused as error:
+        if error.status not in (404, 405, 501):
+            raise
+        if wanted is None:
+            error.fix.append("endpoint.model=NAME, for a server that does not list its models")
+            raise
+        return wanted, {"id": wanted}
+    if wanted is None and len(entries) != 1:
+        raise ConfigError(
+            f"the endpoint serves {len(entries)} models: {_names(entries)}", where=client.url, fix="endpoint.model=NAME chooses one"
+        )
+    name = next(iter(entries)) if wanted is None else wanted
+    if name not in entries:
+        raise ConfigError(
+            f"the endpoint does not serve '{name}', but {_names(entries)}", where=client.url, fix="endpoint.model=NAME of these"
+        )
+    entry = entries[name]
+    try:
+        short = len(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) <= DESCRIBED
+    except ValueError:  # NaN, infinity or half a character, which no manifest can hold
+        short = False
+    return name, entry if short else {"id": name}
+
+
+def _names(entries: Iterable[str]) -> str:
+    shown = [repr(name[:80]) for name in list(entries)[:10]]
+    return ", ".join(shown) + (", ..." if len(list(entries)) > 10 else "") or "none"
+
+
+def ask(client: Client, model: str, prompts: list[tuple], out: Path, *, max_tokens: int, workers: int, anew: bool) -> list[dict]:
+    """A row for each (messages, tools): prompt, answer, ended, and its times in seconds and token counts; or its error, where that prompt was refused.
+
+    Answers are kept in out/received.jsonl as they arrive, and those of an interrupted evaluation are taken from it unless `anew`; the caller
+    removes it with the report written.
+    Raises NoAnswer where the endpoint fails as a whole, or refuses every prompt.
+    """
+    journal, lock = out / RECEIVED, threading.Lock()
+    kept = {} if anew else _received(journal, model)
+    if kept:
+        say(f"endpoint: {len(kept)} of {len(prompts)} answers kept from before the interruption")
+    journal.write_text("".join(_line(model, i, row) for i, row in kept.items()), encoding="utf-8")
+
+    def one(i: int) -> dict:
+        if i in kept:
+            return kept[i]
+        messages, tools = prompts[i]
+        row = {"prompt": messages[-1]["content"], "answer": "", "ended": False}
+        try:
+            reply = client.chat(model, messages, tools, max_tokens=max_tokens)
+        except Refused as error:
+            if error.status in FOR_ALL:
+                raise
+            return row | {"error": error.what}
+        row |= {
+            "answer": reply.text,
+            "ended": reply.ended,
+            "first_token_seconds": reply.first,
+            "seconds": reply.seconds,
+            "pieces": reply.pieces,
+        }
+        row |= {
+            "prompt_tokens": reply.prompt_tokens,
+            "answer_tokens": reply.tokens,
+            "cached_tokens": reply.cached,
+            "reasoned": reply.reasoned,
+        }
+        with lock, open(journal, "a", encoding="utf-8") as file:
+            file.write(_line(model, i, row))
+        return row
+
+    rows = list(progress(_each(one, range(len(prompts)), workers, client), "asking", len(prompts)))
+    errors = [row["error"] for row in rows if "error" in row]
+    if errors and len(errors) == len(rows):
+        raise NoAnswer(
+            f"each of the {len(rows)} prompts failed, the first so: {errors[0]}", where=client.url, fix="look at the server's log"
+        )
+    if errors:
+        warn(f"{len(errors)} of {len(rows)} prompts failed, the first so: {errors[0]}")
+    if any(row.get("reasoned") for row in rows):
+        say("endpoint: the server keeps reasoning apart; it is timed and counted, but no part of the answers")
+    return rows
+
+
+def _line(model: str, i: int, row: dict) -> str:
+    return json.dumps({"model": model, "index": i, "row": row}) + "\n"
+
+
+def _received(journal: Path, model: str) -> dict[int, dict]:
+    """{prompt's index: row} of the whole lines of a journal that an interrupted evaluation of this model left."""
+    rows = {}
+    for line in open(journal, encoding="utf-8", errors="replace") if journal.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off or damaged is asked for again
+            entry = json.loads(line)
+            if entry["model"] == model:
+                rows[int(entry["index"])] = entry["row"] | {}
+    return rows
+
+
+def _each(work: Callable, items: Iterable, workers: int, client: Client) -> Iterator:
+    """work(item) for each, in order, so many at a time; the first failure, or Ctrl-C, ends those under way too."""
+    if workers == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield from pool.map(work, items)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            client.close()
+            raise
+
+
+def speed(rows: list[dict], tokenizer=None) -> dict:
+    """Figures over the prompts that were answered: medians of seconds to the first token (and its 90th percentile), of tokens per second after it,
+    and of seconds to the end; sums of tokens, the turn's end counted as one. What the server's replies do not allow is left out, and said.
+
+    Tokens are the server's count, else the tokenizer's. Between the first piece of text and the last event all tokens but the first are made.
+    """
+    good = [row for row in rows if "error" not in row]
+    found = {"prompts": len(rows), "errors": len(rows) - len(good)}
+    if not good:
+        return found
+    found |= {
+        "answers_ended": sum(row["ended"] for row in good) / len(good),
+        "answer_seconds": statistics.median(r["seconds"] for r in good),
+    }
+    if all(row["prompt_tokens"] is not None for row in good):
+        found["prompt_tokens"] = sum(row["prompt_tokens"] for row in good)
+        if cached := sum(row["cached_tokens"] for row in good):
+            found["cached_tokens"] = cached
+            warn(
+                f"the server had {cached} of {found['prompt_tokens']} prompt tokens in its cache; the first token of a new prompt comes later"
+            )
+    counts = [row["answer_tokens"] for row in good]
+    if None in counts:
+        say(
+            "endpoint: it counts no tokens"
+            + (", so the local tokenizer does" if tokenizer else ", and there is no local tokenizer to do so")
+        )
+        counts = [len(tokenizer(r["answer"], add_special_tokens=False).input_ids) + r["ended"] for r in good] if tokenizer else None
+    if counts:
+        found["answer_tokens"] = sum(counts)
+    firsts = sorted(row["first_token_seconds"] for row in good if row["first_token_seconds"] is not None)
+    in_one_piece = counts and all(row["pieces"] <= 1 for row in good) and any(n > 2 for n in counts)
+    if not firsts or in_one_piece:
+        why = "sends each answer in one piece" if firsts else "does not stream"
+        say(f"endpoint: it {why}, so time to first token and speed after it cannot be measured")
+        return found
+    found |= {"first_token_seconds": statistics.median(firsts), "first_token_seconds_p90": firsts[math.ceil(0.9 * len(firsts)) - 1]}
+    pairs = [(n - 1, r["seconds"] - r["first_token_seconds"]) for n, r in zip(counts or [], good) if r["first_token_seconds"] is not None]
+    rates = [n / seconds for n, seconds in pairs if n > 0 and seconds > 0]
+    return found | ({"tokens_per_second": statistics.median(rates)} if rates else {})
+
+
+def likeness(rows: list[dict], local: list[dict], tokenizer) -> dict:
+    """Shares over the prompts answered: of answers equal to the local model's, and, on average, of tokens up to the first that differs (of the longer)."""
+    pairs = [(a, b) for a, b in zip(rows, local) if "error" not in a]
+    shares = []
+    for a, b in pairs:
+        ids = [tokenizer(row["answer"], add_special_tokens=False).input_ids for row in (a, b)]
+        same = next((k for k, (x, y) in enumerate(zip(*ids)) if x != y), min(map(len, ids)))
+        shares.append(same / max(*map(len, ids), 1))
+    same = sum(a["answer"] == b["answer"] and a["ended"] == b["ended"] for a, b in pairs)
+    return {"same_answers": same / len(pairs), "same_leading_tokens": sum(shares) / len(pairs)} if pairs else {}
+
+
+def in_words(metrics: dict) -> str:
+    """The figures of `speed` and `likeness` in a line."""
+    parts = [
+        f"{metrics['prompts'] - metrics['errors']} of {metrics['prompts']} prompts answered, {metrics['answers_ended']:.0%} with a turn's end"
+    ]
+    if "first_token_seconds" in metrics:
+        parts.append(f"first token after {metrics['first_token_seconds']:.3f} s (p90 {metrics['first_token_seconds_p90']:.3f})")
+    if "tokens_per_second" in metrics:
+        parts.append(f"then {metrics['tokens_per_second']:.1f} tokens/s")
+    if "same_answers" in metrics:
+        parts.append(
+            f"{metrics['same_answers']:.0%} of the answers as the local model's, {metrics['same_leading_tokens']:.0%} of the tokens before they part"
+        )
+    return ", ".join(parts)
+
+
+def agreement(top: list[list[str]], local: list, tokenizer) -> float:
+    """Share of trained places where the endpoint's likeliest token (by name) is the local model's (by id)."""
+    pairs = [(name, token) for row, ids in zip(top, local) for name, token in zip(row, ids.tolist())]
+    return sum(name in names(tokenizer, token) for name, token in pairs) / max(len(pairs), 1)
+
+
+def compare_prompts(rows: list[dict], tokenizer, prompts: list[tuple]) -> dict:
+    """Share of prompts that the server turned into as many tokens as the local template does; less than all means another template."""
+    lengths = [len(tokenizer(render(tokenizer, m, tools, prompt=True), add_special_tokens=False).input_ids) for m, tools in prompts]
+    pairs = [(row["prompt_tokens"], n) for row, n in zip(rows, lengths) if row.get("prompt_tokens") is not None]
+    if other := [(a, b) for a, b in pairs if a != b]:
+        warn(
+            f"{len(other)} of {len(pairs)} prompts have other lengths at the endpoint than by the local chat template, such as {other[0][0]} tokens for "
+            f"{other[0][1]}: it renders conversations differently"
+        )
+    return {"prompts_same_length": 1 - len(other) / len(pairs)} if pairs else {}
+
+
+def score(client: Client, model: str, rows: list, tokenizer, end: int, workers: int) -> tuple[dict, list, list[int]] | None:
+    """The metrics of a local evaluation (loss in nats, perplexity, accuracy, tokens, turns_ended) over the trained tokens of encoded rows.
+
+    Returns (metrics, per row the name of the likeliest token at each trained place, indices of the rows measured); None, with the reason said,
+    where the server gives no log-probabilities of given tokens in either way, or not of these. Rows it refuses are left out, and said.
+    """
+    way = _way(client, model, min(rows, key=lambda row: len(row.input_ids)), tokenizer)
+    if way is None:
+        return None
+    if way is one_at_a_time:
+        say(f"endpoint: it gives log-probabilities of one next token a request; {sum(len(places(row)) for row in rows)} requests follow")
+
+    def one(row):
+        try:
+            return way(client, model, row, tokenizer)
+        except Refused as error:
+            if error.status in FOR_ALL:
+                raise
+            return None
+
+    losses, hits, ends, top, kept = [], [], [], [], []
+    for i, found in enumerate(progress(_each(one, rows, workers, client), "measuring endpoint", len(rows))):
+        if found is None:
+            continue
+        for k, (value, best) in zip(places(rows[i]), found, strict=True):
+            losses.append(-value)
+            hits.append(best in names(tokenizer, rows[i].input_ids[k]))
+            if rows[i].input_ids[k] == end:
+                ends.append(hits[-1])
+        top.append([best for _, best in found])
+        kept.append(i)
+    if len(kept) < len(rows):
+        warn(f"left out {len(rows) - len(kept)} of {len(rows)} validation rows that the endpoint refused, most likely as too long for it")
+    if not losses:
+        return None
+    loss = math.fsum(losses) / len(losses)
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": sum(hits) / len(hits), "tokens": len(losses)}
+    return figures | {"turns_ended": sum(ends) / max(len(ends), 1)}, top, kept
+
+
+def _way(client: Client, model: str, row, tokenizer) -> Callable | None:
+    """The first way in which the server gives this row's log-probabilities; None, with each reason said, where it has none."""
+    reasons = []
+    for way in (by_echo, one_at_a_time):
+        try:
+            way(client, model, row, tokenizer)
+            return way
+        except NoAnswer as error:
+            reasons.append(error.what)
+    reason = "; ".join(dict.fromkeys(reasons))
+    say(f"endpoint: no log-probabilities of given tokens ({reason}), so no loss, perplexity, right-next-token and turn-end figures")
+    return None
+
+
+def places(row) -> list[int]:
+    """Where an encoded row is trained and something comes before."""
+    return [k for k, label in enumerate(row.labels) if k and label != IGNORE]
+
+
+def by_echo(client: Client, model: str, row, tokenizer) -> list[tuple[float, str]]:
+    """(log-probability, name of the likeliest token) at each trained place, all in one request (vLLM). Raises NoAnswer where they are not of this row.
+
+    Each token of the reply must bear the name of ours; a piece of a character has no text of its own (U+FFFD), so its name proves nothing.
+    """
+    echo, ids = client.echo(model, row.input_ids), row.input_ids
+    for k, name in enumerate(echo.names):
+        text = tokenizer.decode([ids[k]])
+        if name not in names(tokenizer, ids[k]) and "\ufffd" not in text:
+            raise NoAnswer(f"token {k + 1} is {name!r:.40} where {text!r:.40} was given", where=client.url)
+    return [_sound(echo.logprobs[k], echo.best[k], k, client) for k in places(row)]
+
+
+def one_at_a_time(client: Client, model: str, row, tokenizer) -> list[tuple[float, str]]:
+    """The same by a request for each place (llama.cpp): of the likeliest few next tokens, or of all where the wanted one is not among them."""
+    found = []
+    for k in places(row):
+        token, next_tokens = row.input_ids[k], client.following(model, row.input_ids[:k], FEW)
+        if token not in next_tokens:
+            next_tokens = client.following(model, row.input_ids[:k], ALL)
+        best = max(next_tokens, key=next_tokens.get)
+        found.append(_sound(next_tokens.get(token), f"token_id:{best}", k, client))
+    return found
+
+
+def _sound(value: float | None, best: str | None, k: int, client: Client) -> tuple[float, str]:
+    if value is None or best is None or not math.isfinite(value) or value > 1e-4:
+        raise NoAnswer(f"token {k + 1} has the log-probability {value}", where=client.url)
+    return value, best
+
+
+def names(tokenizer, token: int) -> set[str]:
+    """What a server may call a token: vLLM's return_tokens_as_token_ids form, its text, or its entry in the vocabulary."""
+    return {f"token_id:{token}", tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)}

@@ -1,0 +1,1 @@
+"""Every setting's type, rule and meaning. Pydantic only."""

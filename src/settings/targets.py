@@ -1,0 +1,162 @@
+"""The settings of every kind of target `deploy` and `plan` know. A board is a file in configs/target, a vendor one class here."""
+
+from functools import reduce
+from operator import or_
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from src.settings.base import Settings, Unkeyed
+
+
+class Board(Settings):
+    """What is known of a device: for estimates and for the question whether a model fits. It changes nothing in a bundle."""
+
+    npu_memory: PositiveFloat | None
+    """GiB that the NPU's runtime can take for weights, KV cache and buffers; null: not known"""
+    host_memory: PositiveFloat | None
+    """GiB left to programs on the board's own processor, where the embedding table lives; null: not known"""
+    bandwidth: PositiveFloat | None
+    """GB/s at which weights and KV cache stream while decoding, fitted to published speeds; null: not known"""
+    layer_ms: NonNegativeFloat | None
+    """milliseconds a decoder layer costs per token beside its weights; null: not known"""
+    prefill_layer_ms: NonNegativeFloat | None
+    """milliseconds a decoder layer costs per chunk of the prompt beside its arithmetic; null: not known"""
+    tera_ops: PositiveFloat | None
+    """tera operations per second reached in prefill, fitted to published times; null: not known"""
+
+
+class Target(Settings):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+    """name of the target; its bundle is deploy-<name>"""
+
+
+class Llama2c(Target):
+    kind: Literal["llama2c"]
+    """a CPU bundle in the formats of karpathy/llama2.c with a C program to run it"""
+    format: Literal["fp32_v0", "fp32_v1", "int8_v2"]
+    """weight file: what llama2.c's run reads (fp32_v0), its newer header (fp32_v1), or what its runq reads (int8_v2)"""
+    group_size: PositiveInt
+    """int8 weights that share a scale; halved until it divides the model's sizes"""
+
+
+class Axera(Target):
+    kind: Literal["axera"]
+    """an AXERA NPU, through Pulsar2's llm_build or llm_build2"""
+    chip: str
+    """what Pulsar2 calls the chip: AX650 (AX650A, AX650N, AX8850), AX620E (AX630C, AX631), or another that the installed version lists"""
+    weight_type: Literal["auto", "s8", "s4", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"]
+    """type of the weights on the NPU; auto: s8, or what a GPTQ model was quantized to"""
+    hidden_type: Literal["bf16", "fp16", "fp32"]
+    """type of activations and KV cache"""
+    prefill_chunk: Literal[32, 64, 128, 256, 512]
+    """prompt tokens the NPU takes at once"""
+    prompt_len: PositiveInt
+    """longest prompt in tokens, a multiple of prefill_chunk"""
+    context_len: PositiveInt
+    """prompt and answer together in tokens, above prompt_len and within the model's own limit"""
+    parallel: Annotated[PositiveInt, Unkeyed]
+    """layers compiled at once; each takes host memory"""
+    model_type: str | None
+    """model family to tell Pulsar2 (5.2 and newer) instead of config.json's, such as llama for a Llama-like model; null: config.json's"""
+    tokenizer_type: str
+    """chat and tokenizer type of the board's axllm, such as Qwen2_5; auto: by the model family"""
+    toolchain: Annotated[Literal["auto", "local", "docker"], Unkeyed]
+    """where Pulsar2 is: on PATH, in a Docker image, or auto: whichever is here"""
+    image: Annotated[str | None, Unkeyed]
+    """Docker image; null: the newest of the images called pulsar2 on this machine"""
+    board: Annotated[Board, Unkeyed]
+    """the device, for estimates"""
+
+    @model_validator(mode="after")
+    def _lengths(self):
+        if self.prompt_len % self.prefill_chunk:
+            below = max(self.prompt_len // self.prefill_chunk, 1) * self.prefill_chunk
+            raise ValueError(
+                f"prompt_len {self.prompt_len} is not a multiple of prefill_chunk {self.prefill_chunk}; write target.prompt_len={below}"
+            )
+        if self.context_len <= self.prompt_len:
+            raise ValueError(f"context_len {self.context_len} leaves no room for an answer after a prompt of prompt_len {self.prompt_len}")
+        return self
+
+
+class Mobilint(Target):
+    kind: Literal["mobilint"]
+    """a Mobilint NPU, through qbcompiler (0.11 and 0.12: qubee)"""
+    chip: Literal["aries", "regulus"]
+    """the NPU; Mobilint's compiler makes LLMs for ARIES only, so REGULUS is refused"""
+    weight_type: Literal["w8", "w4v8", "w4"]
+    """bits of the weights: 8, 4 with 8 for the value projection, or 4"""
+    context_len: PositiveInt
+    """prompt and answer together in tokens, within the model's own limit"""
+    languages: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]], Field(min_length=1)] | None
+    """calibrate on text in these languages, from `texts`; null: on the dataset's calib split through the training template"""
+    texts: Annotated[str | None, Unkeyed]
+    """folder of plain text, a file <language>.txt for each of `languages`"""
+    samples: PositiveInt
+    """calibration sequences in all, shared evenly by the languages"""
+    min_tokens: Literal["auto"] | PositiveInt
+    """shortest calibration sequence; shorter texts are joined; auto: an eighth of context_len, at most 512"""
+    max_tokens: Literal["auto"] | PositiveInt
+    """longest calibration sequence; longer ones are cut, and counted; auto: half of context_len, at most 2048"""
+    device: Annotated[Literal["auto", "gpu", "cpu"], Unkeyed]
+    """where the compiler calibrates; auto: gpu where there is one"""
+    sdk: Annotated[Literal["auto", "0.11", "0.12", "1.0", "1.1"], Unkeyed]
+    """generation of the compiler's API (1.1 and newer are one); auto: by the version installed"""
+    python: Annotated[str | None, Unkeyed]
+    """Python interpreter that has the compiler; null: python3 on PATH"""
+    image: Annotated[str | None, Unkeyed]
+    """Docker image that has the compiler, used instead of an interpreter; null: none"""
+    board: Annotated[Board, Unkeyed]
+    """the device, for estimates"""
+
+    @model_validator(mode="after")
+    def _ranges(self):
+        low, high = self.lengths()
+        if low > high:
+            raise ValueError(f"min_tokens {low} is above max_tokens {high}")
+        if high > self.context_len:
+            raise ValueError(f"max_tokens {high} is above context_len {self.context_len}")
+        if (self.languages is None) != (self.texts is None):
+            raise ValueError("languages and texts go together: the languages, and the folder with a <language>.txt for each")
+        if self.languages and len(set(self.languages)) != len(self.languages):
+            raise ValueError("a language is named twice")
+        if self.languages and self.samples < len(self.languages):
+            raise ValueError(f"samples {self.samples} gives not one sequence to each of {len(self.languages)} languages")
+        return self
+
+    def lengths(self) -> tuple[int, int]:
+        """(shortest, longest) calibration sequence in tokens. Mobilint's tutorial has 512 and 2,048 for a context of 4,096."""
+        low = max(1, min(512, self.context_len // 8)) if self.min_tokens == "auto" else self.min_tokens
+        high = max(1, min(2048, self.context_len // 2)) if self.max_tokens == "auto" else self.max_tokens
+        return low, high
+
+
+class Openvino(Target):
+    kind: Literal["openvino"]
+    """Intel's NPU, GPU or CPU, through optimum-intel's exporter"""
+    device: Literal["NPU", "CPU"]
+    """device the bundle is made for"""
+    weight_type: Literal["int8", "int4"]
+    """weights: int8, or symmetric int4"""
+    group_size: Literal["auto", -1] | PositiveInt
+    """int4 weights that share a scale; -1: a whole row; auto: 128 below a billion parameters, -1 above"""
+    prompt_len: PositiveInt
+    """longest prompt in tokens; an NPU is compiled for it"""
+    context_len: PositiveInt
+    """prompt and answer together in tokens"""
+    environment: Annotated[str, Unkeyed]
+    """Python environment of the exporter, made by scripts/openvino_env.sh"""
+    board: Annotated[Board, Unkeyed]
+    """the device, for estimates"""
+
+    @model_validator(mode="after")
+    def _rules(self):
+        if self.context_len <= self.prompt_len:
+            raise ValueError(f"context_len {self.context_len} leaves no room for an answer after a prompt of prompt_len {self.prompt_len}")
+        if self.device == "NPU" and self.weight_type == "int4" and self.group_size not in ("auto", -1, 128):
+            raise ValueError(f"group_size {self.group_size}: an NPU takes groups of 128 or whole rows (-1)")
+        return self
+
+
+AnyTarget = Annotated[reduce(or_, Target.__subclasses__()), Field(discriminator="kind")]

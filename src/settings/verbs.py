@@ -1,0 +1,477 @@
+"""Every setting's type, rule and meaning. Defaults live in configs/, so no field here has one.
+
+A string under a field is its documentation and its line in `--help`. A field marked `Unkeyed` changes where or how a stage runs, not what
+it makes, so it takes no part in an artifact's key.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from src.settings.base import Fraction, Settings, Unkeyed, check_address
+from src.settings.recipes import Recipe
+from src.settings.targets import AnyTarget
+from src.settings.teachers import AnyJudge, AnyTeacher
+
+Rounding = Literal["stochastic", "nearest"]
+Weights = Literal["exact", "stored"]
+
+
+class Verb(Settings):
+    run: Annotated[str, Field(exclude=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """name of the run; its artifacts live in <outputs>/<run>/"""
+    outputs: Annotated[str, Unkeyed]
+    """folder that holds all runs"""
+    force: Annotated[bool, Unkeyed]
+    """make the artifact again even if one is there"""
+    dry_run: Annotated[bool, Unkeyed]
+    """check everything, print the plan, make nothing"""
+
+
+class SourcedVerb(Verb):
+    source: Annotated[str | None, Unkeyed]
+    """artifact or Hugging Face folder to work on; null: the run's own"""
+
+
+class Holdout(Settings):
+    val: Fraction
+    """share of records held out for evaluation"""
+    calib: Fraction
+    """share of records held out to calibrate quantization"""
+    split_seed: int
+    """seed of the hash that gives each record its split"""
+
+    @model_validator(mode="after")
+    def _leaves_train(self):
+        if self.val + self.calib >= 1:
+            raise ValueError("val + calib must stay below 1, or nothing is left to train on")
+        return self
+
+
+class Data(Holdout):
+    path: Annotated[str, Unkeyed]
+    """JSON or JSON Lines file of conversations"""
+    format: Literal["auto", "qwen", "sharegpt", "openai", "alpaca"]
+    """layout of the records; auto detects it and says which"""
+    on_fault: Literal["error", "drop"]
+    """malformed records: fail and list the first ten, or drop and count them"""
+
+
+class DataVerb(Verb):
+    data: Data
+    """what to read and how to split it"""
+
+
+class Model(Settings):
+    path: Annotated[str, Unkeyed]
+    """Hugging Face folder, or the id of a model on the hub"""
+    revision: Annotated[str | None, Unkeyed]
+    """commit, tag or branch on the hub; null: its default"""
+    trust_remote_code: bool
+    """run Python code that comes with the model"""
+    allow_pickle: bool
+    """load pytorch_model.bin where there are no safetensors; a pickle can run any code"""
+
+
+class Optimizer(Settings):
+    learning_rate: PositiveFloat
+    """peak learning rate"""
+    row_learning_rate: Literal["auto"] | PositiveFloat
+    """peak rate of token rows the base never learnt; auto: 1 % of a typical entry of their matrix, at least learning_rate"""
+
+
+class FullTuner(Optimizer):
+    kind: Literal["full"]
+    """every weight is trained"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    """dtype of the saved weights; auto: the base's; float32 keeps every bit for quantize and deploy, in twice the space"""
+    rounding: Rounding
+    """how trained fp32 weights become 16 bits; stochastic keeps small updates, nearest loses most of them"""
+
+
+class LoraTuner(Optimizer):
+    kind: Literal["lora"]
+    """low-rank adapters on a frozen base (Hu et al. 2021, arXiv:2106.09685)"""
+    rank: PositiveInt
+    """rank of the update matrices"""
+    alpha: PositiveFloat
+    """the update is scaled by alpha / rank"""
+    rslora: bool
+    """scale by alpha / sqrt(rank) instead, so that large ranks learn as fast as small ones (Kalajdzievski 2023, arXiv:2312.03732)"""
+    dora: bool
+    """train the length of each output's weights apart from their direction (Liu et al. 2024, arXiv:2402.09353)"""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+    """where the matrices start; pissa: the base's largest singular directions (arXiv:2404.02948), olora: its QR (arXiv:2406.01775)"""
+    lora_plus: PositiveFloat
+    """learning rate of the B matrices over that of the A matrices, 16 in the paper (Hayou et al. 2024, arXiv:2402.12354); 1: the same"""
+    dropout: Fraction
+    """dropout on the adapter's input"""
+    target_modules: Literal["all-linear"] | list[str]
+    """names of the linear layers that get adapters; all-linear: every one but the output layer"""
+    modules_to_save: list[str]
+    """names of layers trained whole beside the adapters, such as embed_tokens and lm_head"""
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether the adapter's first product is taken out of the base weights."""
+        return self.init in ("pissa", "olora")
+
+    @model_validator(mode="after")
+    def _go_together(self):
+        if self.takes_from_base and self.dora:
+            raise ValueError(
+                f"init={self.init} takes its part out of the base weights, whose lengths dora=true would train; choose one of them"
+            )
+        if self.takes_from_base and self.dropout:
+            raise ValueError(f"dropout={self.dropout} would drop parts of the base's own weights, which init={self.init} moves; dropout=0")
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f"init=orthogonal splits the rank in halves, so it must be even, not {self.rank}")
+        if both := set(self.modules_to_save) & (set() if self.target_modules == "all-linear" else set(self.target_modules)):
+            raise ValueError(f"target_modules and modules_to_save both name {', '.join(sorted(both))}; a layer is adapted or trained whole")
+        return self
+
+
+class QloraTuner(LoraTuner):
+    kind: Literal["qlora"]
+    """low-rank adapters on a 4-bit base (Dettmers et al. 2023, arXiv:2305.14314)"""
+    double_quant: bool
+    """quantize the NF4 scales too; unused when the base is a GPTQ folder"""
+
+    @model_validator(mode="after")
+    def _base_stays_as_quantized(self):
+        if self.init not in ("default", "gaussian"):
+            raise ValueError(f"init={self.init} works on the base's own weights, and here they are 4-bit; init=default or tuner=lora")
+        return self
+
+
+Tuner = Annotated[FullTuner | LoraTuner | QloraTuner, Field(discriminator="kind")]
+
+
+class Deepspeed(Settings):
+    stage: Literal[0, 2, 3]
+    """ZeRO stage; 0: plain data parallel without DeepSpeed"""
+    offload: bool
+    """keep optimizer states (and under ZeRO-3 parameters) in host memory"""
+    bucket_size: PositiveInt
+    """elements per reduce or all-gather bucket"""
+    config: Annotated[str | None, Unkeyed]
+    """a DeepSpeed JSON file merged over these settings; optimizer and scheduler blocks in it are refused"""
+
+
+class Train(Settings):
+    epochs: PositiveFloat
+    """passes over the training split"""
+    max_steps: PositiveInt | None
+    """stop after this many optimizer steps; null: as many as the epochs take"""
+    global_batch_size: PositiveInt
+    """conversations per optimizer step over all processes"""
+    micro_batch_size: Annotated[PositiveInt | Literal["auto"], Unkeyed]
+    """conversations as long as the longest per forward pass and process, more where they are shorter; auto: as many as fit in memory"""
+    packing: Annotated[Literal["auto"] | bool, Unkeyed]
+    """lay conversations end to end instead of padding them, each seeing itself alone; auto: where that is proven equal on the model"""
+    max_length: PositiveInt
+    """tokens per conversation; see long_rows for longer ones"""
+    long_rows: Literal["drop", "split_turns", "keep_end", "error"]
+    """conversations over max_length: left out, cut between turns into several, cut to their last tokens, or an error; counted and said"""
+    long_share: Annotated[float, Field(ge=0, le=1)]
+    """share of conversations that may be left out or cut for their length; above it the stage fails"""
+    hidden_turns: Literal["skip", "rows"]
+    """answers that the template shows otherwise once they are history (Qwen3's reasoning): out of the loss and counted, or a row for each"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """auto: bf16 on GPUs and CPUs with units for it, else fp32"""
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], Unkeyed]
+    """auto: each packed conversation by itself, on a GPU in one kernel; else as transformers calls it"""
+    chunked_loss: Annotated[Literal["auto"] | bool, Unkeyed]
+    """compute the output layer for trained tokens only and a chunk at a time; auto: where that is proven equal on the model"""
+    optimizer: Literal["auto", "adamw", "adamw_8bit"]
+    """auto: AdamW, its step in one kernel; adamw_8bit: bitsandbytes' with states in 8 bit, on a GPU"""
+    kernels: Annotated[Literal["auto", "torch", "liger"], Unkeyed]
+    """auto: Liger's for norms, rotation and MLP on a GPU where liger-kernel is installed"""
+    compile: Annotated[bool, Unkeyed]
+    """torch.compile the model; off, since batches of chats change shape with every step"""
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    """shape of the learning rate over the run"""
+    warmup: Fraction
+    """share of the steps over which the rate rises to its peak"""
+    weight_decay: NonNegativeFloat
+    """decoupled weight decay"""
+    adam_beta1: Fraction
+    """first-moment decay of AdamW"""
+    adam_beta2: Fraction
+    """second-moment decay of AdamW"""
+    max_grad_norm: NonNegativeFloat
+    """gradients are clipped to this norm; 0: never"""
+    gradient_checkpointing: Annotated[Literal["auto"] | bool, Unkeyed]
+    """recompute activations in the backward pass: less memory, about a third more time; auto: only where the longest conversation needs it"""
+    eval_steps: Annotated[PositiveInt | None, Unkeyed]
+    """evaluate every so many steps; null: at the end of each epoch"""
+    checkpoint_steps: Annotated[PositiveInt, Unkeyed]
+    """save a resumable state every so many steps"""
+    log_steps: Annotated[PositiveInt, Unkeyed]
+    """report every so many steps"""
+    seed: int
+    """seed of initialisation, order and dropout"""
+
+
+class Teacher(Settings):
+    path: Annotated[str | None, Unkeyed]
+    """model, quantized or adapter folder whose probabilities are learnt beside the tokens; null: none"""
+    weight: Annotated[float, Field(ge=0, le=1)]
+    """its part of the loss, alpha in alpha KL + (1 - alpha) cross-entropy (Hinton et al. 2015, arXiv:1503.02531)"""
+    top_k: PositiveInt
+    """likeliest tokens kept of each of its distributions; the others count together"""
+
+
+class Wandb(Settings):
+    kind: Literal["wandb"]
+    project: str
+    """wandb project"""
+    mode: Literal["auto", "online", "offline"]
+    """auto: online where WANDB_API_KEY is set, else offline"""
+
+
+class Tensorboard(Settings):
+    kind: Literal["tensorboard"]
+
+
+Tracker = Annotated[Wandb | Tensorboard, Field(discriminator="kind")]
+
+
+class Launch(Settings):
+    nproc_per_node: PositiveInt | Literal["auto"]
+    """processes on this machine; auto: one per GPU, one on a machine without"""
+    nnodes: PositiveInt
+    """machines taking part"""
+    node_rank: NonNegativeInt
+    """number of this machine, from 0"""
+    master_addr: str
+    """address of machine 0"""
+    master_port: Annotated[int, Field(ge=0, lt=65536)]
+    """port on machine 0; 0: a free one (one machine only)"""
+
+    @model_validator(mode="after")
+    def _rank_in_range(self):
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank {self.node_rank} needs nnodes above it, not {self.nnodes}")
+        if self.nnodes > 1 and self.master_port == 0:
+            raise ValueError("several machines need a master_port they all know")
+        return self
+
+
+class FinetuneVerb(SourcedVerb):
+    model: Model
+    """the model to start from"""
+    tuner: Tuner
+    """which weights are trained, and how fast"""
+    deepspeed: Deepspeed
+    """how training is spread over memory"""
+    train: Train
+    """how long, in what portions and in what precision"""
+    teacher: Annotated[Teacher, Field(exclude_if=lambda teacher: teacher.path is None)]
+    """a larger model to learn from"""
+    max_loss_change: Annotated[PositiveFloat, Unkeyed]
+    """nats that the loss on held-out conversations may differ between what was trained and what is saved, beside what other conversations would explain"""
+    legacy_mask: Literal["none", "qwen"]
+    """none: train on the assistant's text and its <|im_end|>; qwen: the labels of Qwen's finetune.py, turn markers included"""
+    train_new_tokens: Literal["auto", "never"]
+    """auto: rows of ChatML tokens found untrained are trained, at a rate of their own; never: as the base left them, or as the tuner moves them"""
+    tracker: Annotated[dict[str, Tracker], Unkeyed]
+    """where curves go besides the terminal and the manifest"""
+    launch: Annotated[Launch, Unkeyed]
+    """processes and machines"""
+
+
+class MergeVerb(SourcedVerb):
+    base: Annotated[str | None, Unkeyed]
+    """base model folder; null: the one the adapter was trained on"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    """dtype of the merged weights; auto: as the base stores each"""
+    rounding: Rounding
+    """how the exact sum becomes 16 bits; stochastic keeps small updates, nearest gives peft's bytes and loses them"""
+    tolerance: Literal["auto"] | PositiveFloat
+    """largest relative difference of random tokens' logits between adapter-on-base and the merged folder; auto: what rounding to its dtype explains"""
+    max_loss_change: Annotated[PositiveFloat, Unkeyed]
+    """nats that the loss on held-out conversations may differ from the adapter's on its base, beside what other conversations would explain"""
+    shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[MG]B$")]
+    """largest weight file, such as 5GB"""
+
+
+class AuxFilesVerb(Verb):
+    source: Annotated[str, Unkeyed]
+    """folder with the tokenizer and auxiliary files"""
+    target: Annotated[str, Unkeyed]
+    """model folder made elsewhere that lacks them"""
+
+
+class GptqQuantizer(Settings):
+    kind: Literal["gptq"]
+    """Frantar et al. 2022, arXiv:2210.17323"""
+    bits: Literal[4, 8]
+    """bits per weight"""
+    group_size: Literal[-1, 16, 32, 64, 128]
+    """weights that share a scale; -1: a whole column"""
+    act_order: bool
+    """quantize columns by falling activation (desc_act); NPU compilers want false"""
+    damp: Annotated[float, Field(gt=0, lt=1)]
+    """share of the mean Hessian diagonal added for stability"""
+
+
+class Calibration(Settings):
+    rows: PositiveInt
+    """conversations used at most"""
+    max_length: PositiveInt
+    """tokens per conversation; longer ones are cut, and counted"""
+    batch_size: PositiveInt
+    """conversations per calibration pass"""
+
+
+class QuantizeVerb(SourcedVerb):
+    quantizer: GptqQuantizer
+    """the method and its numbers"""
+    weights: Weights
+    """of a merged adapter, quantize the exact sum, made anew in fp32 on the way, or the weights as the merge stored them"""
+    calibration: Calibration
+    """the conversations it looks at"""
+    dataset: Annotated[str | None, Unkeyed]
+    """dataset artifact to calibrate on; null: the run's own"""
+
+
+class Evaluation(Settings):
+    batch_size: PositiveInt
+    """conversations per forward pass"""
+    max_length: PositiveInt
+    """tokens per conversation; longer ones are left out, and counted"""
+    rows: PositiveInt | None
+    """conversations of the validation split used at most; null: all"""
+    samples: NonNegativeInt
+    """prompts answered greedily"""
+    max_new_tokens: PositiveInt
+    """tokens per answer at most"""
+    prompts: list[str] | None
+    """prompts to answer; null: first user turns of the validation split"""
+    expect: str | None
+    """regular expression that prompt, newline and answer together must match whole; answers that do not end their turn count as wrong"""
+
+
+class Endpoint(Settings):
+    url: str | None
+    """OpenAI-compatible server to measure, http://HOST:PORT with or without /v1; null: models are measured here. A key comes from OPENAI_API_KEY"""
+    model: str | None
+    """name of the model to ask; null: the only one it serves"""
+    timeout: Annotated[PositiveFloat, Unkeyed]
+    """seconds it may be silent or busy"""
+    concurrency: PositiveInt
+    """requests at a time; boards serve one"""
+
+    # Raised for the group, not the field: a field's fault is printed with its value, and that may hold a password.
+    @model_validator(mode="after")
+    def _plain_address(self):
+        if self.url is not None:
+            check_address(self.url, "endpoint.url")
+        elif self.model is not None:
+            raise ValueError("endpoint.model is of use with endpoint.url only")
+        return self
+
+
+class EvaluateVerb(SourcedVerb):
+    dataset: Annotated[str | None, Unkeyed]
+    """dataset artifact to evaluate on; null: the run's own"""
+    parent: Annotated[str | None, Unkeyed]
+    """model to compare with; null: the one this one was made from"""
+    evaluation: Evaluation
+    """what is measured and asked"""
+    endpoint: Annotated[Endpoint, Field(exclude_if=lambda endpoint: endpoint.url is None)]
+    """a running board or server to measure in place of a model on this machine"""
+
+
+class DeployVerb(SourcedVerb):
+    target: AnyTarget
+    """what to build for"""
+    weights: Weights
+    """of a merged adapter, build from the exact sum, made anew in fp32 on the way, or from the weights as the merge stored them"""
+    dataset: Annotated[str | None, Unkeyed]
+    """dataset artifact to calibrate on, for targets that do; null: the run's own"""
+
+
+class Gpu(Settings):
+    name: str
+    """what the GPU is called"""
+    memory: PositiveFloat
+    """GB of memory, by the vendor's datasheet"""
+    bandwidth: PositiveFloat
+    """GB/s of that memory"""
+    tflops: PositiveFloat
+    """dense 16-bit TFLOP/s with fp32 accumulation, without sparsity"""
+    link: PositiveFloat
+    """GB/s in one direction to the other GPUs of the machine"""
+
+
+class PlanTrain(Settings):
+    max_length: PositiveInt
+    """tokens per conversation"""
+    micro_batch_size: PositiveInt
+    """conversations per forward pass and GPU"""
+    global_batch_size: PositiveInt
+    """conversations per optimizer step over all GPUs"""
+    gradient_checkpointing: bool
+    """recompute activations in the backward pass: less memory, about a third more time"""
+
+
+class PlanVerb(Verb):
+    model: str
+    """model folder, or a config.json alone"""
+    target: AnyTarget
+    """what to plan for, unless a GPU is named"""
+    gpu: Gpu | None
+    """GPU to plan training on; null: plan for the target"""
+    gpus: PositiveInt
+    """GPUs that train together"""
+    tuner: Tuner
+    """which weights are trained"""
+    deepspeed: Deepspeed
+    """how training is spread over memory"""
+    train: PlanTrain
+    """in what portions"""
+    plot: str | None
+    """PNG file to draw memory and speed against context length into; null: none"""
+
+
+class Budget(Settings):
+    tokens: PositiveInt | None
+    """tokens spent at most, prompts and answers together, over all commands that share the run's journal; null: without limit"""
+    money: PositiveFloat | None
+    """USD spent at most, the same way; null: without limit"""
+
+
+class Prompts(Settings):
+    path: Annotated[str | None, Unkeyed]
+    """file of prompts or conversations (JSON, JSON Lines or lines of text), or folder of text to ask about; null: none, for recipes that draw their own"""
+    count: PositiveInt | None
+    """rows to read at most; null: all"""
+    on_fault: Literal["error", "drop"]
+    """malformed records: fail and list the first ten before anything is asked, or set them aside"""
+
+
+class DistillVerb(Verb):
+    recipe: Recipe
+    """the steps from prompts to rows"""
+    prompts: Prompts
+    """what to begin with"""
+    teacher: AnyTeacher
+    """who answers"""
+    judge: AnyJudge
+    """who rates answers"""
+    budget: Annotated[Budget, Unkeyed]
+    """what all of it may cost"""
+    estimate: Annotated[NonNegativeInt, Unkeyed]
+    """work on so many rows alone, say what all would cost, and stop; 0: make the dataset"""
+    allow_cut_off: bool
+    """take answers that were cut off at their longest (finish_reason=length)"""
+    retry_set_aside: Annotated[bool, Unkeyed]
+    """ask anew what earlier commands set aside"""
+    holdout: Holdout
+    """how the rows are split"""
+    samples: NonNegativeInt
+    """rows on the page of samples"""
+    seed: int
+    """seed of every draw"""

@@ -1,0 +1,71 @@
+"""How many processes, where: torchrun from Python, so that a user's error keeps its exit code and prints once."""
+
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from src.core.log import say
+from src.settings.verbs import Launch
+
+
+def gpu_count() -> int:
+    """GPUs this process may use, told without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def world_size(launch: Launch) -> int:
+    """Processes over all machines: torchrun's own count inside it, else what the settings ask for."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return per_node(launch) * launch.nnodes
+
+
+def per_node(launch: Launch) -> int:
+    return max(1, gpu_count()) if launch.nproc_per_node == "auto" else launch.nproc_per_node
+
+
+def torchrun(module: str, argv: list[str], launch: Launch) -> int:
+    """Run `python -m module argv` in every process and return one exit code: 0, or that of the process that failed first."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # A worker says itself why it failed; the agent's own account of it adds nothing.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    one_machine = launch.nnodes == 1
+    with tempfile.TemporaryDirectory() as folder:
+        status = Path(folder) / "status"
+        # Threads of all processes together should not outnumber the cores; torchrun's own default is one each.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // per_node(launch))))
+        os.environ.update(BOARDWALK_WORKER="1", BOARDWALK_STATUS=str(status))
+        config = LaunchConfig(
+            min_nodes=launch.nnodes,
+            max_nodes=launch.nnodes,
+            nproc_per_node=per_node(launch),
+            run_id="boardwalk",
+            rdzv_backend="c10d" if one_machine else "static",
+            rdzv_endpoint=f"{launch.master_addr}:{launch.master_port}",
+            rdzv_configs={} if one_machine else {"rank": launch.node_rank},
+            max_restarts=0,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *argv)
+        except SignalException as stopped:
+            say("interrupted; the same command goes on, from the last checkpoint where there is one")
+            return 128 + stopped.sigval
+        except ChildFailedError as error:
+            if status.is_file():
+                return int(status.read_text())
+            code = next(iter(error.failures.values())).exitcode
+            return 128 - code if code < 0 else code or 1
+        return 0

@@ -1,0 +1,74 @@
+"""The folder of what was trained: made complete, looked at, and proven to say what was trained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.chat import encoding
+from src.core import processes
+from src.core.artifact import Artifact
+from src.models import adapter_files, complete, fidelity, generation, rounding
+from src.models.devices import device_that_fits, give_back_memory
+from src.models.folder import stored_dtype
+from src.settings.verbs import FinetuneVerb, FullTuner
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is left of a training when its model has been saved and let go.
+
+    metrics: for the manifest. names: of the tensors that were saved. parameters: of the whole model. rows, seen: held-out rows, and what the exact
+    weights say at them.
+    """
+
+    metrics: dict
+    names: set[str]
+    parameters: int
+    rows: list[encoding.Encoded]
+    seen: fidelity.Seen | None
+
+
+def saved_dtype(cfg: FinetuneVerb, base: Path) -> str:
+    """Adapters are saved in fp32, whole models in the dtype asked for, or the base's."""
+    if not isinstance(cfg.tuner, FullTuner):
+        return "float32"
+    return stored_dtype(base) if cfg.tuner.dtype == "auto" else cfg.tuner.dtype
+
+
+def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, keep_tokenizer: bool, saved: set[str]) -> None:
+    """Make the saved folder complete and look at what was saved."""
+    full = isinstance(cfg.tuner, FullTuner)
+    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle
+    (out / "README.md").unlink(missing_ok=True)  # peft's blank model card
+    if not full:
+        adapter_files.tidy(out)
+    generation.write_generation_config(out, base, tokenizer, end)
+    if keep_tokenizer:
+        complete.copy(base, out)
+    else:
+        tokenizer.save_pretrained(out)
+        complete.copy(base, out, tokenizer=False)
+    if full:
+        rounding.cast_folder(out, saved_dtype(cfg, base), cfg.tuner.rounding)
+        generation.write_stop_token(out / "config.json", end)
+    adapter_files.check_saved(out, moved=not full, expected=saved)
+
+
+def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained, metrics: dict) -> dict:
+    """Load the saved folder in a fresh process: its token ids, and on held-out rows its loss and likeliest tokens, against what was trained.
+
+    Returns the figures. Raises ProofFailed where they differ.
+    """
+    give_back_memory()
+    device = device_that_fits(trained.parameters)
+    full, compute = isinstance(cfg.tuner, FullTuner), "float32" if metrics["precision"] == "fp32" else "auto"
+    made = {"settings": cfg.model_dump(mode="json"), "metrics": metrics, "parents": []}
+    saved = Artifact(out, "model" if full else "adapter", "", made, {})
+    given = (trained.rows, trained.seen and trained.seen.top_k_ids, None if full else base)
+    ids, _, seen = processes.fresh(fidelity.reload, saved, compute, device, *given)
+    complete.compare(ids, tokenizer, out)
+    if not trained.rows:
+        return {}
+    change = fidelity.compare(trained.seen, seen, len(trained.rows))
+    ways = ["tuner.rounding=stochastic keeps what was learnt"] * (full and cfg.tuner.rounding == "nearest")
+    fidelity.judge("finetune", change, cfg.max_loss_change, out, [*ways, *["tuner.dtype=float32 keeps every bit"] * full])
+    return change.metrics()

@@ -1,0 +1,126 @@
+"""A training from the settings to the saved folder: rows, model, layout, trainer, and what the exact weights say at the end. On every process."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from src.chat import encoding
+from src.core.artifact import Artifact
+from src.core.errors import MissingInput
+from src.core.files import read_json
+from src.core.log import rank, say
+from src.models import adapter_files, fidelity, lora, token_rows
+from src.models.loading import keep_gptq_trainable, load_model, nf4_config
+from src.models.vocabulary import grow_vocabulary, vocabulary_rows
+from src.settings.verbs import FinetuneVerb, FullTuner, QloraTuner
+from src.training import batches, checkpoints, choices, launch, layout, narrowing, probe, reports, teacher, tokens, trainer
+from src.training.head import HeadLoss, may_chunk
+from src.training.saving import Trained, saved_dtype
+
+
+def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, end: int, added: list[str]) -> Trained:
+    """Train, and save into `out` what was trained; on every process."""
+    world, records = launch.world_size(cfg.launch), inputs["dataset"].path
+    device, precision = choices.start(cfg)
+    cache = out.parent.parent / ".cache" / "tokens"
+    train, val = (tokens.token_rows(cfg, inputs["dataset"], inputs["model"], split, cache) for split in ("train", "val"))
+    if not len(train):
+        raise MissingInput("no training row is within train.max_length", where=str(records), fix="raise train.max_length")
+    reports.preview(train[0], tokenizer)
+    soft = teacher.soft_targets(cfg, inputs["teacher"], train, tokenizer, cache) if "teacher" in inputs else None
+
+    # Before the model: under ZeRO-3 making the arguments is what has it loaded in parts.
+    total = cfg.train.max_steps * cfg.train.global_batch_size if cfg.train.max_steps else round(len(train) * cfg.train.epochs)
+    resume = checkpoints.Checkpoints.last(out / "checkpoints", world)
+    steps = math.ceil(total / cfg.train.global_batch_size)
+    arguments = choices.arguments(cfg, out, steps, precision, world=world, evaluates=len(val) > 0 and not resume)
+    model, rows, nf4 = prepare(cfg, inputs["model"], tokenizer, end, added, device, precision)
+    lora.describe(model, rows)
+    choices.apply_kernels(model, cfg.train.kernels)
+    chosen = layout.choose_layout(cfg, model, train, out, precision)
+    plan = batches.Plan(train.lengths, cfg.train.global_batch_size, world, chosen.capacity, chosen.packed, total, cfg.train.seed)
+    head = HeadLoss(model, chunked=may_chunk(model, zero_stage=cfg.deepspeed.stage)) if chosen.fused else None
+    rates = lora.rates(model, cfg.tuner, len(tokenizer) - len(added))
+    told = reports.Reports(cfg, out, tokenizer, records)
+    run = trainer.ChatTrainer(
+        model,
+        arguments,
+        plan,
+        train,
+        val,
+        pad=tokenizer.pad_token_id,
+        end=end,
+        rates=rates,
+        head=head,
+        soft=soft,
+        alpha=cfg.teacher.weight,
+        callbacks=[probe.Probe(out, precision, proven=cfg.deepspeed.stage != 3), told, checkpoints.Checkpoints(world)],
+    )
+    rows_of_val = (encoding.Encoded(row.input_ids.tolist(), row.labels.tolist()) for row in val)
+    held = fidelity.within(rows_of_val) or fidelity.held_out(records, tokenizer, read_json(inputs["model"].path / "config.json"))
+    run.train(resume_from_checkpoint=resume and str(resume))
+    seen = run.observe(held) if held and precision == "fp32" else None
+    saved = narrowing.settle(run, saved_dtype(cfg, inputs["model"].path), cfg.tuner, precision)
+    if held and not seen:  # a pass in 16 bits shows what was learnt only now
+        seen = run.observe(held)
+    run.finished = True
+    run.save_model(str(out))
+    told.trackers.close()
+    checkpoints.barrier()
+    metrics = reports.summary(run, told, precision, saved) if rank() == 0 else {}
+    metrics |= {"trained_rows": rows} | ({"nf4": nf4} if nf4 else {})
+    return Trained(metrics, adapter_files.saved_names(run.model), lora.count(run.model), held, seen)
+
+
+def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[str], device: str, precision: str):
+    """(model ready to train, vocabulary rows trained beside an adapter, NF4 settings or None)."""
+    gpu = device == "cuda"
+    sixteen = gpu and precision != "fp32" and (cfg.deepspeed.stage or not isinstance(cfg.tuner, FullTuner))
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision] if sixteen else "float32"
+    nf4 = None
+    if isinstance(cfg.tuner, QloraTuner) and base.kind == "model":
+        nf4 = {"double_quant": cfg.tuner.double_quant, "compute_dtype": dtype}
+    model = load_model(
+        base.path,
+        dtype=dtype,
+        trust_remote_code=cfg.model.trust_remote_code,
+        allow_pickle=cfg.model.allow_pickle,
+        quantization=nf4_config(**nf4) if nf4 else None,
+        device_map={"": torch.cuda.current_device()} if gpu and isinstance(cfg.tuner, QloraTuner) else None,
+    )
+    old = vocabulary_rows(model)
+    grow_vocabulary(model, len(tokenizer))
+    model.config.use_cache = False
+    control = sorted(
+        {
+            end,
+            *(i for i in tokenizer.convert_tokens_to_ids([encoding.START, encoding.END]) if i is not None and i != tokenizer.unk_token_id),
+        }
+    )
+    rows = sorted(
+        {*token_rows.untrained(model, [i for i in control if i < old], min(old, len(tokenizer))), *(i for i in control if i >= old)}
+    )
+    if rows:
+        names = " ".join(tokenizer.convert_ids_to_tokens(rows))
+        say(
+            f"finetune: the base never learnt {names}; "
+            + ("those rows are trained at a rate of their own" if cfg.train_new_tokens == "auto" else "train_new_tokens=never leaves it so")
+        )
+    rows = rows if cfg.train_new_tokens == "auto" else []
+    if isinstance(cfg.tuner, FullTuner):
+        if rows:
+            token_rows.split_off(model, rows)
+        return placed(model, cfg, device), rows, None
+    if nf4 or base.kind == "quantized":
+        from peft import prepare_model_for_kbit_training
+
+        keep_gptq_trainable(model)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = lora.attach(model, cfg.tuner, rows, deepspeed=bool(cfg.deepspeed.stage))
+    return placed(model, cfg, device), rows, nf4
+
+
+def placed(model, cfg: FinetuneVerb, device: str):
+    """The model where it is trained; ZeRO-3 and quantization have placed theirs."""
+    return model if cfg.deepspeed.stage == 3 or isinstance(cfg.tuner, QloraTuner) else model.to(device)
