@@ -96,13 +96,15 @@ def our_rows(place: Path, tuner: str, steps: int) -> None:
     from src.core.artifact import open_any, open_artifact
     from src.core.compose import compose
     from src.settings.verbs import FinetuneVerb
-    from src.training.batches import Plan
-    from src.training.tokens import token_rows
+    from src.training.batches import BatchPlan
+    from src.training.examples import examples_of
 
     cfg = compose("finetune", our_command(place, "x", tuner, steps)[3:], FinetuneVerb)
-    rows = token_rows(cfg, open_artifact(place / "outputs/rows/data"), open_any(place / "model"), "train", place / "outputs/.cache/tokens")
-    plan = Plan(rows.lengths, BATCH, 1, BATCH * LENGTH, True, BATCH * steps, cfg.train.seed)
-    listed = [[{"input_ids": rows[i].input_ids.tolist(), "labels": rows[i].labels.tolist()} for i in plan.rows(s)] for s in range(steps)]
+    rows = examples_of(cfg, open_artifact(place / "outputs/rows/data"), open_any(place / "model"), "train", place / "outputs/.cache/tokens")
+    plan = BatchPlan(rows.lengths, BATCH, 1, BATCH * LENGTH, True, BATCH * steps, cfg.train.seed)
+    listed = [
+        [{"input_ids": rows[i].input_ids.tolist(), "labels": rows[i].labels.tolist()} for i in plan.examples(s)] for s in range(steps)
+    ]
     (place / "rows.json").write_text(json.dumps(listed))
 
 

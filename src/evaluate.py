@@ -139,12 +139,12 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         if tokenizer is None:
             tokenizer = own
             encoding.ensure_chat(tokenizer)
-            end = encoding.turn_end(tokenizer)
-            rows = evaluation.encode_all(records, tokenizer, end, cfg.evaluation.max_length)
+            eos_id = encoding.turn_end(tokenizer)
+            rows = evaluation.encode_all(records, tokenizer, eos_id, cfg.evaluation.max_length)
         else:
             grow_vocabulary(model, len(tokenizer))
-        measured[role], top[role] = evaluation.measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, end, role)
-        answers[role] = evaluation.answer(model, tokenizer, prompts, cfg.evaluation, end)
+        measured[role], top[role] = evaluation.measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, eos_id, role)
+        answers[role] = evaluation.answer(model, tokenizer, prompts, cfg.evaluation, eos_id)
         del model
     metrics = {**measured["model"], "rows": len(rows), "prompts": len(prompts)}
     if "parent" in subjects:
@@ -167,9 +167,9 @@ def evaluate_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path)
     if parent:
         tokenizer = tokenizer_of(parent)
         encoding.ensure_chat(tokenizer)
-        end = encoding.turn_end(tokenizer)
-        encoded = evaluation.encode_all(records, tokenizer, end, cfg.evaluation.max_length)
-        if scored := measure.score(client, model, encoded, tokenizer, end, many):
+        eos_id = encoding.turn_end(tokenizer)
+        encoded = evaluation.encode_all(records, tokenizer, eos_id, cfg.evaluation.max_length)
+        if scored := measure.score(client, model, encoded, tokenizer, eos_id, many):
             figures, top, kept = scored
             metrics |= {**figures, "rows": len(kept)}
     metrics |= measure.speed(rows, tokenizer)
@@ -178,11 +178,11 @@ def evaluate_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path)
         local, _ = load_any(parent, dtype=evaluation.compute_dtype(device), device=device)
         grow_vocabulary(local, len(tokenizer))
         metrics |= measure.compare_prompts(rows, tokenizer, prompts)
-        answers["parent"] = evaluation.answer(local, tokenizer, prompts, cfg.evaluation, end)
+        answers["parent"] = evaluation.answer(local, tokenizer, prompts, cfg.evaluation, eos_id)
         metrics |= measure.likeness(rows, answers["parent"], tokenizer)
         if scored:
             same = [encoded[i] for i in kept]
-            own, best = evaluation.measure(local, same, cfg.evaluation.batch_size, tokenizer.pad_token_id, end, "parent")
+            own, best = evaluation.measure(local, same, cfg.evaluation.batch_size, tokenizer.pad_token_id, eos_id, "parent")
             metrics |= {f"parent_{k}": v for k, v in own.items()}
             metrics["agreement"] = measure.agreement(top, best, tokenizer)
     metrics |= expected(cfg, answers)

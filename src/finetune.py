@@ -80,14 +80,14 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
     import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
     base = inputs["model"].path
-    tokenizer, end, added = chat_tokenizer(cfg, base)
+    tokenizer, eos_id, added = chat_tokenizer(cfg, base)
     from src.training.session import train
 
-    trained = train(cfg, inputs, out, tokenizer, end, added)
+    trained = train(cfg, inputs, out, tokenizer, eos_id, added)
     if rank() != 0:
         return {}
-    saving.finish(cfg, base, tokenizer, end, out, keep_tokenizer=not added, saved=trained.names)
-    metrics = trained.metrics | {"added_tokens": added, "turn_end": end}
+    saving.finish(cfg, base, tokenizer, eos_id, out, keep_tokenizer=not added, saved=trained.names)
+    metrics = trained.metrics | {"added_tokens": added, "turn_end": eos_id}
     metrics |= saving.prove(cfg, base, tokenizer, out, trained, metrics)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     (out / "layout.json").unlink()

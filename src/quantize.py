@@ -112,13 +112,13 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
 def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[dict], int]:
     """(rows of {"input_ids", "attention_mask"} as gptqmodel takes them, tokens in all): whole conversations, as in training."""
     encoding.ensure_chat(tokenizer)
-    end = encoding.turn_end(tokenizer)
+    eos_id = encoding.turn_end(tokenizer)
     rows, cut = [], 0
     for line in open(path, encoding="utf-8"):
         if len(rows) == cfg.calibration.rows:
             break
         record = json.loads(line)
-        ids = encoding.encode(tokenizer, record["messages"], record.get("tools"), end=end).input_ids
+        ids = encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id).input_ids
         cut += len(ids) > cfg.calibration.max_length
         ids = ids[: cfg.calibration.max_length]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})

@@ -17,7 +17,7 @@ from conftest import FEW, ROOT, hear_ctrl_c, in_process, refused
 from src.core import artifact, compose, files
 from src.core.artifact import Artifact, building, key_of, open_artifact, seal
 from src.core.errors import BadData, Busy, MissingInput, NoRoom, Tampered, WrongKind
-from src.core.files import hash_files, sha256
+from src.core.files import hash_files, sha256, write_json
 from src.settings import verbs
 
 CHATS = [
@@ -251,6 +251,55 @@ def test_one_of_many_at_once_wins(tmp_path):
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert sorted(ends) == ["busy"] * 3 + ["done"] and artifact.verify(open_artifact(tmp_path / "a")) == []
+
+
+KILLED_AT = """
+import os, signal, sys
+from src import data
+from src.core import stage
+after, real, count = int(sys.argv.pop(1)), os.replace, 0
+def replace(old, new):
+    global count
+    folder = os.path.isdir(old)
+    if folder and count == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(old, new)
+    count += folder
+os.replace = replace
+stage.main(data.STAGE)
+"""
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_killed_between_the_renames_of_a_replacement(call, tmp_path, chats, renamed):
+    """Of the two renames (the old aside, the new into place) none, one or both are done when the process dies: there is always one whole artifact."""
+    outputs = tmp_path / "outputs"
+    assert call("data", f"data.path={chats}", *FEW).returncode == 0
+    before = open_artifact(outputs / "default" / "data").key
+    other = [f"outputs={outputs}", f"data.path={chats}", "data.val=0.3", "data.calib=0.2", "force=true"]
+    if renamed < 2:
+        dead = subprocess.run([sys.executable, "-c", KILLED_AT, str(renamed), *other], cwd=ROOT, capture_output=True)
+        assert dead.returncode == -signal.SIGKILL
+        folder = outputs / "default"
+        left = [open_artifact(folder / name) for name in (".data.replaced", "data") if (folder / name / "manifest.json").is_file()]
+        assert [a.key for a in left] == [before], "the old one, under either name"
+        assert open_artifact(folder / "data.partial").key != before, "and the new one, whole, not yet under its name"
+        done = call("data", f"data.path={chats}", *FEW)
+        assert done.returncode == 0, done.stderr
+        assert open_artifact(folder / "data").key == before and artifact.verify(open_artifact(folder / "data")) == []
+    assert call(*["data", *other[1:]]).returncode == 0
+    assert open_artifact(outputs / "default" / "data").key != before and leftovers(outputs / "default") == ["data"]
+
+
+def test_the_old_one_steps_aside_before_the_new_one_comes(tmp_path, monkeypatch):
+    """The other order would need the new one's name to be free, which it is not: on most systems a folder cannot replace one with files in it."""
+    seen, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: seen.append((Path(old).name, Path(new).name)) or real(old, new))
+    for _ in range(2):
+        with building(tmp_path / "a", "k") as out:
+            write_json(out / "manifest.json", {})
+    folders = [pair for pair in seen if not pair[0].endswith(".json.partial") and ".json" not in pair[1] and "key" not in pair[1]]
+    assert folders == [("a.partial", "a"), ("a", ".a.replaced"), ("a.partial", "a")]
 
 
 # ---- no room

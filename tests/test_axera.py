@@ -659,7 +659,7 @@ def test_sampling_is_the_models_own(model, generation, enabled):
 
 
 def test_progress_lines(capsys):
-    progress = compile.Progress()
+    progress = compile.CompileProgress()
     for line in (
         "building llm decode layers   ━━━━━━━━ 3/28 0:01:02",
         "building llm decode layers   ━━━━━━━━ 3/28 0:01:03",

@@ -272,3 +272,18 @@ def test_settings_never_change_in_validation():
     assert (cfg.tuner.rank, cfg.train.epochs, cfg.tuner.target_modules) == (5, 3, ["q_proj"])
     with pytest.raises(ValueError, match="frozen"):
         cfg.tuner.rank = 6
+
+
+OUTSIDE_THE_KEY = ["AuxFilesVerb.source", "AuxFilesVerb.target", "Axera.board", "Axera.image", "Axera.parallel", "Axera.toolchain", "Data.path", "Deepspeed.config", "DeployVerb.dataset", "DistillVerb.budget", "DistillVerb.estimate", "DistillVerb.retry_set_aside", "Endpoint.timeout", "EndpointTeacher.batch", "EndpointTeacher.batch_size", "EndpointTeacher.key_env", "EndpointTeacher.limits", "EndpointTeacher.url", "EvaluateVerb.dataset", "EvaluateVerb.endpoint", "EvaluateVerb.parent", "FinetuneVerb.launch", "FinetuneVerb.max_loss_change", "FinetuneVerb.teacher", "FinetuneVerb.tracker", "LocalTeacher.path", "MergeVerb.base", "MergeVerb.max_loss_change", "Mobilint.board", "Mobilint.device", "Mobilint.image", "Mobilint.python", "Mobilint.sdk", "Mobilint.texts", "Model.path", "Model.revision", "Openvino.board", "Openvino.environment", "Overlap.sets", "Prompts.path", "QuantizeVerb.dataset", "RunCode.at_once", "RunCode.isolation", "SourcedVerb.source", "Teacher.path", "Train.attention", "Train.checkpoint_steps", "Train.chunked_loss", "Train.compile", "Train.eval_steps", "Train.gradient_checkpointing", "Train.kernels", "Train.log_steps", "Train.micro_batch_size", "Train.packing", "Verb.dry_run", "Verb.force", "Verb.outputs", "Verb.run"]
+"""settings that take no part in an artifact's key: they change where or how fast, or name an input whose content is a parent"""
+
+
+def test_which_settings_are_outside_the_key():
+    """One more is a decision: a setting that changes what is made, and is not in the key, leaves an old result standing for a new one."""
+    found = {
+        f"{schema.__name__}.{name}"
+        for schema in SCHEMAS
+        for name in schema.__annotations__
+        if name in schema.model_fields and (schema.model_fields[name].exclude or schema.model_fields[name].exclude_if)
+    }
+    assert sorted(found) == OUTSIDE_THE_KEY

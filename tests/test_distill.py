@@ -106,7 +106,7 @@ def test_every_fault_is_got_over_and_every_row_accounted_for(call, teacher, prom
     metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
     answer = metrics["steps"]["answer"]
     assert answer["came"] + answer["made"] == answer["went"] + sum(answer["aside"].values())
-    assert "200 rows in + 0 made" in done.stderr and "set aside" in done.stderr
+    assert "200 records in + 0 made" in done.stderr and "set aside" in done.stderr
 
 
 def disturbed(teacher: Teacher, path: Path, outputs: Path, moments: list[int], *more) -> tuple[int, str]:
@@ -396,7 +396,7 @@ def test_prompts_of_every_layout(call, teacher, tmp_path):
     assert [row["id"] for row in rows] == ["0", "1", "2", "3", "4", "own#5", "6"]
     lines = tmp_path / "lines.txt"
     lines.write_text("First?\n\n  Second? \n")
-    found = list(sources.rows(lines, "prompts", None))
+    found = list(sources.records(lines, "prompts", None))
     assert [row.messages for row in found] == [[{"role": "user", "content": text}] for text in ("First?", "Second?")]
 
 

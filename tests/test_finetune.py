@@ -328,7 +328,7 @@ def test_gradients_after_an_evaluation_equal_those_without_one():
     model.eval()
     with torch.no_grad():
         model(input_ids=ids)
-        generation.greedy(model, tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=2, end=END)
+        generation.greedy(model, tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=2, eos_id=END)
     after = gradients()
     assert before.keys() == after.keys() and all("lora" in n for n in before) and len(before) == 56
     assert all(torch.equal(before[n], after[n]) for n in before)

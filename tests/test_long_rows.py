@@ -44,7 +44,7 @@ def encoder(shared):
     def encoder(name):
         tokenizer = tokenizer_of(CHAT if name == "tiny-chat" else shared / "tokenizers" / name)
         end = encoding.turn_end(tokenizer)
-        return lambda messages, tools=None: encoding.encode(tokenizer, messages, tools, end=end), end
+        return lambda messages, tools=None: encoding.encode(tokenizer, messages, tools, eos_id=end), end
 
     return encoder
 
@@ -183,7 +183,7 @@ def test_tools_and_their_results_stay_with_their_question(encoder):
 def test_rows_of_a_conversation_that_reasons_in_each_turn(shared, policy):
     """Qwen3 takes a row for each such turn. Split, each part's turns are again each trained once; otherwise each row is judged by itself."""
     tokenizer = tokenizer_of(shared / "tokenizers" / "qwen3")
-    encode = partial(encoding.encode_turns, tokenizer, end=encoding.turn_end(tokenizer))
+    encode = partial(encoding.encode_turns, tokenizer, eos_id=encoding.turn_end(tokenizer))
     talk = [
         m | {"reasoning_content": f"Thought {i}. " * (60 if i == 8 else 5)} if m["role"] == "assistant" else m
         for i, m in enumerate(long_talk(shared)[:21])

@@ -76,7 +76,7 @@ def train(model, tuner, steps: int = STEPS, seed: int = 0) -> list[float]:
     groups = [
         {"params": [p], "lr": rate.peak, "weight_decay": 0.1 * rate.decays}
         for name, p in named.items()
-        for rate in [rates.get(name, lora.Rate(tuner.learning_rate, True))]
+        for rate in [rates.get(name, lora.ParameterRate(tuner.learning_rate, True))]
     ]
     optimizer, losses = torch.optim.AdamW(groups), []
     draw = torch.Generator().manual_seed(seed)
@@ -262,7 +262,7 @@ def test_lora_plus_is_pefts(bases):
     named = {id(p): name for name, p in model.named_parameters()}
     raised = {named[id(p)] for group in theirs.param_groups if group["lr"] > tuner.learning_rate for p in group["params"]}
     ours = lora.rates(model, tuner, 1024)
-    assert ours == {name: lora.Rate(16 * tuner.learning_rate, True) for name in raised} and len(raised) == 28
+    assert ours == {name: lora.ParameterRate(16 * tuner.learning_rate, True) for name in raised} and len(raised) == 28
     assert all(".lora_B." in name for name in raised), "an adapted embedding keeps the common rate"
 
 
@@ -282,7 +282,7 @@ def test_decay_does_not_pull_the_base_to_zero(changes, bases):
     before = torch.from_numpy(generation.logits(model.eval()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and rates.get(name, lora.Rate(0, True)).decays:
+            if parameter.requires_grad and rates.get(name, lora.ParameterRate(0, True)).decays:
                 parameter *= 0.9
     assert distance(torch.from_numpy(generation.logits(model)), before) < 1e-5
     if "lora_plus" in changes:

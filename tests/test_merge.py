@@ -199,7 +199,7 @@ def test_a_base_without_chatml_grows_by_its_tokens(tied, padded, dataset, tmp_pa
         assert torch.equal(after[name][1022:1024], trained[0])
         start = before[name][1022:1024] if padded else before[name].mean(0)
         assert (after[name][1022:1024] - start).abs().max() > 1e-4, "and they moved"
-    answers = generation.greedy(model.eval(), tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=3, end=1023)
+    answers = generation.greedy(model.eval(), tokenizer, [[{"role": "user", "content": "Hi!"}]], max_new_tokens=3, eos_id=1023)
     assert len(answers) == 1
 
 

@@ -97,10 +97,10 @@ def test_greedy_answers_do_not_depend_on_the_batch(folder):
         for text in ("What is the capital of Sweden?", "What animal goes quack?", "Tell me a story about Zoe and a duck.")
     ]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    together = generation.greedy(model, tokenizer, prompts, max_new_tokens=40, end=end)
-    assert together == [generation.greedy(model, tokenizer, [p], max_new_tokens=40, end=end)[0] for p in prompts]
+    together = generation.greedy(model, tokenizer, prompts, max_new_tokens=40, eos_id=end)
+    assert together == [generation.greedy(model, tokenizer, [p], max_new_tokens=40, eos_id=end)[0] for p in prompts]
     assert together[0] == ("The capital of Sweden is Stockholm.", True)
-    assert generation.greedy(model, tokenizer, prompts[:1], max_new_tokens=2, end=end)[0][1] is False
+    assert generation.greedy(model, tokenizer, prompts[:1], max_new_tokens=2, eos_id=end)[0][1] is False
 
 
 def test_a_fresh_process_shares_nothing_and_hands_errors_back():

@@ -337,7 +337,7 @@ class TestExporter:
         prompt = "What is the capital of Sweden?"
         tokenizer = load_tokenizer(CHAT)
         [(text, ended)] = greedy(
-            load_model(CHAT, dtype="float32"), tokenizer, [[{"role": "user", "content": prompt}]], max_new_tokens=64, end=1023
+            load_model(CHAT, dtype="float32"), tokenizer, [[{"role": "user", "content": prompt}]], max_new_tokens=64, eos_id=1023
         )
         assert ended and inside(copy, "run.py", prompt).strip() == text.strip()
         assert call("lineage", copy, "--verify").returncode == 0

@@ -20,7 +20,7 @@ from src.core.files import canonical
 from src.distill import rouge, sandbox
 from src.distill.dispatch import value_of
 from src.distill.endpoint import Failed
-from src.distill.pipeline import Answer, Request, Row, SetAside, Work, check_flows, through
+from src.distill.pipeline import Answer, Record, Request, SetAside, Work, check_flows, through
 from src.distill.requests import stream
 from src.distill.steps import STEPS
 from src.distill.steps.translate import hide, restore
@@ -87,24 +87,24 @@ def recipe(name: str) -> Recipe:
     return settings(name, **SMALL.get(name, {}))
 
 
-def starting(takes: str, count: int = 40) -> list[Row]:
+def starting(takes: str, count: int = 40) -> list[Record]:
     """Rows as src/distill/sources.py reads them."""
     draw = random.Random(count)
     made = []
     for i in range(count):
         prompt = f"{draw.choice(VERBS).title()} the {draw.choice(SUBJECTS)} and the {draw.choice(SUBJECTS)} of place {i} for me."
         if takes == "prompts":
-            made.append(Row(f"p#{i}", [{"role": "user", "content": prompt}], {"fields": {}, "reference": "x"}))
+            made.append(Record(f"p#{i}", [{"role": "user", "content": prompt}], {"fields": {}, "reference": "x"}))
         elif takes == "conversations":
             turns = [
                 {"role": "user", "content": prompt},
                 {"role": "assistant", "content": f"Place {i} has {i + 3} of them. {_prose(draw)}"},
             ]
-            made.append(Row(f"c#{i}", turns, {"fields": {}}))
+            made.append(Record(f"c#{i}", turns, {"fields": {}}))
         elif takes == "seeds":
-            made.append(Row(f"s#{i}", [], {"instruction": prompt, "input": "", "output": "x", "classification": False}))
+            made.append(Record(f"s#{i}", [], {"instruction": prompt, "input": "", "output": "x", "classification": False}))
         elif takes == "texts":
-            made.append(Row(f"t/{i}.txt", [], {"text": "\n\n".join(_prose(draw) for _ in range(4)), "path": f"t/{i}.txt"}))
+            made.append(Record(f"t/{i}.txt", [], {"text": "\n\n".join(_prose(draw) for _ in range(4)), "path": f"t/{i}.txt"}))
     return made
 
 
@@ -182,12 +182,12 @@ def _translated(text: str, prompt: str) -> str:
     )
 
 
-def ran(recipe: Recipe, rows: list[Row], teacher: Teacher, window: int = 16) -> tuple[list[Row], list[tuple], Work]:
+def ran(recipe: Recipe, rows: list[Record], teacher: Teacher, window: int = 16) -> tuple[list[Record], list[tuple], Work]:
     """(rows out, rows set aside, the accounts) of a recipe; the accounts are proven right."""
     aside = []
     work = Work(seed=1, ask=teacher.ask, window=window, on_aside=lambda row, step, reason, detail: aside.append((row.id, step, reason)))
 
-    async def all_of() -> list[Row]:
+    async def all_of() -> list[Record]:
         steps = [(name, STEPS[step.kind], step) for name, step in recipe.ordered()]
         return [row async for row in through(stream(rows), steps, work)]
 
@@ -198,14 +198,14 @@ def ran(recipe: Recipe, rows: list[Row], teacher: Teacher, window: int = 16) -> 
     return out, aside, work
 
 
-def one(kind_of: Recipe, name: str, rows: list[Row], teacher) -> tuple[list[Row], list[tuple], Work]:
+def one(kind_of: Recipe, name: str, rows: list[Record], teacher) -> tuple[list[Record], list[tuple], Work]:
     """Only one step of a recipe."""
     return ran(kind_of.model_copy(update={"order": [name]}), rows, teacher)
 
 
-def said(*turns: str, **data) -> Row:
+def said(*turns: str, **data) -> Record:
     roles = ["user", "assistant"]
-    return Row("r", [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)], data)
+    return Record("r", [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)], data)
 
 
 class Answers:
@@ -339,14 +339,14 @@ def test_every_answer_hostile(kind):
 
 
 ODD = [
-    Row("nothing", []),
-    Row("system", [{"role": "system", "content": "x"}]),
-    Row("empty", [{"role": "user", "content": ""}]),
-    Row("answered", [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]),
-    Row("text", [], {"text": ""}),
-    Row("calls", [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [{}]}], {"tools": [{}]}),
-    Row("few", [{"role": "user", "content": "x"}], {"answers": [], "ratings": []}),
-    Row("one", [{"role": "user", "content": "x"}], {"answers": ["y"], "ratings": [{"a": 1}]}),
+    Record("nothing", []),
+    Record("system", [{"role": "system", "content": "x"}]),
+    Record("empty", [{"role": "user", "content": ""}]),
+    Record("answered", [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]),
+    Record("text", [], {"text": ""}),
+    Record("calls", [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [{}]}], {"tools": [{}]}),
+    Record("few", [{"role": "user", "content": "x"}], {"answers": [], "ratings": []}),
+    Record("one", [{"role": "user", "content": "x"}], {"answers": ["y"], "ratings": [{"a": 1}]}),
 ]
 
 
@@ -450,7 +450,7 @@ def test_the_best_by_agreement():
 
 def test_new_tasks_are_unlike_the_pool_and_one_another(shared):
     seeds = [json.loads(line) for line in (shared / "chat/upstream/self_instruct_seed_tasks.jsonl").read_text().splitlines()]
-    rows = [Row(seed["id"], [], {"instruction": seed["instruction"]}) for seed in seeds]
+    rows = [Record(seed["id"], [], {"instruction": seed["instruction"]}) for seed in seeds]
     chosen = settings("self_instruct", **{"new_tasks.rows": 60, "new_tasks.requests": 60})
     out, aside, _ = one(chosen, "new_tasks", rows, Teacher(0))
     texts = [row.messages[0]["content"] for row in out]
@@ -562,7 +562,7 @@ def test_quotations_have_to_stand_in_the_text():
     text = "The harbour of “Vell” freezes in\nJanuary. It thaws in April."
 
     def grounded(quote, answered=True):
-        row = Row("d/0", [{"role": "user", "content": "When does it freeze?"}], {"text": text})
+        row = Record("d/0", [{"role": "user", "content": "When does it freeze?"}], {"text": text})
         answer = {"answered": answered, "quotes": [quote] if quote else [], "answer": "In January."}
         out, aside, _ = one(chosen, "ground", [row], Answers(lambda request: answer))
         return out[0].messages if out else aside[0][2]
@@ -576,7 +576,7 @@ def test_quotations_have_to_stand_in_the_text():
 def test_chunks_hold_the_whole_text_and_no_more_than_they_may():
     text = "\n\n".join(f"Paragraph {i}. " + "It goes on and on. " * (i % 7) for i in range(40)) + "\n\n" + "x" * 1000
     chosen = settings("documents", **{"chunk.max_chars": 300, "chunk.min_chars": 1})
-    out, _, _ = one(chosen, "chunk", [Row("d", [], {"text": text})], NOBODY)
+    out, _, _ = one(chosen, "chunk", [Record("d", [], {"text": text})], NOBODY)
     assert all(len(row.data["text"]) <= 300 for row in out) and [row.data["place"] for row in out] == list(range(len(out)))
     assert "".join("".join(row.data["text"] for row in out).split()) == "".join(text.split())
 
@@ -585,7 +585,7 @@ def test_the_best_rows_that_are_unlike():
     chosen = settings("select", **{"choose.rows": 2})
 
     def row(id, text, complexity, quality):
-        return Row(
+        return Record(
             id,
             [{"role": "user", "content": text}, {"role": "assistant", "content": text}],
             {"scores": {"complexity": complexity, "quality": quality}},
@@ -602,8 +602,8 @@ def test_the_best_rows_that_are_unlike():
     assert [r.id for r in out] == ["best", "next"]
     assert {a[0]: a[2] for a in aside} == {
         "r": "not rated for complexity",
-        "twin": "like a row already chosen",
-        "low": "below the rows chosen",
+        "twin": "like a record already chosen",
+        "low": "below the records chosen",
     }
 
 
@@ -611,7 +611,7 @@ def test_a_classifier_learns_from_the_sample_what_the_teacher_likes():
     draw = random.Random(0)
 
     def text(i, good):
-        return Row(
+        return Record(
             f"{i}", [], {"text": " ".join(draw.choices(SUBJECTS, k=40)) + (" def explain return" if good else " import config data")}
         )
 
@@ -767,7 +767,7 @@ def test_every_kind_of_step_is_in_a_recipe_and_has_code():
         ("best_of", {"order": ["answer", "rate"]}, "none chooses among them"),
         ("best_of", {"answer.n": 1}, "needs n of 2 or more"),
         ("preference", {"order": ["answer", "rate", "compare", "pair"]}, "kind pair finds"),
-        ("select", {"choose.by": ["wit"]}, "orders rows by 'wit'"),
+        ("select", {"choose.by": ["wit"]}, "orders records by 'wit'"),
         ("code", {"order": ["run"]}, "kind exercise finds"),
     ],
 )

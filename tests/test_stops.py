@@ -11,7 +11,7 @@ from conftest import CHAT, go, make_base
 from src import data, finetune
 from src.core import artifact
 from src.core.errors import MissingTool, NoMemory, NoRoom, ProofFailed
-from src.training import batches, choices, layout, probe, reports
+from src.training import batches, choices, layout, probe, reports, session
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 FAST = ["tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000"]
@@ -29,14 +29,14 @@ def run(tmp_path, eighty, capsys):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step_and_records(run, eighty, tmp_path, monkeypatch):
-    plans, made = [], batches.Plan
-    monkeypatch.setattr(batches, "Plan", lambda *given: plans.append(made(*given)) or plans[-1])
+    plans, made = [], batches.BatchPlan
+    monkeypatch.setattr(session, "BatchPlan", lambda *given: plans.append(made(*given)) or plans[-1])
     code, said = run("nan", "tuner.learning_rate=1e30", "train.warmup=0", "train.max_grad_norm=0", "train.max_steps=20")
     assert code == ProofFailed.exit_code and "Traceback" not in said
     step = int(said.split("the loss became nan at step ")[1].split()[0])
     ids = [json.loads(line)["id"] for line in open(eighty / "train.jsonl")]
     named = said.split("records ")[1].split("\n")[0].split(", ")
-    assert sorted(named) == sorted(ids[row] for row in plans[-1].rows(step - 1)), "those of the step, and no others"
+    assert sorted(named) == sorted(ids[row] for row in plans[-1].examples(step - 1)), "those of the step, and no others"
     assert "lower tuner.learning_rate" in said and not (tmp_path / "nan" / "finetune").exists()
 
 
@@ -56,12 +56,12 @@ def test_a_constant_training_loss_stops_the_run_without_a_validation_split(run, 
 
 
 def test_three_reports_without_a_gradient_stop_the_run():
-    seen = SimpleNamespace(plan=SimpleNamespace(epoch=lambda step: 1.0, rows=lambda step: [0]), rows=SimpleNamespace(lines=[1]))
-    told = reports.Reports.__new__(reports.Reports)
-    told.trainer, told.zero_norms, told.records = seen, 2, CHAT / "none.jsonl"
-    told.record_ids = lambda step: ["a"]
+    seen = SimpleNamespace(plan=SimpleNamespace(epoch=lambda step: 1.0, examples=lambda step: [0]), examples=SimpleNamespace(lines=[1]))
+    watched = reports.Reports.__new__(reports.Reports)
+    watched.trainer, watched.zero_norms, watched.records = seen, 2, CHAT / "none.jsonl"
+    watched.record_ids = lambda step: ["a"]
     with pytest.raises(ProofFailed, match="no gradient in three reports"):
-        told.on_log(None, SimpleNamespace(global_step=9), None, logs={"loss": 1.0, "grad_norm": 0.0, "learning_rate": 1e-3})
+        watched.on_log(None, SimpleNamespace(global_step=9), None, logs={"loss": 1.0, "grad_norm": 0.0, "learning_rate": 1e-3})
 
 
 @pytest.mark.parametrize("tuner", [["tuner.rank=8"], ["tuner=full"]])

@@ -25,7 +25,7 @@ def written_down(logits, targets: Targets) -> torch.Tensor:
     """alpha KL + (1 - alpha) cross-entropy over k + 1 outcomes, through autograd."""
     logq = logits.log_softmax(-1)
     hard = torch.nn.functional.nll_loss(logq, targets.tokens, reduction="sum")
-    p, known = targets.shares, logq.gather(-1, targets.likely)
+    p, known = targets.probs, logq.gather(-1, targets.top_k_ids)
     rest_p, rest_q = 1 - p.sum(-1), 1 - known.exp().sum(-1)
     kl = (p * (p.log() - known)).sum() + (rest_p * (rest_p.log() - rest_q.log())).sum()
     return targets.alpha * kl + (1 - targets.alpha) * hard
@@ -34,8 +34,8 @@ def written_down(logits, targets: Targets) -> torch.Tensor:
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_loss_and_gradient_are_those_written_down(alpha):
     torch.manual_seed(0)
-    shares, likely = (torch.randn(7, 50) * 2).softmax(-1).topk(5, dim=-1)
-    targets = Targets(torch.randint(0, 50, (7,)), likely, shares, alpha=alpha)
+    probs, top_k_ids = (torch.randn(7, 50) * 2).softmax(-1).topk(5, dim=-1)
+    targets = Targets(torch.randint(0, 50, (7,)), top_k_ids, probs, alpha=alpha)
     logits = torch.randn(7, 50, requires_grad=True)
     (plain,) = torch.autograd.grad(expected := written_down(logits, targets), logits)
     (ours,) = torch.autograd.grad(found := loss_sum(logits, targets), logits)
@@ -48,11 +48,11 @@ def test_loss_and_gradient_are_those_written_down(alpha):
 def test_with_every_token_kept_it_is_the_kl_divergence():
     torch.manual_seed(1)
     theirs, logits = torch.randn(4, 20), torch.randn(4, 20)
-    shares, likely = theirs.softmax(-1).topk(20, dim=-1)
+    probs, top_k_ids = theirs.softmax(-1).topk(20, dim=-1)
     kl = torch.nn.functional.kl_div(logits.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum")
-    found = loss_sum(logits, Targets(torch.zeros(4, dtype=torch.long), likely, shares, alpha=1.0))
+    found = loss_sum(logits, Targets(torch.zeros(4, dtype=torch.long), top_k_ids, probs, alpha=1.0))
     assert found.item() == pytest.approx(kl.item(), rel=1e-4)
-    fewer = loss_sum(logits, Targets(torch.zeros(4, dtype=torch.long), likely[:, :3], shares[:, :3], alpha=1.0))
+    fewer = loss_sum(logits, Targets(torch.zeros(4, dtype=torch.long), top_k_ids[:, :3], probs[:, :3], alpha=1.0))
     assert 0 < fewer.item() <= kl.item()
 
 
@@ -83,7 +83,7 @@ def test_a_student_of_its_probabilities_comes_closer_to_the_teacher(train, tmp_p
     assert code == 0 and "its 32 likeliest tokens hold" in said, said
     assert train("without", base, *argv)[0] == 0
     tokenizer = load_tokenizer(CHAT)
-    rows = [encoding.encode(tokenizer, json.loads(line)["messages"], end=1023) for line in open(eighty / "val.jsonl")]
+    rows = [encoding.encode(tokenizer, json.loads(line)["messages"], eos_id=1023) for line in open(eighty / "val.jsonl")]
     near, far, start = (distance(path, rows) for path in (tmp_path / "with/finetune", tmp_path / "without/finetune", base))
     print(f"KL to the teacher: {start:.3f} at the start, {far:.3f} by tokens, {near:.3f} by its probabilities")
     assert near < 0.9 * far < far < start
@@ -128,13 +128,13 @@ def test_a_teacher_with_another_tokenizer_is_refused(train, tmp_path):
 
 def test_soft_targets_are_the_teacher_s_likeliest_tokens_in_the_rows_order(tmp_path, eighty, train):
     assert train("made", make_base(tmp_path / "base"), "train.max_steps=2", f"teacher.path={CHAT}", "teacher.top_k=4")[0] == 0
-    (folder,) = [p.parent for p in (tmp_path / ".cache" / "tokens").rglob("likely.npy")]
-    likely, shares = np.load(folder / "likely.npy"), np.load(folder / "shares.npy")
+    (folder,) = [p.parent for p in (tmp_path / ".cache" / "tokens").rglob("top_k_ids.npy")]
+    top_k_ids, probs = np.load(folder / "top_k_ids.npy"), np.load(folder / "probs.npy")
     first = json.loads((eighty / "train.jsonl").read_text().splitlines()[0])
     tokenizer, model = load_tokenizer(CHAT), load_model(CHAT).eval()
-    row = encoding.encode(tokenizer, first["messages"], end=1023)
+    row = encoding.encode(tokenizer, first["messages"], eos_id=1023)
     at = [i - 1 for i, label in enumerate(row.labels) if label != encoding.IGNORE]
     with torch.no_grad():
         expected = model(torch.tensor([row.input_ids])).logits[0, at].softmax(-1).topk(4, dim=-1)
-    assert likely[: len(at)].tolist() == expected.indices.tolist()
-    assert np.allclose(shares[: len(at)], expected.values, atol=1e-5)
+    assert top_k_ids[: len(at)].tolist() == expected.indices.tolist()
+    assert np.allclose(probs[: len(at)], expected.values, atol=1e-5)

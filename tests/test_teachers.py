@@ -12,13 +12,13 @@ from test_config import composed
 from src.core.errors import BudgetSpent, ConfigError, NoAnswer, ProofFailed
 from src.distill import endpoint, limits
 from src.distill.dispatch import value_of
-from src.distill.endpoint import Endpoint, Failed
-from src.distill.pipeline import Request, Row, SetAside, Work, check_flows, through
+from src.distill.endpoint import Failed, RemoteTeacher
+from src.distill.pipeline import Record, Request, SetAside, Work, check_flows, through
 from src.settings.verbs import Budget
 
 
-def teacher(*overrides: str) -> Endpoint:
-    return Endpoint(composed("distill", "teacher.model=m", *overrides).teacher)
+def teacher(*overrides: str) -> RemoteTeacher:
+    return RemoteTeacher(composed("distill", "teacher.model=m", *overrides).teacher)
 
 
 def request(**changes) -> Request:
@@ -186,7 +186,7 @@ def test_half_a_surrogate_pair_in_json():
 def test_a_rate_holds_in_every_minute():
     """By a clock of our own: what Rate lets through, counted in every window of a minute."""
     for per_minute in (3, 60, 1000):
-        rate, now, times = limits.Rate(per_minute), 1000.0, []
+        rate, now, times = limits.RateLimiter(per_minute), 1000.0, []
         with pytest.MonkeyPatch.context() as patch:
 
             async def sleep(seconds):
@@ -207,7 +207,7 @@ def test_a_rate_holds_in_every_minute():
 
 
 def test_slots_rise_and_fall():
-    slots = limits.Slots(16)
+    slots = limits.AdaptiveConcurrency(16)
     now = time.monotonic()
     slots.busy(now)
     assert slots.limit == 8
@@ -226,7 +226,7 @@ def test_slots_rise_and_fall():
 
 def test_no_more_slots_than_there_are_and_none_lost():
     async def go():
-        slots, now, most = limits.Slots(5), 0, 0
+        slots, now, most = limits.AdaptiveConcurrency(5), 0, 0
 
         async def work(seconds):
             nonlocal now, most
@@ -270,19 +270,19 @@ def test_the_breaker_trips_on_first_tries_that_fail_on_end():
     assert patient.failed(True, together=False)
 
 
-def test_a_purse_is_never_overdrawn_and_waits_for_what_may_come_back():
+def test_a_budget_is_never_overdrawn_and_waits_for_what_may_come_back():
     async def go():
-        purse, most = limits.Purse(Budget(tokens=100, money=None)), 0
+        budget, most = limits.BudgetTracker(Budget(tokens=100, money=None)), 0
 
         async def ask(reserved, used):
             nonlocal most
-            await purse.reserve(reserved, 0.0)
-            most = max(most, purse.tokens + purse.reserved_tokens)
+            await budget.reserve(reserved, 0.0)
+            most = max(most, budget.tokens + budget.reserved_tokens)
             await asyncio.sleep(0)
-            purse.settle(reserved, 0.0, used, 0.0)
+            budget.settle(reserved, 0.0, used, 0.0)
 
         results = await asyncio.gather(*(ask(40, 10) for _ in range(20)), return_exceptions=True)
-        return most, purse.tokens, sum(isinstance(r, BudgetSpent) for r in results)
+        return most, budget.tokens, sum(isinstance(r, BudgetSpent) for r in results)
 
     # 40 have to be free: after 7 answers of 10 tokens only 30 are.
     assert asyncio.run(go()) == (100, 70, 13)
@@ -297,7 +297,7 @@ def flow(count: int, work_on, window: int = 8):
 
     async def source():
         for n in range(count):
-            yield Row(str(n), [])
+            yield Record(str(n), [])
 
     async def step(rows, settings, work):
         async for row in work.each(rows, work_on):
@@ -316,7 +316,7 @@ def test_rows_come_out_in_the_order_they_went_in_whichever_is_done_first():
         await asyncio.sleep(draw.random() / 200)
         if row.id.endswith("7"):
             raise SetAside("seven")
-        return [Row(f"{row.id}/{k}", []) for k in range(2)] if row.id.endswith("3") else row
+        return [Record(f"{row.id}/{k}", []) for k in range(2)] if row.id.endswith("3") else row
 
     rows, aside, work = flow(60, slow)
     numbers = [int(row.id.split("/")[0]) for row in rows]
@@ -354,7 +354,7 @@ def test_a_bug_in_a_step_comes_out_as_it_is_and_nothing_is_left_running():
             ended.append(row.id)
 
     with pytest.raises(ZeroDivisionError):
-        flow(5, lambda row: bad(Row("5", [])))
+        flow(5, lambda row: bad(Record("5", [])))
     assert ended == []
 
     async def nothing(row):

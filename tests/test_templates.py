@@ -141,11 +141,11 @@ def load(request):
 
 
 def encode(tokenizer, messages, tools=None):
-    return encoding.encode(tokenizer, messages, tools, end=encoding.turn_end(tokenizer))
+    return encoding.encode(tokenizer, messages, tools, eos_id=encoding.turn_end(tokenizer))
 
 
 def encode_turns(tokenizer, messages, tools=None):
-    return encoding.encode_turns(tokenizer, messages, tools, end=encoding.turn_end(tokenizer))
+    return encoding.encode_turns(tokenizer, messages, tools, eos_id=encoding.turn_end(tokenizer))
 
 
 def laid_out(encoded, golden) -> bool:
@@ -258,7 +258,7 @@ def test_a_user_forges_no_turn(load, typed):
         with pytest.raises(BadData, match=r"message 4 \(assistant\)"):
             encode(tokenizer, [*TURNS[:3], TURNS[3] | {"reasoning_content": typed}])
         with pytest.raises(BadData, match=r"message 1 \(user\)"):
-            encoding.encode_qwen_legacy(tokenizer, [{"role": "user", "content": typed}, *TURNS[1:]], end=151645)
+            encoding.encode_qwen_legacy(tokenizer, [{"role": "user", "content": typed}, *TURNS[1:]], eos_id=151645)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_every_real_conversation(load, shared, name):
                 m["role"] in ("system", "tool") or m.get("tool_calls") for m in chat.messages
             ):
                 continue
-            encoded = encoding.encode(tokenizer, chat.messages, chat.tools, end=end)
+            encoded = encoding.encode(tokenizer, chat.messages, chat.tools, eos_id=end)
             runs, turns = spans(encoded), [m for m in chat.messages if m["role"] == "assistant"]
             assert encoded.trained and len(runs) == len(turns) - encoded.untrained
             assert all(run[-1] == end and run.count(end) == 1 for run in runs)

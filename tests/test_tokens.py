@@ -13,7 +13,7 @@ from src.core.compose import compose
 from src.core.errors import BadData
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb
-from src.training import tokens
+from src.training import examples
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def made(tmp_path, monkeypatch):
         done = in_process("data", f"outputs={tmp_path}", f"run={name}", f"data.path={file}", "data.val=0", "data.calib=0", "force=true")
         assert done.returncode == 0, done.stderr
         cfg = compose("finetune", [f"model.path={base}", *argv], FinetuneVerb)
-        return tokens.token_rows(cfg, open_artifact(tmp_path / name / "data"), open_any(base), "train", tmp_path / "tokens")
+        return examples.examples_of(cfg, open_artifact(tmp_path / name / "data"), open_any(base), "train", tmp_path / "tokens")
 
     return make
 
@@ -63,29 +63,29 @@ def test_rows_are_what_the_template_makes_of_each_conversation(made):
     assert len(rows) == 90 and rows.lines.tolist() == list(range(1, 91))
     for i in (0, 41, 89):
         messages = [{"role": t["from"], "content": t["value"]} for t in CHATS[i]]
-        encoded = encoding.encode(tokenizer, messages, end=1023)
+        encoded = encoding.encode(tokenizer, messages, eos_id=1023)
         assert content(rows)[i] == (encoded.input_ids, encoded.labels)
         assert rows.lengths[i] == len(encoded.input_ids) and rows.trained_tokens[i] == encoded.trained
     assert isinstance(rows.input_ids, np.memmap) and rows.input_ids.dtype == np.int32
 
 
 def test_several_processes_make_the_same_rows_as_one(made, monkeypatch, tmp_path):
-    monkeypatch.setattr(tokens, "PORTION", 11)
-    monkeypatch.setattr(tokens.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(examples, "PORTION", 11)
+    monkeypatch.setattr(examples.os, "cpu_count", lambda: 1)
     alone = made(CHATS)
     shutil.rmtree(tmp_path / "tokens")
-    monkeypatch.setattr(tokens.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(examples.os, "cpu_count", lambda: 2)
     started = []
-    pool = tokens.ProcessPoolExecutor
-    monkeypatch.setattr(tokens, "ProcessPoolExecutor", lambda *args, **given: started.append(args) or pool(*args, **given))
+    pool = examples.ProcessPoolExecutor
+    monkeypatch.setattr(examples, "ProcessPoolExecutor", lambda *args, **given: started.append(args) or pool(*args, **given))
     together = made(CHATS)
     assert started == [(2,)]
     assert content(alone) == content(together) and alone.lines.tolist() == together.lines.tolist()
 
 
 def test_a_fault_in_another_process_is_the_user_s_error_and_leaves_nothing(made, monkeypatch, tmp_path):
-    monkeypatch.setattr(tokens, "PORTION", 11)
-    monkeypatch.setattr(tokens.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(examples, "PORTION", 11)
+    monkeypatch.setattr(examples.os, "cpu_count", lambda: 2)
     base = with_template(tmp_path / "base", "{% if messages[0]['content'] == 'Refuse me.' %}{{ raise_exception('as asked') }}{% endif %}")
     with pytest.raises(BadData, match="as asked") as error:
         made([*CHATS, talk("Refuse me.", "No.")], base=base)
@@ -95,7 +95,7 @@ def test_a_fault_in_another_process_is_the_user_s_error_and_leaves_nothing(made,
 
 def test_equal_content_is_read_and_not_made_again(made, monkeypatch, tmp_path):
     first = made(CHATS)
-    monkeypatch.setattr(tokens, "make", lambda *args: pytest.fail("made again"))
+    monkeypatch.setattr(examples, "make", lambda *args: pytest.fail("made again"))
     again = made(CHATS, "train.seed=7", "tuner.rank=4")
     assert content(first) == content(again)
     base = tmp_path / "elsewhere"

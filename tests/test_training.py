@@ -7,9 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.chat import encoding
 from src.training import attention, batches, layout
-from src.training.batches import Plan, Steps, micro_batch
+from src.training.batches import BatchPlan, Steps, micro_batch
+from src.training.examples import Example
 from src.training.head import HeadLoss, Targets
-from src.training.tokens import Row
 
 SHAPES = {
     "llama": {"model_type": "llama"},
@@ -46,14 +46,14 @@ def model():
     return build
 
 
-def drawn(*lengths: int) -> list[Row]:
+def drawn(*lengths: int) -> list[Example]:
     """Rows of random ids in which about half is trained, in stretches."""
     draw = np.random.default_rng(7)
     rows = []
     for length in lengths:
         ids = draw.integers(0, 512, length, dtype=np.int32)
         trained = np.arange(length) % 10 >= 5
-        rows.append(Row(ids, np.where(trained, ids, encoding.IGNORE)))
+        rows.append(Example(ids, np.where(trained, ids, encoding.IGNORE)))
     return rows
 
 
@@ -180,7 +180,7 @@ def test_the_loss_in_chunks_works_with_lora_on_the_output_layer_and_with_a_froze
 
 def test_a_micro_batch_with_nothing_trained_has_no_loss_and_gradients_of_zero(model):
     ids = ROWS[0].input_ids
-    empty = [Row(ids, np.full_like(ids, encoding.IGNORE))]
+    empty = [Example(ids, np.full_like(ids, encoding.IGNORE))]
     for batch in (micro_batch(empty, [0], 0, packed=False), micro_batch(empty, [], 0, packed=False)):
         ours = model("llama")
         loss, gradients = step_of(ours, [batch], HeadLoss(ours, chunked=True))
@@ -210,7 +210,7 @@ def test_in_evaluation_each_token_s_loss_and_hit_are_those_of_the_logits(model, 
 
 def plan(lengths, batch=8, world=1, capacity=100, packed=True, epochs=2.0, seed=1):
     lengths = np.array(lengths)
-    return Plan(lengths, batch, world, capacity, packed, round(len(lengths) * epochs), seed)
+    return BatchPlan(lengths, batch, world, capacity, packed, round(len(lengths) * epochs), seed)
 
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, 101)
@@ -226,19 +226,19 @@ def test_every_row_is_seen_once_an_epoch_however_it_is_laid_out(world, packed, c
         micro = made.layout(step)
         assert all(len(bins) == world for bins in micro)
         rows = [row for bins in micro for part in bins for row in part]
-        assert sorted(rows) == sorted(made.rows(step)), "the layout deals out the step's rows and no others"
+        assert sorted(rows) == sorted(made.examples(step)), "the layout deals out the step's rows and no others"
         assert max(made.size(part) for bins in micro for part in bins) <= capacity
         if step < made.steps - 1:
             assert all(part for bins in micro for part in bins), "only a run's last step may leave a process idle"
-        seen += made.rows(step)
+        seen += made.examples(step)
     assert sorted(seen[:101]) == sorted(seen[101:]) == list(range(101)) and seen[:101] != seen[101:]
     assert [s for s in range(1, made.steps + 1) if made.ends_epoch(s)] == [13, 26]
 
 
 def test_the_order_follows_from_the_seed_and_from_nothing_else():
-    rows = [[p.rows(s) for s in range(p.steps)] for p in (plan(LENGTHS), plan(LENGTHS, world=2, capacity=60, packed=False))]
+    rows = [[p.examples(s) for s in range(p.steps)] for p in (plan(LENGTHS), plan(LENGTHS, world=2, capacity=60, packed=False))]
     assert rows[0] == rows[1]
-    assert rows[0] != [plan(LENGTHS, seed=2).rows(s) for s in range(26)]
+    assert rows[0] != [plan(LENGTHS, seed=2).examples(s) for s in range(26)]
     assert plan(LENGTHS).layout(3) == plan(LENGTHS).layout(3)
 
 
@@ -250,7 +250,7 @@ def test_packing_fills_passes_evenly_and_pads_nothing(monkeypatch):
     monkeypatch.setattr(batches, "SEARCHED", 0)
     assert made.capacity >= made.size(made.longest()) >= max(map(max, sizes))
     # As few passes as a lower bound allows, in nearly every step.
-    least = sum(-(-int(made.lengths[made.rows(s)].sum()) // 300) for s in range(made.steps))
+    least = sum(-(-int(made.lengths[made.examples(s)].sum()) // 300) for s in range(made.steps))
     assert sum(len(made.layout(s)) for s in range(made.steps)) <= 1.35 * least
 
 
@@ -266,7 +266,7 @@ def test_a_row_is_a_step_of_its_process_with_its_own_positions():
         items = [steps[step] for steps in both]
         assert items[0]["trained"] == items[1]["trained"] == sum(len(b["targets"]) for item in items for b in item["micro_batches"])
         assert len(items[0]["micro_batches"]) == len(items[1]["micro_batches"])
-        assert items[0]["tokens"] == sum(len(ROWS[row].input_ids) for row in made.rows(step))
+        assert items[0]["tokens"] == sum(len(ROWS[row].input_ids) for row in made.examples(step))
     batch = micro_batch(ROWS, [1, 3], 0, packed=True)
     assert batch["position_ids"].tolist() == [[*range(7), *range(12)]] and batch["cu_seq_lens_q"].tolist() == [0, 7, 19]
     # The last token of a row never predicts the first of the next.
@@ -276,7 +276,7 @@ def test_a_row_is_a_step_of_its_process_with_its_own_positions():
 
 def test_padding_that_equals_the_stop_token_does_not_untrain_it():
     ids = np.array([5, 6, 511], dtype=np.int32)
-    rows = [Row(ids, np.array([encoding.IGNORE, 6, 511], dtype=np.int32)), ROWS[0]]
+    rows = [Example(ids, np.array([encoding.IGNORE, 6, 511], dtype=np.int32)), ROWS[0]]
     batch = micro_batch(rows, [0, 1], 511, packed=False)
     assert batch["keep"][0].tolist() == [True, True] + [False] * 29
     assert batch["targets"][:2].tolist() == [6, 511] and batch["attention_mask"][0].sum() == 3

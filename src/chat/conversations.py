@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from src.chat.formats import MEDIA, PARSERS, as_object, detect, ignored, tools_of
-from src.chat.json_stream import Damaged, Malformed, Row, array, container, lines, open_text, quote
+from src.chat.json_stream import Damaged, Malformed, RawRecord, array, container, lines, open_text, quote
 from src.core.errors import BadData
 
 FORMATS = tuple(PARSERS)
@@ -137,14 +137,14 @@ def _conversations(path: Path, container: str, chosen: str | None, on_fault: str
     last_good = None
     with open_text(path) as file:
         try:
-            for row in (array if container == "array" else lines)(file, path.name):
+            for raw in (array if container == "array" else lines)(file, path.name):
                 tally.rows_in += 1
                 try:
-                    record = as_object(row.value)
+                    record = as_object(raw.value)
                     format, sure = (chosen, True) if chosen else detect(record)
-                    conversation = _conversation(record, format, began, row.name)
+                    conversation = _conversation(record, format, began, raw.name)
                 except Malformed as fault:
-                    tally._fault(_where(path.name, row), fault)
+                    tally._fault(_where(path.name, raw), fault)
                     continue
                 if sure:
                     chosen = format
@@ -183,11 +183,11 @@ def _listing(rows: int, count: int, faults: list[Fault]) -> str:
     return "\n".join(lines + [f"  and {count - len(faults)} more"] * (count > len(faults)))
 
 
-def _where(file: str, row: Row) -> str:
-    own = _own_id(row.value) if isinstance(row.value, dict) else None
-    index = row.name.removeprefix(file)
+def _where(file: str, raw: RawRecord) -> str:
+    own = _own_id(raw.value) if isinstance(raw.value, dict) else None
+    index = raw.name.removeprefix(file)
     record = f", record {quote(own)}" if own else f", record {index}" if index[0] == "#" else ""
-    return f"{file} line {row.line}{record}"
+    return f"{file} line {raw.line}{record}"
 
 
 def _conversation(record: dict, format: str, began: str, name: str) -> Conversation:

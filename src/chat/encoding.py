@@ -113,14 +113,14 @@ def turn_end(tokenizer) -> int:
     whole = render(tokenizer, PROBE)
     closing = whole[len(head) :].rpartition(PROBE[1]["content"])[2]
     special = set(tokenizer.convert_tokens_to_ids(list(_special_tokens(tokenizer))))
-    end = next((i for i in tokenizer(closing, add_special_tokens=False).input_ids if i in special), None)
-    if not whole.startswith(head) or end is None:
+    eos_id = next((i for i in tokenizer(closing, add_special_tokens=False).input_ids if i in special), None)
+    if not whole.startswith(head) or eos_id is None:
         raise WrongKind(
             "the chat template does not end an assistant turn with a special token, so a tuned model could not learn to stop",
             where=str(tokenizer.name_or_path),
             fix="remove chat_template from tokenizer_config.json (and chat_template.jinja) to train with ChatML",
         )
-    return end
+    return eos_id
 
 
 def shows_reasoning(tokenizer) -> bool:
@@ -129,32 +129,32 @@ def shows_reasoning(tokenizer) -> bool:
     return render(tokenizer, PROBE) != render(tokenizer, [PROBE[0], thinking])
 
 
-def encode(tokenizer, messages: Sequence[dict], tools=None, *, end: int) -> Encoded:
-    """Token ids and labels of one conversation; trained are the assistant's text and the token `end` that closes it.
+def encode(tokenizer, messages: Sequence[dict], tools=None, *, eos_id: int) -> Encoded:
+    """Token ids and labels of one conversation; trained are the assistant's text and the token `eos_id` that closes it.
 
     The row ends with the last assistant turn, which is always trained; messages after it teach nothing. An earlier turn is out of the loss, and
     counted in `untrained`, where the row does not show it after the prompt it answered, or shows it without its reasoning.
 
     Raises BadData where there is no assistant turn, a text holds a control token, or the template does not render the last turn after its prompt.
     """
-    _refuse_control(tokenizer, messages, tools, end)
+    _refuse_control(tokenizer, messages, tools, eos_id)
     turns = _assistant_turns(messages)
-    text, cuts = _answers(tokenizer, messages[: turns[-1] + 1], tools, end, turns, exact=False)
-    return _labelled(*_ids(tokenizer, text, list(cuts.values())), end, len(turns) - len(cuts))
+    text, cuts = _answers(tokenizer, messages[: turns[-1] + 1], tools, eos_id, turns, exact=False)
+    return _labelled(*_ids(tokenizer, text, list(cuts.values())), eos_id, len(turns) - len(cuts))
 
 
-def encode_turns(tokenizer, messages: Sequence[dict], tools=None, *, end: int) -> list[Encoded]:
+def encode_turns(tokenizer, messages: Sequence[dict], tools=None, *, eos_id: int) -> list[Encoded]:
     """The rows, as few as can be, that together train each assistant turn exactly once and exactly as the template shows it as an answer.
 
     One row where the template shows history as it was answered; up to one a turn where it does not. Raises as `encode`.
     """
-    _refuse_control(tokenizer, messages, tools, end)
+    _refuse_control(tokenizer, messages, tools, eos_id)
     left = turns = _assistant_turns(messages)
     rows = []
     while left:
-        text, cuts = _answers(tokenizer, messages[: left[-1] + 1], tools, end, left, exact=True)
+        text, cuts = _answers(tokenizer, messages[: left[-1] + 1], tools, eos_id, left, exact=True)
         shown = turns.index(left[-1]) + 1
-        rows.append(_labelled(*_ids(tokenizer, text, list(cuts.values())), end, shown - len(cuts)))
+        rows.append(_labelled(*_ids(tokenizer, text, list(cuts.values())), eos_id, shown - len(cuts)))
         left = [i for i in left if i not in cuts]
     return rows[::-1]
 
@@ -166,9 +166,9 @@ def _assistant_turns(messages: Sequence[dict]) -> list[int]:
     return turns
 
 
-def _refuse_control(tokenizer, messages: Sequence[dict], tools, end: int) -> None:
+def _refuse_control(tokenizer, messages: Sequence[dict], tools, eos_id: int) -> None:
     """Raises BadData where a text of the conversation would become a control token."""
-    control = _control_tokens(tokenizer, str(tokenizer.chat_template), end)
+    control = _control_tokens(tokenizer, str(tokenizer.chat_template), eos_id)
     places = [f"message {i + 1} ({message['role']})" for i, message in enumerate(messages)]
     for place, part in zip([*places, "the tools"], [*messages, list(tools or [])]):
         if found := control.search(json.dumps(part, ensure_ascii=False)):
@@ -176,13 +176,13 @@ def _refuse_control(tokenizer, messages: Sequence[dict], tools, end: int) -> Non
 
 
 @lru_cache(maxsize=4)
-def _control_tokens(tokenizer, template: str, end: int) -> re.Pattern:
+def _control_tokens(tokenizer, template: str, eos_id: int) -> re.Pattern:
     """The special tokens that the template writes, and those at which a server stops or which fill a batch.
 
     Others, such as MiniCPM4's <|tool_call|>, are an answer's to use; <unk> is no one's.
     """
     written = template + render(tokenizer, PROBE)
-    stops = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.convert_ids_to_tokens(end)}
+    stops = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.convert_ids_to_tokens(eos_id)}
     found = {token for token in _special_tokens(tokenizer) if token in written or token in stops}
     return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))))
 
@@ -192,13 +192,13 @@ def _special_tokens(tokenizer) -> set[str]:
     return (added | set(tokenizer.all_special_tokens)) - {tokenizer.unk_token}
 
 
-def _answers(tokenizer, messages: Sequence[dict], tools, end: int, turns: Sequence[int], *, exact: bool) -> tuple[str, dict[int, int]]:
+def _answers(tokenizer, messages: Sequence[dict], tools, eos_id: int, turns: Sequence[int], *, exact: bool) -> tuple[str, dict[int, int]]:
     """The conversation as text, and of those `turns` that it shows as they are answered, the character position where each answer begins.
 
     exact: compare every turn with the template's rendering of it as an answer; otherwise only those that reason. The last message is one of
     `turns` and of those found. Raises BadData where it is not rendered after its prompt.
     """
-    whole, stop = render(tokenizer, messages, tools), tokenizer.convert_ids_to_tokens(end)
+    whole, stop = render(tokenizer, messages, tools), tokenizer.convert_ids_to_tokens(eos_id)
     cuts = {}
     for i in turns:
         head = render(tokenizer, messages[:i], tools, prompt=True)
@@ -220,11 +220,11 @@ def _reasons(message: dict) -> bool:
     return bool(message.get("reasoning_content")) or "</think>" in (message.get("content") or "")
 
 
-def _labelled(ids: list[int], starts: list[int], end: int, untrained: int) -> Encoded:
-    """The row with labels from each start to the first `end` at or after it."""
+def _labelled(ids: list[int], starts: list[int], eos_id: int, untrained: int) -> Encoded:
+    """The row with labels from each start to the first `eos_id` at or after it."""
     labels = [IGNORE] * len(ids)
     for start, limit in zip(starts, [*starts[1:], len(ids)]):
-        stop = next((k for k in range(start, limit) if ids[k] == end), None)
+        stop = next((k for k in range(start, limit) if ids[k] == eos_id), None)
         if stop is None:
             raise BadData("an assistant turn has no stop token after the template")
         labels[start : stop + 1] = ids[start : stop + 1]
@@ -264,13 +264,13 @@ def _ids_by_piece(tokenizer, text: str, cuts: list[int]) -> tuple[list[int], lis
     return ids, starts
 
 
-def encode_qwen_legacy(tokenizer, messages: Sequence[dict], tools=None, *, end: int) -> Encoded:
+def encode_qwen_legacy(tokenizer, messages: Sequence[dict], tools=None, *, eos_id: int) -> Encoded:
     """Token ids and labels as Qwen's finetune.py makes them (QwenLM/Qwen, `preprocess`): every turn's markers and newline are trained too,
     a default system turn is put first where there is none, and each piece is tokenized by itself. Tools are not known to it.
 
     Raises BadData where a text holds a control token.
     """
-    _refuse_control(tokenizer, messages, tools, end)
+    _refuse_control(tokenizer, messages, tools, eos_id)
     start, newline = tokenizer.convert_tokens_to_ids(START), tokenizer("\n", add_special_tokens=False).input_ids
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": QWEN_SYSTEM}, *messages]
@@ -279,6 +279,6 @@ def encode_qwen_legacy(tokenizer, messages: Sequence[dict], tools=None, *, end: 
         role = tokenizer(message["role"], add_special_tokens=False).input_ids
         content = tokenizer(message["content"], add_special_tokens=False).input_ids
         hidden = [IGNORE] * (len(role) + len(newline))
-        ids += [start, *role, *newline, *content, end, *newline]
-        labels += [start, *hidden, *(content if message["role"] == "assistant" else [IGNORE] * len(content)), end, *newline]
+        ids += [start, *role, *newline, *content, eos_id, *newline]
+        labels += [start, *hidden, *(content if message["role"] == "assistant" else [IGNORE] * len(content)), eos_id, *newline]
     return Encoded(ids, labels)

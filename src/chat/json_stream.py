@@ -34,7 +34,7 @@ class Damaged(Exception):
         super().__init__(what)
 
 
-class Row(NamedTuple):
+class RawRecord(NamedTuple):
     """A record as it lies in the file. line: from 1; name: its id if it brings none; value: the decoded JSON, or why there is none."""
 
     line: int
@@ -128,7 +128,7 @@ def _check_text(text: str, line: int, offset: int) -> None:
         ) from None
 
 
-def lines(file: TextIO, name: str) -> Iterator[Row]:
+def lines(file: TextIO, name: str) -> Iterator[RawRecord]:
     """The records of JSON Lines; a bad line spoils itself alone."""
     decoder = Decoder()
     line = offset = 0
@@ -136,7 +136,7 @@ def lines(file: TextIO, name: str) -> Iterator[Row]:
         line += 1
         start, offset = offset, offset + _size(text)
         if text.strip(SPACE):
-            yield Row(line, f"{name}:{line}", _decode_line(decoder, text, line, start))
+            yield RawRecord(line, f"{name}:{line}", _decode_line(decoder, text, line, start))
         while not text.endswith("\n") and (text := file.readline(CHUNK)):
             offset += _size(text)
 
@@ -153,7 +153,7 @@ def _decode_line(decoder: Decoder, text: str, line: int, offset: int) -> object:
     return Malformed("not a JSON number", decoder.constant) if decoder.constant else value
 
 
-def array(file: TextIO, name: str) -> Iterator[Row]:
+def array(file: TextIO, name: str) -> Iterator[RawRecord]:
     """The records of one JSON array. Raises Damaged where the array itself breaks: what follows cannot be told apart."""
     decoder = Decoder()
     window = _Window(file)
@@ -170,7 +170,7 @@ def array(file: TextIO, name: str) -> Iterator[Row]:
             value = fault
         if decoder.constant:
             value = Malformed("not a JSON number", decoder.constant)
-        yield Row(line, f"{name}#{index}", value)
+        yield RawRecord(line, f"{name}#{index}", value)
         index += 1
         if window.peek() not in (",", "]"):
             found = window.peek()

@@ -58,11 +58,11 @@ def prove(tokenizer, out: Path, board: Callable[[list[str]], list[list[int]]]) -
     """
     talks, refused = [], []
     if tokenizer.chat_template:
-        end = encoding.turn_end(tokenizer)
+        eos_id = encoding.turn_end(tokenizer)
         for name, (messages, tools) in conversations().items():
             try:
                 text = encoding.render(tokenizer, messages, tools, prompt=True)
-                row = encoding.encode(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], tools, end=end)
+                row = encoding.encode(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], tools, eos_id=eos_id)
             except BadData as error:
                 refused.append(f"{name}: {error.what}")
                 continue

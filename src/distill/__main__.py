@@ -1,6 +1,6 @@
 """Turn prompts, seeds or documents into a ChatML dataset by a teacher: answers, judgements and filters as the steps of a recipe.
 
-Every answer is kept in <outputs>/<run>/distill.journal.sqlite before it is used. Killed anywhere, the same command goes on and makes the same rows, and
+Every answer is kept in <outputs>/<run>/distill.journal.sqlite before it is used. Killed anywhere, the same command goes on and makes the same records, and
 nothing that was answered is asked again; with another step or filter all earlier answers are used again too.
 """
 
@@ -65,7 +65,7 @@ def around(cfg: DistillVerb, argv: list[str]) -> int | None:
     if not cfg.estimate:
         return None
     found = asyncio.run(runner.guess(cfg, find(cfg, stage.Run(Path(cfg.outputs) / cfg.run))))
-    say(f"distill: by {found.units:,} of {found.total:,} rows, whose answers are kept:")
+    say(f"distill: by {found.units:,} of {found.total:,} records, whose answers are kept:")
     for line in found.lines(any(isinstance(t, EndpointTeacher) and t.price.completion is not None for t in runner.teachers(cfg).values())):
         say(f"  {line}")
     say("distill: the same command without estimate= makes the dataset")

@@ -10,14 +10,15 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Self
 
 import aiohttp
 
 from src.core.errors import NoAnswer, UserError
 from src.core.log import say
-from src.distill.endpoint import Endpoint, Failed, Reply
+from src.distill.endpoint import Failed, RemoteTeacher, TeacherReply
 from src.distill.journal import Journal, Known, OpenBatch
-from src.distill.limits import Purse, back_off
+from src.distill.limits import BudgetTracker, back_off
 from src.distill.pipeline import Request
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -25,7 +26,7 @@ METADATA = "boardwalk_batch"
 SETTLED_AT_ONCE = 500
 POLL = 60.0
 """seconds between two looks at a batch at most"""
-Settle = Callable[[int, str, tuple[int, int], Reply | Failed], Awaitable[Known]]
+Settle = Callable[[int, str, tuple[int, int], TeacherReply | Failed], Awaitable[Known]]
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,15 @@ class Item:
 class Batches:
     """settle(number, key, reserved tokens, outcome): writes down what became of a request; returns its record or raises Failed."""
 
-    def __init__(self, endpoint: Endpoint, journal: Journal, purse: Purse, settle: Settle):
-        self._endpoint, self._journal, self._purse, self._settle = endpoint, journal, purse, settle
+    def __init__(self, endpoint: RemoteTeacher, journal: Journal, budget: BudgetTracker, settle: Settle):
+        self._endpoint, self._journal, self._purse, self._settle = endpoint, journal, budget, settle
         self._limits, self._size = endpoint.settings.limits, endpoint.settings.batch_size
         self._gathered: list[Item] = []
         self._came = asyncio.Event()
         self._expected: dict[str, asyncio.Future] = {}
         self._tasks: set[asyncio.Task] = set()
 
-    async def __aenter__(self) -> "Batches":
+    async def __aenter__(self) -> Self:
         for batch in await self._journal.open_batches(self._endpoint.name):
             for key, (_, *reserved) in batch.requests.items():
                 await self._purse.reserve(sum(reserved), self._endpoint.cost(*reserved))
@@ -221,7 +222,7 @@ class Batches:
         except (Failed, NoAnswer) as error:
             return key, number, tuple(reserved), error
 
-    async def _conclude(self, key: str, number: int, reserved: tuple[int, int], outcome: Reply | Failed | NoAnswer) -> None:
+    async def _conclude(self, key: str, number: int, reserved: tuple[int, int], outcome: TeacherReply | Failed | NoAnswer) -> None:
         try:
             self._tell(key, await self._settle(number, key, reserved, outcome))
         except (Failed, UserError) as error:

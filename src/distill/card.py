@@ -1,4 +1,4 @@
-"""What a person reads of a distilled dataset: README.md, its card, and samples.html, a page of rows drawn at random with their scores."""
+"""What a person reads of a distilled dataset: README.md, its card, and samples.html, a page of records drawn at random with their scores."""
 
 import hashlib
 import html
@@ -9,7 +9,7 @@ from pathlib import Path
 from src.core.artifact import Artifact
 from src.core.files import canonical
 from src.distill.journal import Total
-from src.distill.pipeline import Row, Work
+from src.distill.pipeline import Record, Work
 from src.settings.teachers import EndpointTeacher, LocalTeacher
 from src.settings.verbs import DistillVerb
 
@@ -29,40 +29,40 @@ dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; font-s
 dt {{ opacity: .7; }} dd {{ margin: 0; overflow-wrap: anywhere; }}
 </style></head><body><h1>{title}</h1>
 <p>{lead}</p>
-{rows}
+{records}
 </body></html>
 """
 
 
 class Samples:
-    """Rows drawn with equal chance from a stream whose length is not known (Vitter 1985, algorithm R)."""
+    """Records drawn with equal chance from a stream whose length is not known (Vitter 1985, algorithm R)."""
 
     def __init__(self, count: int, draw: random.Random):
         self._count, self._draw, self._seen = count, draw, 0
-        self.rows: list[Row] = []
+        self.records: list[Record] = []
 
-    def offer(self, row: Row) -> None:
+    def offer(self, record: Record) -> None:
         self._seen += 1
-        if len(self.rows) < self._count:
-            self.rows.append(row)
+        if len(self.records) < self._count:
+            self.records.append(record)
         elif self._count and (place := self._draw.randrange(self._seen)) < self._count:
-            self.rows[place] = row
+            self.records[place] = record
 
     def write(self, path: Path, title: str) -> None:
-        lead = f"{len(self.rows)} of {self._seen:,} rows, drawn at random. Read them before you train on them."
-        rows = "\n".join(_article(row) for row in self.rows)
-        path.write_text(PAGE.format(title=html.escape(title), lead=lead, rows=rows), encoding="utf-8", errors="replace")
+        lead = f"{len(self.records)} of {self._seen:,} records, drawn at random. Read them before you train on them."
+        records = "\n".join(_article(record) for record in self.records)
+        path.write_text(PAGE.format(title=html.escape(title), lead=lead, records=records), encoding="utf-8", errors="replace")
 
 
-def _article(row: Row) -> str:
-    """A row that went through `keep`: its turns, and what is known of it."""
-    turns = [_turn(m["role"], m.get("reasoning_content"), m["content"] or json.dumps(m.get("tool_calls"))) for m in row.messages]
-    if "rejected" in row.data:
-        turns.append(_turn("rejected", None, row.data["rejected"]))
-    known = {name: value for name, value in row.data["distill"].items() if name != "prompt"}
+def _article(record: Record) -> str:
+    """A record that went through `keep`: its turns, and what is known of it."""
+    turns = [_turn(m["role"], m.get("reasoning_content"), m["content"] or json.dumps(m.get("tool_calls"))) for m in record.messages]
+    if "rejected" in record.data:
+        turns.append(_turn("rejected", None, record.data["rejected"]))
+    known = {name: value for name, value in record.data["distill"].items() if name != "prompt"}
     known["requests"] = len(known["requests"])
     facts = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(_shown(value))}</dd>" for name, value in known.items())
-    return f"<article><h2>{html.escape(row.id)} ({row.data['split']})</h2>\n{''.join(turns)}\n<dl>{facts}</dl></article>"
+    return f"<article><h2>{html.escape(record.id)} ({record.data['split']})</h2>\n{''.join(turns)}\n<dl>{facts}</dl></article>"
 
 
 def _turn(role: str, reasoning: str | None, text: str) -> str:
@@ -75,7 +75,13 @@ def _shown(value: object) -> str:
 
 
 def write(
-    path: Path, cfg: DistillVerb, inputs: dict[str, Artifact], work: Work, steps: list[str], rows: dict[str, int], totals: dict[str, Total]
+    path: Path,
+    cfg: DistillVerb,
+    inputs: dict[str, Artifact],
+    work: Work,
+    steps: list[str],
+    records: dict[str, int],
+    totals: dict[str, Total],
 ) -> None:
     """The card: recipe, teachers with their licence and terms, counts by step, cost, seeds and hashes."""
     lines = [
@@ -89,12 +95,12 @@ def write(
         "",
         "Made by Boardwalk (`python -m src.distill`). Its answers were written by a model, not by people; `samples.html` shows some of them.",
         "",
-        "## Rows",
+        "## Records",
         "",
-        *(f"- `{split}.jsonl`: {count:,}" for split, count in rows.items() if count or split != "preference"),
-        "- `set_aside.jsonl`: rows that did not get there, each with its step and reason",
+        *(f"- `{split}.jsonl`: {count:,}" for split, count in records.items() if count or split != "preference"),
+        "- `set_aside.jsonl`: records that did not get there, each with its step and reason",
         "",
-        "Each row holds `id`, `messages`, `tools`, and under `distill` its teachers, the sha256 of its prompt, its requests, their tokens and USD"
+        "Each record holds `id`, `messages`, `tools`, and under `distill` its teachers, the sha256 of its prompt, its requests, their tokens and USD"
         ", and, where there are some, parents and scores.",
         "",
         "## Teachers",
@@ -150,8 +156,8 @@ def _reasons(work: Work, steps: list[str]) -> list[str]:
     found = [(step, reason, count) for step, flow in _flows(work, steps) for reason, count in flow.aside.most_common()]
     if not found:
         return []
-    rows = [f"| {step} | {_cell(reason)} | {count:,} |" for step, reason, count in found]
-    return ["| step | set aside because | rows |", "|---|---|---|", *rows, ""]
+    lines = [f"| {step} | {_cell(reason)} | {count:,} |" for step, reason, count in found]
+    return ["| step | set aside because | records |", "|---|---|---|", *lines, ""]
 
 
 def _figures(work: Work, steps: list[str]) -> list[str]:

@@ -69,7 +69,7 @@ def _auc(found: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _matrix(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows, columns, values) of the non-zero features; the intercept's column is 1 in each row."""
+    """(records, columns, values) of the non-zero features; the intercept's column is 1 in each record."""
     rows, columns, values = [], [], []
     for number, text in enumerate(texts):
         tokens = _TOKEN.findall(text.lower())

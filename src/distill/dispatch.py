@@ -1,6 +1,6 @@
 """How a request gets its answer: from the journal, else from its teacher, under all limits, tried again where that may help, or set aside.
 
-A request is reserved against the budget, then written to the journal, then sent. Its answer is written to the journal before anyone sees it. Two rows
+A request is reserved against the budget, then written to the journal, then sent. Its answer is written to the journal before anyone sees it. Two records
 that ask the same share one request. Once something stops the run nothing more is sent, and what is on its way is waited for, since it is paid.
 """
 
@@ -14,9 +14,9 @@ from src.core.errors import NoAnswer, UserError
 from src.core.files import canonical
 from src.core.log import say, warn
 from src.distill.batch import Batches
-from src.distill.endpoint import Failed, Reply
+from src.distill.endpoint import Failed, TeacherReply
 from src.distill.journal import Journal, Known
-from src.distill.limits import Gate, Purse, back_off
+from src.distill.limits import BudgetTracker, Gate, back_off
 from src.distill.pipeline import ASKED, Answer, Request, SetAside
 from src.settings.teachers import TeacherLimits
 
@@ -27,8 +27,8 @@ BUSY_TRIES = 10
 
 
 @dataclass
-class Line:
-    """One teacher and what is between it and the rows."""
+class TeacherChannel:
+    """One teacher and what is between it and the records."""
 
     teacher: object
     limits: TeacherLimits
@@ -40,25 +40,25 @@ class Stopped(UserError):
     """The run ends, so this request is not sent."""
 
 
-class Sending:
+class Dispatcher:
     """All teachers of a run behind one `ask`. lines: {role: Line}; purse: holds what earlier commands spent."""
 
-    def __init__(self, lines: dict[str, Line], journal: Journal, purse: Purse, *, allow_cut_off: bool):
-        self.lines, self.journal, self.purse, self.allow_cut_off = lines, journal, purse, allow_cut_off
+    def __init__(self, channels: dict[str, TeacherChannel], journal: Journal, budget: BudgetTracker, *, allow_cut_off: bool):
+        self.channels, self.journal, self.budget, self.allow_cut_off = channels, journal, budget, allow_cut_off
         self.stopped: UserError | None = None
         self.costs: dict[str, tuple[int, float]] | None = None
-        """{id of a row under work: (tokens, USD) its requests cost, whenever they were sent}, where an estimate wants it"""
+        """{id of a record under work: (tokens, USD) its requests cost, whenever they were sent}, where an estimate wants it"""
         self._stop = asyncio.Event()
         self._under_way: dict[str, asyncio.Task] = {}
         self._on_wire: set[str] = set()
 
     async def ask(self, request: Request) -> Answer:
         """Raises SetAside where no answer will do, and the UserError that stops the run."""
-        line = self.lines[request.teacher]
-        key = line.teacher.key_of(request)
+        channel = self.channels[request.teacher]
+        key = channel.teacher.key_of(request)
         task = self._under_way.get(key)
         if task is None:
-            task = self._under_way[key] = asyncio.create_task(self._obtain(line, key, request))
+            task = self._under_way[key] = asyncio.create_task(self._obtain(channel, key, request))
             task.add_done_callback(functools.partial(self._ended, key))
         known = await asyncio.shield(task)
         self._charge(known)
@@ -72,12 +72,12 @@ class Sending:
     def _ended(self, key: str, task: asyncio.Task) -> None:
         del self._under_way[key]
         if not task.cancelled():
-            task.exception()  # seen, even where the row that asked is gone
+            task.exception()  # seen, even where the record that asked is gone
 
     def _charge(self, known: Known) -> None:
-        if self.costs is not None and (row := ASKED.get()) is not None:
-            tokens, money = self.costs.get(row, (0, 0.0))
-            self.costs[row] = (tokens + known.paid_tokens, money + known.paid_money)
+        if self.costs is not None and (record := ASKED.get()) is not None:
+            tokens, money = self.costs.get(record, (0, 0.0))
+            self.costs[record] = (tokens + known.paid_tokens, money + known.paid_money)
 
     async def drain(self) -> None:
         """Send nothing more, and wait for the answers on their way. Batches go on at the endpoint; the next command fetches them."""
@@ -90,11 +90,11 @@ class Sending:
             say(f"distill: waits for {len(waiting)} answers on their way")
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
 
-    async def _obtain(self, line: Line, key: str, request: Request) -> Known:
+    async def _obtain(self, channel: TeacherChannel, key: str, request: Request) -> Known:
         """The journal's record of the request, answered or set aside."""
         try:
             known = await self.journal.look(key)
-            return known if known and known.state == "aside" else await self._answered(line, key, request, known)
+            return known if known and known.state == "aside" else await self._answered(channel, key, request, known)
         except UserError as error:
             self._halt(error)
             raise
@@ -104,24 +104,24 @@ class Sending:
         self.stopped = self.stopped or error
         self._stop.set()
 
-    async def _answered(self, line: Line, key: str, request: Request, known: Known | None) -> Known:
+    async def _answered(self, channel: TeacherChannel, key: str, request: Request, known: Known | None) -> Known:
         bad, failures, busy, first = known.faults if known else 0, 0, 0, known is None
         while True:
             try:
                 fresh = not known or known.state != "answered"
                 if fresh:
-                    known = await self._try(line, key, request, request.seed + bad * STRIDE)
-                await self._check(line, known, request, fresh)
+                    known = await self._try(channel, key, request, request.seed + bad * STRIDE)
+                await self._check(channel, known, request, fresh)
                 return known
             except Failed as failed:
-                await self._count(line, failed, first or failed.down)
+                await self._count(channel, failed, first or failed.down)
                 known, first = None, False
                 bad, busy, failures = bad + failed.fault, busy + failed.busy, failures + (not failed.fault and not failed.busy)
-                if not failed.again or bad + failures >= line.limits.tries or busy >= BUSY_TRIES * line.limits.tries:
-                    return await self._put_aside(line, key, failed)
-                await self._sleep(back_off(bad + failures + busy, line.limits.back_off))
+                if not failed.again or bad + failures >= channel.limits.tries or busy >= BUSY_TRIES * channel.limits.tries:
+                    return await self._put_aside(channel, key, failed)
+                await self._sleep(back_off(bad + failures + busy, channel.limits.back_off))
 
-    async def _check(self, line: Line, known: Known, request: Request, fresh: bool) -> None:
+    async def _check(self, channel: TeacherChannel, known: Known, request: Request, fresh: bool) -> None:
         """Raises Failed where an answer is not what was asked for."""
         try:
             if known.finish != "length":
@@ -130,19 +130,19 @@ class Sending:
             await self.journal.spoil(known.key)
             raise
         if fresh:
-            line.gate.breaker.well()
+            channel.gate.breaker.well()
 
-    async def _put_aside(self, line: Line, key: str, failed: Failed) -> Known:
-        await self.journal.put_aside(key, line.teacher.name, failed.reason, line.teacher.plain(failed.detail))
-        line.gate.breaker.aside.append(key)
+    async def _put_aside(self, channel: TeacherChannel, key: str, failed: Failed) -> Known:
+        await self.journal.put_aside(key, channel.teacher.name, failed.reason, channel.teacher.plain(failed.detail))
+        channel.gate.breaker.aside.append(key)
         return await self.journal.look(key)
 
-    async def _try(self, line: Line, key: str, request: Request, seed: int) -> Known:
+    async def _try(self, channel: TeacherChannel, key: str, request: Request, seed: int) -> Known:
         """Send it once."""
-        if line.batches:
-            return await line.batches.ask(key, request, seed)
-        gate, most = line.gate, line.teacher.most(request)
-        money = line.teacher.cost(*most)
+        if channel.batches:
+            return await channel.batches.ask(key, request, seed)
+        gate, most = channel.gate, channel.teacher.most(request)
+        money = channel.teacher.cost(*most)
         try:
             async with gate.ready:
                 await self._paused(gate)
@@ -150,26 +150,26 @@ class Sending:
                 await gate.tokens.wait(sum(most))
                 self._go_on()
                 self._on_wire.add(key)
-                await self.purse.reserve(sum(most), money)
-                sent = await self.journal.send(key, line.teacher.name, *most, money)
-                outcome = await self._send(line, request, seed)
-            return await self.settle(line, sent, key, most, outcome)
+                await self.budget.reserve(sum(most), money)
+                sent = await self.journal.send(key, channel.teacher.name, *most, money)
+                outcome = await self._send(channel, request, seed)
+            return await self.settle(channel, sent, key, most, outcome)
         finally:
             self._on_wire.discard(key)
 
-    async def _send(self, line: Line, request: Request, seed: int) -> Reply | Failed | UserError:
-        gate, begun = line.gate, 0.0
-        await gate.slots.take()
+    async def _send(self, channel: TeacherChannel, request: Request, seed: int) -> TeacherReply | Failed | UserError:
+        gate, begun = channel.gate, 0.0
+        await gate.concurrency.take()
         try:
             await self._paused(gate)
             self._go_on()
             begun = time.monotonic()
-            reply = await line.teacher.send(request, seed)
-            gate.slots.well()
+            reply = await channel.teacher.send(request, seed)
+            gate.concurrency.well()
             return reply
         except Failed as failed:
             if failed.busy:
-                gate.slots.busy(begun)
+                gate.concurrency.busy(begun)
             if failed.wait is not None:
                 gate.pause.ask(failed.wait)
             return failed
@@ -177,21 +177,23 @@ class Sending:
             self._halt(error)
             return error
         finally:
-            gate.slots.give_back()
+            gate.concurrency.give_back()
 
-    async def settle(self, line: Line, sent: int, key: str, most: tuple[int, int], outcome: Reply | Failed | UserError) -> Known:
+    async def settle(
+        self, channel: TeacherChannel, sent: int, key: str, most: tuple[int, int], outcome: TeacherReply | Failed | UserError
+    ) -> Known:
         """Write down what became of a request sent, and what it cost: what the teacher counted, or all that was reserved where it did not say."""
-        teacher, reserved, money = line.teacher, sum(most), line.teacher.cost(*most)
-        paid = (outcome.prompt_tokens, outcome.tokens) if isinstance(outcome, Reply) else getattr(outcome, "paid", (0, 0))
+        teacher, reserved, money = channel.teacher, sum(most), channel.teacher.cost(*most)
+        paid = (outcome.prompt_tokens, outcome.tokens) if isinstance(outcome, TeacherReply) else getattr(outcome, "paid", (0, 0))
         counted = paid is not None and None not in paid
         tokens, cost = (sum(paid), teacher.cost(*paid)) if counted else (reserved, money)
-        self.purse.settle(reserved, money, tokens, cost)
-        line.gate.tokens.give_back(reserved - tokens)
+        self.budget.settle(reserved, money, tokens, cost)
+        channel.gate.tokens.give_back(reserved - tokens)
         if counted and teacher.learn(most[0], paid[0]):
             warn(
                 f"distill: {teacher.name} counts {paid[0]} tokens in a prompt of at most {most[0]} by its bytes; more is reserved from here on"
             )
-        if isinstance(outcome, Reply):
+        if isinstance(outcome, TeacherReply):
             prompt_tokens, made = paid if counted else most
             text = {"text": outcome.text, "reasoning": outcome.reasoning, "finish": outcome.finish}
             return await self.journal.answered(
@@ -200,14 +202,14 @@ class Sending:
         await self.journal.failed(sent, key, teacher.name, tokens, cost, getattr(outcome, "fault", False))
         raise outcome
 
-    async def _count(self, line: Line, failed: Failed, first: bool) -> None:
+    async def _count(self, channel: TeacherChannel, failed: Failed, first: bool) -> None:
         """Raises NoAnswer where that failure was one too many on end."""
-        breaker = line.gate.breaker
+        breaker = channel.gate.breaker
         if breaker.failed(first, failed.together):
             await self.journal.take_back(breaker.aside)
             raise NoAnswer(
                 f"{breaker.most} failures on end, the last: {failed}",
-                where=line.teacher.name,
+                where=channel.teacher.name,
                 fix=["mend what it says; the same command goes on, with every answer so far", "teacher.limits.breaker=N waits for more"],
             )
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Self
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -31,7 +32,7 @@ PER_MESSAGE = 32
 
 
 @dataclass(frozen=True)
-class Reply:
+class TeacherReply:
     """One answer. finish: stop or length. prompt_tokens, tokens: the teacher's own count; None where it gives none."""
 
     text: str
@@ -71,7 +72,7 @@ def digest(name: str, extra: dict, request: Request) -> str:
     return hashlib.sha256(canonical(asked)).hexdigest()
 
 
-class Endpoint:
+class RemoteTeacher:
     """An OpenAI-compatible server."""
 
     def __init__(self, settings: EndpointTeacher):
@@ -80,7 +81,7 @@ class Endpoint:
         self._key = key_in(settings.key_env)
         self._scale = 1.0
 
-    async def __aenter__(self) -> "Endpoint":
+    async def __aenter__(self) -> Self:
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         self._session = aiohttp.ClientSession(
             headers=headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
@@ -139,7 +140,7 @@ class Endpoint:
             body["response_format"] = {"type": "json_object"}
         return body | settings.extra
 
-    async def send(self, request: Request, seed: int) -> Reply:
+    async def send(self, request: Request, seed: int) -> TeacherReply:
         """Raises Failed for this try, NoAnswer where no request can succeed."""
         path = "/chat/completions" if request.prefix is None else "/completions"
         status, data, wait = await self.call("POST", path, data=json.dumps(self.body_of(request, seed)).encode())
@@ -186,7 +187,7 @@ class Endpoint:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise Failed("connection broke", self.plain(f"{type(error).__name__}: {error}"), together=True) from None
 
-    def reply_of(self, status: int, data: bytes, max_tokens: int, wait: float | None = None) -> Reply:
+    def reply_of(self, status: int, data: bytes, max_tokens: int, wait: float | None = None) -> TeacherReply:
         """What a status and body mean, for a reply to a request or a line of a batch."""
         if status != 200:
             raise self.refusal(status, self.plain(message_of(data[:4096].decode(errors="replace"))), wait)
@@ -197,7 +198,7 @@ class Endpoint:
             raise Failed("reply is not JSON", self.plain(text), paid=None) from None
         return self._read(given, max_tokens)
 
-    def _read(self, given, max_tokens: int) -> Reply:
+    def _read(self, given, max_tokens: int) -> TeacherReply:
         try:
             paid = _usage(given.get("usage") or {})
             if given.get("error"):
@@ -220,7 +221,7 @@ class Endpoint:
             raise Failed("longer than its limit", again=False, fault=True, paid=paid)
         if not text.strip() and finish != "length":
             raise Failed("empty answer", fault=True, paid=paid)
-        return Reply(text, reasoning, "length" if finish == "length" else "stop", *(paid or (None, None)))
+        return TeacherReply(text, reasoning, "length" if finish == "length" else "stop", *(paid or (None, None)))
 
     def refusal(self, status: int, words: str, wait: float | None) -> Failed | NoAnswer:
         """The error that a status other than 200 means."""

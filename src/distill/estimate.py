@@ -1,4 +1,4 @@
-"""What all rows will cost, from what a few did: a mean with a 95 % interval by bootstrap (Efron 1979)."""
+"""What all records will cost, from what a few did: a mean with a 95 % interval by bootstrap (Efron 1979)."""
 
 import random
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def estimate(costs: list[tuple[float, float]], total: int, draw: random.Random) 
 
 
 def by_root(costs: dict[str, tuple[int, float]], roots: list[str]) -> list[tuple[float, float]]:
-    """(tokens, USD) of each root: what was asked for it and for rows made from it, whose ids extend its own. What was asked for no row is shared by all."""
+    """(tokens, USD) of each root: what was asked for it and for records made from it, whose ids extend its own. What was asked for no record is shared by all."""
     found = {root: [0.0, 0.0] for root in roots}
     shared = [0.0, 0.0]
     for id, (tokens, money) in costs.items():

@@ -1,4 +1,4 @@
-"""What makes a text unfit to train on: each test gives a reason in a few words, the same for every such row so that reasons can be counted, or None."""
+"""What makes a text unfit to train on: each test gives a reason in a few words, the same for every such record so that reasons can be counted, or None."""
 
 import re
 import unicodedata

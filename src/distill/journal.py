@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from src.core.errors import BadData, Busy, NoRoom
 
@@ -116,7 +117,7 @@ class Journal:
             )
         return error
 
-    async def __aenter__(self) -> "Journal":
+    async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()

@@ -23,7 +23,7 @@ def back_off(tries: int, first: float) -> float:
     return random.uniform(longest / 2, longest)
 
 
-class Rate:
+class RateLimiter:
     """At most `per_minute` units in any minute, evenly, in bursts of a second's worth (the generic cell rate algorithm, ITU-T I.371)."""
 
     def __init__(self, per_minute: int | None):
@@ -45,7 +45,7 @@ class Rate:
         self._next -= units * self._each
 
 
-class Slots:
+class AdaptiveConcurrency:
     """Requests on their way at once: one more with each round that goes well, half as many when the teacher is busy (AIMD, Chiu and Jain 1989).
 
     A round is as many requests as there are slots. What was sent before the last halving tells nothing new, and changes nothing.
@@ -131,7 +131,7 @@ class Breaker:
 
 
 @dataclass
-class Purse:
+class BudgetTracker:
     """The budget in tokens and money (USD), over every run that shared the journal. Spent and reserved together never pass it.
 
     Before a request is sent the most it can cost is reserved; when it is answered, what it did cost is spent.
@@ -187,7 +187,11 @@ class Gate:
     """All limits of one teacher, in the order a request meets them."""
 
     def __init__(self, limits: TeacherLimits):
-        self.requests, self.tokens = Rate(limits.requests_per_minute), Rate(limits.tokens_per_minute)
-        self.slots, self.pause, self.breaker = Slots(limits.concurrency), Pause(), Breaker(limits.breaker, 10 * limits.back_off)
+        self.requests, self.tokens = RateLimiter(limits.requests_per_minute), RateLimiter(limits.tokens_per_minute)
+        self.concurrency, self.pause, self.breaker = (
+            AdaptiveConcurrency(limits.concurrency),
+            Pause(),
+            Breaker(limits.breaker, 10 * limits.back_off),
+        )
         # A few more than can be on their way are written to the journal beforehand, so that no slot waits for the disk.
         self.ready = asyncio.Semaphore(limits.concurrency + max(4, limits.concurrency // 4))

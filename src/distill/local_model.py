@@ -7,11 +7,12 @@ What may follow from that is the last bits of the logits; with batch_size 1 not 
 import asyncio
 import hashlib
 from dataclasses import dataclass
+from typing import Self
 
 from src.chat import encoding
 from src.core.artifact import Artifact
 from src.core.errors import BadData
-from src.distill.endpoint import Failed, Reply, digest, plain
+from src.distill.endpoint import Failed, TeacherReply, digest, plain
 from src.distill.pipeline import Request
 from src.models import devices, evaluation, generation
 from src.models.folder import base_of
@@ -44,7 +45,7 @@ class Waiting:
     future: asyncio.Future
 
 
-class Local:
+class LocalModel:
     """model: an adapter, model or quantized artifact, or a folder made elsewhere. It is known by its content, wherever it lies."""
 
     def __init__(self, settings: LocalTeacher, model: Artifact):
@@ -52,7 +53,7 @@ class Local:
         self._waiting: list[Waiting] = []
         self._worker: asyncio.Task | None = None
 
-    async def __aenter__(self) -> "Local":
+    async def __aenter__(self) -> Self:
         device = devices.device()
         self._model, self._tokenizer = load_any(self._artifact, dtype=evaluation.compute_dtype(device), device=device)
         encoding.ensure_chat(self._tokenizer)
@@ -85,7 +86,7 @@ class Local:
     def learn(self, most: int, prompt_tokens: int) -> bool:
         return False
 
-    async def send(self, request: Request, seed: int) -> Reply:
+    async def send(self, request: Request, seed: int) -> TeacherReply:
         """Raises Failed where the prompt does not fit or the answer is empty."""
         ids = self._ids(request)
         if len(ids) >= self._room:
@@ -118,7 +119,7 @@ class Local:
             for waiting, reply in zip(batch, replies):
                 waiting.future.set_result(reply)
 
-    def _generate(self, batch: list[Waiting]) -> list[Reply]:
+    def _generate(self, batch: list[Waiting]) -> list[TeacherReply]:
         import torch
         from transformers import LogitsProcessorList
 
@@ -139,13 +140,13 @@ class Local:
     def _limit(self, waiting: Waiting) -> int:
         return min(waiting.request.max_tokens, self._room - len(waiting.ids))
 
-    def _reply(self, waiting: Waiting, row: list[int]) -> Reply:
+    def _reply(self, waiting: Waiting, row: list[int]) -> TeacherReply:
         row = row[: self._limit(waiting)]
         stop = next((k for k, token in enumerate(row) if token in self._stops), None)
         text = self._tokenizer.decode(row[:stop], skip_special_tokens=True)
         cut = min((at for at in map(text.find, waiting.request.stop) if at >= 0), default=None)
         finish = "length" if stop is None and cut is None else "stop"
-        return Reply(text[:cut], "", finish, len(waiting.ids), len(row) if stop is None else stop + 1)
+        return TeacherReply(text[:cut], "", finish, len(waiting.ids), len(row) if stop is None else stop + 1)
 
 
 def _generator(waiting: Waiting):
@@ -156,7 +157,7 @@ def _generator(waiting: Waiting):
 
 
 def _drawn(generators: list, requests: list[Request]):
-    """A logits processor that draws each row's next token by the row's own generator, from temperature and top-p (Holtzman et al. 2019,
+    """A logits processor that draws each record's next token by the record's own generator, from temperature and top-p (Holtzman et al. 2019,
     arXiv:1904.09751), and leaves nothing else to choose."""
     import torch
     from transformers import LogitsProcessor

@@ -25,7 +25,7 @@ def hashed(texts: Iterable[str]) -> np.ndarray:
     return np.array([int.from_bytes(hashlib.blake2b(t.encode(), digest_size=8).digest()) for t in texts], np.uint64)
 
 
-class NearDuplicates:
+class MinHashIndex:
     """Finds earlier texts like a new one: MinHash signatures (Broder 1997) in bands (Leskovec et al., "Mining of Massive Datasets", 3.4).
 
     n: words in a feature. permutations: numbers in a signature, of which 8 bits each are kept (Li and König 2010, "b-Bit Minwise Hashing").

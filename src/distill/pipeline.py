@@ -1,10 +1,10 @@
-"""What every step works with: rows, requests, answers, and the one object through which a step asks, draws, counts and sets aside.
+"""What every step works with: records, requests, answers, and the one object through which a step asks, draws, counts and sets aside.
 
-Rows come out in the order they went in, and every draw follows from the seed and its words alone. So a run's result depends on its input, its seed
+Records come out in the order they went in, and every draw follows from the seed and its words alone. So a run's result depends on its input, its seed
 and the answers, never on which answer came first: after a kill the same command replays the journal and writes the same bytes.
 
-A step is an async generator `step(rows, settings, work)` over rows. A row that cannot go on is set aside with a reason, never dropped without one:
-rows in + rows made = rows out + rows set aside holds for each step, and is checked when the run ends.
+A step is an async generator `step(records, settings, work)` over records. A record that cannot go on is set aside with a reason, never dropped without one:
+records in + records made = records out + records set aside holds for each step, and is checked when the run ends.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ from src.core.files import canonical
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """What becomes a conversation.
 
-    id: unique and stable; what is made from a row extends its id: "seed_12#3/0".
+    id: unique and stable; what is made from a record extends its id: "seed_12#3/0".
     messages: ChatML turns so far, {"role", "content"} each; a prompt ends with the user's turn.
     data: JSON-able, what steps know of it. Read from a source: "reference" (the answer its record has), "fields" (the record's other keys), "tools",
         "text" and "path" (a document). Kept in the result: "scores", "parents" (ids), "chosen" and "rejected" (answers, written as preferences).
@@ -77,7 +77,7 @@ class Answer:
 
 
 class SetAside(Exception):
-    """This row cannot go on. reason: a few words to count by, without anything of the row itself. detail: for the person who looks at the row."""
+    """This record cannot go on. reason: a few words to count by, without anything of the record itself. detail: for the person who looks at the record."""
 
     def __init__(self, reason: str, detail: str = ""):
         self.reason, self.detail = reason, detail
@@ -86,7 +86,7 @@ class SetAside(Exception):
 
 @dataclass
 class Flow:
-    """Rows of one step: those that came in, were made there, went out, and were set aside by reason."""
+    """Records of one step: those that came in, were made there, went out, and were set aside by reason."""
 
     came: int = 0
     made: int = 0
@@ -95,15 +95,15 @@ class Flow:
 
 
 ASKED = contextvars.ContextVar("asked", default=None)
-"""id of the row under work, for the accounts of an estimate"""
+"""id of the record under work, for the accounts of an estimate"""
 
 
 class Work:
     """What a step of a run is given; all steps of the run share its accounts.
 
     ask(request) -> Answer: from the journal, else from the teacher; raises SetAside where it gives no usable answer.
-    step: the name that the recipe gives the step. window: rows under work at once.
-    on_aside(row, step, reason, detail): keeps what was set aside.
+    step: the name that the recipe gives the step. window: records under work at once.
+    on_aside(record, step, reason, detail): keeps what was set aside.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Work:
         ask: Callable[[Request], Awaitable[Answer]],
         step: str = "step",
         window: int = 256,
-        on_aside: Callable[[Row, str, str, str], None] = lambda row, step, reason, detail: None,
+        on_aside: Callable[[Record, str, str, str], None] = lambda record, step, reason, detail: None,
     ):
         self.seed, self.ask, self.step, self.window, self._on_aside = seed, ask, step, window, on_aside
         self.flows: dict[str, Flow] = {}
@@ -134,7 +134,7 @@ class Work:
 
     @property
     def flow(self) -> Flow:
-        """This step's account of rows."""
+        """This step's account of records."""
         return self.flows.setdefault(self.step, Flow())
 
     def draw(self, *words: str | int) -> random.Random:
@@ -142,7 +142,7 @@ class Work:
         return random.Random(hashlib.sha256(canonical([self.seed, *words])).digest())
 
     def made(self, count: int) -> None:
-        """Rows this step made beyond those that came in; `each` counts its own."""
+        """Records this step made beyond those that came in; `each` counts its own."""
         self.flow.made += count
 
     def count(self, name: str, n: int | float = 1) -> None:
@@ -153,16 +153,18 @@ class Work:
         """A figure for the report that is no count, such as the agreement of judges."""
         self.measures.setdefault(self.step, {})[name] = value
 
-    def set_aside(self, row: Row, reason: str, detail: str = "") -> None:
+    def set_aside(self, record: Record, reason: str, detail: str = "") -> None:
         self.flow.aside[reason] += 1
-        self._on_aside(row, self.step, reason, detail)
+        self._on_aside(record, self.step, reason, detail)
 
-    async def each(self, rows: AsyncIterator[Row], work_on: Callable[[Row], Awaitable[Row | list[Row]]]) -> AsyncIterator[Row]:
-        """`await work_on(row)` for every row, many at once, results in input order. A list of rows replaces the row; SetAside puts it aside."""
-        pending: deque[tuple[Row, asyncio.Task]] = deque()
+    async def each(
+        self, records: AsyncIterator[Record], work_on: Callable[[Record], Awaitable[Record | list[Record]]]
+    ) -> AsyncIterator[Record]:
+        """`await work_on(record)` for every record, many at once, results in input order. A list of records replaces the record; SetAside puts it aside."""
+        pending: deque[tuple[Record, asyncio.Task]] = deque()
         try:
-            async for row in rows:
-                pending.append((row, asyncio.create_task(_named(row, work_on))))
+            async for record in records:
+                pending.append((record, asyncio.create_task(_named(record, work_on))))
                 if len(pending) >= self.window:
                     for result in await self._results(*pending.popleft()):
                         yield result
@@ -174,53 +176,53 @@ class Work:
                 task.cancel()
             await asyncio.gather(*(task for _, task in pending), return_exceptions=True)
 
-    async def _results(self, row: Row, task: asyncio.Task) -> list[Row]:
+    async def _results(self, record: Record, task: asyncio.Task) -> list[Record]:
         try:
             result = await task
         except SetAside as aside:
-            self.set_aside(row, aside.reason, aside.detail)
+            self.set_aside(record, aside.reason, aside.detail)
             return []
         results = result if isinstance(result, list) else [result]
         if not results:
-            raise RuntimeError(f"{self.step} made nothing of row {row.id} and gave no reason")
+            raise RuntimeError(f"{self.step} made nothing of record {record.id} and gave no reason")
         self.made(len(results) - 1)
         return results
 
 
-async def _named(row: Row, work_on: Callable[[Row], Awaitable[Row | list[Row]]]) -> Row | list[Row]:
-    ASKED.set(row.id)
-    return await work_on(row)
+async def _named(record: Record, work_on: Callable[[Record], Awaitable[Record | list[Record]]]) -> Record | list[Record]:
+    ASKED.set(record.id)
+    return await work_on(record)
 
 
-async def through(rows: AsyncIterator[Row], steps: list[tuple[str, Callable, object]], work: Work) -> AsyncIterator[Row]:
-    """Rows through every step in turn. steps: (name, step function, its settings) each, no name twice."""
+async def through(records: AsyncIterator[Record], steps: list[tuple[str, Callable, object]], work: Work) -> AsyncIterator[Record]:
+    """Records through every step in turn. steps: (name, step function, its settings) each, no name twice."""
     for name, step, settings in steps:
         mine = work.at(name)
-        rows = _leaving(step(_entering(rows, mine.flow), settings, mine), mine.flow)
-    async with contextlib.aclosing(rows):
-        async for row in rows:
-            yield row
+        records = _leaving(step(_entering(records, mine.flow), settings, mine), mine.flow)
+    async with contextlib.aclosing(records):
+        async for record in records:
+            yield record
 
 
-async def _entering(rows: AsyncIterator[Row], flow: Flow) -> AsyncIterator[Row]:
-    async with contextlib.aclosing(rows):
-        async for row in rows:
+async def _entering(records: AsyncIterator[Record], flow: Flow) -> AsyncIterator[Record]:
+    async with contextlib.aclosing(records):
+        async for record in records:
             flow.came += 1
-            yield row
+            yield record
 
 
-async def _leaving(rows: AsyncIterator[Row], flow: Flow) -> AsyncIterator[Row]:
-    async with contextlib.aclosing(rows):
-        async for row in rows:
+async def _leaving(records: AsyncIterator[Record], flow: Flow) -> AsyncIterator[Record]:
+    async with contextlib.aclosing(records):
+        async for record in records:
             flow.went += 1
-            yield row
+            yield record
 
 
 def check_flows(work: Work) -> None:
-    """Raises ProofFailed where rows in + rows made are not rows out + rows set aside."""
+    """Raises ProofFailed where records in + records made are not records out + records set aside."""
     for step, flow in work.flows.items():
         if flow.came + flow.made != flow.went + flow.aside.total():
             raise ProofFailed(
-                f"step '{step}': {flow.came} rows came and {flow.made} were made, but {flow.went} went on and {flow.aside.total()} were set aside",
+                f"step '{step}': {flow.came} records came and {flow.made} were made, but {flow.went} went on and {flow.aside.total()} were set aside",
                 fix="this is a fault of the step; nothing was published, and every answer is kept in the journal",
             )

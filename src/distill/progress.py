@@ -1,9 +1,10 @@
-"""How far a run is: rows, tokens, money, pace and the end in sight, each second on a terminal and every ten elsewhere."""
+"""How far a run is: records, tokens, money, pace and the end in sight, each second on a terminal and every ten elsewhere."""
 
 import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Self
 
 from src.core.log import duration, on_terminal, status
 
@@ -12,13 +13,13 @@ PACE_OVER = 60.0
 
 
 class Progress:
-    """state() -> (rows begun with and gone through, all of them, rows kept, rows set aside, tokens, USD)."""
+    """state() -> (records begun with and gone through, all of them, records kept, records set aside, tokens, USD)."""
 
     def __init__(self, state: Callable[[], tuple[int, int, int, int, int, float]]):
         self._state = state
         self._past: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
-    async def __aenter__(self) -> "Progress":
+    async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._show())
         return self
 
@@ -41,6 +42,4 @@ class Progress:
         pace = (through - before) / max(now - begun, 1e-9)
         left = f", ends in about {duration((total - through) / pace)}" if pace > 0 and total > through else ""
         spent = f"{tokens:,} tokens" + (f", ${money:,.4f}" if money else "")
-        return (
-            f"distill: {through:,} of {total:,} rows through, {kept:,} kept, {aside:,} set aside; {spent}; {pace * 60:,.0f} rows/min{left}"
-        )
+        return f"distill: {through:,} of {total:,} records through, {kept:,} kept, {aside:,} set aside; {spent}; {pace * 60:,.0f} records/min{left}"

@@ -72,6 +72,6 @@ def whole(low: int, high: int) -> dict:
 
 
 async def stream(items: Iterable) -> AsyncIterator:
-    """The items as an asynchronous iterator, as `Work.each` takes rows."""
+    """The items as an asynchronous iterator, as `Work.each` takes records."""
     for item in items:
         yield item

@@ -1,4 +1,4 @@
-"""A run from its settings: teachers and journal opened, rows through the steps, the files written, or the estimate made."""
+"""A run from its settings: teachers and journal opened, records through the steps, the files written, or the estimate made."""
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
@@ -11,13 +11,13 @@ from src.core.errors import BadData, BudgetSpent, UserError
 from src.core.log import say
 from src.distill import card, sources
 from src.distill.batch import Batches
-from src.distill.dispatch import Line, Sending
-from src.distill.endpoint import Endpoint
+from src.distill.dispatch import Dispatcher, TeacherChannel
+from src.distill.endpoint import RemoteTeacher
 from src.distill.estimate import Estimate, by_root, estimate
 from src.distill.journal import Journal, Total
-from src.distill.limits import Gate, Purse
-from src.distill.output import Aside, Output, keep
-from src.distill.pipeline import Row, Work, check_flows, through
+from src.distill.limits import BudgetTracker, Gate
+from src.distill.output import Output, Rejected, keep
+from src.distill.pipeline import Record, Work, check_flows, through
 from src.distill.progress import Progress
 from src.distill.steps import STEPS
 from src.settings.recipes import Asking, Magpie, SelfInstruct
@@ -25,17 +25,17 @@ from src.settings.teachers import EndpointTeacher, LocalTeacher, SameTeacher
 from src.settings.verbs import DistillVerb
 
 JOURNAL = "distill.journal.sqlite"
-READ, KEEP = "read prompts", "keep rows"
+READ, KEEP = "read prompts", "keep records"
 """the engine's own first and last step; no step of a recipe has a space in its name"""
 
 
 @dataclass
-class Run:
-    """What is open while rows are under way."""
+class DistillRun:
+    """What is open while records are under way."""
 
     cfg: DistillVerb
-    sending: Sending
-    purse: Purse
+    dispatcher: Dispatcher
+    budget: BudgetTracker
     journal: Journal
     work: Work
     total: int
@@ -45,18 +45,18 @@ class Run:
         return [READ, *self.cfg.recipe.order, KEEP]
 
     def state(self) -> tuple[int, int, int, int, int, float]:
-        """As Progress wants it. A row has gone through once nothing of it is under work any more."""
+        """As Progress wants it. A record has gone through once nothing of it is under work any more."""
         flows = self.work.flows
         begun = flows[READ].went if READ in flows else 0
         under_work = sum(f.came + f.made - f.went - f.aside.total() for f in flows.values())
         kept = flows[KEEP].went if KEEP in flows else 0
         aside = sum(f.aside.total() for f in flows.values())
         gone = max(0, begun - under_work) if begun else kept
-        return gone, self.total, kept, aside, self.purse.tokens, self.purse.money
+        return gone, self.total, kept, aside, self.budget.tokens, self.budget.money
 
 
 @contextlib.asynccontextmanager
-async def opened(cfg: DistillVerb, inputs: dict[str, Artifact], aside: Aside) -> AsyncIterator[Run]:
+async def opened(cfg: DistillVerb, inputs: dict[str, Artifact], aside: Rejected) -> AsyncIterator[DistillRun]:
     """Everything a run needs, and an orderly end: what is on its way is waited for, then all is closed."""
     survey = sources.survey(path_of(cfg), cfg.recipe.takes, cfg.prompts.count, cfg.prompts.on_fault)
     async with contextlib.AsyncExitStack() as stack:
@@ -64,18 +64,18 @@ async def opened(cfg: DistillVerb, inputs: dict[str, Artifact], aside: Aside) ->
         if cfg.retry_set_aside and (count := await journal.take_back_all()):
             say(f"distill: asks {count:,} requests anew that were set aside")
         totals = await journal.totals()
-        purse = Purse(cfg.budget, sum(t.tokens for t in totals.values()), sum(t.money for t in totals.values()))
+        budget = BudgetTracker(cfg.budget, sum(t.tokens for t in totals.values()), sum(t.money for t in totals.values()))
         _say_totals(totals)
-        sending = Sending({}, journal, purse, allow_cut_off=cfg.allow_cut_off)
+        dispatcher = Dispatcher({}, journal, budget, allow_cut_off=cfg.allow_cut_off)
         for role, teacher in teachers(cfg).items():
-            sending.lines[role] = await _line(teacher, role, inputs, sending, stack)
+            dispatcher.channels[role] = await _channel(teacher, role, inputs, dispatcher, stack)
         if isinstance(cfg.judge, SameTeacher):
-            sending.lines["judge"] = sending.lines["teacher"]
-        window = max(256, 4 * max(_at_once(line) for line in sending.lines.values()))
-        work = Work(seed=cfg.seed, ask=sending.ask, window=window, on_aside=aside)
-        run = Run(cfg, sending, purse, journal, work, survey.rows or _wanted(cfg))
+            dispatcher.channels["judge"] = dispatcher.channels["teacher"]
+        window = max(256, 4 * max(_at_once(channel) for channel in dispatcher.channels.values()))
+        work = Work(seed=cfg.seed, ask=dispatcher.ask, window=window, on_aside=aside)
+        run = DistillRun(cfg, dispatcher, budget, journal, work, survey.records or _wanted(cfg))
         await stack.enter_async_context(Progress(run.state))
-        stack.push_async_callback(sending.drain)
+        stack.push_async_callback(dispatcher.drain)
         yield run
 
 
@@ -88,27 +88,33 @@ def path_of(cfg: DistillVerb) -> Path | None:
     return Path(cfg.prompts.path) if cfg.prompts.path is not None else None
 
 
-async def _line(
-    teacher: EndpointTeacher | LocalTeacher, role: str, inputs: dict[str, Artifact], sending: Sending, stack: contextlib.AsyncExitStack
-) -> Line:
+async def _channel(
+    teacher: EndpointTeacher | LocalTeacher,
+    role: str,
+    inputs: dict[str, Artifact],
+    dispatcher: Dispatcher,
+    stack: contextlib.AsyncExitStack,
+) -> TeacherChannel:
     if isinstance(teacher, LocalTeacher):
-        from src.distill.local_model import Local, limits_of
+        from src.distill.local_model import LocalModel, limits_of
 
         limits = limits_of(teacher)
-        return Line(await stack.enter_async_context(Local(teacher, inputs[role])), limits, Gate(limits))
-    endpoint = await stack.enter_async_context(Endpoint(teacher))
-    line = Line(endpoint, teacher.limits, Gate(teacher.limits))
+        return TeacherChannel(await stack.enter_async_context(LocalModel(teacher, inputs[role])), limits, Gate(limits))
+    endpoint = await stack.enter_async_context(RemoteTeacher(teacher))
+    channel = TeacherChannel(endpoint, teacher.limits, Gate(teacher.limits))
     if teacher.batch:
-        line.batches = await stack.enter_async_context(Batches(endpoint, sending.journal, sending.purse, partial(sending.settle, line)))
-    return line
+        channel.batches = await stack.enter_async_context(
+            Batches(endpoint, dispatcher.journal, dispatcher.budget, partial(dispatcher.settle, channel))
+        )
+    return channel
 
 
-def _at_once(line: Line) -> int:
-    return line.teacher.settings.batch_size if line.batches else line.limits.concurrency
+def _at_once(channel: TeacherChannel) -> int:
+    return channel.teacher.settings.batch_size if channel.batches else channel.limits.concurrency
 
 
 def _wanted(cfg: DistillVerb) -> int:
-    """Rows that a recipe without a source makes."""
+    """Records that a recipe without a source makes."""
     return sum(getattr(step, "rows", 0) for _, step in cfg.recipe.ordered()[:1])
 
 
@@ -123,17 +129,17 @@ def _say_totals(totals: dict[str, Total]) -> None:
     )
 
 
-async def _read(run: Run) -> AsyncIterator[Row]:
-    """The source's rows."""
+async def _read(run: DistillRun) -> AsyncIterator[Record]:
+    """The source's records."""
     mine = run.work.at(READ)
-    for row in sources.rows(path_of(run.cfg), run.cfg.recipe.takes, run.cfg.prompts.count):
+    for record in sources.records(path_of(run.cfg), run.cfg.recipe.takes, run.cfg.prompts.count):
         mine.flow.came += 1
-        if isinstance(row, Row):
+        if isinstance(record, Record):
             mine.flow.went += 1
-            yield row
+            yield record
         else:
-            where, fault = row
-            mine.set_aside(Row(where, []), f"malformed: {fault.reason}", str(fault))
+            where, fault = record
+            mine.set_aside(Record(where, []), f"malformed: {fault.reason}", str(fault))
 
 
 def steps_of(cfg: DistillVerb) -> list[tuple[str, Callable, object]]:
@@ -141,9 +147,9 @@ def steps_of(cfg: DistillVerb) -> list[tuple[str, Callable, object]]:
     return [(name, STEPS[settings.kind], settings) for name, settings in cfg.recipe.ordered()]
 
 
-def rows_of(run: Run, steps: list[tuple[str, Callable, object]]) -> AsyncIterator[Row]:
-    """The result's rows, in order."""
-    cost = {line.teacher.name: line.teacher.cost for line in run.sending.lines.values()}
+def records_of(run: DistillRun, steps: list[tuple[str, Callable, object]]) -> AsyncIterator[Record]:
+    """The result's records, in order."""
+    cost = {channel.teacher.name: channel.teacher.cost for channel in run.dispatcher.channels.values()}
 
     def price(teacher: str, prompt_tokens: int, tokens: int) -> float:
         return cost[teacher](prompt_tokens, tokens)
@@ -154,77 +160,77 @@ def rows_of(run: Run, steps: list[tuple[str, Callable, object]]) -> AsyncIterato
 
 async def make(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Write the dataset into the folder `out` and return its figures."""
-    aside, output = Aside(), Output(out)
+    aside, output = Rejected(), Output(out)
     with contextlib.closing(output):
         async with opened(cfg, inputs, aside) as run:
             samples = card.Samples(cfg.samples, run.work.draw("samples"))
             with told_how_far(run):
-                async with contextlib.aclosing(rows_of(run, steps_of(cfg))) as rows:
-                    async for row in rows:
-                        output.write(row)
-                        samples.offer(row)
+                async with contextlib.aclosing(records_of(run, steps_of(cfg))) as records:
+                    async for record in records:
+                        output.write(record)
+                        samples.offer(record)
             totals = await run.journal.totals()
     check_flows(run.work)
-    report(run, output.rows)
-    if not output.rows["train"]:
-        raise BadData("no row is left to train on", where=cfg.prompts.path or cfg.recipe.name, fix="see the counts above")
+    report(run, output.records)
+    if not output.records["train"]:
+        raise BadData("no record is left to train on", where=cfg.prompts.path or cfg.recipe.name, fix="see the counts above")
     aside.write(out / "set_aside.jsonl", run.steps)
     samples.write(out / "samples.html", f"{cfg.recipe.name}: samples of {cfg.run}")
-    card.write(out / "README.md", cfg, inputs, run.work, run.steps, output.rows, totals)
-    return figures(run, output.rows, totals)
+    card.write(out / "README.md", cfg, inputs, run.work, run.steps, output.records, totals)
+    return figures(run, output.records, totals)
 
 
 async def guess(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Estimate:
-    """Work on cfg.estimate rows and say what all would cost: rows drawn at random before the first step that asks, since steps before it cost nothing;
+    """Work on cfg.estimate records and say what all would cost: records drawn at random before the first step that asks, since steps before it cost nothing;
     or, where the recipe makes its own, the first so many."""
-    async with opened(cfg, inputs, Aside()) as run:
-        run.sending.costs, roots, steps = {}, [], steps_of(cfg)
+    async with opened(cfg, inputs, Rejected()) as run:
+        run.dispatcher.costs, roots, steps = {}, [], steps_of(cfg)
         with told_how_far(run):
             if isinstance(making := steps[0][2], SelfInstruct | Magpie):
                 total = making.rows
                 few = (*steps[0][:2], making.model_copy(update={"rows": min(cfg.estimate, total)}))
-                steps = [few, ("note rows", _noted, roots), *steps[1:]]
+                steps = [few, ("note records", _noted, roots), *steps[1:]]
             else:
                 first = next((place for place, (_, _, settings) in enumerate(steps) if isinstance(settings, Asking)), len(steps))
                 total = sum([1 async for _ in through(_read(run), steps[:first], run.work)])
                 run.work.clear()
                 places = set(run.work.draw("estimate").sample(range(total), min(cfg.estimate, total)))
-                steps = [*steps[:first], ("draw rows", _drawn, places), ("note rows", _noted, roots), *steps[first:]]
-            async with contextlib.aclosing(rows_of(run, steps)) as rows:
-                async for _ in rows:
+                steps = [*steps[:first], ("draw records", _drawn, places), ("note records", _noted, roots), *steps[first:]]
+            async with contextlib.aclosing(records_of(run, steps)) as records:
+                async for _ in records:
                     pass
         if not roots:
-            raise BadData("no row came to where teachers are asked", fix="look at the recipe's filters")
-        return estimate(by_root(run.sending.costs, roots), total, run.work.draw("bootstrap"))
+            raise BadData("no record came to where teachers are asked", fix="look at the recipe's filters")
+        return estimate(by_root(run.dispatcher.costs, roots), total, run.work.draw("bootstrap"))
 
 
-async def _drawn(rows: AsyncIterator[Row], places: set[int], work: Work) -> AsyncIterator[Row]:
+async def _drawn(records: AsyncIterator[Record], places: set[int], work: Work) -> AsyncIterator[Record]:
     place = 0
-    async for row in rows:
+    async for record in records:
         if place in places:
-            yield row
+            yield record
         place += 1
 
 
-async def _noted(rows: AsyncIterator[Row], ids: list[str], work: Work) -> AsyncIterator[Row]:
-    async for row in rows:
-        ids.append(row.id)
-        yield row
+async def _noted(records: AsyncIterator[Record], ids: list[str], work: Work) -> AsyncIterator[Record]:
+    async for record in records:
+        ids.append(record.id)
+        yield record
 
 
 @contextlib.contextmanager
-def told_how_far(run: Run):
+def told_how_far(run: DistillRun):
     """What stops a run is told with how far it came."""
     try:
         yield
     except UserError as error:
         gone, total, kept, aside, tokens, money = run.state()
         say(
-            f"distill: stopped with {gone:,} of {total:,} rows through, {kept:,} kept, {aside:,} set aside, {tokens:,} tokens, ${money:,.4f} spent"
+            f"distill: stopped with {gone:,} of {total:,} records through, {kept:,} kept, {aside:,} set aside, {tokens:,} tokens, ${money:,.4f} spent"
         )
         if isinstance(error, BudgetSpent):
             raise BudgetSpent(
-                f"{error.what}; {gone:,} of {total:,} rows are done, {total - gone:,} remain",
+                f"{error.what}; {gone:,} of {total:,} records are done, {total - gone:,} remain",
                 where=str(run.journal.path),
                 fix=[
                     "the same command with a higher budget.tokens or budget.money goes on",
@@ -234,26 +240,26 @@ def told_how_far(run: Run):
         raise
 
 
-def report(run: Run, rows: dict[str, int]) -> None:
-    """Say what became of the rows."""
+def report(run: DistillRun, records: dict[str, int]) -> None:
+    """Say what became of the records."""
     flows = run.work.flows
     begun, kept = flows[READ].came if READ in flows else 0, flows[KEEP].went
     made, aside = sum(f.made for f in flows.values()), sum(f.aside.total() for f in flows.values())
-    splits = ", ".join(f"{count:,} {split}" for split, count in rows.items() if count or split != "preference")
-    say(f"distill: {begun:,} rows in + {made:,} made = {kept:,} kept + {aside:,} set aside; {splits}")
+    splits = ", ".join(f"{count:,} {split}" for split, count in records.items() if count or split != "preference")
+    say(f"distill: {begun:,} records in + {made:,} made = {kept:,} kept + {aside:,} set aside; {splits}")
     for step in run.steps:
         for reason, count in flows[step].aside.most_common() if step in flows else []:
             say(f"distill: set aside {count:,} in {step}: {reason}")
         for name, value in {**run.work.counts.get(step, {}), **run.work.measures.get(step, {})}.items():
             say(f"distill: {step}: {name} {value:,.4g}" if isinstance(value, float) else f"distill: {step}: {name} {value:,}")
-    say(f"distill: {run.purse.tokens:,} tokens and ${run.purse.money:,.4f} spent over all commands of this run")
+    say(f"distill: {run.budget.tokens:,} tokens and ${run.budget.money:,.4f} spent over all commands of this run")
 
 
-def figures(run: Run, rows: dict[str, int], totals: dict[str, Total]) -> dict:
+def figures(run: DistillRun, records: dict[str, int], totals: dict[str, Total]) -> dict:
     """The manifest's metrics."""
     flows, work = run.work.flows, run.work
     return {
-        **{f"{split}_rows": count for split, count in rows.items()},
+        **{f"{split}_rows": count for split, count in records.items()},
         "steps": {step: {"came": f.came, "made": f.made, "went": f.went, "aside": dict(f.aside)} for step, f in flows.items()},
         "counts": {step: dict(counts) for step, counts in work.counts.items()},
         "measures": work.measures,

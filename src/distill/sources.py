@@ -1,7 +1,7 @@
-"""What a recipe begins with, read as rows: prompts, conversations, seed tasks or texts. A file is read twice, first whole for its faults and its count,
+"""What a recipe begins with, read as records: prompts, conversations, seed tasks or texts. A file is read twice, first whole for its faults and its count,
 so that nothing is spent on a file that turns out to be damaged, then as a stream.
 
-A row's id is its record's own and its number in the file, so that it is unique whatever the records say.
+A record's id is the one it has in the file and its number there, so that it is unique whatever the records say.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from src.chat.formats import PARSERS, as_object, detect, tools_of
 from src.chat.json_stream import Damaged, Malformed, array, container, lines, open_text
 from src.core.errors import BadData, MissingInput
 from src.core.files import canonical
-from src.distill.pipeline import Row
+from src.distill.pipeline import Record
 
 LARGEST_TEXT = 64 << 20
 """bytes of a document at most"""
@@ -27,44 +27,44 @@ KEYS = ("messages", "conversations", "conversation")
 class Survey:
     """What a source holds: records that can be used, faults of the others, where each was found."""
 
-    rows: int = 0
+    records: int = 0
     faults: list[tuple[str, Malformed]] = field(default_factory=list)
 
 
-def rows(path: Path | None, takes: str, count: int | None) -> Iterator[Row | tuple[str, Malformed]]:
-    """The rows of a source in order, at most `count` of them; a record that cannot be used comes as (its place, what is wrong).
+def records(path: Path | None, takes: str, count: int | None) -> Iterator[Record | tuple[str, Malformed]]:
+    """The records of a source in order, at most `count` of them; a record that cannot be used comes as (its place, what is wrong).
 
     takes: "prompts": messages up to the last user turn, data["reference"] the answer that followed; "conversations": messages whole;
-    "seeds": data instruction, input, output, classification; "texts": data["text"]; "nothing": no rows.
+    "seeds": data instruction, input, output, classification; "texts": data["text"]; "nothing": no records.
     Raises BadData where nothing more can be read.
     """
     found = iter(()) if path is None else _texts(path) if path.is_dir() else _records(path, takes)
     given = 0
-    for row in found:
+    for record in found:
         if count is not None and given == count:
             return
-        given += isinstance(row, Row)
-        yield row
+        given += isinstance(record, Record)
+        yield record
 
 
 def survey(path: Path | None, takes: str, count: int | None, on_fault: str) -> Survey:
-    """Read the whole source once. Raises BadData for a source without rows, and for malformed records unless they are to be dropped."""
+    """Read the whole source once. Raises BadData for a source without records, and for malformed records unless they are to be dropped."""
     found, faults = Survey(), 0
-    for row in rows(path, takes, count):
-        if isinstance(row, Row):
-            found.rows += 1
+    for record in records(path, takes, count):
+        if isinstance(record, Record):
+            found.records += 1
             continue
         faults += 1
         if len(found.faults) < FAULTS_LISTED:
-            found.faults.append(row)
+            found.faults.append(record)
     if faults and on_fault == "error":
-        listed = [f"{faults} of {faults + found.rows} records cannot be used", *(f"  {place}: {fault}" for place, fault in found.faults)]
+        listed = [f"{faults} of {faults + found.records} records cannot be used", *(f"  {place}: {fault}" for place, fault in found.faults)]
         raise BadData(
             "\n".join(listed + [f"  and {faults - len(found.faults)} more"] * (faults > len(found.faults))),
             where=str(path),
             fix=["mend the file", "prompts.on_fault=drop sets them aside, and counts them"],
         )
-    if path is not None and not found.rows:
+    if path is not None and not found.records:
         raise BadData("there is nothing to begin with", where=str(path), fix="name a file of prompts, or a folder of text")
     return found
 
@@ -83,30 +83,30 @@ def check(path: Path | None, takes: str) -> None:
         raise MissingInput(f"a folder, and this recipe begins with a file of {takes}", where=str(path), fix="prompts.path=FILE")
 
 
-def _texts(folder: Path) -> Iterator[Row | tuple[str, Malformed]]:
-    """A row for each file that is no hidden one."""
+def _texts(folder: Path) -> Iterator[Record | tuple[str, Malformed]]:
+    """A record for each file that is no hidden one."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         inside = path.relative_to(folder)
         if not any(part.startswith(".") for part in inside.parts):
             yield _document(path, inside.as_posix())
 
 
-def _document(path: Path, name: str) -> Row | tuple[str, Malformed]:
+def _document(path: Path, name: str) -> Record | tuple[str, Malformed]:
     try:
         if path.stat().st_size > LARGEST_TEXT:
             raise Malformed("text too large", f"over {LARGEST_TEXT >> 20} MiB")
-        row = Row(name, [], {"text": path.read_bytes().decode("utf-8-sig"), "path": name})
-        if "\0" in row.data["text"]:
+        record = Record(name, [], {"text": path.read_bytes().decode("utf-8-sig"), "path": name})
+        if "\0" in record.data["text"]:
             raise Malformed("not text", "it holds zero bytes")
-        _sound(row)
-        return row
+        _sound(record)
+        return record
     except UnicodeDecodeError as error:
         return name, Malformed("not UTF-8", f"at byte {error.start}")
     except Malformed as fault:
         return name, fault
 
 
-def _records(path: Path, takes: str) -> Iterator[Row | tuple[str, Malformed]]:
+def _records(path: Path, takes: str) -> Iterator[Record | tuple[str, Malformed]]:
     plain = path.suffix == ".txt"
     if plain and takes == "texts":
         yield _document(path, path.name)
@@ -114,28 +114,28 @@ def _records(path: Path, takes: str) -> Iterator[Row | tuple[str, Malformed]]:
     read = _plain_lines if plain else array if container(path) == "array" else lines
     with open_text(path) as file:
         try:
-            for number, record in enumerate(read(file, path.name)):
+            for number, raw in enumerate(read(file, path.name)):
                 try:
-                    yield _row(as_object(record.value), takes, number)
+                    yield _record(as_object(raw.value), takes, number)
                 except Malformed as fault:
-                    yield f"{path.name} line {record.line}", fault
+                    yield f"{path.name} line {raw.line}", fault
         except Damaged as damage:
             raise BadData(f"the JSON array is damaged: {damage}", where=f"{path} line {damage.line}", fix="fetch it again") from None
 
 
-def _row(record: dict, takes: str, number: int) -> Row:
+def _record(record: dict, takes: str, number: int) -> Record:
     """Raises Malformed."""
     own = record.get("id")
     id = f"{own}#{number}" if type(own) in (str, int) and own != "" else str(number)
     if takes == "texts":
-        row = Row(id, [], {"text": _text(record, "text")})
+        found = Record(id, [], {"text": _text(record, "text")})
     elif takes == "seeds":
-        row = Row(id, [], _seed(record))
+        found = Record(id, [], _seed(record))
     else:
         messages, data = _messages(record)
-        row = Row(id, messages, data) if takes == "conversations" else _prompt(id, messages, data)
-    _sound(row)
-    return row
+        found = Record(id, messages, data) if takes == "conversations" else _prompt(id, messages, data)
+    _sound(found)
+    return found
 
 
 def _messages(record: dict) -> tuple[list[dict], dict]:
@@ -156,13 +156,13 @@ def _messages(record: dict) -> tuple[list[dict], dict]:
     return messages, {"fields": fields} | ({"tools": list(tools)} if tools else {})
 
 
-def _prompt(id: str, messages: list[dict], data: dict) -> Row:
+def _prompt(id: str, messages: list[dict], data: dict) -> Record:
     """Turns up to the last user's, and as reference the answer that followed."""
     last = max((number for number, m in enumerate(messages) if m["role"] == "user"), default=None)
     if last is None or not messages[last]["content"].strip():
         raise Malformed("no prompt", "there is no user turn, or it is empty")
     answer = next((m["content"] for m in messages[last + 1 :] if m["role"] == "assistant" and m["content"]), None)
-    return Row(id, messages[: last + 1], data | ({"reference": answer} if answer else {}))
+    return Record(id, messages[: last + 1], data | ({"reference": answer} if answer else {}))
 
 
 def _seed(record: dict) -> dict:
@@ -184,10 +184,10 @@ def _text(record: dict, key: str) -> str:
     return record[key]
 
 
-def _sound(row: Row) -> None:
+def _sound(record: Record) -> None:
     """Raises Malformed for what could not be written or trained on."""
     try:
-        text = canonical([row.id, row.messages, row.data]).decode()
+        text = canonical([record.id, record.messages, record.data]).decode()
     except UnicodeEncodeError:
         raise Malformed("half of a surrogate pair", "a \\ud800..\\udfff escape stands alone") from None
     except RecursionError:
@@ -198,8 +198,8 @@ def _sound(row: Row) -> None:
         raise Malformed("control string", f"{found[0]} would end or forge a turn")
 
 
-def _plain_lines(file: TextIO, name: str) -> Iterator[json_stream.Row]:
+def _plain_lines(file: TextIO, name: str) -> Iterator[json_stream.RawRecord]:
     """Lines of text as records with a prompt each; empty ones are none."""
     for number, line in enumerate(file, 1):
         if line.strip():
-            yield json_stream.Row(number, f"{name}:{number}", {"prompt": line.strip().removeprefix("\ufeff")})
+            yield json_stream.RawRecord(number, f"{name}:{number}", {"prompt": line.strip().removeprefix("\ufeff")})

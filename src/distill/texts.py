@@ -1,10 +1,10 @@
-"""What steps ask of texts: the parts of a row, words, one spelling for comparisons, prompts filled in, answers fit to be kept."""
+"""What steps ask of texts: the parts of a record, words, one spelling for comparisons, prompts filled in, answers fit to be kept."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from src.distill.pipeline import Answer, Row, SetAside
+from src.distill.pipeline import Answer, Record, SetAside
 
 _NAME = re.compile(r"\{([a-z_]+)\}")
 # A Chinese, Japanese or Korean character stands for a word, as no spaces part words there (Korean has them, but with particles attached).
@@ -44,9 +44,9 @@ def part(messages: list[dict], of: str) -> str:
     return next((m["content"] for m in reversed(messages) if m["role"] == role), "")
 
 
-def text_of(row: Row) -> str:
-    """The document a row stands for, or all its turns."""
-    return row.data.get("text") or part(row.messages, "all")
+def text_of(record: Record) -> str:
+    """The document a record stands for, or all its turns."""
+    return record.data.get("text") or part(record.messages, "all")
 
 
 def transcript(messages: Iterable[dict]) -> str:
@@ -61,8 +61,8 @@ def listed(texts: Iterable[str], title: str) -> str:
     )
 
 
-def kept(text: str, what: str = "answer") -> str:
-    """The text without white space around it. Raises SetAside if it is empty, or holds control tokens or characters that would break a row."""
+def usable(text: str, what: str = "answer") -> str:
+    """The text without white space around it. Raises SetAside if it is empty, or holds control tokens or characters that would break a record."""
     text = text.strip()
     if not text:
         raise SetAside(f"empty {what}")
@@ -71,12 +71,12 @@ def kept(text: str, what: str = "answer") -> str:
     return text
 
 
-def all_kept(texts: Iterable[str], what: str = "answer") -> list[str]:
+def all_usable(texts: Iterable[str], what: str = "answer") -> list[str]:
     """Those of the texts that can be kept. Raises SetAside where none can."""
     found, fault = [], SetAside(f"no {what}")
     for text in texts:
         try:
-            found.append(kept(text, what))
+            found.append(usable(text, what))
         except SetAside as aside:
             fault = aside
     if not found:
@@ -89,14 +89,14 @@ def code_of(text: str) -> str:
     return "\n".join(_FENCED.findall(text)) or text
 
 
-def grown(row: Row, *answers: Answer, id: str | None = None, messages: list[dict] | None = None, **data: object) -> Row:
-    """The row with what a step adds: other messages, further data, the requests it came from; with an id, a child of the row."""
+def derive(record: Record, *answers: Answer, id: str | None = None, messages: list[dict] | None = None, **data: object) -> Record:
+    """The record with what a step adds: other messages, further data, the requests it came from; with an id, a child of the record."""
     return replace(
-        row,
-        id=row.id if id is None else f"{row.id}/{id}",
-        messages=row.messages if messages is None else messages,
-        data={**row.data, **({} if id is None else {"parents": [row.id]}), **data},
-        asks=(*row.asks, *(answer.key for answer in answers)),
+        record,
+        id=record.id if id is None else f"{record.id}/{id}",
+        messages=record.messages if messages is None else messages,
+        data={**record.data, **({} if id is None else {"parents": [record.id]}), **data},
+        asks=(*record.asks, *(answer.key for answer in answers)),
     )
 
 
@@ -105,6 +105,6 @@ def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def said(messages: list[dict], text: str) -> list[dict]:
+def append_answer(messages: list[dict], text: str) -> list[dict]:
     """The conversation with an assistant's turn more."""
     return [*messages, {"role": "assistant", "content": text}]

@@ -14,12 +14,12 @@ def compute_dtype(device: str) -> str:
     return "auto" if device == "cuda" else "float32"
 
 
-def encode_all(records: list[dict], tokenizer, end: int, max_length: int) -> list[encoding.Encoded]:
+def encode_all(records: list[dict], tokenizer, eos_id: int, max_length: int) -> list[encoding.Encoded]:
     """Validation records as token ids and labels; those longer than max_length tokens are left out, and counted."""
     rows, long = [], 0
     for record in records:
         try:
-            encoded = encoding.encode(tokenizer, record["messages"], record.get("tools"), end=end)
+            encoded = encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id)
         except BadData as error:
             raise BadData(error.what, where=f"record '{record['id']}'") from None
         if len(encoded.input_ids) > max_length:
@@ -33,7 +33,7 @@ def encode_all(records: list[dict], tokenizer, end: int, max_length: int) -> lis
     return rows
 
 
-def measure(model, rows: list, batch_size: int, pad: int, end: int, what: str) -> tuple[dict, list]:
+def measure(model, rows: list, batch_size: int, pad: int, eos_id: int, what: str) -> tuple[dict, list]:
     """({loss in nats, perplexity, accuracy, tokens} over trained tokens and the share of turn ends predicted, per row the top-1 token at each)."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -57,9 +57,9 @@ def measure(model, rows: list, batch_size: int, pad: int, end: int, what: str) -
             top[i] = chosen.argmax(-1).cpu()
             hits += (top[i] == wanted.cpu()).sum().item()
             tokens += len(wanted)
-            ends = wanted.cpu() == end
+            ends = wanted.cpu() == eos_id
             turns += ends.sum().item()
-            ended += (top[i][ends] == end).sum().item()
+            ended += (top[i][ends] == eos_id).sum().item()
     mean = loss / tokens
     return {
         "loss": mean,
@@ -70,11 +70,11 @@ def measure(model, rows: list, batch_size: int, pad: int, end: int, what: str) -
     }, top
 
 
-def answer(model, tokenizer, prompts: list, evaluation: Evaluation, end: int) -> list[dict]:
+def answer(model, tokenizer, prompts: list, evaluation: Evaluation, eos_id: int) -> list[dict]:
     """A row for each (messages, tools): prompt, greedy answer, and whether its turn was ended."""
     found = []
     for begin in range(0, len(prompts), evaluation.batch_size):
         batch, tools = zip(*prompts[begin : begin + evaluation.batch_size])
-        texts = generation.greedy(model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, end=end, tools=tools)
+        texts = generation.greedy(model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, eos_id=eos_id, tools=tools)
         found += [{"prompt": p[-1]["content"], "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
     return found

@@ -123,13 +123,13 @@ def held_out(dataset: Path | None, tokenizer, config: dict) -> list[encoding.Enc
         with open(dataset / f"{split}.jsonl", encoding="utf-8") as file:
             for record in map(json.loads, file):
                 try:
-                    yield encoding.encode(tokenizer, record["messages"], record.get("tools"), end=end)
+                    yield encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id)
                 except BadData as error:
                     raise BadData(error.what, where=f"record '{record['id']}'") from None
 
     if dataset:
         encoding.ensure_chat(tokenizer)
-        end = encoding.turn_end(tokenizer)
+        eos_id = encoding.turn_end(tokenizer)
     longest = min(LONGEST, config.get("max_position_embeddings") or config.get("n_positions") or LONGEST)
     found = (within(encoded("val"), longest) or within(encoded("calib"), longest)) if dataset else []
     if not found:

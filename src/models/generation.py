@@ -31,16 +31,16 @@ def left_padded(rows: list[list[int]], pad: int, device) -> dict:
 
 
 def greedy(
-    model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, end: int, tools: list[list | None] | None = None
+    model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, eos_id: int, tools: list[list | None] | None = None
 ) -> list[tuple[str, bool]]:
     """Greedy answers to conversations, batched: (text, whether the turn was ended by the stop token). tools: of each conversation, if any."""
     import torch
 
     offered = tools or [None] * len(prompts)
     ids = [tokenizer(render(tokenizer, p, t, prompt=True), add_special_tokens=False).input_ids for p, t in zip(prompts, offered)]
-    stops = sorted({end, *_as_list(model.generation_config.eos_token_id)})
+    stops = sorted({eos_id, *_as_list(model.generation_config.eos_token_id)})
     longest = max(map(len, ids))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_id
     room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     with torch.no_grad():
         out = model.generate(
@@ -53,7 +53,7 @@ def greedy(
     answers = []
     for row in out[:, longest:].tolist():
         stop = next((k for k, token in enumerate(row) if token in stops), None)
-        answers.append((tokenizer.decode(row[:stop], skip_special_tokens=True), stop is not None and row[stop] == end))
+        answers.append((tokenizer.decode(row[:stop], skip_special_tokens=True), stop is not None and row[stop] == eos_id))
     return answers
 
 
@@ -78,21 +78,21 @@ def stop_ids(folder: Path, tokenizer) -> list[int]:
     return sorted({*stop, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
-def write_generation_config(out: Path, source: Path, tokenizer, end: int) -> None:
+def write_generation_config(out: Path, source: Path, tokenizer, eos_id: int) -> None:
     """generation_config.json of the source model, with the turn's stop token first among its stop ids."""
     path = source / "generation_config.json"
     config = read_json(path) if path.is_file() else {}
-    config["eos_token_id"] = [end, *(i for i in _as_list(config.get("eos_token_id")) if i != end)]
+    config["eos_token_id"] = [eos_id, *(i for i in _as_list(config.get("eos_token_id")) if i != eos_id)]
     if tokenizer.pad_token_id is not None:
         config["pad_token_id"] = tokenizer.pad_token_id
     (out / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_stop_token(config_file: Path, end: int) -> None:
+def write_stop_token(config_file: Path, eos_id: int) -> None:
     """Make the turn's stop token the eos of a config.json; board runtimes read it there."""
     config = read_json(config_file)
-    if config.get("eos_token_id") != end:
-        config["eos_token_id"] = end
+    if config.get("eos_token_id") != eos_id:
+        config["eos_token_id"] = eos_id
         config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 

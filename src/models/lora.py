@@ -11,7 +11,7 @@ from src.models.token_rows import keep_rows_under_zero3, row_rates, vocabulary_l
 from src.settings.verbs import LoraTuner, Optimizer
 
 
-class Rate(NamedTuple):
+class ParameterRate(NamedTuple):
     """How a parameter that does not take the common learning rate is trained."""
 
     peak: float
@@ -199,14 +199,14 @@ def parts(matrix, rank: int, init: str, scale: float):
     return u[:, :rank] * root, root[:, None] * v[:rank]
 
 
-def rates(model, tuner: Optimizer, used: int) -> dict[str, Rate]:
+def rates(model, tuner: Optimizer, used: int) -> dict[str, ParameterRate]:
     """{name of a parameter: Rate} for each that does not take the common learning rate with weight decay.
 
     Token rows: see row_rates. LoRA+ gives the B matrices lora_plus times the rate of the A matrices (Hayou et al. 2024, arXiv:2402.12354); its
     analysis is of linear layers, so an adapted embedding keeps the common one. What stands for a part of the base's own weights (DoRA's lengths,
     PiSSA's and OLoRA's matrices) has no decay, which would pull it to zero instead of to the base.
     """
-    found = {name: Rate(peak, False) for name, peak in row_rates(model, tuner, used).items()}
+    found = {name: ParameterRate(peak, False) for name, peak in row_rates(model, tuner, used).items()}
     if not isinstance(tuner, LoraTuner):
         return found
     for name, parameter in model.named_parameters():
@@ -214,8 +214,8 @@ def rates(model, tuner: Optimizer, used: int) -> dict[str, Rate]:
             continue
         second = ".lora_B." in name
         holds_base = ".lora_magnitude_vector." in name or (tuner.takes_from_base and (second or ".lora_A." in name))
-        rate = Rate(tuner.learning_rate * (tuner.lora_plus if second else 1), not holds_base)
-        if rate != Rate(tuner.learning_rate, True):
+        rate = ParameterRate(tuner.learning_rate * (tuner.lora_plus if second else 1), not holds_base)
+        if rate != ParameterRate(tuner.learning_rate, True):
             found[name] = rate
     return found
 

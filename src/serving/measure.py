@@ -231,7 +231,7 @@ def compare_prompts(rows: list[dict], tokenizer, prompts: list[tuple]) -> dict:
     return {"prompts_same_length": 1 - len(other) / len(pairs)} if pairs else {}
 
 
-def score(client: Client, model: str, rows: list, tokenizer, end: int, workers: int) -> tuple[dict, list, list[int]] | None:
+def score(client: Client, model: str, rows: list, tokenizer, eos_id: int, workers: int) -> tuple[dict, list, list[int]] | None:
     """The metrics of a local evaluation (loss in nats, perplexity, accuracy, tokens, turns_ended) over the trained tokens of encoded rows.
 
     Returns (metrics, per row the name of the likeliest token at each trained place, indices of the rows measured); None, with the reason said,
@@ -258,7 +258,7 @@ def score(client: Client, model: str, rows: list, tokenizer, end: int, workers: 
         for k, (value, best) in zip(places(rows[i]), found, strict=True):
             losses.append(-value)
             hits.append(best in names(tokenizer, rows[i].input_ids[k]))
-            if rows[i].input_ids[k] == end:
+            if rows[i].input_ids[k] == eos_id:
                 ends.append(hits[-1])
         top.append([best for _, best in found])
         kept.append(i)

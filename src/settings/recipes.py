@@ -1,4 +1,4 @@
-"""The settings of distillation recipes: what rows a recipe starts from, its steps and their order. The recipes themselves are configs/recipe/*.yaml.
+"""The settings of distillation recipes: what records a recipe starts from, its steps and their order. The recipes themselves are configs/recipe/*.yaml.
 
 Every prompt a teacher or judge reads stands in the YAML, with {names} for what a step fills in; a prompt that lacks a name its step has to fill,
 or has one it does not know, is refused before anything is spent.
@@ -50,7 +50,7 @@ class Sampling(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)]
     """sample from the likeliest tokens that together hold this probability"""
     max_tokens: PositiveInt
-    """tokens of an answer at most; a row whose answer is cut off there is set aside, unless allow_cut_off=true"""
+    """tokens of an answer at most; a record whose answer is cut off there is set aside, unless allow_cut_off=true"""
 
 
 class Step(Settings):
@@ -69,22 +69,22 @@ class Asking(Step):
 
 class Respond(Asking):
     kind: Literal["respond"]
-    """the teacher answers the prompt of each row"""
+    """the teacher answers the prompt of each record"""
     system: str | None
-    """system text put before prompts that have none; null: none. It stays in the row"""
+    """system text put before prompts that have none; null: none. It stays in the record"""
     n: PositiveInt
     """answers to each prompt; with more than one a later step has to choose"""
 
 
 class BestOf(Step):
     kind: Literal["best_of"]
-    """one of several answers becomes the row's"""
+    """one of several answers becomes the record's"""
     by: Literal["ratings", "agreement"]
     """ratings: the highest mean rating (a `rate` step before); agreement: what most answers end in, or the one nearest to the others"""
     final: Pattern | None
     """by agreement: regular expression whose first group is the part that has to agree, such as a final number; null: whole texts, by ROUGE-L"""
     at_least: NonNegativeFloat
-    """mean rating, share of agreeing answers, or mean ROUGE-L below which the row is set aside"""
+    """mean rating, share of agreeing answers, or mean ROUGE-L below which the record is set aside"""
 
 
 class Rate(Asking):
@@ -220,18 +220,18 @@ class Translate(Asking):
     """give the conversations it started from out too"""
 
 
-# ---- choosing rows
+# ---- choosing records
 
 
 class Select(Step):
     kind: Literal["select"]
-    """the best rows that are not like one another (DEITA, Liu et al. 2023, arXiv:2312.15685)"""
+    """the best records that are not like one another (DEITA, Liu et al. 2023, arXiv:2312.15685)"""
     rows: PositiveInt
-    """rows to choose"""
+    """records to choose"""
     by: Annotated[list[str], Field(min_length=1)]
-    """aspects (of a `rate` step before) whose product orders the rows"""
+    """aspects (of a `rate` step before) whose product orders the records"""
     similarity: Annotated[float, Field(gt=0, le=1)]
-    """a row whose cosine similarity to one already chosen is this or more is passed over"""
+    """a record whose cosine similarity to one already chosen is this or more is passed over"""
 
 
 class Classify(Asking):
@@ -266,12 +266,12 @@ class Exercise(Asking):
     n: PositiveInt
     """exercises for each text"""
     ask: prompt("signature")
-    """the user's turn of the row"""
+    """the user's turn of the record"""
 
 
 class RunCode(Step):
     kind: Literal["run_code"]
-    """rows whose code passes its tests in a closed-off process stay"""
+    """records whose code passes its tests in a closed-off process stay"""
     isolation: Annotated[Literal["full", "limits"], Unkeyed]
     """full: no network, no file to read but Python's and none to write, no process beside it, or the step is refused; limits: what the kernel can of it"""
     seconds: PositiveFloat
@@ -315,9 +315,9 @@ class Ground(Asking):
     prompt: prompt("text", "question")
     """what the teacher reads"""
     with_text: Share
-    """share of rows whose user turn holds the text before the question, drawn by seed; the others hold the question alone"""
+    """share of records whose user turn holds the text before the question, drawn by seed; the others hold the question alone"""
     ask: prompt("text", "question")
-    """the user turn of those rows"""
+    """the user turn of those records"""
 
 
 # ---- filters
@@ -325,7 +325,7 @@ class Ground(Asking):
 
 class Length(Step):
     kind: Literal["length"]
-    """rows whose length is out of bounds are set aside"""
+    """records whose length is out of bounds are set aside"""
     of: Part
     """what is measured: the last user turn, the last answer, or the whole conversation"""
     unit: Literal["words", "characters", "turns"]
@@ -338,11 +338,11 @@ class Length(Step):
 
 class InLanguage(Step):
     kind: Literal["language"]
-    """rows in other languages are set aside; told by script, and English from other Latin languages by its commonest words"""
+    """records in other languages are set aside; told by script, and English from other Latin languages by its commonest words"""
     of: Part
     """what is looked at"""
     languages: Annotated[list[Language], Field(min_length=1)]
-    """languages that stay; a translated row has to be in the one it was translated to"""
+    """languages that stay; a translated record has to be in the one it was translated to"""
     share: Annotated[float, Field(gt=0, le=1)]
     """least share of letters in the language's script"""
 
@@ -371,7 +371,7 @@ class Repetition(Step):
 
 class NearDuplicates(Step):
     kind: Literal["near_duplicates"]
-    """rows nearly equal to an earlier one are set aside, by MinHash (Broder 1997)"""
+    """records nearly equal to an earlier one are set aside, by MinHash (Broder 1997)"""
     of: Part
     """what is compared"""
     n: PositiveInt
@@ -384,7 +384,7 @@ class NearDuplicates(Step):
 
 class Overlap(Step):
     kind: Literal["overlap"]
-    """rows that hold part of an evaluation set are set aside"""
+    """records that hold part of an evaluation set are set aside"""
     sets: Annotated[list[str], Unkeyed]
     """files of evaluation questions and answers: JSON lines (every string in them) or plain text; none: nothing is compared, and that is said"""
     n: PositiveInt
@@ -396,7 +396,7 @@ class Overlap(Step):
     nodes: PositiveInt
     """smallest function, in nodes of its syntax tree, that is compared"""
     match: Annotated[float, Field(gt=0, le=1)]
-    """share of a function's subtrees found in the row from which the two are one"""
+    """share of a function's subtrees found in the record from which the two are one"""
 
 
 AnyStep = Annotated[
@@ -422,7 +422,7 @@ class Recipe(Settings):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
     """name of the recipe"""
     takes: Literal["prompts", "conversations", "seeds", "texts", "nothing"]
-    """rows it starts from: prompts to answer, whole conversations, seed tasks, a folder of texts, or none"""
+    """records it starts from: prompts to answer, whole conversations, seed tasks, a folder of texts, or none"""
     order: Annotated[list[str], Field(min_length=1)]
     """the steps in the order they run; a step left out does not run"""
     steps: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], AnyStep]
@@ -439,7 +439,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _steps_follow(self):
-        """What a step reads of a row another has to write before it; found out here, before anything is spent."""
+        """What a step reads of a record another has to write before it; found out here, before anything is spent."""
         before: dict[str, Step] = {}
         for name, step in self.ordered():
             rates = isinstance(step, BestOf) and step.by == "ratings"
@@ -449,7 +449,7 @@ class Recipe(Settings):
             if isinstance(step, BestOf | Pair) and getattr(before.get("respond"), "n", 0) < 2:
                 raise ValueError(f"'{name}' chooses among answers; a step of the kind respond before it needs n of 2 or more")
             if isinstance(step, Select) and (unknown := [aspect for aspect in step.by if aspect not in before["rate"].aspects]):
-                raise ValueError(f"'{name}' orders rows by '{unknown[0]}', which no step before it rates")
+                raise ValueError(f"'{name}' orders records by '{unknown[0]}', which no step before it rates")
             before[step.kind] = step
         if getattr(before.get("respond"), "n", 1) > 1 and not before.keys() & {"best_of", "pair"}:
             raise ValueError(
@@ -462,7 +462,7 @@ class Recipe(Settings):
         return [(name, self.steps[name]) for name in self.order]
 
     def files(self) -> dict[str, str]:
-        """{role: path} of files that steps read beside their rows."""
+        """{role: path} of files that steps read beside their records."""
         return {
             f"{name}_{number}": path
             for name, step in self.ordered()

@@ -77,7 +77,7 @@ class LocalTeacher(Settings):
     path: Annotated[str, Unkeyed]
     """Hugging Face folder, or a model, adapter or quantized artifact"""
     batch_size: PositiveInt
-    """prompts answered together; above 1 quicker on a GPU, but the last bits of a row's arithmetic, and so its words, may follow its neighbours"""
+    """prompts answered together; above 1 quicker on a GPU, but the last bits of a record's arithmetic, and so its words, may follow its neighbours"""
     licence: str | None
     """licence of the model, for the dataset's card"""
     terms: str | None

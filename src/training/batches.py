@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from src.chat import encoding
-from src.training.tokens import TokenRows
+from src.training.examples import Examples
 
 SEARCHED = 20_000
 """steps that can be laid out in about a second"""
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class BatchPlan:
     """The order of a whole run.
 
     lengths: tokens of each row, int64. batch: rows of a step over all processes. world: processes. capacity: tokens a forward pass may hold,
@@ -49,7 +49,7 @@ class Plan:
         """Whether a pass over the rows is completed by this step, counted from 1, or the run is."""
         return step == self.steps or int(self.epoch(step)) > int(self.epoch(step - 1))
 
-    def rows(self, step: int) -> list[int]:
+    def examples(self, step: int) -> list[int]:
         """Rows of a step, counted from 0."""
         count, found = len(self.lengths), []
         at, end = step * self.batch, min((step + 1) * self.batch, self.total)
@@ -70,41 +70,41 @@ class Plan:
 
         Rows are dealt longest first, each to the micro-batch with the fewest tokens, so that the processes finish together.
         """
-        rows = sorted(self.rows(step), key=lambda row: (-self.lengths[row], row))
-        passes = max(1, math.ceil(int(self.lengths[rows].sum()) / (self.capacity * self.world)))
+        examples = sorted(self.examples(step), key=lambda example: (-self.lengths[example], example))
+        passes = max(1, math.ceil(int(self.lengths[examples].sum()) / (self.capacity * self.world)))
         while True:
-            bins = self._dealt(rows, passes * self.world)
-            if max(map(self.size, bins)) <= self.capacity or passes * self.world >= len(rows):
+            bins = self._dealt(examples, passes * self.world)
+            if max(map(self.size, bins)) <= self.capacity or passes * self.world >= len(examples):
                 return [bins[i : i + self.world] for i in range(0, len(bins), self.world)]
             passes += 1
 
-    def _dealt(self, rows: list[int], count: int) -> list[list[int]]:
+    def _dealt(self, examples: list[int], count: int) -> list[list[int]]:
         bins = [[] for _ in range(count)]
         if not self.packed:  # neighbours in length share a micro-batch, so that little is padded
-            share = math.ceil(len(rows) / count)
+            share = math.ceil(len(examples) / count)
             for i in range(count):
-                bins[i] = rows[i * share : (i + 1) * share]
+                bins[i] = examples[i * share : (i + 1) * share]
             return bins
         fill = [(0, i) for i in range(count)]
-        for row in rows:
+        for example in examples:
             tokens, i = heapq.heappop(fill)
-            bins[i].append(row)
-            heapq.heappush(fill, (tokens + int(self.lengths[row]), i))
+            bins[i].append(example)
+            heapq.heappush(fill, (tokens + int(self.lengths[example]), i))
         return bins
 
-    def size(self, rows: list[int]) -> int:
+    def size(self, examples: list[int]) -> int:
         """Tokens a forward pass over these rows holds, padding included."""
-        lengths = self.lengths[rows]
-        return int(lengths.sum()) if self.packed else int(lengths.max(initial=0)) * len(rows)
+        lengths = self.lengths[examples]
+        return int(lengths.sum()) if self.packed else int(lengths.max(initial=0)) * len(examples)
 
     def longest(self) -> list[int]:
         """Rows of the run's largest forward pass; in very long runs, of one at least as large as far as the capacity allows."""
         if self.steps <= SEARCHED:
             return max((part for step in range(self.steps) for bins in self.layout(step) for part in bins), key=self.size)
         taken = []
-        for row in np.argsort(-self.lengths, kind="stable").tolist():
-            if len(taken) < self.batch and (not taken or self.size([*taken, row]) <= self.capacity):
-                taken.append(row)
+        for example in np.argsort(-self.lengths, kind="stable").tolist():
+            if len(taken) < self.batch and (not taken or self.size([*taken, example]) <= self.capacity):
+                taken.append(example)
         return taken
 
 
@@ -112,35 +112,35 @@ class Steps(torch.utils.data.Dataset):
     """What one process computes in each step: its micro_batches, and how many tokens the step has over all processes: of rows, trained, and laid
     out with padding."""
 
-    def __init__(self, plan: Plan, rows: TokenRows, rank: int, pad: int):
-        self.plan, self.data, self.rank, self.pad = plan, rows, rank, pad
+    def __init__(self, plan: BatchPlan, examples: Examples, rank: int, pad: int):
+        self.plan, self.data, self.rank, self.pad = plan, examples, rank, pad
 
     def __len__(self) -> int:
         return self.plan.steps
 
     def __getitem__(self, step: int) -> dict:
-        layout, rows = self.plan.layout(step), self.plan.rows(step)
+        layout, examples = self.plan.layout(step), self.plan.examples(step)
         return {
             "micro_batches": [micro_batch(self.data, bins[self.rank], self.pad, packed=self.plan.packed) for bins in layout],
-            "tokens": int(self.plan.lengths[rows].sum()),
-            "trained": int(self.data.trained_tokens[rows].sum()),
+            "tokens": int(self.plan.lengths[examples].sum()),
+            "trained": int(self.data.trained_tokens[examples].sum()),
             "laid": sum(self.plan.size(bins) for bins in itertools.chain(*layout)),
         }
 
 
-def micro_batch(data: TokenRows, rows: list[int], pad: int, *, packed: bool) -> dict:
+def micro_batch(data: Examples, examples: list[int], pad: int, *, packed: bool) -> dict:
     """One forward pass over rows, as the model takes it.
 
     input_ids: int64 (1, tokens) where packed, with position_ids that begin at 0 in every row and where each begins (cu_seq_lens, int32); else
     (rows, longest), padded on the right, with attention_mask. keep: bool of the same shape, true where the next token is trained. targets: those
     tokens, int64 (trained,), row after row. rows: as given. No rows make a pass over one padding token with nothing trained, for processes that must keep step with others.
     """
-    found = [data[row] for row in rows]
-    ids = [row.input_ids for row in found] or [np.array([pad], dtype=np.int32)]
-    labels = [row.labels for row in found] or [np.array([encoding.IGNORE], dtype=np.int32)]
-    after = [np.append(row[1:], encoding.IGNORE) for row in labels]
+    found = [data[example] for example in examples]
+    ids = [example.input_ids for example in found] or [np.array([pad], dtype=np.int32)]
+    labels = [example.labels for example in found] or [np.array([encoding.IGNORE], dtype=np.int32)]
+    after = [np.append(example[1:], encoding.IGNORE) for example in labels]
     if packed:
-        lengths = [len(row) for row in ids]
+        lengths = [len(example) for example in ids]
         bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         batch = {
             "input_ids": torch.from_numpy(np.concatenate(ids)).long()[None],
@@ -154,7 +154,7 @@ def micro_batch(data: TokenRows, rows: list[int], pad: int, *, packed: bool) -> 
     else:
         longest = max(map(len, ids))
         block = lambda parts, fill: torch.tensor([[*part, *[fill] * (longest - len(part))] for part in parts])
-        batch = {"input_ids": block(ids, pad), "attention_mask": block([[1] * len(row) for row in ids], 0)}
+        batch = {"input_ids": block(ids, pad), "attention_mask": block([[1] * len(example) for example in ids], 0)}
         shifted = block(after, encoding.IGNORE)
     keep = shifted != encoding.IGNORE
-    return batch | {"keep": keep, "targets": shifted[keep], "rows": rows}
+    return batch | {"keep": keep, "targets": shifted[keep], "examples": examples}

@@ -26,16 +26,16 @@ class Targets:
     """
 
     tokens: torch.Tensor
-    likely: torch.Tensor | None = None
-    shares: torch.Tensor | None = None
+    top_k_ids: torch.Tensor | None = None
+    probs: torch.Tensor | None = None
     alpha: float = 0.0
 
     def split(self, size: int) -> Iterator["Targets"]:
-        parts = [self.tokens.split(size)] + [t.split(size) for t in (self.likely, self.shares) if t is not None]
+        parts = [self.tokens.split(size)] + [t.split(size) for t in (self.top_k_ids, self.probs) if t is not None]
         return (Targets(*part, alpha=self.alpha) if len(part) == 3 else Targets(*part) for part in zip(*parts))
 
     def to(self, device) -> "Targets":
-        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.tokens, self.likely, self.shares)]
+        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.tokens, self.top_k_ids, self.probs)]
         return Targets(*moved, alpha=self.alpha)
 
 
@@ -102,14 +102,14 @@ def loss_and_gradient(logits: torch.Tensor, targets: Targets) -> tuple[torch.Ten
     wanted = logits.gather(-1, at)
     total = logits.exp_().sum(-1, keepdim=True)
     q, hard = logits.div_(total), (total.log() - wanted).sum()
-    if targets.likely is None:
+    if targets.top_k_ids is None:
         return hard, q.scatter_add_(-1, at, torch.full_like(total, -1.0))
-    alpha, p = targets.alpha, targets.shares
-    known = q.gather(-1, targets.likely)
+    alpha, p = targets.alpha, targets.probs
+    known = q.gather(-1, targets.top_k_ids)
     rest_p, rest_q = (1 - x.sum(-1, keepdim=True).clamp(max=1) for x in (p, known))
     rest_q = rest_q.clamp(min=1e-7)
     kl = torch.special.xlogy(p, p / known.clamp(min=1e-30)).sum() + torch.special.xlogy(rest_p, rest_p / rest_q).sum()
-    q.mul_(1 - alpha * rest_p / rest_q).scatter_(-1, targets.likely, known - alpha * p)
+    q.mul_(1 - alpha * rest_p / rest_q).scatter_(-1, targets.top_k_ids, known - alpha * p)
     return alpha * kl + (1 - alpha) * hard, q.scatter_add_(-1, at, torch.full_like(total, alpha - 1.0))
 
 

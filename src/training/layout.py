@@ -18,8 +18,8 @@ from src.settings.verbs import FinetuneVerb
 from src.training import attention, launch
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
+from src.training.examples import Example, Examples
 from src.training.head import LOGITS, HeadLoss, Targets, token_results
-from src.training.tokens import Row, TokenRows
 
 EQUAL = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """largest difference of a token's loss (nats) that a precision explains"""
@@ -43,11 +43,11 @@ class Layout:
     checkpointing: bool
 
 
-def choose_layout(cfg: FinetuneVerb, model, rows: TokenRows, out: Path, precision: str) -> Layout:
+def choose_layout(cfg: FinetuneVerb, model, examples: Examples, out: Path, precision: str) -> Layout:
     """The layout of the unfinished run in `out`, or a new one that this model is proven to take. Leaves the model set up for it."""
     file, asked = out / "layout.json", {name: getattr(cfg.train, name) for name in ASKED}
     if not file.is_file():
-        layout = new_layout(cfg, model, rows, precision)
+        layout = new_layout(cfg, model, examples, precision)
         barrier()  # every process has looked for the file
         if rank() == 0:
             write_json(file, {"layout": asdict(layout), "asked": asked})
@@ -69,8 +69,8 @@ def choose_layout(cfg: FinetuneVerb, model, rows: TokenRows, out: Path, precisio
 ASKED = ("micro_batch_size", "packing", "attention", "chunked_loss", "gradient_checkpointing")
 
 
-def new_layout(cfg: FinetuneVerb, model, rows: TokenRows, precision: str) -> Layout:
-    t, longest = cfg.train, int(rows.lengths.max())
+def new_layout(cfg: FinetuneVerb, model, examples: Examples, precision: str) -> Layout:
+    t, longest = cfg.train, int(examples.lengths.max())
     share = t.global_batch_size // launch.world_size(cfg.launch)
     # Under ZeRO-3 the model runs inside DeepSpeed's engine only: what looks right is taken, and Probe proves it there.
     partitioned = cfg.deepspeed.stage == 3
@@ -85,11 +85,11 @@ def new_layout(cfg: FinetuneVerb, model, rows: TokenRows, precision: str) -> Lay
         return replace(layout, capacity=min(share, t.micro_batch_size) * longest)
     if partitioned:
         return replace(layout, capacity=min(share, 4) * longest)
-    fits = tokens_that_fit(cfg, model, rows, layout)
+    fits = tokens_that_fit(cfg, model, examples, layout)
     if fits < longest and t.gradient_checkpointing == "auto":
         layout = replace(layout, checkpointing=True)
         set_up(model, layout, t.attention)
-        fits = tokens_that_fit(cfg, model, rows, layout)
+        fits = tokens_that_fit(cfg, model, examples, layout)
     useful = share * longest if torch.cuda.is_available() else BUSY
     return replace(layout, capacity=max(longest, min(fits, share * longest, useful)))
 
@@ -130,11 +130,11 @@ def packs(model, asked: str, precision: str) -> bool:
     """Whether two short rows have the same losses end to end as each has alone, through the attention the model came with."""
     if not may_pack(model):
         return False
-    before, rows = model.config._attn_implementation, sample_rows(model)
+    before, examples = model.config._attn_implementation, sample_examples(model)
     with as_in_use(model):
-        alone = torch.cat([losses(model, micro_batch(rows, [i], 0, packed=False)) for i in range(len(rows))])
+        alone = torch.cat([losses(model, micro_batch(examples, [i], 0, packed=False)) for i in range(len(examples))])
         set_up(model, Layout(True, 0, False, False), asked)
-        together = losses(model, micro_batch(rows, list(range(len(rows))), 0, packed=True))
+        together = losses(model, micro_batch(examples, list(range(len(examples))), 0, packed=True))
     holds = (alone - together).abs().max().item() <= EQUAL[precision]
     if not holds:
         model.set_attn_implementation(before)
@@ -146,8 +146,8 @@ def fuses(model, precision: str) -> bool:
     """Whether the loss computed at the output layer is the loss of the model's logits, which some models scale or cap behind that layer."""
     if "logits_to_keep" not in arguments_of(model) or precision == "fp16":
         return False
-    rows = sample_rows(model)
-    batch = micro_batch(rows, [0], 0, packed=False)
+    examples = sample_examples(model)
+    batch = micro_batch(examples, [0], 0, packed=False)
     with as_in_use(model):
         plain = losses(model, batch)
         head = HeadLoss(model, chunked=True)
@@ -157,14 +157,14 @@ def fuses(model, precision: str) -> bool:
     return fused.shape == (len(plain), 2) and (fused[:, 0] - plain).abs().max().item() <= EQUAL[precision]
 
 
-def sample_rows(model) -> list[Row]:
+def sample_examples(model) -> list[Example]:
     """Two short rows of token ids drawn at random, the same in every process; their second halves are trained."""
     vocabulary = model.config.get_text_config().vocab_size
-    draw, rows = np.random.default_rng(0), []
+    draw, examples = np.random.default_rng(0), []
     for length in (9, 14):
         ids = draw.integers(0, vocabulary, length, dtype=np.int32)
-        rows.append(Row(ids, np.where(np.arange(length) < length // 2, encoding.IGNORE, ids)))
-    return rows
+        examples.append(Example(ids, np.where(np.arange(length) < length // 2, encoding.IGNORE, ids)))
+    return examples
 
 
 def losses(model, batch: dict) -> torch.Tensor:
@@ -175,7 +175,7 @@ def losses(model, batch: dict) -> torch.Tensor:
 
 def inputs_of(batch: dict, device) -> dict:
     """What of a micro-batch the model takes."""
-    given = {name: value for name, value in batch.items() if name not in ("keep", "targets", "rows")}
+    given = {name: value for name, value in batch.items() if name not in ("keep", "targets", "examples")}
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
 
 
@@ -192,14 +192,14 @@ def as_in_use(model):
 # ---- how much fits
 
 
-def tokens_that_fit(cfg: FinetuneVerb, model, rows: TokenRows, layout: Layout) -> int:
+def tokens_that_fit(cfg: FinetuneVerb, model, examples: Examples, layout: Layout) -> int:
     """Tokens whose activations fit beside the weights, gradients and optimizer states of this process, by the bytes a short forward pass keeps.
 
     Raises NoMemory where a machine without a GPU could not hold even one row: there the system would kill the process without a word.
     """
-    longest = int(np.argmax(rows.lengths))
-    row = rows[longest]
-    short = Row(row.input_ids[:512], row.labels[:512])
+    longest = int(np.argmax(examples.lengths))
+    example = examples[longest]
+    short = Example(example.input_ids[:512], example.labels[:512])
     batch = micro_batch([short], [0], 0, packed=layout.packed)
     kept = kept_bytes(model, batch)
     each = 1.3 * kept / len(short.input_ids)  # a backward pass holds gradients of some of them too
@@ -213,7 +213,7 @@ def tokens_that_fit(cfg: FinetuneVerb, model, rows: TokenRows, layout: Layout) -
     else:
         left = psutil.virtual_memory().available / launch.per_node(cfg.launch)
         if layout.checkpointing or cfg.train.gradient_checkpointing is False:
-            need, there = fixed + each * rows.lengths[longest], psutil.virtual_memory().total
+            need, there = fixed + each * examples.lengths[longest], psutil.virtual_memory().total
             if need > there:
                 raise NoMemory(
                     f"the longest conversation needs about {size(need)} beside the weights, this machine has {size(there)}", fix=SMALLER

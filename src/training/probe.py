@@ -12,7 +12,7 @@ from src.core.log import duration, rank, say, size
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
 from src.training.head import token_results
-from src.training.layout import EQUAL, SMALLER, as_in_use, losses, sample_rows
+from src.training.layout import EQUAL, SMALLER, as_in_use, losses, sample_examples
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps")
 """of DeepSpeed's engine"""
@@ -33,20 +33,20 @@ class Probe(TrainerCallback):
         if state.global_step:
             return  # a resumed run has been through it
         begun, trainer = time.monotonic(), self.trainer
-        rows = trainer.plan.longest()
+        examples = trainer.plan.longest()
         try:
             if not self.proven:
                 self.prove_inside()
-            self.step(micro_batch(trainer.rows, rows, trainer.pad, packed=trainer.plan.packed))
+            self.step(micro_batch(trainer.examples, examples, trainer.pad, packed=trainer.plan.packed))
         except torch.OutOfMemoryError:
             raise NoMemory(
-                f"the longest batch of the run, {trainer.plan.size(rows):,} tokens, does not fit on the GPU",
+                f"the longest batch of the run, {trainer.plan.size(examples):,} tokens, does not fit on the GPU",
                 where=f"{torch.cuda.get_device_name()}, {size(torch.cuda.mem_get_info()[1])}",
                 fix=SMALLER,
             ) from None
         written = self.save()
         say(
-            f"probe: {len(rows)} conversations, {trainer.plan.size(rows):,} tokens, forward, backward, optimizer step and saving ({size(written)}) went "
+            f"probe: {len(examples)} conversations, {trainer.plan.size(examples):,} tokens, forward, backward, optimizer step and saving ({size(written)}) went "
             f"through in {duration(time.monotonic() - begun)}"
         )
 
@@ -83,12 +83,12 @@ class Probe(TrainerCallback):
     def prove_inside(self) -> None:
         """Under ZeRO-3: packed and chunked losses against those of the plain model, in DeepSpeed's engine."""
         trainer = self.trainer
-        model, rows = trainer.model_wrapped, sample_rows(trainer.model)
+        model, examples = trainer.model_wrapped, sample_examples(trainer.model)
         with as_in_use(model):
-            given = micro_batch(rows, [0, 1], trainer.pad, packed=trainer.plan.packed)
+            given = micro_batch(examples, [0, 1], trainer.pad, packed=trainer.plan.packed)
             results = trainer.forward(model, given)
             ours = results[:, 0] if trainer.head else token_results(results, given["targets"].to(trainer.args.device))[:, 0]
-            plain = torch.cat([losses(model, micro_batch(rows, [i], trainer.pad, packed=False)) for i in range(2)])
+            plain = torch.cat([losses(model, micro_batch(examples, [i], trainer.pad, packed=False)) for i in range(2)])
         if (ours - plain).abs().max().item() > EQUAL[self.precision]:
             raise ProofFailed(
                 "on this model packed conversations, or the loss in chunks, do not give the losses of the plain model",

@@ -18,7 +18,7 @@ from src.core.log import duration, mark, on_terminal, rank, say, spark, status, 
 from src.models.generation import greedy
 from src.settings.verbs import FinetuneVerb
 from src.training.choices import peak_operations
-from src.training.tokens import Row
+from src.training.examples import Example
 from src.training.tracking import Trackers
 
 STILL = 20
@@ -87,7 +87,7 @@ class Reports(TrainerCallback):
 
     def record_ids(self, step: int, most: int = 8) -> list[str]:
         """Ids of the records in a step, counted from 1."""
-        lines = sorted({int(self.trainer.rows.lines[row]) for row in self.trainer.plan.rows(step - 1)})
+        lines = sorted({int(self.trainer.examples.lines[example]) for example in self.trainer.plan.examples(step - 1)})
         found = []
         with open(self.records, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -138,7 +138,7 @@ class Reports(TrainerCallback):
         if self.prompts:
             was_training = model.training
             model.eval()
-            answers = greedy(model, self.tokenizer, self.prompts, max_new_tokens=64, end=self.trainer.end)
+            answers = greedy(model, self.tokenizer, self.prompts, max_new_tokens=64, eos_id=self.trainer.eos_id)
             model.train(was_training)
             self.samples = [(prompt[-1]["content"], text) for prompt, (text, _) in zip(self.prompts, answers)]
             self.trackers.samples(self.samples, state.global_step)
@@ -162,10 +162,10 @@ def memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def preview(row: Row, tokenizer, limit: int = 120) -> None:
+def preview(example: Example, tokenizer, limit: int = 120) -> None:
     """Show one row as the model will see it, with what is trained standing out; long stretches are shortened in their middle."""
     pieces = []
-    pairs = zip(row.input_ids.tolist(), row.labels.tolist())
+    pairs = zip(example.input_ids.tolist(), example.labels.tolist())
     for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != encoding.IGNORE):
         text = tokenizer.decode([token for token, _ in group])
         text = text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"
@@ -193,7 +193,7 @@ def first_prompts(path: Path, count: int) -> list[list[dict]]:
 
 def summary(trainer, reports: Reports, precision: str, saved: dict) -> dict:
     """The numbers that go into the manifest. saved: the validation of what is saved, where that is narrower than what was trained, else empty."""
-    history, train = trainer.state.log_history, trainer.rows
+    history, train = trainer.state.log_history, trainer.examples
     losses = [h["loss"] for h in history if "loss" in h]
     evals = [h for h in history if "eval_loss" in h]
     if on_terminal():

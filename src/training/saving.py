@@ -34,14 +34,14 @@ def saved_dtype(cfg: FinetuneVerb, base: Path) -> str:
     return stored_dtype(base) if cfg.tuner.dtype == "auto" else cfg.tuner.dtype
 
 
-def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, keep_tokenizer: bool, saved: set[str]) -> None:
+def finish(cfg: FinetuneVerb, base: Path, tokenizer, eos_id: int, out: Path, *, keep_tokenizer: bool, saved: set[str]) -> None:
     """Make the saved folder complete and look at what was saved."""
     full = isinstance(cfg.tuner, FullTuner)
     (out / "training_args.bin").unlink(missing_ok=True)  # a pickle
     (out / "README.md").unlink(missing_ok=True)  # peft's blank model card
     if not full:
         adapter_files.tidy(out)
-    generation.write_generation_config(out, base, tokenizer, end)
+    generation.write_generation_config(out, base, tokenizer, eos_id)
     if keep_tokenizer:
         complete.copy(base, out)
     else:
@@ -49,7 +49,7 @@ def finish(cfg: FinetuneVerb, base: Path, tokenizer, end: int, out: Path, *, kee
         complete.copy(base, out, tokenizer=False)
     if full:
         rounding.cast_folder(out, saved_dtype(cfg, base), cfg.tuner.rounding)
-        generation.write_stop_token(out / "config.json", end)
+        generation.write_stop_token(out / "config.json", eos_id)
     adapter_files.check_saved(out, moved=not full, expected=saved)
 
 

@@ -14,51 +14,59 @@ from src.models import adapter_files, fidelity, lora, token_rows
 from src.models.loading import keep_gptq_trainable, load_model, nf4_config
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 from src.settings.verbs import FinetuneVerb, FullTuner, QloraTuner
-from src.training import batches, checkpoints, choices, launch, layout, narrowing, probe, reports, teacher, tokens, trainer
+from src.training import choices, launch, narrowing
+from src.training.batches import BatchPlan
+from src.training.checkpoints import Checkpoints, barrier
+from src.training.examples import examples_of
 from src.training.head import HeadLoss, may_chunk
+from src.training.layout import choose_layout
+from src.training.probe import Probe
+from src.training.reports import Reports, preview, summary
 from src.training.saving import Trained, saved_dtype
+from src.training.teacher import teacher_probs
+from src.training.trainer import ChatTrainer
 
 
-def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, end: int, added: list[str]) -> Trained:
+def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, eos_id: int, added: list[str]) -> Trained:
     """Train, and save into `out` what was trained; on every process."""
     world, records = launch.world_size(cfg.launch), inputs["dataset"].path
     device, precision = choices.start(cfg)
     cache = out.parent.parent / ".cache" / "tokens"
-    train, val = (tokens.token_rows(cfg, inputs["dataset"], inputs["model"], split, cache) for split in ("train", "val"))
+    train, val = (examples_of(cfg, inputs["dataset"], inputs["model"], split, cache) for split in ("train", "val"))
     if not len(train):
         raise MissingInput("no training row is within train.max_length", where=str(records), fix="raise train.max_length")
-    reports.preview(train[0], tokenizer)
-    soft = teacher.soft_targets(cfg, inputs["teacher"], train, tokenizer, cache) if "teacher" in inputs else None
+    preview(train[0], tokenizer)
+    learnt_from = teacher_probs(cfg, inputs["teacher"], train, tokenizer, cache) if "teacher" in inputs else None
 
     # Before the model: under ZeRO-3 making the arguments is what has it loaded in parts.
     total = cfg.train.max_steps * cfg.train.global_batch_size if cfg.train.max_steps else round(len(train) * cfg.train.epochs)
-    resume = checkpoints.Checkpoints.last(out / "checkpoints", world)
+    resume = Checkpoints.last(out / "checkpoints", world)
     steps = math.ceil(total / cfg.train.global_batch_size)
     arguments = choices.arguments(cfg, out, steps, precision, world=world, evaluates=len(val) > 0 and not resume)
-    model, rows, nf4 = prepare(cfg, inputs["model"], tokenizer, end, added, device, precision)
+    model, rows, nf4 = prepare(cfg, inputs["model"], tokenizer, eos_id, added, device, precision)
     lora.describe(model, rows)
     choices.apply_kernels(model, cfg.train.kernels)
-    chosen = layout.choose_layout(cfg, model, train, out, precision)
-    plan = batches.Plan(train.lengths, cfg.train.global_batch_size, world, chosen.capacity, chosen.packed, total, cfg.train.seed)
+    chosen = choose_layout(cfg, model, train, out, precision)
+    plan = BatchPlan(train.lengths, cfg.train.global_batch_size, world, chosen.capacity, chosen.packed, total, cfg.train.seed)
     head = HeadLoss(model, chunked=may_chunk(model, zero_stage=cfg.deepspeed.stage)) if chosen.fused else None
     rates = lora.rates(model, cfg.tuner, len(tokenizer) - len(added))
-    told = reports.Reports(cfg, out, tokenizer, records)
-    run = trainer.ChatTrainer(
+    reports = Reports(cfg, out, tokenizer, records)
+    run = ChatTrainer(
         model,
         arguments,
         plan,
         train,
         val,
         pad=tokenizer.pad_token_id,
-        end=end,
+        eos_id=eos_id,
         rates=rates,
         head=head,
-        soft=soft,
+        teacher_probs=learnt_from,
         alpha=cfg.teacher.weight,
-        callbacks=[probe.Probe(out, precision, proven=cfg.deepspeed.stage != 3), told, checkpoints.Checkpoints(world)],
+        callbacks=[Probe(out, precision, proven=cfg.deepspeed.stage != 3), reports, Checkpoints(world)],
     )
-    rows_of_val = (encoding.Encoded(row.input_ids.tolist(), row.labels.tolist()) for row in val)
-    held = fidelity.within(rows_of_val) or fidelity.held_out(records, tokenizer, read_json(inputs["model"].path / "config.json"))
+    of_val = (encoding.Encoded(example.input_ids.tolist(), example.labels.tolist()) for example in val)
+    held = fidelity.within(of_val) or fidelity.held_out(records, tokenizer, read_json(inputs["model"].path / "config.json"))
     run.train(resume_from_checkpoint=resume and str(resume))
     seen = run.observe(held) if held and precision == "fp32" else None
     saved = narrowing.settle(run, saved_dtype(cfg, inputs["model"].path), cfg.tuner, precision)
@@ -66,14 +74,14 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
         seen = run.observe(held)
     run.finished = True
     run.save_model(str(out))
-    told.trackers.close()
-    checkpoints.barrier()
-    metrics = reports.summary(run, told, precision, saved) if rank() == 0 else {}
+    reports.trackers.close()
+    barrier()
+    metrics = summary(run, reports, precision, saved) if rank() == 0 else {}
     metrics |= {"trained_rows": rows} | ({"nf4": nf4} if nf4 else {})
     return Trained(metrics, adapter_files.saved_names(run.model), lora.count(run.model), held, seen)
 
 
-def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[str], device: str, precision: str):
+def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, eos_id: int, added: list[str], device: str, precision: str):
     """(model ready to train, vocabulary rows trained beside an adapter, NF4 settings or None)."""
     gpu = device == "cuda"
     sixteen = gpu and precision != "fp32" and (cfg.deepspeed.stage or not isinstance(cfg.tuner, FullTuner))
@@ -94,7 +102,7 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, end: int, added: list[
     model.config.use_cache = False
     control = sorted(
         {
-            end,
+            eos_id,
             *(i for i in tokenizer.convert_tokens_to_ids([encoding.START, encoding.END]) if i is not None and i != tokenizer.unk_token_id),
         }
     )

@@ -17,42 +17,42 @@ from src.settings.verbs import FinetuneVerb
 from src.training import launch
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
+from src.training.examples import Examples
 from src.training.layout import inputs_of
-from src.training.tokens import TokenRows
 
 
 @dataclass(frozen=True, eq=False)
-class SoftTargets:
+class TeacherProbs:
     """A teacher's k likeliest tokens at each trained token of some rows, in their order.
 
     likely: int32 (trained tokens, k). shares: their probabilities, fp32, same shape. bounds: int64 (rows + 1,), where each row's begin.
     """
 
-    likely: np.ndarray
-    shares: np.ndarray
+    top_k_ids: np.ndarray
+    probs: np.ndarray
     bounds: np.ndarray
 
-    def of(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, examples: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(likely, shares) of rows one after another, int64 and fp32."""
-        spans = [slice(self.bounds[row], self.bounds[row + 1]) for row in rows]
-        likely, shares = (np.concatenate([part[span] for span in spans]) for part in (self.likely, self.shares))
-        return torch.from_numpy(likely).long(), torch.from_numpy(shares)
+        spans = [slice(self.bounds[example], self.bounds[example + 1]) for example in examples]
+        top_k_ids, probs = (np.concatenate([part[span] for span in spans]) for part in (self.top_k_ids, self.probs))
+        return torch.from_numpy(top_k_ids).long(), torch.from_numpy(probs)
 
 
-def soft_targets(cfg: FinetuneVerb, teacher: Artifact, rows: TokenRows, tokenizer, cache: Path) -> SoftTargets:
+def teacher_probs(cfg: FinetuneVerb, teacher: Artifact, examples: Examples, tokenizer, cache: Path) -> TeacherProbs:
     """The teacher's likeliest tokens for the training rows. Raises WrongKind where its tokenizer is another."""
     check_tokenizer(teacher, tokenizer)
     k = cfg.teacher.top_k
-    settings = {"rows": rows.key, "teacher": teacher.key, "top_k": k, "code": sha256(Path(__file__))}
-    folder = cache / key_of("soft-targets", 1, settings, {})
-    bounds = np.concatenate([[0], rows.trained_tokens.cumsum()])
+    settings = {"rows": examples.key, "teacher": teacher.key, "top_k": k, "code": sha256(Path(__file__))}
+    folder = cache / key_of("teacher-probs", 1, settings, {})
+    bounds = np.concatenate([[0], examples.trained_tokens.cumsum()])
     if not folder.is_dir():
         barrier()
-        make(cfg, teacher, rows, bounds, len(tokenizer), folder)
+        make(cfg, teacher, examples, bounds, len(tokenizer), folder)
     barrier()
-    likely, shares = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("likely", "shares"))
-    say(f"teacher: {teacher.path}, weight {cfg.teacher.weight:g}, its {k} likeliest tokens hold {shares.sum(1).mean():.1%} on average")
-    return SoftTargets(likely, shares, bounds)
+    top_k_ids, probs = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("top_k_ids", "probs"))
+    say(f"teacher: {teacher.path}, weight {cfg.teacher.weight:g}, its {k} likeliest tokens hold {probs.sum(1).mean():.1%} on average")
+    return TeacherProbs(top_k_ids, probs, bounds)
 
 
 def check_tokenizer(teacher: Artifact, tokenizer) -> None:
@@ -74,28 +74,28 @@ def check_tokenizer(teacher: Artifact, tokenizer) -> None:
         )
 
 
-def make(cfg: FinetuneVerb, teacher: Artifact, rows: TokenRows, bounds: np.ndarray, vocabulary: int, folder: Path) -> None:
+def make(cfg: FinetuneVerb, teacher: Artifact, examples: Examples, bounds: np.ndarray, vocabulary: int, folder: Path) -> None:
     """Every process takes its share of the rows through the teacher and writes into the same arrays; `folder` appears when all are done."""
     partial, shape = folder.with_name(f"{folder.name}.partial"), (int(bounds[-1]), cfg.teacher.top_k)
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name, dtype in (("likely", np.int32), ("shares", np.float32)):
+        for name, dtype in (("top_k_ids", np.int32), ("probs", np.float32)):
             np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape).flush()
     barrier()
-    likely, shares = (np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("likely", "shares"))
+    top_k_ids, probs = (np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("top_k_ids", "probs"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _ = load_any(teacher, dtype="auto" if device == "cuda" else "float32", device=device)
     world = launch.world_size(cfg.launch)
-    mine = np.argsort(-rows.lengths, kind="stable").tolist()[rank() :: world]
-    for row in progress(mine, "teacher", total=len(mine)):
-        batch = micro_batch(rows, [row], 0, packed=False)
+    mine = np.argsort(-examples.lengths, kind="stable").tolist()[rank() :: world]
+    for example in progress(mine, "teacher", total=len(mine)):
+        batch = micro_batch(examples, [example], 0, packed=False)
         with torch.no_grad():
             logits = model(**inputs_of(batch, device), use_cache=False).logits[batch["keep"].to(device)]
             found = logits[:, :vocabulary].float().softmax(-1).topk(min(cfg.teacher.top_k, vocabulary), dim=-1)
-        span = slice(bounds[row], bounds[row + 1])
-        likely[span], shares[span] = found.indices.cpu().numpy(), found.values.cpu().numpy()
-    for array in (likely, shares):
+        span = slice(bounds[example], bounds[example + 1])
+        top_k_ids[span], probs[span] = found.indices.cpu().numpy(), found.values.cpu().numpy()
+    for array in (top_k_ids, probs):
         array.flush()
     barrier()
     if rank() == 0:

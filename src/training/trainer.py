@@ -15,11 +15,11 @@ from transformers.trainer_callback import PrinterCallback
 from src.chat.encoding import Encoded
 from src.models import adapter_files, fidelity, lora
 from src.models.token_rows import folded
-from src.training.batches import Plan, Steps, micro_batch
+from src.training.batches import BatchPlan, Steps, micro_batch
+from src.training.examples import Example, Examples
 from src.training.head import HeadLoss, Targets, loss_sum, token_results
 from src.training.layout import arguments_of, as_in_use, inputs_of
-from src.training.teacher import SoftTargets
-from src.training.tokens import Row, TokenRows
+from src.training.teacher import TeacherProbs
 
 
 class ChatTrainer(Trainer):
@@ -41,28 +41,28 @@ class ChatTrainer(Trainer):
         self,
         model,
         args,
-        plan: Plan,
-        rows: TokenRows,
-        validation: TokenRows,
+        plan: BatchPlan,
+        examples: Examples,
+        validation: Examples,
         *,
         pad: int,
-        end: int,
-        rates: dict[str, lora.Rate],
+        eos_id: int,
+        rates: dict[str, lora.ParameterRate],
         head: HeadLoss | None,
-        soft: SoftTargets | None = None,
+        teacher_probs: TeacherProbs | None = None,
         alpha: float = 0.0,
         callbacks,
     ):
-        """pad, end: ids of padding and of the token that ends an assistant turn. head: what computes the loss; None: from the model's logits.
+        """pad, eos_id: ids of padding and of the token that ends an assistant turn. head: what computes the loss; None: from the model's logits.
         soft, alpha: what a teacher holds likely at the trained tokens of the training rows, and its weight.
         rates: of the parameters that do not take the common rate, by name."""
-        self.plan, self.rows, self.validation = plan, rows, validation
-        self.pad, self.end, self.rates, self.head = pad, end, rates, head
-        self.soft, self.alpha = soft, alpha
+        self.plan, self.examples, self.validation = plan, examples, validation
+        self.pad, self.eos_id, self.rates, self.head = pad, eos_id, rates, head
+        self.teacher_probs, self.alpha = teacher_probs, alpha
         self.step_losses: list[torch.Tensor] = []
         self.totals = Counter()
         self.takes_positions = "logits_to_keep" in arguments_of(model)
-        super().__init__(model=model, args=args, train_dataset=Steps(plan, rows, args.process_index, pad), callbacks=callbacks)
+        super().__init__(model=model, args=args, train_dataset=Steps(plan, examples, args.process_index, pad), callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         for callback in callbacks:
             callback.trainer = self
@@ -110,8 +110,10 @@ class ChatTrainer(Trainer):
 
     def targets(self, batch: dict) -> Targets:
         """What a micro-batch teaches: its tokens and, in training, the teacher's probabilities."""
-        soft = self.soft.of(batch["rows"]) if self.soft and self.model.training and batch["rows"] else (None, None)
-        return Targets(batch["targets"], *soft, alpha=self.alpha).to(self.args.device)
+        teacher_probs = (
+            self.teacher_probs.of(batch["examples"]) if self.teacher_probs and self.model.training and batch["examples"] else (None, None)
+        )
+        return Targets(batch["targets"], *teacher_probs, alpha=self.alpha).to(self.args.device)
 
     def forward(self, model, batch: dict, *, losses: bool = True) -> torch.Tensor:
         """What the output layer makes of the trained positions: see HeadLoss, or logits (tokens, vocabulary) without one or without `losses`."""
@@ -184,15 +186,15 @@ class ChatTrainer(Trainer):
             "turns_ended": ended / max(turns, 1),
         }
 
-    def observe(self, rows: list[Encoded]) -> fidelity.Seen:
+    def observe(self, examples: list[Encoded]) -> fidelity.Seen:
         """What the model says at the trained tokens of some rows; every process goes through all of them, as ZeRO-3 needs."""
 
-        def logits(row: Encoded) -> torch.Tensor:
-            batch = micro_batch([Row(np.array(row.input_ids), np.array(row.labels))], [0], self.pad, packed=False)
+        def logits(example: Encoded) -> torch.Tensor:
+            batch = micro_batch([Example(np.array(example.input_ids), np.array(example.labels))], [0], self.pad, packed=False)
             return self.forward(self.inside, batch, losses=False)
 
         with as_in_use(self.model):
-            return fidelity.observe(logits, rows, "proof")
+            return fidelity.observe(logits, examples, "proof")
 
     @property
     def inside(self):
@@ -215,7 +217,7 @@ class ChatTrainer(Trainer):
             results = self.forward(self.inside, batch)
             targets = batch["targets"].to(self.args.device)
             losses, right = (results if self.head else token_results(results, targets)).double().unbind(1)
-            ends = (targets == self.end).double()
+            ends = (targets == self.eos_id).double()
             total += torch.stack([losses.sum(), torch.ones_like(losses).sum(), right.sum(), ends.sum(), (right * ends).sum()])
         if dist.is_initialized():
             dist.all_reduce(total)

@@ -44,7 +44,7 @@ def compile_layers(
             cwd=work,
             env=toolchain.environment(target) if tool.image is None else None,
             watch=(BUILT, *(text for text, _ in FAILURES)),
-            line=Progress(),
+            line=CompileProgress(),
             stop=lambda: tool.image and stop_container(name),
         )
     finally:
@@ -68,7 +68,7 @@ def container(work: Path) -> str:
     return f"boardwalk-{hashlib.sha256(str(work.resolve()).encode()).hexdigest()[:16]}"
 
 
-class Progress:
+class CompileProgress:
     """Says where a compile stands, from its progress bars: `building llm decode layers ... 12/28`."""
 
     def __init__(self):

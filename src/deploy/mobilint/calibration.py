@@ -16,7 +16,7 @@ from src.chat import encoding
 from src.core.errors import BadData, ToolFailed, WrongKind
 from src.core.log import progress, say, size, warn
 from src.deploy.embedding import chunks
-from src.deploy.mobilint.plan import Plan
+from src.deploy.mobilint.plan import CompilePlan
 from src.deploy.vendor import whole
 from src.models.safetensors_io import Entry
 
@@ -155,12 +155,12 @@ def _conversations(path: Path, tokenizer) -> Iterator[tuple[str, list[int] | Non
             where=str(tokenizer.name_or_path),
             fix=["target.languages=[en] target.texts=FOLDER calibrates on plain text", "fine-tune it first"],
         )
-    end = encoding.turn_end(tokenizer)
+    eos_id = encoding.turn_end(tokenizer)
     with open(path, encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
             try:
-                yield record["id"], encoding.encode(tokenizer, record["messages"], record.get("tools"), end=end).input_ids
+                yield record["id"], encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id).input_ids
             except BadData:
                 yield record["id"], None
 
@@ -207,7 +207,7 @@ def _texts(path: Path, tokenizer, low: int) -> Iterator[list[int]]:
 # ---- files
 
 
-def sequences(plan: Plan, dataset: Path | None, texts: Path | None, tokenizer) -> tuple[list[Sequence], dict]:
+def sequences(plan: CompilePlan, dataset: Path | None, texts: Path | None, tokenizer) -> tuple[list[Sequence], dict]:
     """The sequences a plan asks for, from conversations or from texts, and what is to be known of them."""
     if plan.languages:
         return from_texts(texts, plan.languages, tokenizer, plan.low, plan.high, plan.samples)

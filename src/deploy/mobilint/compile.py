@@ -9,7 +9,7 @@ from src.core.errors import BadData, NoRoom, ToolFailed, Unfinished, UserError
 from src.core.files import read_json, sha256, write_json
 from src.core.log import say, size
 from src.deploy.mobilint import job, toolchain
-from src.deploy.mobilint.plan import Plan
+from src.deploy.mobilint.plan import CompilePlan
 from src.deploy.vendor import COMPILED, Done, hand_back, image_id, run, stop_container
 from src.settings.targets import Mobilint
 
@@ -19,7 +19,7 @@ PLAUSIBLE = 0.8
 """least share of the weights' own bytes that a compiled file has"""
 
 
-def prepared(plan: Plan, work: Path) -> Unfinished:
+def prepared(plan: CompilePlan, work: Path) -> Unfinished:
     """What to do where there is no compiler."""
     return Unfinished(
         f"all but the compile is made and kept; Mobilint's compiler is {plan.compiler}",
@@ -32,7 +32,7 @@ def prepared(plan: Plan, work: Path) -> Unfinished:
     )
 
 
-def compiled_before(plan: Plan, work: Path, digest: str) -> dict | None:
+def compiled_before(plan: CompilePlan, work: Path, digest: str) -> dict | None:
     """The record of a compile by just this job whose file is still there, made by an earlier run or by hand elsewhere; else None."""
     try:
         record = read_json(work / COMPILED) if (work / COMPILED).is_file() else {}
@@ -41,7 +41,7 @@ def compiled_before(plan: Plan, work: Path, digest: str) -> dict | None:
     return record if record.get("job") == digest and (work / plan.mxq).is_file() else None
 
 
-def compile_model(plan: Plan, target: Mobilint, work: Path, digest: str, container: str) -> dict:
+def compile_model(plan: CompilePlan, target: Mobilint, work: Path, digest: str, container: str) -> dict:
     """The record of a compile into work/<mxq>: {"package", "version", "seconds", "job"}, and "argv" and "image" where it ran here.
 
     digest: sha256 of the job. container: name of the container, where it runs in one. Raises Unfinished where there is no compiler, ToolFailed where the compile failed.
@@ -57,7 +57,7 @@ def compile_model(plan: Plan, target: Mobilint, work: Path, digest: str, contain
     return record
 
 
-def _run(plan: Plan, target: Mobilint, work: Path, digest: str, container: str) -> dict:
+def _run(plan: CompilePlan, target: Mobilint, work: Path, digest: str, container: str) -> dict:
     for stale in (work / plan.mxq, work / COMPILED):
         stale.unlink(missing_ok=True)
     if (work / "spinWeight").is_dir():
@@ -97,7 +97,7 @@ def _progress():
     return line
 
 
-def check_file(plan: Plan, file: Path) -> None:
+def check_file(plan: CompilePlan, file: Path) -> None:
     """Raises ToolFailed where the compiled file is too small to hold the weights."""
     values = plan.values * plan.bits // 8
     got = file.stat().st_size
@@ -109,7 +109,7 @@ def check_file(plan: Plan, file: Path) -> None:
         )
 
 
-def failure(plan: Plan, done: Done, log: Path) -> UserError:
+def failure(plan: CompilePlan, done: Done, log: Path) -> UserError:
     """The error that a failed compile's log and exit code tell."""
     what, fix = _reason(plan, done)
     said = [line for line in done.tail.splitlines() if not line.startswith((" ", "Traceback"))]
@@ -118,7 +118,7 @@ def failure(plan: Plan, done: Done, log: Path) -> UserError:
     return kind(f"{what}\n  its last lines:\n{last}" if last else what, where=str(log), fix=[*fix, "the same command goes on from here"])
 
 
-def _reason(plan: Plan, done: Done) -> tuple[str, list[str]]:
+def _reason(plan: CompilePlan, done: Done) -> tuple[str, list[str]]:
     """(what happened, ways out), most telling first."""
     tail, package, name = done.tail, plan.compiler.package, str(plan.compiler)
     if done.code == 137:
@@ -179,7 +179,7 @@ def _between(text: str, before: str, after: str) -> str:
     return text.rpartition(before)[2].partition(after)[0] if before in text else ""
 
 
-def summary(plan: Plan, record: dict, work: Path) -> dict:
+def summary(plan: CompilePlan, record: dict, work: Path) -> dict:
     """compile.json: what ran, where it is of use to know, and what came of it."""
     return {
         **record,

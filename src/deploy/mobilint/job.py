@@ -7,7 +7,7 @@ under another version than it was written for, since the compiler ignores keywor
 import hashlib
 from pathlib import Path
 
-from src.deploy.mobilint.plan import Plan
+from src.deploy.mobilint.plan import CompilePlan
 from src.deploy.mobilint.toolchain import PACKAGES
 from src.deploy.vendor import COMPILED, whole
 
@@ -228,7 +228,7 @@ print("{DONE}")
 '''
 
 
-def text(plan: Plan) -> str:
+def text(plan: CompilePlan) -> str:
     """The job's Python source for a plan's API generation."""
     api, package = plan.compiler.api, plan.compiler.package
     guard = GUARD.format(fits=FITS[api], api=api, other=OTHER_API) if plan.guarded else ""
@@ -266,7 +266,7 @@ def container(out: Path) -> str:
     return f"boardwalk-mobilint-{hashlib.sha256(str(out.absolute()).encode()).hexdigest()[:12]}"
 
 
-def write(plan: Plan, work: Path) -> str:
+def write(plan: CompilePlan, work: Path) -> str:
     """Write the job into the folder it runs in; returns its sha256, by which its record is known again."""
     source = text(plan)
     with whole(work / JOB) as file:

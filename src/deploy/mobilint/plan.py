@@ -32,7 +32,7 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class CompilePlan:
     """Everything decided before the work begins.
 
     table: the embedding table in the model's shards. values: of all tensors but it.
@@ -98,7 +98,7 @@ class Plan:
         ]
 
 
-def make(inputs: dict[str, Artifact], target: Mobilint) -> Plan:
+def make(inputs: dict[str, Artifact], target: Mobilint) -> CompilePlan:
     """The plan for a model. Raises ConfigError, WrongKind, MissingInput, BadData or MissingTool."""
     if target.chip == "regulus":
         raise ConfigError(
@@ -136,7 +136,7 @@ def make(inputs: dict[str, Artifact], target: Mobilint) -> Plan:
         )
     low, high = target.lengths()
     values = sum(math.prod(entry.shape) for entry in safetensors_io.entries(model).values()) - math.prod(table.shape)
-    return Plan(
+    return CompilePlan(
         model=model,
         config=config,
         shape=shape,

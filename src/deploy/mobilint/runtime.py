@@ -11,7 +11,7 @@ from src.core.errors import ToolFailed, WrongKind
 from src.core.files import read_json, write_json
 from src.core.log import say
 from src.deploy.mobilint import transformers4
-from src.deploy.mobilint.plan import FAMILIES, Plan
+from src.deploy.mobilint.plan import FAMILIES, CompilePlan
 from src.deploy.vendor import whole
 from src.models import complete, safetensors_io
 
@@ -49,7 +49,7 @@ def write_tokenizer(model: Path, tokenizer, out: Path) -> None:
         say(f"runtime folder: copied {', '.join(copied)}" + (f"; wrote {', '.join(made)}" if made else ""))
 
 
-def write_config(plan: Plan, out: Path) -> None:
+def write_config(plan: CompilePlan, out: Path) -> None:
     """config.json of Mobilint's model class, and the model's own kept apart in hf/config.json.
 
     The compile is for core 0 of cluster 0 (npu_core_ids), so core_mode is single. Custom code is not carried over: the classes are the zoo's.
@@ -71,7 +71,7 @@ def write_config(plan: Plan, out: Path) -> None:
     transformers4.adapt(out, ours, tokenizer_class="PreTrainedTokenizerFast")
 
 
-def write_embedding(plan: Plan, table, work: Path, out: Path) -> None:
+def write_embedding(plan: CompilePlan, table, work: Path, out: Path) -> None:
     """model.safetensors with the table (vocabulary, hidden) alone: fp32, or for 4-bit weights bf16 and rotated as the compiler rotated its input."""
     rotation = find_rotation(work, plan.table.shape[1]) if plan.bits == 4 else None
     entry = safetensors_io.Entry(EMBEDDING, "F32" if rotation is None else "BF16", plan.table.shape, out / "model.safetensors")
@@ -150,7 +150,7 @@ def board_ids(folder: Path, texts: list[str]) -> list[list[int]]:
     return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
-def readme(plan: Plan, record: dict) -> str:
+def readme(plan: CompilePlan, record: dict) -> str:
     kind = plan.config["model_type"]
     return f"""# A {kind} model for Mobilint ARIES
 

@@ -1,4 +1,4 @@
-"""The steps of recipes by their kind: each takes rows, its settings and the run's Work, and gives rows."""
+"""The steps of recipes by their kind: each takes records, its settings and the run's Work, and gives records."""
 
 from src.distill.steps import (
     choose,

@@ -1,41 +1,41 @@
-"""One of several answers becomes the row's, or two become a preference. No teacher is asked."""
+"""One of several answers becomes the record's, or two become a preference. No teacher is asked."""
 
 import re
 import statistics
 from collections import Counter
 from collections.abc import AsyncIterator
 
-from src.distill.pipeline import Row, SetAside, Work
+from src.distill.pipeline import Record, SetAside, Work
 from src.distill.rouge import rouge_l
-from src.distill.texts import grown, said, words
+from src.distill.texts import append_answer, derive, words
 from src.settings.recipes import BestOf, Pair
 
 
-async def best_of(rows: AsyncIterator[Row], settings: BestOf, work: Work) -> AsyncIterator[Row]:
+async def best_of(records: AsyncIterator[Record], settings: BestOf, work: Work) -> AsyncIterator[Record]:
     """The answer with the highest mean rating, or the one the others agree with; of equals the first.
 
     Agreement is self-consistency (Wang et al. 2022, arXiv:2203.11171) where `final` finds what has to agree, else the answer nearest to all others by
     ROUGE-L.
     """
 
-    async def choose(row: Row) -> Row:
-        answers = _answers(row)
-        values = _means(row) if settings.by == "ratings" else _agreement(answers, settings.final)
+    async def choose(record: Record) -> Record:
+        answers = _answers(record)
+        values = _means(record) if settings.by == "ratings" else _agreement(answers, settings.final)
         best = max(range(len(answers)), key=lambda i: values[i])
         if values[best] < settings.at_least:
             raise SetAside(f"best answer below {settings.at_least:g} by {settings.by}")
-        scores = row.data["ratings"][best] if settings.by == "ratings" else {"agreement": round(values[best], 3)}
-        return grown(row, messages=said(row.messages, answers[best]), scores=scores)
+        scores = record.data["ratings"][best] if settings.by == "ratings" else {"agreement": round(values[best], 3)}
+        return derive(record, messages=append_answer(record.messages, answers[best]), scores=scores)
 
-    async for row in work.each(rows, choose):
-        yield row
+    async for record in work.each(records, choose):
+        yield record
 
 
-async def pair(rows: AsyncIterator[Row], settings: Pair, work: Work) -> AsyncIterator[Row]:
+async def pair(records: AsyncIterator[Record], settings: Pair, work: Work) -> AsyncIterator[Record]:
     """Chosen: the answer rated best. Rejected: the lowest, or as Zephyr does (Tunstall et al. 2023, arXiv:2310.16944) a random other one."""
 
-    async def choose(row: Row) -> Row:
-        answers, means = _answers(row), _means(row)
+    async def choose(record: Record) -> Record:
+        answers, means = _answers(record), _means(record)
         best = max(range(len(answers)), key=lambda i: means[i])
         others = [
             i
@@ -45,27 +45,29 @@ async def pair(rows: AsyncIterator[Row], settings: Pair, work: Work) -> AsyncIte
         if not others:
             raise SetAside("no two answers differ enough")
         lowest = min(others, key=lambda i: means[i])
-        other = lowest if settings.rejected == "lowest" else work.draw(work.step, row.id).choice(others)
-        scores = {**row.data["ratings"][best], "chosen": round(means[best], 3), "rejected": round(means[other], 3)}
-        return grown(row, messages=said(row.messages, answers[best]), scores=scores, chosen=answers[best], rejected=answers[other])
+        other = lowest if settings.rejected == "lowest" else work.draw(work.step, record.id).choice(others)
+        scores = {**record.data["ratings"][best], "chosen": round(means[best], 3), "rejected": round(means[other], 3)}
+        return derive(
+            record, messages=append_answer(record.messages, answers[best]), scores=scores, chosen=answers[best], rejected=answers[other]
+        )
 
-    async for row in work.each(rows, choose):
-        yield row
+    async for record in work.each(records, choose):
+        yield record
 
 
-def _answers(row: Row) -> list[str]:
+def _answers(record: Record) -> list[str]:
     """The answers to choose from. Raises SetAside where there is no choice."""
-    answers = row.data.get("answers", [])
+    answers = record.data.get("answers", [])
     if len(answers) < 2:
         raise SetAside("fewer than two answers to choose from")
     return answers
 
 
-def _means(row: Row) -> list[float]:
+def _means(record: Record) -> list[float]:
     """Mean over aspects of each answer's ratings."""
-    if "ratings" not in row.data:
+    if "ratings" not in record.data:
         raise SetAside("not rated")
-    return [statistics.mean(rating.values()) for rating in row.data["ratings"]]
+    return [statistics.mean(rating.values()) for rating in record.data["ratings"]]
 
 
 def _agreement(answers: list[str], final: str | None) -> list[float]:

@@ -5,16 +5,16 @@ from collections.abc import AsyncIterator, Iterable
 
 from src.core.errors import BadData
 from src.distill.classifier import Classifier, held_out
-from src.distill.disk_rows import Spool
-from src.distill.pipeline import Row, SetAside, Work
+from src.distill.disk_records import Spool
+from src.distill.pipeline import Record, SetAside, Work
 from src.distill.requests import TEXT, obj, request, stream, whole
-from src.distill.texts import fill, grown, text_of
+from src.distill.texts import derive, fill, text_of
 from src.settings.recipes import Classify
 
 AT_ONCE = 256
 
 
-async def classify(rows: AsyncIterator[Row], settings: Classify, work: Work) -> AsyncIterator[Row]:
+async def classify(records: AsyncIterator[Record], settings: Classify, work: Work) -> AsyncIterator[Record]:
     """Keeps the texts that the classifier finds good; how well it tells those it did not learn from is reported.
 
     The paper's classifier is a random forest over a code model's embeddings; here it is a logistic regression over hashed tokens, which needs no
@@ -22,8 +22,8 @@ async def classify(rows: AsyncIterator[Row], settings: Classify, work: Work) -> 
     """
     with Spool() as spool:
         drawn = []
-        async for row in rows:
-            heapq.heappush(drawn, (-work.draw(work.step, row.id).random(), spool.add(row)))
+        async for record in records:
+            heapq.heappush(drawn, (-work.draw(work.step, record.id).random(), spool.add(record)))
             if len(drawn) > settings.sample:
                 heapq.heappop(drawn)
         sample = [spool[number] for number in sorted(number for _, number in drawn)]
@@ -31,48 +31,52 @@ async def classify(rows: AsyncIterator[Row], settings: Classify, work: Work) -> 
         judge = _from_scores(scores, settings) if len(spool) == len(sample) else _from_classifier(sample, scores, settings, work)
         for first in range(0, len(spool), AT_ONCE):
             batch = [spool[number] for number in range(first, min(first + AT_ONCE, len(spool)))]
-            for row, reason in zip(batch, judge(batch)):
+            for record, reason in zip(batch, judge(batch)):
                 if reason:
-                    work.set_aside(row, reason)
+                    work.set_aside(record, reason)
                 else:
-                    yield grown(row, scores={**row.data.get("scores", {}), "educational": scores[row.id]}) if row.id in scores else row
+                    yield (
+                        derive(record, scores={**record.data.get("scores", {}), "educational": scores[record.id]})
+                        if record.id in scores
+                        else record
+                    )
 
 
-async def _scores(rows: list[Row], settings: Classify, work: Work) -> dict[str, int]:
+async def _scores(records: list[Record], settings: Classify, work: Work) -> dict[str, int]:
     """{row id: score} of those the teacher scored; one it did not score stays in the run, unlabelled."""
     schema = obj(reasoning=TEXT, score=whole(settings.lowest, settings.highest))
 
-    async def score(row: Row) -> Row:
-        prompt = fill(settings.prompt, text=text_of(row), lowest=settings.lowest, highest=settings.highest)
+    async def score(record: Record) -> Record:
+        prompt = fill(settings.prompt, text=text_of(record), lowest=settings.lowest, highest=settings.highest)
         try:
             answer = await work.ask(request(prompt, settings.teacher, settings.sampling, schema=schema))
         except SetAside:
-            return row
-        return grown(row, answer, label=answer.value["score"])
+            return record
+        return derive(record, answer, label=answer.value["score"])
 
-    scored = {row.id: row.data["label"] async for row in work.each(stream(rows), score) if "label" in row.data}
+    scored = {record.id: record.data["label"] async for record in work.each(stream(records), score) if "label" in record.data}
     work.count("texts scored", len(scored))
     work.count("texts scored good", sum(score >= settings.good for score in scored.values()))
-    if len(scored) < len(rows):
-        work.count("scores missing", len(rows) - len(scored))
+    if len(scored) < len(records):
+        work.count("scores missing", len(records) - len(scored))
     return scored
 
 
 def _from_scores(scores: dict[str, int], settings: Classify):
-    def judge(rows: list[Row]) -> Iterable[str | None]:
-        for row in rows:
-            if row.id not in scores:
+    def judge(records: list[Record]) -> Iterable[str | None]:
+        for record in records:
+            if record.id not in scores:
                 yield "not scored"
             else:
-                yield None if scores[row.id] >= settings.good else f"scored under {settings.good}"
+                yield None if scores[record.id] >= settings.good else f"scored under {settings.good}"
 
     return judge
 
 
-def _from_classifier(sample: list[Row], scores: dict[str, int], settings: Classify, work: Work):
+def _from_classifier(sample: list[Record], scores: dict[str, int], settings: Classify, work: Work):
     """Trains on the scored texts. Raises BadData where they teach nothing."""
-    texts = [text_of(row) for row in sample if row.id in scores]
-    good = [scores[row.id] >= settings.good for row in sample if row.id in scores]
+    texts = [text_of(record) for record in sample if record.id in scores]
+    good = [scores[record.id] >= settings.good for record in sample if record.id in scores]
     try:
         classifier = Classifier(texts, good, l2=settings.l2)
         accuracy, area = held_out(texts, good, l2=settings.l2)
@@ -84,8 +88,8 @@ def _from_classifier(sample: list[Row], scores: dict[str, int], settings: Classi
     work.measure("accuracy on texts held out", round(accuracy, 3))
     work.measure("area under the ROC curve, held out", round(area, 3))
 
-    def judge(rows: list[Row]) -> Iterable[str | None]:
-        for probability in classifier.probabilities([text_of(row) for row in rows]):
+    def judge(records: list[Record]) -> Iterable[str | None]:
+        for probability in classifier.probabilities([text_of(record) for record in records]):
             yield None if probability >= settings.at_least else f"good with a probability under {settings.at_least:g}"
 
     return judge

@@ -5,55 +5,55 @@ from collections.abc import AsyncIterator
 
 from src.core.log import warn
 from src.distill import sandbox
-from src.distill.pipeline import Row, SetAside, Work
+from src.distill.pipeline import Record, SetAside, Work
 from src.distill.requests import TEXT, ask_all, given, obj, request
-from src.distill.texts import code_of, fill, grown, kept, said, text_of, user
+from src.distill.texts import append_answer, code_of, derive, fill, text_of, usable, user
 from src.settings.recipes import Exercise, RunCode
 
 
-async def exercise(rows: AsyncIterator[Row], settings: Exercise, work: Work) -> AsyncIterator[Row]:
+async def exercise(records: AsyncIterator[Record], settings: Exercise, work: Work) -> AsyncIterator[Record]:
     """From each text n exercises, each about a topic drawn for it: the user gives signature and docstring, the assistant the whole function.
 
     The paper draws the function's name to make exercises differ; here it is the topic and the text. The tests stay in data["tests"].
     """
     schema = obj(signature=TEXT, function=TEXT, tests=TEXT)
 
-    async def ask(row: Row) -> list[Row]:
-        draw, text = work.draw(work.step, row.id), kept(text_of(row), "text")
+    async def ask(record: Record) -> list[Record]:
+        draw, text = work.draw(work.step, record.id), usable(text_of(record), "text")
         topics = [draw.choice(settings.topics) for _ in range(settings.n)]
         prompts = [fill(settings.prompt, text=text, topic=topic) for topic in topics]
         asked = [request(p, settings.teacher, settings.sampling, seed=seed, schema=schema) for seed, p in enumerate(prompts)]
         results = await ask_all(work, asked)
         given(results)
-        return [_child(row, number, result, topics[number], settings) for number, result in enumerate(results)]
+        return [_child(record, number, result, topics[number], settings) for number, result in enumerate(results)]
 
-    async for row in work.each(rows, ask):
-        if reason := row.data.get("eliminated"):
-            work.set_aside(row, reason)
+    async for record in work.each(records, ask):
+        if reason := record.data.get("eliminated"):
+            work.set_aside(record, reason)
         else:
-            yield row
+            yield record
 
 
-def _child(row: Row, number: int, result, topic: str, settings: Exercise) -> Row:
+def _child(record: Record, number: int, result, topic: str, settings: Exercise) -> Record:
     if isinstance(result, SetAside):
-        return grown(row, id=str(number), eliminated=result.reason)
+        return derive(record, id=str(number), eliminated=result.reason)
     try:
-        signature, function, tests = (kept(code_of(result.value[key]), key) for key in ("signature", "function", "tests"))
+        signature, function, tests = (usable(code_of(result.value[key]), key) for key in ("signature", "function", "tests"))
     except SetAside as aside:
-        return grown(row, result, id=str(number), eliminated=aside.reason)
-    messages = said(user(fill(settings.ask, signature=signature)), f"```python\n{function}\n```")
-    return grown(row, result, id=str(number), messages=messages, code=function, tests=tests, topic=topic)
+        return derive(record, result, id=str(number), eliminated=aside.reason)
+    messages = append_answer(user(fill(settings.ask, signature=signature)), f"```python\n{function}\n```")
+    return derive(record, result, id=str(number), messages=messages, code=function, tests=tests, topic=topic)
 
 
-async def run_code(rows: AsyncIterator[Row], settings: RunCode, work: Work) -> AsyncIterator[Row]:
-    """Keeps the rows whose data["code"] passes data["tests"] in the sandbox; what fails, and tests that pass without the code, are set aside."""
+async def run_code(records: AsyncIterator[Record], settings: RunCode, work: Work) -> AsyncIterator[Record]:
+    """Keeps the records whose data["code"] passes data["tests"] in the sandbox; what fails, and tests that pass without the code, are set aside."""
     if lacking := sandbox.check(settings.isolation, work.step):
         warn(f"{work.step}: programs of the teacher run with limits alone, as the kernel lacks {lacking}")
     limits = sandbox.Limits(seconds=settings.seconds, memory=int(settings.memory * 2**20), closed=settings.isolation == "full")
     slots = asyncio.Semaphore(settings.at_once)
 
-    async def run(row: Row) -> Row:
-        code, tests = row.data.get("code", ""), row.data.get("tests", "")
+    async def run(record: Record) -> Record:
+        code, tests = record.data.get("code", ""), record.data.get("tests", "")
         if fault := sandbox.unfit(code, tests):
             raise SetAside(fault)
         async with slots:
@@ -62,7 +62,7 @@ async def run_code(rows: AsyncIterator[Row], settings: RunCode, work: Work) -> A
                 raise SetAside(f"code: {outcome}")
             if await sandbox.run(f"{sandbox.hollow(code)}\n\n{tests}\n", limits) == sandbox.PASSED:
                 raise SetAside("tests that pass without the code")
-        return row
+        return record
 
-    async for row in work.each(rows, run):
-        yield row
+    async for record in work.each(records, run):
+        yield record

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 from src.distill.agreement import Agreement, unequal
-from src.distill.pipeline import Answer, Row, SetAside, Work
+from src.distill.pipeline import Answer, Record, SetAside, Work
 from src.distill.requests import TEXT, ask_all, given, obj, request
-from src.distill.texts import fill, grown, transcript
+from src.distill.texts import derive, fill, transcript
 from src.settings.recipes import Compare
 
 BOTH, AGAINST, TIE, DISAGREE, MISSING = (
@@ -20,19 +20,19 @@ MEANING = {("first", "second"): BOTH, ("second", "first"): AGAINST, ("tie", "tie
 """what the verdicts on (chosen, rejected) and on (rejected, chosen) say together; all else disagrees"""
 
 
-async def compare(rows: AsyncIterator[Row], settings: Compare, work: Work) -> AsyncIterator[Row]:
+async def compare(records: AsyncIterator[Record], settings: Compare, work: Work) -> AsyncIterator[Record]:
     """Keeps the pairs whose chosen answer the judge prefers in both orders, by more votes than the rejected one.
 
     A vote counts only if both orders agree (judges favour positions: Wang et al. 2023, arXiv:2305.17926); ties are an answer of their own.
     """
     agreement = Agreement(unequal)
 
-    async def judge(row: Row) -> Row:
-        if not {"chosen", "rejected"} <= row.data.keys():
+    async def judge(record: Record) -> Record:
+        if not {"chosen", "rejected"} <= record.data.keys():
             raise SetAside("no pair to compare")
-        orders = [(row.data["chosen"], row.data["rejected"]), (row.data["rejected"], row.data["chosen"])]
+        orders = [(record.data["chosen"], record.data["rejected"]), (record.data["rejected"], record.data["chosen"])]
         prompts = [
-            fill(settings.prompt, conversation=transcript(row.messages[:-1]), first=first, second=second) for first, second in orders
+            fill(settings.prompt, conversation=transcript(record.messages[:-1]), first=first, second=second) for first, second in orders
         ]
         schema = obj(reasoning=TEXT, verdict={"type": "string", "enum": ["first", "second", "tie"]})
         requests = [
@@ -43,17 +43,17 @@ async def compare(rows: AsyncIterator[Row], settings: Compare, work: Work) -> As
         results = await ask_all(work, requests)
         answers = given(results)
         outcomes = [_outcome(one, other) for one, other in zip(results[::2], results[1::2])]
-        return grown(row, *answers, verdicts=outcomes)
+        return derive(record, *answers, verdicts=outcomes)
 
-    async for row in work.each(rows, judge):
-        outcomes = row.data["verdicts"]
+    async for record in work.each(records, judge):
+        outcomes = record.data["verdicts"]
         for outcome in outcomes:
             work.count(outcome)
         agreement.add(outcomes)
         if reason := _against(Counter(outcomes)):
-            work.set_aside(row, reason)
+            work.set_aside(record, reason)
         else:
-            yield row
+            yield record
     agreement.report(work, "votes agree")
 
 

@@ -4,10 +4,10 @@ import re
 import unicodedata
 from collections.abc import AsyncIterator, Iterator
 
-from src.distill.pipeline import Row, SetAside, Work
+from src.distill.pipeline import Record, SetAside, Work
 from src.distill.requests import TEXT, YES_NO, array, obj, request
 from src.distill.steps.respond import prompt_of
-from src.distill.texts import all_kept, fill, grown, kept, said, text_of, user
+from src.distill.texts import all_usable, append_answer, derive, fill, text_of, usable, user
 from src.settings.recipes import Chunk, Ground, Questions
 
 # The end of a sentence, in Latin and in East Asian writing.
@@ -15,16 +15,16 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 MOST_QUOTES = 8
 
 
-async def chunk(rows: AsyncIterator[Row], settings: Chunk, work: Work) -> AsyncIterator[Row]:
-    """A row for each piece of a text, in order; data["place"] is the piece's number in its text."""
-    async for row in rows:
-        texts = list(pieces(row.data.get("text", ""), settings.max_chars))
+async def chunk(records: AsyncIterator[Record], settings: Chunk, work: Work) -> AsyncIterator[Record]:
+    """A record for each piece of a text, in order; data["place"] is the piece's number in its text."""
+    async for record in records:
+        texts = list(pieces(record.data.get("text", ""), settings.max_chars))
         if not texts:
-            work.set_aside(row, "empty text")
+            work.set_aside(record, "empty text")
             continue
         work.made(len(texts) - 1)
         for place, text in enumerate(texts):
-            child = grown(row, id=str(place), text=text, place=place)
+            child = derive(record, id=str(place), text=text, place=place)
             if len(text) < settings.min_chars:
                 work.set_aside(child, f"a piece under {settings.min_chars} characters")
             else:
@@ -52,45 +52,45 @@ def _parts(paragraph: str, most: int) -> Iterator[tuple[str, str]]:
         yield ("\n\n" if number == 0 else " "), part
 
 
-async def questions(rows: AsyncIterator[Row], settings: Questions, work: Work) -> AsyncIterator[Row]:
-    """A row for each question that the teacher finds a text to answer; questions twice are one."""
+async def questions(records: AsyncIterator[Record], settings: Questions, work: Work) -> AsyncIterator[Record]:
+    """A record for each question that the teacher finds a text to answer; questions twice are one."""
     schema = obj(questions=array(TEXT, 1, settings.n))
 
-    async def ask(row: Row) -> list[Row]:
-        prompt = fill(settings.prompt, text=kept(text_of(row), "text"), count=settings.n)
+    async def ask(record: Record) -> list[Record]:
+        prompt = fill(settings.prompt, text=usable(text_of(record), "text"), count=settings.n)
         answer = await work.ask(request(prompt, settings.teacher, settings.sampling, schema=schema))
-        texts = dict.fromkeys(all_kept(answer.value["questions"], "question"))
-        return [grown(row, answer, id=str(number), messages=user(text)) for number, text in enumerate(texts)]
+        texts = dict.fromkeys(all_usable(answer.value["questions"], "question"))
+        return [derive(record, answer, id=str(number), messages=user(text)) for number, text in enumerate(texts)]
 
-    async for row in work.each(rows, ask):
-        yield row
+    async for record in work.each(records, ask):
+        yield record
 
 
-async def ground(rows: AsyncIterator[Row], settings: Ground, work: Work) -> AsyncIterator[Row]:
-    """The teacher answers from the text, quoting it; a row whose text does not answer, or holds not every quotation, is set aside.
+async def ground(records: AsyncIterator[Record], settings: Ground, work: Work) -> AsyncIterator[Record]:
+    """The teacher answers from the text, quoting it; a record whose text does not answer, or holds not every quotation, is set aside.
 
     White space and typographic variants do not count in quotations (NFKC); every other character does.
     """
     schema = obj(answered=YES_NO, quotes=array(TEXT, 0, MOST_QUOTES), answer=TEXT)
 
-    async def answer(row: Row) -> Row:
-        text, question = row.data.get("text", ""), prompt_of(row, None)[-1]["content"]
+    async def answer(record: Record) -> Record:
+        text, question = record.data.get("text", ""), prompt_of(record, None)[-1]["content"]
         given = await work.ask(
             request(fill(settings.prompt, text=text, question=question), settings.teacher, settings.sampling, schema=schema)
         )
         if not given.value["answered"]:
             raise SetAside("the text does not answer the question")
-        quotes = [kept(quote, "quotation") for quote in given.value["quotes"]]
+        quotes = [usable(quote, "quotation") for quote in given.value["quotes"]]
         if not quotes:
             raise SetAside("no quotation")
         if any(plain(quote) not in plain(text) for quote in quotes):
             raise SetAside("a quotation does not stand in the text")
-        shown = work.draw(work.step, row.id).random() < settings.with_text
-        turn = fill(settings.ask, text=kept(text, "text"), question=question) if shown else question
-        return grown(row, given, messages=said(user(turn), kept(given.value["answer"])), quotes=quotes)
+        shown = work.draw(work.step, record.id).random() < settings.with_text
+        turn = fill(settings.ask, text=usable(text, "text"), question=question) if shown else question
+        return derive(record, given, messages=append_answer(user(turn), usable(given.value["answer"])), quotes=quotes)
 
-    async for row in work.each(rows, answer):
-        yield row
+    async for record in work.each(records, answer):
+        yield record
 
 
 def plain(text: str) -> str:

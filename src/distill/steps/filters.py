@@ -1,4 +1,4 @@
-"""Filters: what makes a row unfit is in src/distill/filters.py and near.py; here is which part of a row is looked at."""
+"""Filters: what makes a record unfit is in src/distill/filters.py and near.py; here is which part of a record is looked at."""
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -7,77 +7,78 @@ from pathlib import Path
 from src.core.errors import BadData
 from src.core.log import warn
 from src.distill import filters
-from src.distill.near_duplicates import CodeOverlap, NearDuplicates, NgramOverlap
-from src.distill.pipeline import Row, Work
+from src.distill.near_duplicates import CodeOverlap, MinHashIndex, NgramOverlap
+from src.distill.pipeline import Record, Work
 from src.distill.texts import part, text_of
-from src.settings.recipes import InLanguage, Length, Overlap, Refusal, Repetition
-from src.settings.recipes import NearDuplicates as NearDuplicateSettings
+from src.settings.recipes import InLanguage, Length, NearDuplicates, Overlap, Refusal, Repetition
 
 
-async def sift(rows: AsyncIterator[Row], fault: Callable[[Row], str | None], work: Work) -> AsyncIterator[Row]:
-    """The rows without a fault; the others are set aside with it."""
-    async for row in rows:
-        if reason := fault(row):
-            work.set_aside(row, reason)
+async def sift(records: AsyncIterator[Record], fault: Callable[[Record], str | None], work: Work) -> AsyncIterator[Record]:
+    """The records without a fault; the others are set aside with it."""
+    async for record in records:
+        if reason := fault(record):
+            work.set_aside(record, reason)
         else:
-            yield row
+            yield record
 
 
-def looked_at(row: Row, of: str) -> str:
-    """The part of a row's messages; where it has none yet, the document it stands for."""
-    return part(row.messages, of) if row.messages else text_of(row)
+def looked_at(record: Record, of: str) -> str:
+    """The part of a record's messages; where it has none yet, the document it stands for."""
+    return part(record.messages, of) if record.messages else text_of(record)
 
 
-def length(rows: AsyncIterator[Row], settings: Length, work: Work) -> AsyncIterator[Row]:
-    def fault(row: Row) -> str | None:
+def length(records: AsyncIterator[Record], settings: Length, work: Work) -> AsyncIterator[Record]:
+    def fault(record: Record) -> str | None:
         if settings.unit == "turns":
-            return filters.bounded(len(row.messages), "turns", settings.min, settings.max)
-        return filters.length(looked_at(row, settings.of), settings.unit, settings.min, settings.max)
+            return filters.bounded(len(record.messages), "turns", settings.min, settings.max)
+        return filters.length(looked_at(record, settings.of), settings.unit, settings.min, settings.max)
 
-    return sift(rows, fault, work)
-
-
-def language(rows: AsyncIterator[Row], settings: InLanguage, work: Work) -> AsyncIterator[Row]:
-    """Of a translated row the language it was translated to counts."""
-
-    def fault(row: Row) -> str | None:
-        wanted = [row.data["language"]] if "language" in row.data else settings.languages
-        return filters.language(looked_at(row, settings.of), wanted, settings.share)
-
-    return sift(rows, fault, work)
+    return sift(records, fault, work)
 
 
-def refusal(rows: AsyncIterator[Row], settings: Refusal, work: Work) -> AsyncIterator[Row]:
-    return sift(rows, lambda row: filters.refusal(part(row.messages, "answer"), settings.phrases, settings.within), work)
+def language(records: AsyncIterator[Record], settings: InLanguage, work: Work) -> AsyncIterator[Record]:
+    """Of a translated record the language it was translated to counts."""
+
+    def fault(record: Record) -> str | None:
+        wanted = [record.data["language"]] if "language" in record.data else settings.languages
+        return filters.language(looked_at(record, settings.of), wanted, settings.share)
+
+    return sift(records, fault, work)
 
 
-def repetition(rows: AsyncIterator[Row], settings: Repetition, work: Work) -> AsyncIterator[Row]:
-    return sift(rows, lambda row: filters.repetition(looked_at(row, settings.of), settings.n, settings.share, settings.run), work)
+def refusal(records: AsyncIterator[Record], settings: Refusal, work: Work) -> AsyncIterator[Record]:
+    return sift(records, lambda record: filters.refusal(part(record.messages, "answer"), settings.phrases, settings.within), work)
 
 
-def near_duplicates(rows: AsyncIterator[Row], settings: NearDuplicateSettings, work: Work) -> AsyncIterator[Row]:
-    """Of every row that went on a signature is kept, on disk, not its text."""
-    index = NearDuplicates(n=settings.n, permutations=settings.permutations, similarity=settings.similarity)
+def repetition(records: AsyncIterator[Record], settings: Repetition, work: Work) -> AsyncIterator[Record]:
+    return sift(records, lambda record: filters.repetition(looked_at(record, settings.of), settings.n, settings.share, settings.run), work)
+
+
+def near_duplicates(records: AsyncIterator[Record], settings: NearDuplicates, work: Work) -> AsyncIterator[Record]:
+    """Of every record that went on a signature is kept, on disk, not its text."""
+    index = MinHashIndex(n=settings.n, permutations=settings.permutations, similarity=settings.similarity)
     return sift(
-        rows, lambda row: "a near-duplicate of an earlier row" if index.near(looked_at(row, settings.of)) is not None else None, work
+        records,
+        lambda record: "a near-duplicate of an earlier record" if index.near(looked_at(record, settings.of)) is not None else None,
+        work,
     )
 
 
-def overlap(rows: AsyncIterator[Row], settings: Overlap, work: Work) -> AsyncIterator[Row]:
+def overlap(records: AsyncIterator[Record], settings: Overlap, work: Work) -> AsyncIterator[Record]:
     if not settings.sets:
         warn(f"{work.step}: no evaluation set is named (recipe.steps.{work.step}.sets), so nothing is compared with one")
-        return rows
+        return records
     texts = [text for path in settings.sets for text in evaluation_texts(Path(path))]
     words = NgramOverlap(texts, n=settings.n, shortest=settings.shortest)
     code = CodeOverlap(texts if settings.code else [], nodes=settings.nodes, match=settings.match)
 
-    def fault(row: Row) -> str | None:
-        text = looked_at(row, "all")
+    def fault(record: Record) -> str | None:
+        text = looked_at(record, "all")
         if words.shared(text):
             return f"shares {settings.n} words in a row with an evaluation set"
         return "holds a function of an evaluation set" if code.shared(text) else None
 
-    return sift(rows, fault, work)
+    return sift(records, fault, work)
 
 
 def evaluation_texts(path: Path) -> Iterator[str]:

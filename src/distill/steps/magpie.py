@@ -2,24 +2,24 @@
 
 from collections.abc import AsyncIterator
 
-from src.distill.pipeline import Request, Row, SetAside, Work
+from src.distill.pipeline import Record, Request, SetAside, Work
 from src.distill.requests import stream
-from src.distill.texts import grown, kept, user
+from src.distill.texts import derive, usable, user
 from src.settings.recipes import Magpie
 
 
-async def magpie(rows: AsyncIterator[Row], settings: Magpie, work: Work) -> AsyncIterator[Row]:
-    """The teacher goes on from the opening of a user's turn, as often as rows are asked for, each with a seed of its own; rows that came in go on.
+async def magpie(records: AsyncIterator[Record], settings: Magpie, work: Work) -> AsyncIterator[Record]:
+    """The teacher goes on from the opening of a user's turn, as often as records are asked for, each with a seed of its own; records that came in go on.
 
     Works with teachers that complete raw text (/completions, or a local model). What the paper adds by system prompts for mathematics or code belongs
     into `prefix`.
     """
-    async for row in rows:
-        yield row
+    async for record in records:
+        yield record
     work.made(settings.rows)
-    numbered = (Row(f"{work.step}/{number}", [], {"number": number}) for number in range(settings.rows))
+    numbered = (Record(f"{work.step}/{number}", [], {"number": number}) for number in range(settings.rows))
 
-    async def draw(row: Row) -> Row:
+    async def draw(record: Record) -> Record:
         answer = await work.ask(
             Request(
                 messages=[],
@@ -27,14 +27,14 @@ async def magpie(rows: AsyncIterator[Row], settings: Magpie, work: Work) -> Asyn
                 temperature=settings.sampling.temperature,
                 top_p=settings.sampling.top_p,
                 max_tokens=settings.sampling.max_tokens,
-                seed=row.data["number"],
+                seed=record.data["number"],
                 prefix=settings.prefix,
             )
         )
-        text = kept(answer.text, "prompt")
+        text = usable(answer.text, "prompt")
         if len(text) < settings.min_chars:
             raise SetAside(f"a prompt under {settings.min_chars} characters")
-        return grown(row, answer, messages=user(text))
+        return derive(record, answer, messages=user(text))
 
-    async for row in work.each(stream(numbered), draw):
-        yield row
+    async for record in work.each(stream(numbered), draw):
+        yield record

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from src.distill.agreement import Agreement, squared
-from src.distill.pipeline import Answer, Request, Row, SetAside, Work
+from src.distill.pipeline import Answer, Record, Request, SetAside, Work
 from src.distill.requests import TEXT, array, ask_all, given, obj, request, whole
-from src.distill.texts import fill, grown, kept, listed, part, transcript
+from src.distill.texts import derive, fill, listed, part, transcript, usable
 from src.settings.recipes import Rate
 
 Scores = dict[str, list[list[int]]]
@@ -29,7 +29,7 @@ class Vote:
     asked: list[Answer]
 
 
-async def rate(rows: AsyncIterator[Row], settings: Rate, work: Work) -> AsyncIterator[Row]:
+async def rate(records: AsyncIterator[Record], settings: Rate, work: Work) -> AsyncIterator[Record]:
     """Mean scores by aspect, as UltraFeedback has them (Cui et al. 2023, arXiv:2310.01377): the judge sees all answers to a prompt together.
 
     Into data["ratings"], one {aspect: mean} for each of data["answers"]; where there are none, into data["scores"] for the conversation as it is.
@@ -38,30 +38,30 @@ async def rate(rows: AsyncIterator[Row], settings: Rate, work: Work) -> AsyncIte
     """
     agreement = Agreement(squared)
 
-    async def judge(row: Row) -> Row:
-        if not row.messages:
+    async def judge(record: Record) -> Record:
+        if not record.messages:
             raise SetAside("nothing to rate")
-        candidates = row.data.get("answers") or [part(row.messages, "answer") or "(not answered yet)"]
-        votes = await _votes(row, candidates, settings, work)
+        candidates = record.data.get("answers") or [part(record.messages, "answer") or "(not answered yet)"]
+        votes = await _votes(record, candidates, settings, work)
         if settings.check is not None:
             votes = await _checked(votes, settings, work)
         scores = _by_candidate(votes, list(settings.aspects), len(candidates))
-        return grown(row, *(answer for vote in votes for answer in vote.asked), **_found(row, candidates, scores, work))
+        return derive(record, *(answer for vote in votes for answer in vote.asked), **_found(record, candidates, scores, work))
 
-    async for row in work.each(rows, judge):
-        for of_all in row.data["votes"].values():
+    async for record in work.each(records, judge):
+        for of_all in record.data["votes"].values():
             for of_one in of_all:
                 agreement.add(of_one)
-        yield row
+        yield record
     agreement.report(work, "votes agree")
 
 
-async def _votes(row: Row, candidates: list[str], settings: Rate, work: Work) -> list[Vote]:
+async def _votes(record: Record, candidates: list[str], settings: Rate, work: Work) -> list[Vote]:
     """The votes that the judge gave. Raises SetAside where an aspect has none."""
-    answered = "answers" not in row.data and row.messages[-1]["role"] == "assistant"
-    conversation = transcript(row.messages[:-1] if answered else row.messages)
+    answered = "answers" not in record.data and record.messages[-1]["role"] == "assistant"
+    conversation = transcript(record.messages[:-1] if answered else record.messages)
     ballots = [(aspect, vote) for aspect in settings.aspects for vote in range(settings.votes)]
-    orders = [_shuffled(len(candidates), work, row.id, aspect, vote) for aspect, vote in ballots]
+    orders = [_shuffled(len(candidates), work, record.id, aspect, vote) for aspect, vote in ballots]
     requests = [
         _rating(conversation, [candidates[i] for i in order], aspect, vote, settings) for (aspect, vote), order in zip(ballots, orders)
     ]
@@ -102,7 +102,7 @@ def _vote(aspect: str, order: list[int], answer: Answer) -> Vote:
 def _sound(critique: str) -> str:
     """The critique as it can be shown to a judge; empty where it holds what no text holds."""
     try:
-        return kept(critique)
+        return usable(critique)
     except SetAside:
         return ""
 
@@ -148,8 +148,8 @@ def _by_candidate(votes: list[Vote], aspects: list[str], count: int) -> Scores:
     return scores
 
 
-def _found(row: Row, candidates: list[str], scores: Scores, work: Work) -> dict:
-    """What the row learns: means of the candidates that have a score in each aspect, and those scores. Raises SetAside where too few have."""
+def _found(record: Record, candidates: list[str], scores: Scores, work: Work) -> dict:
+    """What the record learns: means of the candidates that have a score in each aspect, and those scores. Raises SetAside where too few have."""
     rated = [i for i in range(len(candidates)) if all(of_all[i] for of_all in scores.values())]
     if len(rated) < len(candidates):
         work.count("answers without a score", len(candidates) - len(rated))
@@ -157,6 +157,6 @@ def _found(row: Row, candidates: list[str], scores: Scores, work: Work) -> dict:
         raise SetAside("scores do not follow from critiques")
     votes = {aspect: [of_all[i] for i in rated] for aspect, of_all in scores.items()}
     means = [{aspect: round(statistics.mean(of_all[i]), 3) for aspect, of_all in scores.items()} for i in rated]
-    if "answers" in row.data:
+    if "answers" in record.data:
         return {"votes": votes, "answers": [candidates[i] for i in rated], "ratings": means}
-    return {"votes": votes, "scores": {**row.data.get("scores", {}), **means[0]}}
+    return {"votes": votes, "scores": {**record.data.get("scores", {}), **means[0]}}

@@ -4,9 +4,9 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator
 
-from src.distill.pipeline import Row, SetAside, Work
+from src.distill.pipeline import Record, SetAside, Work
 from src.distill.requests import TEXT, array, obj, request
-from src.distill.texts import fill, grown, kept, listed
+from src.distill.texts import derive, fill, listed, usable
 from src.settings.recipes import Translate
 
 NAMES = {"ko": "Korean", "zh": "Chinese", "ja": "Japanese", "en": "English"}
@@ -19,44 +19,44 @@ _MARK = re.compile(r"⟦(\d+)⟧")
 _NUMBER = re.compile(r"\d[\d,.]*\d|\d")
 
 
-async def translate(rows: AsyncIterator[Row], settings: Translate, work: Work) -> AsyncIterator[Row]:
+async def translate(records: AsyncIterator[Record], settings: Translate, work: Work) -> AsyncIterator[Record]:
     """Each conversation once in each language, all its turns in one request so that words stay the same throughout.
 
     Code, addresses, tags, formulas and placeholders are taken out before (as ⟦1⟧) and put back after; a translation that lost one, or that has other
-    numbers than the original, is set aside. data["language"] says which language a row is in, for the language filter.
+    numbers than the original, is set aside. data["language"] says which language a record is in, for the language filter.
     """
 
-    async def turn(row: Row) -> list[Row]:
-        made = [row] if settings.keep_given else []
+    async def turn(record: Record) -> list[Record]:
+        made = [record] if settings.keep_given else []
         for language in settings.to:
-            made.append(await _translated(row, language, settings, work))
+            made.append(await _translated(record, language, settings, work))
         return made
 
-    async for row in work.each(rows, turn):
-        if reason := row.data.get("eliminated"):
-            work.set_aside(row, reason)
+    async for record in work.each(records, turn):
+        if reason := record.data.get("eliminated"):
+            work.set_aside(record, reason)
         else:
-            yield row
+            yield record
 
 
-async def _translated(row: Row, language: str, settings: Translate, work: Work) -> Row:
-    """The row's child in a language; with data["eliminated"] where it did not come out well."""
-    child = grown(row, id=language, language=language)
+async def _translated(record: Record, language: str, settings: Translate, work: Work) -> Record:
+    """The record's child in a language; with data["eliminated"] where it did not come out well."""
+    child = derive(record, id=language, language=language)
     try:
-        if any(message.get("tool_calls") or message.get("reasoning_content") or message["role"] == "tool" for message in row.messages):
+        if any(message.get("tool_calls") or message.get("reasoning_content") or message["role"] == "tool" for message in record.messages):
             raise SetAside("calls tools or reasons")
-        if not row.messages:
+        if not record.messages:
             raise SetAside("no conversation")
-        texts = [message["content"] for message in row.messages]
+        texts = [message["content"] for message in record.messages]
         hidden = [hide(text) for text in texts]
         prompt = fill(settings.prompt, language=NAMES[language], texts=listed((text for text, _ in hidden), "text"), count=len(texts))
         schema = obj(texts=array(TEXT, len(texts), len(texts)))
         answer = await work.ask(request(prompt, settings.teacher, settings.sampling, schema=schema))
-        child = grown(child, answer)
+        child = derive(child, answer)
         turned = [restore(new, old, fixed) for new, (old, fixed) in zip(answer.value["texts"], hidden)]
     except SetAside as aside:
-        return grown(child, eliminated=aside.reason)
-    return grown(child, messages=[{**message, "content": text} for message, text in zip(row.messages, turned)])
+        return derive(child, eliminated=aside.reason)
+    return derive(child, messages=[{**message, "content": text} for message, text in zip(record.messages, turned)])
 
 
 def hide(text: str) -> tuple[str, list[str]]:
@@ -72,7 +72,7 @@ def hide(text: str) -> tuple[str, list[str]]:
 
 def restore(new: str, old: str, fixed: list[str]) -> str:
     """The translation with its fixed parts back. Raises SetAside where one is lost or doubled, or the numbers are others than in `old`."""
-    new = kept(new, "translation") if old.strip() else new.strip()
+    new = usable(new, "translation") if old.strip() else new.strip()
     if sorted(int(n) for n in _MARK.findall(new)) != list(range(1, len(fixed) + 1)):
         raise SetAside("code, an address or a placeholder is lost or doubled")
     if numbers(new) != numbers(old):

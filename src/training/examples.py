@@ -29,7 +29,7 @@ PORTION = 256
 
 
 @dataclass(frozen=True)
-class Row:
+class Example:
     """One conversation: input_ids and labels, int32 of shape (tokens,); labels are -100 where the loss does not count, first token always."""
 
     input_ids: np.ndarray
@@ -37,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenRows:
+class Examples:
     """Rows of one split, read from disk as they are needed.
 
     offsets: int64 of shape (rows + 1,); row i is tokens offsets[i] to offsets[i + 1]. lines: number of each row's record in the split's file, from 1.
@@ -55,10 +55,10 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, i: int) -> Row:
+    def __getitem__(self, i: int) -> Example:
         span = slice(self.offsets[i], self.offsets[i + 1])
         ids = np.asarray(self.input_ids[span])
-        return Row(ids, np.where(self.trained[span], ids, encoding.IGNORE))
+        return Example(ids, np.where(self.trained[span], ids, encoding.IGNORE))
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -71,7 +71,7 @@ class TokenRows:
         return np.diff(np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])[self.offsets])
 
 
-def token_rows(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str, cache: Path) -> TokenRows:
+def examples_of(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str, cache: Path) -> Examples:
     """The rows of one split under the settings' length policy. Rank 0 makes them if `cache` does not hold them; the others read what it made.
 
     Raises BadData where a template refuses a conversation, or where more rows are lost than train.long_share allows.
@@ -80,18 +80,18 @@ def token_rows(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str,
     if rank() == 0 and not folder.is_dir():
         make(cfg, dataset.path / f"{split}.jsonl", base.path, split, folder)
     barrier()
-    rows = open_rows(folder)
-    if tools := rows.unseen.get("tools"):
+    examples = open_examples(folder)
+    if tools := examples.unseen.get("tools"):
         warn(f"{split}: the chat template ignores the tools of {tools} rows")
-    if turns := rows.unseen.get("turns"):
+    if turns := examples.unseen.get("turns"):
         warn(
             f"{split}: {turns} earlier answers are not trained, since the chat template takes their reasoning out of history; train.hidden_turns=rows trains each in a row of its own"
         )
     t = cfg.train
-    for line in long_rows.report(rows.counts, split, f"train.max_length={t.max_length}"):
+    for line in long_rows.report(examples.counts, split, f"train.max_length={t.max_length}"):
         warn(line)
-    long_rows.check(rows.counts, t.long_share, policy=t.long_rows, max_length=t.max_length, split=split)
-    return rows
+    long_rows.check(examples.counts, t.long_share, policy=t.long_rows, max_length=t.max_length, split=split)
+    return examples
 
 
 def content_key(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str) -> str:
@@ -134,7 +134,7 @@ def make(cfg: FinetuneVerb, source: Path, base: Path, split: str, folder: Path) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def open_rows(folder: Path) -> TokenRows:
+def open_examples(folder: Path) -> Examples:
     """The rows kept in a folder, memory-mapped."""
     offsets = np.load(folder / "offsets.npy")
     tokens = int(offsets[-1])
@@ -142,10 +142,10 @@ def open_rows(folder: Path) -> TokenRows:
         name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=(tokens,)) if tokens else np.empty(0, dtype)
         for name, dtype in (("input_ids", np.int32), ("trained", np.bool_))
     }
-    told = read_json(folder / "counts.json")
-    lengths = Counter({int(length): count for length, count in told["rows"]["lengths"].items()})
-    counts = long_rows.Counts(**told["rows"] | {"lengths": lengths, "named": tuple(map(tuple, told["rows"]["named"]))})
-    return TokenRows(**flat, offsets=offsets, lines=np.load(folder / "lines.npy"), counts=counts, unseen=told["unseen"], key=folder.name)
+    kept = read_json(folder / "counts.json")
+    lengths = Counter({int(length): count for length, count in kept["rows"]["lengths"].items()})
+    counts = long_rows.Counts(**kept["rows"] | {"lengths": lengths, "named": tuple(map(tuple, kept["rows"]["named"]))})
+    return Examples(**flat, offsets=offsets, lines=np.load(folder / "lines.npy"), counts=counts, unseen=kept["unseen"], key=folder.name)
 
 
 # ---- in parallel
@@ -204,7 +204,7 @@ class Encoder:
         self.cfg, self.source = cfg, source
         self.tokenizer = load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
         encoding.ensure_chat(self.tokenizer)
-        self.end = encoding.turn_end(self.tokenizer)
+        self.eos_id = encoding.turn_end(self.tokenizer)
 
     def __call__(self, portion: tuple[int, int, int]) -> Portion:
         start, first, count = portion
@@ -213,17 +213,17 @@ class Encoder:
             file.seek(start)
             for number, line in enumerate(itertools.islice(file, count), first):
                 record = json.loads(line)
-                rows, found = self.rows(record)
-                counts, unseen = counts + found, unseen + self.unseen(record, rows)
-                for row in rows:
-                    ids += row.input_ids
+                examples, found = self.examples(record)
+                counts, unseen = counts + found, unseen + self.unseen(record, examples)
+                for example in examples:
+                    ids += example.input_ids
                     # Nothing stands before a first token to predict it from.
-                    trained += [False, *(label != encoding.IGNORE for label in row.labels[1:])]
-                    lengths.append(len(row.input_ids))
+                    trained += [False, *(label != encoding.IGNORE for label in example.labels[1:])]
+                    lengths.append(len(example.input_ids))
                     lines.append(number)
         return Portion(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_), lengths, lines, counts, unseen)
 
-    def rows(self, record: dict) -> tuple[list[encoding.Encoded], long_rows.Counts]:
+    def examples(self, record: dict) -> tuple[list[encoding.Encoded], long_rows.Counts]:
         t, encode = self.cfg.train, lambda messages: self.encode(messages, record.get("tools"))
         try:
             made = encode(record["messages"])
@@ -235,14 +235,14 @@ class Encoder:
 
     def encode(self, messages: list[dict], tools: list | None) -> list[encoding.Encoded]:
         if self.cfg.legacy_mask == "qwen":
-            return [encoding.encode_qwen_legacy(self.tokenizer, messages, tools, end=self.end)]
+            return [encoding.encode_qwen_legacy(self.tokenizer, messages, tools, eos_id=self.eos_id)]
         if self.cfg.train.hidden_turns == "rows":
-            return encoding.encode_turns(self.tokenizer, messages, tools, end=self.end)
-        return [encoding.encode(self.tokenizer, messages, tools, end=self.end)]
+            return encoding.encode_turns(self.tokenizer, messages, tools, eos_id=self.eos_id)
+        return [encoding.encode(self.tokenizer, messages, tools, eos_id=self.eos_id)]
 
-    def unseen(self, record: dict, rows: list[encoding.Encoded]) -> Counter:
+    def unseen(self, record: dict, examples: list[encoding.Encoded]) -> Counter:
         """What of a record is not trained on as it stands there: tools that its template does not show, answers it shows otherwise as history."""
         tools, messages = record.get("tools"), record["messages"]
         ignored = tools and encoding.render(self.tokenizer, messages) == encoding.render(self.tokenizer, messages, tools)
-        hidden = sum(row.untrained for row in rows) if self.cfg.train.hidden_turns == "skip" else 0
+        hidden = sum(example.untrained for example in examples) if self.cfg.train.hidden_turns == "skip" else 0
         return Counter({"tools": int(bool(ignored)), "turns": hidden})
