@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "adding-a-target.md"
 
 def blocks() -> dict[str, str]:
     """{what the first line names: the block} of the page's code blocks."""
-    found = re.findall(r"```(?:python|yaml)\n# ([\w./]+\.(?:py|yaml))[^\n]*\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.findall(r"```(?:python|yaml)\n# ([\w./]+\.(?:py|yaml)(?:: AnyTarget)?)[^\n]*\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     return dict(found)
 
 
@@ -30,8 +30,9 @@ def project(tmp_path_factory) -> Path:
         (copy / name).write_text(named[name], encoding="utf-8")
     targets = copy / "src" / "settings" / "targets.py"
     text = targets.read_text(encoding="utf-8")
-    assert text.count("\nAnyTarget = ") == 1
-    targets.write_text(text.replace("\nAnyTarget = ", f"\n{named['src/settings/targets.py']}\n\nAnyTarget = "), encoding="utf-8")
+    before, union, after = text.partition("\nAnyTarget = ")
+    assert union and after.count("\n") == 1, "the union of all targets is the file's last line"
+    targets.write_text(f"{before}\n{named['src/settings/targets.py']}\n\n{named['src/settings/targets.py: AnyTarget']}", encoding="utf-8")
     main = copy / "src" / "deploy" / "__main__.py"
     text = main.read_text(encoding="utf-8")
     main.write_text(text.replace("BUILDERS = {\n", "BUILDERS = {\n" + named["src/deploy/__main__.py"]), encoding="utf-8")

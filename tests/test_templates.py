@@ -411,9 +411,6 @@ def test_a_prompt_that_opens_the_reasoning(load):
     ]
 
 
-def test_which_templates_show_reasoning(load):
-    assert {name for name in (*NAMES, *MADE) if encoding.shows_reasoning(load(name))} == {"qwen3", "opened"}
-
 
 # ---- ends of conversations
 

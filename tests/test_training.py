@@ -1,5 +1,7 @@
 """Training is right whatever its layout: packed or padded, in one pass or many, with the loss in chunks or from the logits, resumed or not."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -65,9 +67,8 @@ def step_of(model, batches, head=None):
     model.zero_grad()
     total = 0.0
     for batch in batches:
-        if head:
-            head.targets = Targets(batch["targets"])
-        out = model(**layout.inputs_of(batch, "cpu"), logits_to_keep=batch["keep"], use_cache=False).logits
+        with head.learning(Targets(batch["targets"])) if head else contextlib.nullcontext():
+            out = model(**layout.inputs_of(batch, "cpu"), logits_to_keep=batch["keep"], use_cache=False).logits
         loss = out.sum() if head else torch.nn.functional.cross_entropy(out, batch["targets"], reduction="sum")
         loss.backward()
         total += loss.item()
@@ -198,8 +199,8 @@ def test_in_evaluation_each_token_s_loss_and_hit_are_those_of_the_logits(model, 
     plain, batch = model("qwen2"), micro_batch(ROWS, [0, 2], 0, packed=False)
     head = HeadLoss(plain, chunked=True)
     with torch.no_grad():
-        head.targets = Targets(batch["targets"])
-        ours = plain(**layout.inputs_of(batch, "cpu"), logits_to_keep=batch["keep"]).logits
+        with head.learning(Targets(batch["targets"])):
+            ours = plain(**layout.inputs_of(batch, "cpu"), logits_to_keep=batch["keep"]).logits
         logits = plain(**layout.inputs_of(batch, "cpu")).logits[batch["keep"]]
     assert torch.allclose(ours[:, 0], torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="none"), atol=1e-5)
     assert torch.equal(ours[:, 1].bool(), logits.argmax(-1) == batch["targets"])

@@ -123,12 +123,6 @@ def turn_end(tokenizer) -> int:
     return eos_id
 
 
-def shows_reasoning(tokenizer) -> bool:
-    """Whether the template shows an assistant's "reasoning_content" at all; where it does not, such reasoning is never trained."""
-    thinking = PROBE[1] | {"reasoning_content": "A greeting."}
-    return render(tokenizer, PROBE) != render(tokenizer, [PROBE[0], thinking])
-
-
 def encode(tokenizer, messages: Sequence[dict], tools=None, *, eos_id: int) -> Encoded:
     """Token ids and labels of one conversation; trained are the assistant's text and the token `eos_id` that closes it.
 

@@ -132,8 +132,8 @@ def embedding_bytes(shape: ModelShape, form: Format) -> int:
 
 
 def kv_cache_bytes(shape: ModelShape, form: Format, context: int) -> int:
-    """Bytes of a sequence's KV cache as a board allots it: every row of every layer that keeps one, whatever its window."""
-    return form.kv * (context * shape.kv_values + sum(layer.state for layer in shape.stack))
+    """Bytes of a sequence's KV cache as a board allots it: for the whole context in every layer that keeps one, whatever its window."""
+    return shape.kv_bytes(context, form.kv, windows=False)
 
 
 def graph_bytes(shape: ModelShape, form: Format, prompt: int) -> int:

@@ -132,8 +132,13 @@ class ModelShape:
         """Bytes of KV cache per token while no sliding window is full; width: bytes per value."""
         return width * self.kv_values
 
-    def kv_bytes(self, context: int, width: int = 2) -> int:
-        """Bytes of KV cache and recurrent state of one sequence of `context` tokens, sliding windows cut off where they end."""
-        return width * sum(
-            layer.kv_values * (context if layer.window is None else min(context, layer.window)) + layer.state for layer in self.stack
-        )
+    def kv_bytes(self, context: int, width: int = 2, *, windows: bool = True) -> int:
+        """Bytes of KV cache and recurrent state of one sequence of `context` tokens; width: bytes per value.
+
+        windows: a layer with a sliding window keeps no more than the window; False where all of the context is allotted in every layer.
+        """
+
+        def kept(layer: Layer) -> int:
+            return context if layer.window is None or not windows else min(context, layer.window)
+
+        return width * sum(layer.kv_values * kept(layer) + layer.state for layer in self.stack)

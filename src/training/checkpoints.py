@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from src.core.errors import Moved
 from src.core.log import rank, say
@@ -21,8 +21,8 @@ class Checkpoints(TrainerCallback):
 
     MARK = "whole"
 
-    def __init__(self, world: int):
-        self.world, self.trainer = world, None
+    def __init__(self, trainer: Trainer, world: int):
+        self.trainer, self.world = trainer, world
 
     def on_save(self, args, state, control, **kwargs):
         barrier()

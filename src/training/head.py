@@ -8,8 +8,10 @@ teacher's distribution the k likeliest tokens are known by themselves and all ot
 true one, and zero where the student agrees on all of them.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -30,37 +32,45 @@ class Targets:
     probs: torch.Tensor | None = None
     alpha: float = 0.0
 
-    def split(self, size: int) -> Iterator["Targets"]:
+    def split(self, size: int) -> Iterator[Self]:
         parts = [self.tokens.split(size)] + [t.split(size) for t in (self.top_k_ids, self.probs) if t is not None]
         return (Targets(*part, alpha=self.alpha) if len(part) == 3 else Targets(*part) for part in zip(*parts))
 
-    def to(self, device) -> "Targets":
+    def to(self, device) -> Self:
         moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.tokens, self.top_k_ids, self.probs)]
         return Targets(*moved, alpha=self.alpha)
 
 
 class HeadLoss:
-    """Takes the place of an output layer's forward. With `targets` set, the next call returns losses instead of logits:
+    """Takes the place of an output layer's forward. Within `learning(targets)` a call returns losses instead of logits:
 
     while gradients are recorded, their sum, shape (1, 1); else for each token its cross-entropy and whether it was the likeliest, shape
     (tokens, 2), fp32. The layer is called with hidden states of the trained positions only, shape (tokens, width).
     """
-
-    targets: Targets | None = None
 
     def __init__(self, model, *, chunked: bool):
         """chunked: False where it may not be, see `may_chunk`; the loss is then that of all logits at once."""
         self.layer, self.chunked = model.get_output_embeddings(), chunked
         self.logits, self.vocabulary = self.layer.forward, model.config.get_text_config().vocab_size
         self.layer.forward = self
+        self._targets: list[Targets] = []
+
+    @contextlib.contextmanager
+    def learning(self, targets: Targets) -> Iterator[None]:
+        """The model's pass within the block is over exactly these targets."""
+        self._targets.append(targets)
+        try:
+            yield
+        finally:
+            self._targets.pop()
 
     def remove(self) -> None:
         self.layer.forward = self.logits
 
     def __call__(self, hidden, *args, **kwargs):
-        if self.targets is None:
+        if not self._targets:
             return self.logits(hidden, *args, **kwargs)
-        (targets, self.targets), hidden = (self.targets, None), hidden.flatten(0, -2)
+        targets, hidden = self._targets[-1], hidden.flatten(0, -2)
         if not torch.is_grad_enabled():
             return torch.cat([token_results(self.logits(h), t.tokens) for h, t in self.chunks(hidden, targets)])
         if not self.chunked:
@@ -77,6 +87,16 @@ def may_chunk(model, *, zero_stage: int) -> bool:
     """Whether the output layer can be called as often as a process has chunks. Under ZeRO-3 a layer of several modules is gathered at every call,
     which all processes would have to do equally often; a plain one is whole while it is called."""
     return zero_stage != 3 or not any(True for _ in model.get_output_embeddings().children())
+
+
+def share_of_step(losses: torch.Tensor, trained: int, world_size: int) -> torch.Tensor:
+    """What a micro-batch adds to the mean over all trained tokens of a step, of the sum of its losses: the step's loss is a mean over tokens, not
+    over conversations, forward passes or processes.
+
+    trained: tokens of the whole step, over all processes. world_size: DDP and ZeRO average gradients over so many processes, and what they average
+    has to be summed.
+    """
+    return losses / max(trained, 1) * world_size
 
 
 def token_results(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -151,8 +151,8 @@ def fuses(model, precision: str) -> bool:
     with as_in_use(model):
         plain = losses(model, batch)
         head = HeadLoss(model, chunked=True)
-        head.targets = Targets(batch["targets"]).to(model.device)
-        fused = model(**inputs_of(batch, model.device), logits_to_keep=batch["keep"].to(model.device), use_cache=False).logits
+        with head.learning(Targets(batch["targets"]).to(model.device)):
+            fused = model(**inputs_of(batch, model.device), logits_to_keep=batch["keep"].to(model.device), use_cache=False).logits
         head.remove()
     return fused.shape == (len(plain), 2) and (fused[:, 0] - plain).abs().max().item() <= EQUAL[precision]
 

@@ -13,6 +13,7 @@ from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
 from src.training.head import token_results
 from src.training.layout import EQUAL, SMALLER, as_in_use, losses, sample_examples
+from src.training.trainer import ChatTrainer
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps")
 """of DeepSpeed's engine"""
@@ -25,9 +26,9 @@ class Probe(TrainerCallback):
     are put back.
     """
 
-    def __init__(self, out: Path, precision: str, *, proven: bool):
+    def __init__(self, trainer: ChatTrainer, out: Path, precision: str, *, proven: bool):
         """proven: whether packing and the chunked loss were proven before; under ZeRO-3 they are here."""
-        self.out, self.precision, self.proven, self.trainer = out, precision, proven, None
+        self.trainer, self.out, self.precision, self.proven = trainer, out, precision, proven
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:

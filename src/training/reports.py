@@ -20,6 +20,7 @@ from src.settings.verbs import FinetuneVerb
 from src.training.choices import peak_operations
 from src.training.examples import Example
 from src.training.tracking import Trackers
+from src.training.trainer import ChatTrainer
 
 STILL = 20
 """steps after which a loss that has not moved at all is a fault"""
@@ -28,13 +29,13 @@ STILL = 20
 class Reports(TrainerCallback):
     """Loss, rate, gradient norm, speed, memory, time left, sample answers; evaluates at the end of each epoch or every eval_steps."""
 
-    def __init__(self, cfg: FinetuneVerb, out: Path, tokenizer, dataset: Path):
+    def __init__(self, trainer: ChatTrainer, cfg: FinetuneVerb, out: Path, tokenizer, dataset: Path):
         """out: where the artifact is made. dataset: folder of train.jsonl and val.jsonl, whose first prompts are answered at every evaluation."""
         self.trackers, self.tokenizer, self.records = open_trackers(cfg, out), tokenizer, dataset / "train.jsonl"
         self.prompts, self.eval_steps = first_prompts(dataset / "val.jsonl", 3), cfg.train.eval_steps
         gpu = torch.cuda.is_available()
         self.checks_every_step, self.peak = not gpu, peak_operations(torch.cuda.get_device_name()) if gpu else None
-        self.trainer = None
+        self.trainer, self.first_step, self.start = trainer, 0, time.monotonic()
         self.samples: list[tuple[str, str]] = []
         self.train_seconds = self.speed = 0.0
         self.recent: list[float] = []

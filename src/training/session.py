@@ -50,7 +50,6 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     plan = BatchPlan(train.lengths, cfg.train.global_batch_size, world, chosen.capacity, chosen.packed, total, cfg.train.seed)
     head = HeadLoss(model, chunked=may_chunk(model, zero_stage=cfg.deepspeed.stage)) if chosen.fused else None
     rates = lora.rates(model, cfg.tuner, len(tokenizer) - len(added))
-    reports = Reports(cfg, out, tokenizer, records)
     run = ChatTrainer(
         model,
         arguments,
@@ -63,8 +62,10 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
         head=head,
         teacher_probs=learnt_from,
         alpha=cfg.teacher.weight,
-        callbacks=[Probe(out, precision, proven=cfg.deepspeed.stage != 3), reports, Checkpoints(world)],
     )
+    reports = Reports(run, cfg, out, tokenizer, records)
+    for callback in (Probe(run, out, precision, proven=cfg.deepspeed.stage != 3), reports, Checkpoints(run, world)):
+        run.add_callback(callback)
     of_val = (encoding.Encoded(example.input_ids.tolist(), example.labels.tolist()) for example in val)
     held = fidelity.within(of_val) or fidelity.held_out(records, tokenizer, read_json(inputs["model"].path / "config.json"))
     run.train(resume_from_checkpoint=resume and str(resume))

@@ -17,7 +17,7 @@ from src.models import adapter_files, fidelity, lora
 from src.models.token_rows import folded
 from src.training.batches import BatchPlan, Steps, micro_batch
 from src.training.examples import Example, Examples
-from src.training.head import HeadLoss, Targets, loss_sum, token_results
+from src.training.head import HeadLoss, Targets, loss_sum, share_of_step, token_results
 from src.training.layout import arguments_of, as_in_use, inputs_of
 from src.training.teacher import TeacherProbs
 
@@ -51,7 +51,6 @@ class ChatTrainer(Trainer):
         head: HeadLoss | None,
         teacher_probs: TeacherProbs | None = None,
         alpha: float = 0.0,
-        callbacks,
     ):
         """pad, eos_id: ids of padding and of the token that ends an assistant turn. head: what computes the loss; None: from the model's logits.
         soft, alpha: what a teacher holds likely at the trained tokens of the training rows, and its weight.
@@ -62,10 +61,8 @@ class ChatTrainer(Trainer):
         self.step_losses: list[torch.Tensor] = []
         self.totals = Counter()
         self.takes_positions = "logits_to_keep" in arguments_of(model)
-        super().__init__(model=model, args=args, train_dataset=Steps(plan, examples, args.process_index, pad), callbacks=callbacks)
+        super().__init__(model=model, args=args, train_dataset=Steps(plan, examples, args.process_index, pad))
         self.remove_callback(PrinterCallback)
-        for callback in callbacks:
-            callback.trainer = self
 
     # ---- data
 
@@ -96,8 +93,7 @@ class ChatTrainer(Trainer):
             self.accelerator.gradient_state._set_sync_gradients(i == last)
             waits = i < last and isinstance(model, torch.nn.parallel.DistributedDataParallel)
             with model.no_sync() if waits else contextlib.nullcontext():
-                # Both DDP and ZeRO average over processes what has to be summed.
-                loss = self.loss_sum(model, batch) / max(num_items_in_batch, 1) * self.args.world_size
+                loss = share_of_step(self.loss_sum(model, batch), num_items_in_batch, self.args.world_size)
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
             total += loss.detach()
         self.step_losses.append(total)
@@ -117,13 +113,11 @@ class ChatTrainer(Trainer):
 
     def forward(self, model, batch: dict, *, losses: bool = True) -> torch.Tensor:
         """What the output layer makes of the trained positions: see HeadLoss, or logits (tokens, vocabulary) without one or without `losses`."""
-        inputs = inputs_of(batch, self.args.device)
-        keep = batch["keep"].to(self.args.device)
-        if self.head and losses:
-            self.head.targets = self.targets(batch)
-        if self.takes_positions:
-            return model(**inputs, logits_to_keep=keep, use_cache=False).logits
-        return model(**inputs, use_cache=False).logits[keep]
+        inputs, keep = inputs_of(batch, self.args.device), batch["keep"].to(self.args.device)
+        with self.head.learning(self.targets(batch)) if self.head and losses else contextlib.nullcontext():
+            if self.takes_positions:
+                return model(**inputs, logits_to_keep=keep, use_cache=False).logits
+            return model(**inputs, use_cache=False).logits[keep]
 
     # ---- optimizer
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from src.core.errors import BadData, MissingInput, WrongKind
 from src.core.files import read_json
 from src.models.safetensors_io import entries
+from src.sizing.config_reader import shape_of
 
 MAGIC = 0x616B3432
 VERSIONS = {"fp32_v0": 0, "fp32_v1": 1, "int8_v2": 2}
@@ -91,27 +92,28 @@ def read_shape(model_dir: Path) -> Shape:
         refuse(f"rope scaling '{rope_type}' is unknown to llama2.c", "take a model without rope scaling")
     if config.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act is '{config['hidden_act']}'; llama2.c has silu only", "take a model with silu")
-    try:
-        heads = config["num_attention_heads"]
-        shape = Shape(
-            dim=config["hidden_size"],
-            hidden=config["intermediate_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            vocab=config["vocab_size"],
-            context=config["max_position_embeddings"],
-            theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            eps=float(config.get("rms_norm_eps", 1e-6)),
-            shared=bool(config.get("tie_word_embeddings", False)),
-        )
-    except KeyError as missing:
-        raise BadData(f"config.json does not say {missing}", where=str(path)) from None
+    sizes = shape_of(config, str(path))
+    if sizes.max_positions is None:
+        raise BadData("config.json does not say 'max_position_embeddings'", where=str(path))
+    heads = sizes.heads
+    shape = Shape(
+        dim=sizes.hidden,
+        hidden=sizes.intermediate,
+        layers=sizes.layers,
+        heads=heads,
+        kv_heads=sizes.kv_heads,
+        vocab=sizes.vocab,
+        context=sizes.max_positions,
+        theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        shared=sizes.tied,
+    )
     if shape.dim % heads or heads % shape.kv_heads or shape.head % 2:
         refuse(f"{heads} heads, {shape.kv_heads} KV heads do not divide hidden_size {shape.dim} into even heads", "take another model")
-    head = config.get("head_dim") or shape.head
-    if head != shape.head:
-        refuse(f"head_dim {head} is not hidden_size / num_attention_heads = {shape.head}, as llama2.c has it", "take another model")
+    if sizes.head_dim != shape.head:
+        refuse(
+            f"head_dim {sizes.head_dim} is not hidden_size / num_attention_heads = {shape.head}, as llama2.c has it", "take another model"
+        )
     return shape
 
 
