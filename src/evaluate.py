@@ -6,7 +6,6 @@ and how far its answers are those of the local model it was made from (source=, 
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,18 +108,15 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
 def check_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], parent: str) -> list[str]:
     """What would be asked; nothing is sent before the work begins."""
     client = connect(cfg)
-    key = "with the key in OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "without a key"
-    if os.environ.get("OPENAI_API_KEY") and client.url.startswith("http://"):
-        key += " (unencrypted, over http)"
     count, at_once = len(asked(cfg, validation(cfg, inputs))), cfg.endpoint.concurrency
     return [
-        f"{client.url}, {cfg.endpoint.model or 'the one model it serves'}, {key}{parent}",
+        f"{client.url}, {cfg.endpoint.model or 'the one model it serves'}, {client.server.with_key}{parent}",
         f"asks {count} prompts, greedily, for up to {cfg.evaluation.max_new_tokens} tokens each, {at_once} at a time; then for log-probabilities",
     ]
 
 
 def connect(cfg: EvaluateVerb) -> Client:
-    return Client(cfg.endpoint.url, timeout=cfg.endpoint.timeout, key=os.environ.get("OPENAI_API_KEY"))
+    return Client(cfg.endpoint.url, timeout=cfg.endpoint.timeout)
 
 
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:

@@ -73,8 +73,8 @@ def chats(server) -> list[dict]:
     return [body for path, _, body in server.requests if path.endswith("/chat/completions")]
 
 
-def client(server, timeout=5.0, key=None) -> Client:
-    return Client(server.url, timeout=timeout, key=key)
+def client(server, timeout=5.0) -> Client:
+    return Client(server.url, timeout=timeout)
 
 
 def asked(server, text=ASKED[0], max_tokens=24, **client_settings):
@@ -328,7 +328,7 @@ def test_a_server_that_stays_busy_ends_it(measure, server):
 )
 def test_retry_after_in_every_spelling(given, low, high):
     given = format_datetime(datetime.now(UTC) + timedelta(seconds=10), usegmt=True) if given == "date" else given
-    assert low <= protocol._wait(given, 2) <= high
+    assert low <= protocol.seconds_to_wait(given, 2) <= high
 
 
 def test_one_prompt_that_fails_is_counted_and_the_others_go_on(measure, server):

@@ -10,10 +10,11 @@ from conftest import CHAT
 from test_config import composed
 
 from src.core.errors import BudgetSpent, ConfigError, NoAnswer, ProofFailed
-from src.distill import endpoint, limits
+from src.distill import limits
 from src.distill.dispatch import value_of
 from src.distill.endpoint import Failed, RemoteTeacher
 from src.distill.pipeline import Record, Request, SetAside, Work, check_flows, through
+from src.serving import protocol
 from src.settings.verbs import Budget
 
 
@@ -372,4 +373,4 @@ def test_draws_follow_from_seed_and_words_alone():
 
 
 def test_words_from_outside_steer_no_terminal():
-    assert endpoint.plain("a\x1b[31mb\u202e\n" + "x" * 500)[:4] == "a [3"
+    assert protocol.plain("a\x1b[31mb\u202e\n" + "x" * 500)[:4] == "a [3"

@@ -12,9 +12,8 @@ from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput
 from src.core.log import say, warn
 from src.distill import runner, sources
-from src.distill.endpoint import key_in
+from src.distill.endpoint import server_of
 from src.distill.limits import in_words
-from src.serving.protocol import api_of
 from src.settings.teachers import EndpointTeacher, LocalTeacher
 from src.settings.verbs import DistillVerb
 
@@ -52,12 +51,9 @@ def check(cfg: DistillVerb, inputs: dict[str, Artifact]) -> list[str]:
 
 
 def _endpoint(teacher: EndpointTeacher) -> str:
-    url, key = api_of(teacher.url), key_in(teacher.key_env)
-    with_key = f"with the key in {teacher.key_env}" if key else "without a key"
-    if key and url.startswith("http://"):
-        with_key += " (unencrypted, over http)"
+    server = server_of(teacher)
     how = f"in batches of up to {teacher.batch_size:,}" if teacher.batch else f"up to {teacher.limits.concurrency} requests at a time"
-    return f"{teacher.model} at {url}, {with_key}, {how}"
+    return f"{teacher.model} at {server.url}, {server.with_key}, {how}"
 
 
 def around(cfg: DistillVerb, argv: list[str]) -> int | None:

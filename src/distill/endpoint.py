@@ -6,19 +6,16 @@ redirect is followed and no proxy asked, so prompts and the key reach the host t
 
 import hashlib
 import json
-import os
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
-from urllib.parse import urlsplit
 
 import aiohttp
 
-from src.core.errors import ConfigError, NoAnswer
+from src.core.errors import NoAnswer
 from src.core.files import canonical
 from src.distill.pipeline import Request
-from src.serving.protocol import BUSY, LONGEST_TOKEN, api_of, message_of, retry_after
+from src.serving.protocol import BUSY, LONGEST_TOKEN, Server, message_of, retry_after, tokens_used
 from src.settings.teachers import EndpointTeacher
 
 LARGEST = 1 << 24
@@ -72,19 +69,23 @@ def digest(name: str, extra: dict, request: Request) -> str:
     return hashlib.sha256(canonical(asked)).hexdigest()
 
 
+def server_of(settings: EndpointTeacher) -> Server:
+    return Server(settings.url, key_env=settings.key_env, setting="teacher.url", name="the teacher")
+
+
 class RemoteTeacher:
     """An OpenAI-compatible server."""
 
     def __init__(self, settings: EndpointTeacher):
-        self.settings, self.url = settings, api_of(settings.url)
+        self.settings = settings
+        self.server = server_of(settings)
+        self.url = self.server.url
         self.name = f"{settings.model}@{settings.revision}" if settings.revision else settings.model
-        self._key = key_in(settings.key_env)
         self._scale = 1.0
 
     async def __aenter__(self) -> Self:
-        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         self._session = aiohttp.ClientSession(
-            headers=headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+            headers=self.server.headers | {"Accept-Encoding": "identity"},
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_ALIVE),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=self.settings.limits.timeout),
@@ -156,12 +157,8 @@ class RemoteTeacher:
                     size += len(part)
                     if size > LARGEST:
                         raise Failed("reply too large", f"over {LARGEST >> 20} MiB", again=False, paid=None)
-                if 300 <= response.status < 400:
-                    raise NoAnswer(
-                        f"the teacher sends us on to {self.plain(_place(response.headers.get('Location', '')))}, which is not followed",
-                        where=self.url,
-                        fix="if you trust that address, give it as teacher.url",
-                    )
+                if 300 <= response.status < 400 and (denied := self.server.denied(response.status, response.headers.get("Location"))):
+                    raise NoAnswer(denied[0], where=self.url, fix=denied[1])
                 return response.status, b"".join(parts), retry_after(response.headers.get("Retry-After"))
         except aiohttp.ClientConnectorError as error:
             raise Failed("no connection", self.plain(str(error)), together=True, down=True) from None
@@ -191,16 +188,16 @@ class RemoteTeacher:
         """What a status and body mean, for a reply to a request or a line of a batch."""
         if status != 200:
             raise self.refusal(status, self.plain(message_of(data[:4096].decode(errors="replace"))), wait)
-        text = data.decode(errors="replace")
         try:
-            given = json.loads(text.replace(self._key, "***") if self._key else text)
-        except (ValueError, RecursionError):
-            raise Failed("reply is not JSON", self.plain(text), paid=None) from None
+            given = self.server.json(data)
+        except ValueError:
+            raise Failed("reply is not JSON", self.plain(data.decode(errors="replace")), paid=None) from None
         return self._read(given, max_tokens)
 
     def _read(self, given, max_tokens: int) -> TeacherReply:
         try:
-            paid = _usage(given.get("usage") or {})
+            prompt_tokens, tokens = tokens_used(given.get("usage"))
+            paid = None if prompt_tokens is None or tokens is None else (prompt_tokens, tokens)
             if given.get("error"):
                 raise Failed("the server failed", self.plain(json.dumps(given["error"])), together=True, paid=paid)
             choice = given["choices"][0]
@@ -231,13 +228,8 @@ class RemoteTeacher:
             return NoAnswer(f"the teacher asks us to wait {wait:,.0f} s: {words}", where=self.url, fix="the same command goes on then")
         if status in BUSY:
             return Failed(f"HTTP {status}", words, together=True, busy=True, wait=wait)
-        if status in (401, 403):
-            key = f"the key in {self.settings.key_env}" if self._key else "requests without a key"
-            return NoAnswer(
-                f"the teacher refuses {key} (HTTP {status}): {words}",
-                where=self.url,
-                fix=f"export {self.settings.key_env}=... with its key",
-            )
+        if denied := self.server.denied(status, None):
+            return NoAnswer(f"{denied[0]}: {words}", where=self.url, fix=denied[1])
         if status == 404:
             return NoAnswer(
                 f"the teacher knows no such address or model (HTTP 404): {words}", where=self.url, fix="check teacher.url and teacher.model"
@@ -246,30 +238,4 @@ class RemoteTeacher:
 
     def plain(self, text: str) -> str:
         """A server's words for a person, and never the key."""
-        return plain(text.replace(self._key, "***") if self._key else text)
-
-
-def plain(text: str) -> str:
-    """Words from outside for a person: one line, at most 300 characters, nothing that steers a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text[:400])[:300].strip()
-
-
-def key_in(variable: str) -> str | None:
-    """The key in this environment variable, or None."""
-    key = os.environ.get(variable) or None
-    if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(f"{variable} holds spaces or characters that no key has", fix=["set it again", f"unset {variable}"])
-    return key
-
-
-def _usage(usage: dict) -> tuple[int, int] | None:
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    return tuple(counts) if all(type(count) is int and count >= 0 for count in counts) else None
-
-
-def _place(location: str) -> str:
-    """A redirect's target without what may be secret in it."""
-    with suppress(ValueError):
-        parts = urlsplit(location)
-        return f"{parts.scheme}://{parts.hostname}{parts.path}" if parts.hostname else parts.path
-    return "another address"
+        return self.server.plain(text)

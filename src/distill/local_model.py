@@ -12,13 +12,14 @@ from typing import Self
 from src.chat import encoding
 from src.core.artifact import Artifact
 from src.core.errors import BadData
-from src.distill.endpoint import Failed, TeacherReply, digest, plain
+from src.distill.endpoint import Failed, TeacherReply, digest
 from src.distill.pipeline import Request
 from src.models import devices, evaluation, generation
 from src.models.folder import base_of
 from src.models.generation import GREEDY, left_padded
 from src.models.loading import load_any
 from src.models.vocabulary import grow_vocabulary
+from src.serving.protocol import plain
 from src.settings.teachers import LocalTeacher, TeacherLimits
 
 

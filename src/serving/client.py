@@ -12,11 +12,12 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from src.core.errors import ConfigError, NoAnswer
+from src.core.errors import NoAnswer
 from src.core.log import say
-from src.serving.protocol import AGAIN, BUSY, LARGEST, LONGEST_TOKEN, NOT_OPENAI, START, Echo, Refused, Reply, _wait, api_of, message_of
+from src.serving.protocol import BUSY, LONGEST_TOKEN, Refused, Server, message_of, seconds_to_wait, tokens_used
 
 # Ways to ask for an answer, richest first; a server that refuses one gets the next. vLLM would otherwise take sampling defaults, such as
 # repetition_penalty 1.05, from the model's generation_config.json (vLLM's --generation-config auto). llama.cpp would otherwise keep the prompts of
@@ -28,20 +29,65 @@ FORMS = (
 )
 DOES_NOT_KNOW = (400, 415, 422, 501)
 """statuses that a server gives to settings it does not take"""
+LARGEST = 1 << 26
+"""bytes of one reply at most"""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer.
+
+    ended: the model ended its turn (finish_reason stop), rather than being cut off.
+    seconds: from the request until the last event. first: until the first piece of text; None without streaming.
+    pieces: events that carried text. prompt_tokens, tokens: the server's own count, the turn's end included; None where it gives none.
+    cached: prompt tokens that the server says it did not compute anew.
+    reasoned: the server kept reasoning apart from the text, which holds none of it.
+    """
+
+    text: str
+    ended: bool
+    seconds: float
+    first: float | None
+    pieces: int
+    prompt_tokens: int | None
+    tokens: int | None
+    cached: int
+    reasoned: bool
+
+
+@dataclass(frozen=True)
+class Echo:
+    """Log-probabilities of given tokens, one entry a token; the first has none.
+
+    names: the server's name of each token: its text, or `token_id:7`. logprobs: natural logarithms. best: name of the likeliest token at each place.
+    """
+
+    names: list[str]
+    logprobs: list[float | None]
+    best: list[str | None]
+
+
+AGAIN = "the same command goes on after the answers it has"
+NOT_OPENAI = "check that endpoint.url is an OpenAI-compatible API"
+START = [
+    "start the server there, listening on all interfaces (0.0.0.0) if it is another machine",
+    "check the host and port of endpoint.url",
+]
 
 
 class Client:
     """Requests to one server, each over a connection of its own, with the time it took.
 
-    url: with or without /v1 at its end. timeout: seconds the server may be silent. key: sent as a bearer token, never shown.
+    url: with or without /v1 at its end. timeout: seconds the server may be silent. A key comes from OPENAI_API_KEY.
     """
 
-    def __init__(self, url: str, *, timeout: float, key: str | None = None):
-        self.url, self.timeout = api_of(url), timeout
-        self._parts, self._key, self._form = urlsplit(self.url), key or None, None
-        self._open_now, self._lock, self._told = set(), threading.Lock(), set()
-        if self._key and not (self._key.isascii() and self._key.isprintable() and " " not in self._key):
-            raise ConfigError("OPENAI_API_KEY holds spaces or characters that no key has", fix=["set it again", "unset OPENAI_API_KEY"])
+    def __init__(self, url: str, *, timeout: float):
+        self.server, self.timeout = Server(url, key_env="OPENAI_API_KEY", setting="endpoint.url", name="the server"), timeout
+        self.url, self._parts = self.server.url, urlsplit(self.server.url)
+        self._forms: tuple[dict, ...] = FORMS
+        self._open_now: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._told: set[str] = set()
 
     def models(self) -> list[dict]:
         """What GET /models lists, each with an `id`; raises NoAnswer, Refused where the server has no such list."""
@@ -54,7 +100,7 @@ class Client:
         """The greedy answer to a conversation. Raises Refused where the server refuses it, NoAnswer where it fails."""
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0} | ({"tools": tools} if tools else {})
         refusal = None
-        for form in FORMS if self._form is None else [self._form]:
+        for form in self._forms:
             try:
                 reply = self._chat(body | form, max_tokens)
             except Refused as error:
@@ -62,10 +108,10 @@ class Client:
                     raise
                 refusal = error
                 continue
-            if refusal and self._form is None:
+            if refusal and len(self._forms) > 1:
                 without = "streaming" if not form else "stream_options (token counts), repetition_penalty or cache_prompt"
                 self._say_once(f"endpoint: it refuses {without} (HTTP {refusal.status}), asked without from here on")
-            self._form = form
+            self._forms = (form,)
             return reply
         raise refusal
 
@@ -120,7 +166,9 @@ class Client:
                 now = time.monotonic()
                 with self._shaped(event):
                     if event.get("error"):
-                        raise NoAnswer("the server failed in the middle of an answer", where=f"{self.url}: {self._plain(event['error'])}")
+                        raise NoAnswer(
+                            "the server failed in the middle of an answer", where=f"{self.url}: {self.server.plain(event['error'])}"
+                        )
                     usage = event.get("usage") or usage
                     for choice in event["choices"][:1] if streamed else [event["choices"][0]]:
                         part = (choice.get("delta") or {}) if streamed else choice["message"]
@@ -131,7 +179,7 @@ class Client:
                         text.append("".join(part.get("content") or ""))
                         length += len(text[-1])
                         reasoned = reasoned or bool(thought)
-                    counts = [n if isinstance(n := usage.get(k), int) else None for k in ("prompt_tokens", "completion_tokens")]
+                    counts = tokens_used(usage)
                     cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
                     if length > LONGEST_TOKEN * max_tokens:
                         raise NoAnswer(
@@ -150,8 +198,7 @@ class Client:
     def _asked(self, method: str, path: str, body: dict | None = None) -> Iterator[tuple[http.client.HTTPResponse, float]]:
         """An open reply of status 200 and the moment its request began, the connection being made; waits for a busy server, within the timeout."""
         waited, tries = 0.0, 0
-        headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream", "Connection": "close"}
-        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers = self.server.headers | {"Connection": "close"}
         while True:
             secure = self._parts.scheme == "https"
             connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(
@@ -170,7 +217,8 @@ class Client:
                     with contextlib.closing(response):
                         yield response, start
                     return
-                refusal, wait = self._refusal(response), _wait(response.headers.get("Retry-After"), tries)
+                refusal = self._refusal(response)
+                wait = seconds_to_wait(response.headers.get("Retry-After"), tries)
             except TimeoutError:
                 raise NoAnswer(
                     f"the server was silent for {self.timeout:g} s",
@@ -184,7 +232,7 @@ class Client:
                     f"no secure connection: {error.reason or error}", where=self.url, fix="http:// for a server without TLS"
                 ) from None
             except (OSError, http.client.HTTPException, UnicodeError) as error:
-                told = self._plain(str(error)) or type(error).__name__
+                told = self.server.plain(str(error)) or type(error).__name__
                 raise NoAnswer(f"no connection, or it broke: {told}", where=self.url, fix=[AGAIN, *START]) from None
             finally:
                 connection.close()
@@ -199,16 +247,8 @@ class Client:
     def _refusal(self, response: http.client.HTTPResponse) -> Refused:
         """The error a status other than 200 means, with the server's own words."""
         status = response.status
-        if 300 <= status < 400:
-            to = urlsplit(response.headers.get("Location", ""))
-            place = f"{to.scheme}://{to.hostname}{to.path}" if to.hostname else to.path
-            what, fix = (
-                f"the server sends us on to {self._plain(place)}, which is not followed",
-                "if you trust that address, give it as endpoint.url",
-            )
-        elif status in (401, 403):
-            what = f"the server refuses {'the key in OPENAI_API_KEY' if self._key else 'requests without a key'} (HTTP {status})"
-            fix = "export OPENAI_API_KEY=... with the key it wants"
+        if denied := self.server.denied(status, response.headers.get("Location")):
+            what, fix = denied
         elif status in BUSY:
             what, fix = f"the server stays busy (HTTP {status})", "endpoint.timeout=SECONDS waits longer"
         else:
@@ -218,10 +258,8 @@ class Client:
             )
         with contextlib.suppress(OSError, http.client.HTTPException):
             body = response.read(4096).decode(errors="replace").strip()
-            what += f": {self._plain(message_of(body))}" if body else ""
-        error = Refused(what, where=self.url, fix=fix)
-        error.status = status
-        return error
+            what += f": {self.server.plain(message_of(body))}" if body else ""
+        return Refused(what, status=status, where=self.url, fix=fix)
 
     def _events(self, response: http.client.HTTPResponse) -> Iterator[dict]:
         """The JSON of each server-sent event, until [DONE] or the end."""
@@ -241,7 +279,7 @@ class Client:
                 yield self._json("\n".join(data))
                 data = []
             elif field.startswith("{"):
-                raise NoAnswer("the stream is not made of server-sent events", where=f"{self.url}: {self._plain(field + value)}")
+                raise NoAnswer("the stream is not made of server-sent events", where=f"{self.url}: {self.server.plain(field + value)}")
             elif not field:
                 yield {"choices": []}  # a comment or an empty line: the caller looks at the clock
         if data:
@@ -259,12 +297,11 @@ class Client:
         return b"".join(parts)
 
     def _json(self, data: str | bytes):
-        """A reply's JSON, without the key where the server repeats it, for it goes into reports."""
         text = data if isinstance(data, str) else data.decode(errors="replace")
         try:
-            return json.loads(text.replace(self._key, "***") if self._key else text)
-        except (ValueError, RecursionError):
-            raise NoAnswer("the reply is not JSON", where=f"{self.url}: {self._plain(text)}", fix=NOT_OPENAI) from None
+            return self.server.json(text)
+        except ValueError:
+            raise NoAnswer("the reply is not JSON", where=f"{self.url}: {self.server.plain(text)}", fix=NOT_OPENAI) from None
 
     @contextlib.contextmanager
     def _shaped(self, value) -> Iterator[None]:
@@ -272,13 +309,7 @@ class Client:
         try:
             yield
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            raise NoAnswer("the reply is not of OpenAI's form", where=f"{self.url}: {self._plain(value)}", fix=NOT_OPENAI) from None
-
-    def _plain(self, value) -> str:
-        """A server's words for a person: one line, at most 300 characters, nothing that steers a terminal, and never the key."""
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        text = text.replace(self._key, "***") if self._key else text
-        return "".join(c if c.isprintable() else " " for c in text)[:300].strip()
+            raise NoAnswer("the reply is not of OpenAI's form", where=f"{self.url}: {self.server.plain(value)}", fix=NOT_OPENAI) from None
 
     def _say_once(self, line: str) -> None:
         with self._lock:

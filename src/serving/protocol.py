@@ -4,14 +4,14 @@ import contextlib
 import email.utils
 import json
 import math
-from dataclasses import dataclass
+import os
 from datetime import UTC, datetime
+from functools import partial
+from urllib.parse import urlsplit
 
-from src.core.errors import NoAnswer
+from src.core.errors import ConfigError, NoAnswer
 
 BUSY = (429, 503)
-LARGEST = 1 << 26
-"""bytes of one reply at most"""
 LONGEST_TOKEN = 256
 """characters per token at most: an answer longer than its token limit explains comes from a server that ignores the limit"""
 
@@ -19,49 +19,93 @@ LONGEST_TOKEN = 256
 class Refused(NoAnswer):
     """The server answered with an HTTP status other than 200."""
 
-    status = 0
+    def __init__(self, what: str, *, status: int, where: str, fix: str | list[str]):
+        self.status = status
+        super().__init__(what, where=where, fix=fix)
+
+    def __reduce__(self):
+        return partial(Refused, self.what, status=self.status, where=self.where, fix=self.fix), ()
 
 
-@dataclass(frozen=True)
-class Reply:
-    """One answer.
+class Server:
+    """One OpenAI-compatible server as every client of it sees it: its address, its key, and what its refusals mean.
 
-    ended: the model ended its turn (finish_reason stop), rather than being cut off.
-    seconds: from the request until the last event. first: until the first piece of text; None without streaming.
-    pieces: events that carried text. prompt_tokens, tokens: the server's own count, the turn's end included; None where it gives none.
-    cached: prompt tokens that the server says it did not compute anew.
-    reasoned: the server kept reasoning apart from the text, which holds none of it.
+    url: with or without /v1 at its end. key_env: environment variable that may hold a key, which is sent as a bearer token and shown nowhere.
+    setting: what the settings call the address, such as endpoint.url. name: what messages call the server.
+    Raises ConfigError for a key that can be none.
     """
 
-    text: str
-    ended: bool
-    seconds: float
-    first: float | None
-    pieces: int
-    prompt_tokens: int | None
-    tokens: int | None
-    cached: int
-    reasoned: bool
+    def __init__(self, url: str, *, key_env: str, setting: str, name: str):
+        self.url, self.key_env, self.setting, self.name = api_of(url), key_env, setting, name
+        self._key = key_in(key_env)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of every request."""
+        authorization = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"} | authorization
+
+    @property
+    def with_key(self) -> str:
+        """Which key goes to it, in words."""
+        if not self._key:
+            return "without a key"
+        return f"with the key in {self.key_env}" + (" (unencrypted, over http)" if self.url.startswith("http://") else "")
+
+    def hidden(self, text: str) -> str:
+        """The text without the key, where the server repeats it: what a server says goes into reports."""
+        return text.replace(self._key, "***") if self._key else text
+
+    def plain(self, value: object) -> str:
+        """A server's words for a person, and never the key; see `plain`."""
+        return plain(self.hidden(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+
+    def json(self, data: str | bytes):
+        """A reply's JSON without the key. Raises ValueError where it is none."""
+        try:
+            return json.loads(self.hidden(data if isinstance(data, str) else data.decode(errors="replace")))
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+    def denied(self, status: int, location: str | None) -> tuple[str, str] | None:
+        """(what, way out) of a status that no other request would change: a redirect, which is not followed, or a key refused. None for others."""
+        if 300 <= status < 400:
+            return (
+                f"{self.name} sends us on to {self.plain(_place(location or ''))}, which is not followed",
+                f"if you trust that address, give it as {self.setting}",
+            )
+        if status in (401, 403):
+            refused = f"the key in {self.key_env}" if self._key else "requests without a key"
+            return f"{self.name} refuses {refused} (HTTP {status})", f"export {self.key_env}=... with the key it wants"
+        return None
 
 
-@dataclass(frozen=True)
-class Echo:
-    """Log-probabilities of given tokens, one entry a token; the first has none.
-
-    names: the server's name of each token: its text, or `token_id:7`. logprobs: natural logarithms. best: name of the likeliest token at each place.
-    """
-
-    names: list[str]
-    logprobs: list[float | None]
-    best: list[str | None]
+def key_in(variable: str) -> str | None:
+    """The key in this environment variable, or None. Raises ConfigError for what can be no key."""
+    key = os.environ.get(variable) or None
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"{variable} holds spaces or characters that no key has", fix=["set it again", f"unset {variable}"])
+    return key
 
 
-AGAIN = "the same command goes on after the answers it has"
-NOT_OPENAI = "check that endpoint.url is an OpenAI-compatible API"
-START = [
-    "start the server there, listening on all interfaces (0.0.0.0) if it is another machine",
-    "check the host and port of endpoint.url",
-]
+def plain(text: str) -> str:
+    """Words from outside for a person: one line, at most 300 characters, nothing that steers a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:400])[:300].strip()
+
+
+def tokens_used(usage: dict | None) -> tuple[int | None, int | None]:
+    """(prompt tokens, tokens of the answer) as a reply's "usage" counts them; None where it does not say, or says what is no count."""
+    counts = [(usage or {}).get(name) for name in ("prompt_tokens", "completion_tokens")]
+    prompt_tokens, tokens = (count if type(count) is int and count >= 0 else None for count in counts)
+    return prompt_tokens, tokens
+
+
+def _place(location: str) -> str:
+    """A redirect's target without what may be secret in it."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(location)
+        return f"{parts.scheme}://{parts.hostname}{parts.path}" if parts.hostname else parts.path
+    return "another address"
 
 
 def api_of(url: str) -> str:
@@ -80,8 +124,8 @@ def retry_after(header: str | None) -> float | None:
     return None
 
 
-def _wait(header: str | None, tries: int) -> float:
-    """Seconds to wait by a Retry-After header, else 1, 2, 4 ... 30."""
+def seconds_to_wait(header: str | None, tries: int) -> float:
+    """Seconds to wait by a Retry-After header, else 1, 2, 4 ... 30 with the number of tries so far."""
     asked = retry_after(header)
     return min(2.0**tries, 30.0) if asked is None else asked
 
