@@ -6,6 +6,7 @@ A target is a YAML file in configs/target; its `kind` names the module here that
 import importlib
 import shutil
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 from src.core import artifact, stage
 from src.core.artifact import Artifact
@@ -14,22 +15,36 @@ from src.models import exact_sum
 from src.models.folder import check_folder, trust_of
 from src.settings.verbs import DeployVerb
 
-# kind of target -> the module that builds for it. It has
-#   TAKES                          kinds of artifact it can build from
-#   wants_dataset(target)          whether it calibrates on the run's dataset
-#   check(inputs, target, out)     the plan in lines; raises early and cheaply, before torch, where a model, a rule or the room for `out` stands in the way
-#   build(inputs, out, target)     makes the bundle in the folder `out` and returns its metrics, `summary` (one line) among them
-# Of a merge that was rounded to 16 bits, build gets the exact sum in fp32 as "model", the merge itself as "stored"; for any other model both are one.
 BUILDERS = {
     "llama2c": "src.deploy.llama2c",
     "axera": "src.deploy.axera",
     "mobilint": "src.deploy.mobilint",
     "openvino": "src.deploy.openvino",
 }
+"""kind of target -> the module that builds for it"""
 
 
-def builder(cfg: DeployVerb):
-    return importlib.import_module(BUILDERS[cfg.target.kind])
+class Builder(Protocol):
+    """What a module here has that builds for a kind of target; see docs/adding-a-target.md."""
+
+    TAKES: set[str]
+    """kinds of artifact it can build from"""
+
+    def wants_dataset(self, target: Any, /) -> bool:
+        """Whether it calibrates on the run's dataset."""
+
+    def check(self, inputs: dict[str, Artifact], target: Any, out: Path, /) -> list[str]:
+        """The plan in lines; raises early and cheaply, before torch, where a model, a rule or the room for `out` stands in the way."""
+
+    def build(self, inputs: dict[str, Artifact], out: Path, target: Any, /) -> dict:
+        """Makes the bundle in the folder `out` and returns its metrics, `summary` (one line) among them.
+
+        Of a merge that was rounded to 16 bits it gets the exact sum in fp32 as "model" and the merge itself as "stored"; for any other model both are one.
+        """
+
+
+def builder(cfg: DeployVerb) -> Builder:
+    return cast(Builder, importlib.import_module(BUILDERS[cfg.target.kind]))
 
 
 def find(cfg: DeployVerb, run: stage.Run) -> dict[str, Artifact]:

@@ -14,7 +14,7 @@ from src.core.errors import NoAnswer, UserError
 from src.core.files import canonical
 from src.core.log import say, warn
 from src.distill.batch import Batches
-from src.distill.endpoint import Failed, TeacherReply
+from src.distill.endpoint import AskedTeacher, Failed, TeacherReply
 from src.distill.journal import Journal, Known
 from src.distill.limits import BudgetTracker, Gate, back_off
 from src.distill.pipeline import ASKED, Answer, Request, SetAside
@@ -30,7 +30,7 @@ BUSY_TRIES = 10
 class TeacherChannel:
     """One teacher and what is between it and the records."""
 
-    teacher: object
+    teacher: AskedTeacher
     limits: TeacherLimits
     gate: Gate
     batches: Batches | None = None

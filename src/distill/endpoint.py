@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import aiohttp
 
@@ -53,6 +53,31 @@ class Failed(Exception):
         self.reason, self.detail, self.again, self.together, self.busy = reason, detail, again, together, busy
         self.fault, self.down, self.wait, self.paid = fault, down, wait, paid
         super().__init__(f"{reason}: {detail}" if detail else reason)
+
+
+class AskedTeacher(Protocol):
+    """What answers a request: a server (here), or a model on this machine (local_model.py)."""
+
+    name: str
+    """by which the journal knows it"""
+
+    def key_of(self, request: Request) -> str:
+        """The journal's key of a request to it."""
+
+    def most(self, request: Request) -> tuple[int, int]:
+        """(prompt tokens, tokens) that a request may cost at most."""
+
+    def cost(self, prompt_tokens: int, tokens: int) -> float:
+        """USD; 0 where no price is given."""
+
+    def learn(self, most: int, prompt_tokens: int) -> bool:
+        """Told how many prompt tokens it counted where `most` were thought possible; whether it expects more from now on."""
+
+    def plain(self, text: str) -> str:
+        """Its words for a person, without its key."""
+
+    async def send(self, request: Request, seed: int) -> TeacherReply:
+        """Raises Failed for this try, NoAnswer where no request can succeed."""
 
 
 def digest(name: str, extra: dict, request: Request) -> str:

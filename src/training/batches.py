@@ -9,12 +9,13 @@ import heapq
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from src.chat import encoding
-from src.training.examples import Examples
+from src.training.examples import Example, Examples
 
 SEARCHED = 20_000
 """steps that can be laid out in about a second"""
@@ -108,6 +109,12 @@ class BatchPlan:
         return taken
 
 
+class ExampleSource(Protocol):
+    """What a micro-batch is made of: examples by number."""
+
+    def __getitem__(self, i: int, /) -> Example: ...
+
+
 class Steps(torch.utils.data.Dataset):
     """What one process computes in each step: its micro_batches, and how many tokens the step has over all processes: of rows, trained, and laid
     out with padding."""
@@ -128,7 +135,7 @@ class Steps(torch.utils.data.Dataset):
         }
 
 
-def micro_batch(data: Examples, examples: list[int], pad: int, *, packed: bool) -> dict:
+def micro_batch(data: ExampleSource, examples: list[int], pad: int, *, packed: bool) -> dict:
     """One forward pass over rows, as the model takes it.
 
     input_ids: int64 (1, tokens) where packed, with position_ids that begin at 0 in every row and where each begins (cu_seq_lens, int32); else
