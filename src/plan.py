@@ -12,12 +12,13 @@ from pathlib import Path
 from src.core import stage
 from src.core.errors import ConfigError
 from src.core.log import say, size
-from src.settings.verbs import FullTuner, PlanVerb, QloraTuner
+from src.settings.verbs import FullTuner, Gpu, PlanVerb, QloraTuner
 from src.sizing.budget import (
     Fit,
     Format,
     Quantity,
     board_fit,
+    board_of,
     device_parts,
     embedding_bytes,
     format_of,
@@ -31,13 +32,13 @@ from src.sizing.chart import Point, draw, table
 from src.sizing.config_reader import read_shape
 from src.sizing.gpu import ADAPTERS, AUTOCAST, ZERO, Job, Training, training
 from src.sizing.shape import ModelShape
-from src.sizing.speed import decode_ms, first_token_ms, speed
+from src.sizing.speed import decode_ms, first_token_ms, rates_of, speed_lines
 from src.training import rules
 
 
 def plan(cfg: PlanVerb) -> int:
     shape = read_shape(cfg.model)
-    lines, points = gpu_plan(shape, cfg) if cfg.gpu else board_plan(shape, cfg)
+    lines, points = gpu_plan(shape, cfg, cfg.gpu) if cfg.gpu else board_plan(shape, cfg)
     print("\n".join([*model_lines(shape), "", *lines, "", *table(points)]))
     if cfg.plot and cfg.dry_run:
         say(f"would draw {cfg.plot}")
@@ -79,32 +80,28 @@ def model_lines(shape: ModelShape) -> list[str]:
 
 
 def board_plan(shape: ModelShape, cfg: PlanVerb) -> tuple[list[str], list[Point]]:
-    target, board = cfg.target, getattr(cfg.target, "board", None)
+    target, board = cfg.target, board_of(cfg.target)
     form, fit = format_of(shape, target), board_fit(shape, target)
-    rates = speed(shape, form, board, form.context, form.prompt)
+    rates = rates_of(board)
     lines = [
         f"{target.name} ({target.kind}): weights {form.name}, context {form.context:,}, prompt {form.prompt:,} in chunks of {form.chunk}",
         *weight_lines(shape, cfg),
         f"KV cache = {form.kv} B x {shape.kv_values:,} values x {form.context:,} tokens = {size(kv_cache_bytes(shape, form, form.context))} for one sequence",
         *fit.lines,
         *length_lines(fit, form, target.name),
-        str(rates.decode),
-        str(rates.tokens_per_second),
-        str(rates.first_token),
-        str(rates.best_batch),
+        *speed_lines(shape, form, board, form.context, form.prompt),
         *batch_lines(shape, cfg, form, fit),
         *host_needs(shape, target)[2],
     ]
     longest = shape.max_positions or form.context
-    known = rates.decode.value is not None
     contexts = [n for n in (256 * 2**i for i in range(14)) if n <= min(longest, max(form.context, 32768))]
     points = [
         Point(
             length=n,
             memory=sum(device_parts(shape, target, form, n, min(form.prompt, n)).values()),
             limit=fit.available,
-            speed=1000 / decode_ms(shape, form, board, n) if known else None,
-            wait=first_token_ms(shape, form, board, n) / 1000 if known else None,
+            speed=1000 / decode_ms(shape, form, rates, n) if rates else None,
+            wait=first_token_ms(shape, form, rates, n) / 1000 if rates else None,
         )
         for n in contexts
     ]
@@ -126,12 +123,14 @@ def weight_lines(shape: ModelShape, cfg: PlanVerb) -> list[str]:
 
 
 def length_lines(fit: Fit, form: Format, name: str) -> list[str]:
-    if fit.longest is None:
+    if fit.longest is None or fit.longest_prompt is None:
         return []
-    lines = [f"longest context that fits with this prompt: {fit.longest:,} tokens" if fit.longest else f"no context fits {name}"]
-    return lines + (
-        [f"longest prompt within it: {fit.longest_prompt:,} tokens, {fit.longest_prompt // form.chunk:,} chunks"] if fit.longest else []
-    )
+    if not fit.longest:
+        return [f"no context fits {name}"]
+    return [
+        f"longest context that fits with this prompt: {fit.longest:,} tokens",
+        f"longest prompt within it: {fit.longest_prompt:,} tokens, {fit.longest_prompt // form.chunk:,} chunks",
+    ]
 
 
 def batch_lines(shape: ModelShape, cfg: PlanVerb, form: Format, fit: Fit) -> list[str]:
@@ -148,15 +147,15 @@ def batch_lines(shape: ModelShape, cfg: PlanVerb, form: Format, fit: Fit) -> lis
 # ---- GPUs
 
 
-def gpu_plan(shape: ModelShape, cfg: PlanVerb) -> tuple[list[str], list[Point]]:
+def gpu_plan(shape: ModelShape, cfg: PlanVerb, gpu: Gpu) -> tuple[list[str], list[Point]]:
     job = job_of(shape, cfg)
-    result, limit = training(shape, job, cfg.gpu), cfg.gpu.memory * 1e9
+    result, limit = training(shape, job, gpu), gpu.memory * 1e9
     fits = result.total.value <= limit
     verdict = "fits" if fits else "does NOT fit"
-    batch = largest(lambda n: training(shape, dataclasses.replace(job, micro_batch=n), cfg.gpu), limit, 1024)
-    length = largest(lambda n: training(shape, dataclasses.replace(job, length=n), cfg.gpu), limit, shape.max_positions or 2**20)
+    batch = largest(lambda n: training(shape, dataclasses.replace(job, micro_batch=n), gpu), limit, 1024)
+    length = largest(lambda n: training(shape, dataclasses.replace(job, length=n), gpu), limit, shape.max_positions or 2**20)
     lines = [
-        f"{job.method} on {job.gpus} x {cfg.gpu.name}, {rules.zero_name(job.stage, job.offload)}, 16 bit, {job.micro_batch} x {job.length:,} tokens a pass, "
+        f"{job.method} on {job.gpus} x {gpu.name}, {rules.zero_name(job.stage, job.offload)}, 16 bit, {job.micro_batch} x {job.length:,} tokens a pass, "
         f"{job.accumulation} passes a step, gradient checkpointing {'on' if job.checkpointing else 'off'}",
         f"trained = {trained_words(job)} = {result.trained:,} of {shape.params:,}",
         *map(str, result.parts),
@@ -168,7 +167,7 @@ def gpu_plan(shape: ModelShape, cfg: PlanVerb) -> tuple[list[str], list[Point]]:
     ]
     longest = shape.max_positions or 32768
     lengths = [n for n in (256 * 2**i for i in range(14)) if n <= min(longest, 8 * max(job.length, 2048))]
-    return lines, [point(training(shape, dataclasses.replace(job, length=n), cfg.gpu), n, limit) for n in lengths]
+    return lines, [point(training(shape, dataclasses.replace(job, length=n), gpu), n, limit) for n in lengths]
 
 
 def point(result: Training, length: int, limit: float) -> Point:
@@ -191,12 +190,13 @@ def largest(result: typing.Callable[[int], Training], limit: float, top: int) ->
 def job_of(shape: ModelShape, cfg: PlanVerb) -> Job:
     """The settings as src/finetune.py would carry them out. Raises ConfigError or WrongKind where it would refuse them."""
     tuner, zero, train = cfg.tuner, cfg.deepspeed, cfg.train
-    full, qlora = isinstance(tuner, FullTuner), isinstance(tuner, QloraTuner)
+    lora = None if isinstance(tuner, FullTuner) else tuner
+    qlora = tuner if isinstance(tuner, QloraTuner) else None
     method = shape.quantization.method if shape.quantization else None
     rules.check(tuner, zero_stage=zero.stage, quantization=method, where=cfg.model)
-    if not full:
+    if lora:
         tables = {"embed_tokens", "lm_head"}
-        if others := sorted({name.rsplit(".", 1)[-1] for name in tuner.modules_to_save} - tables):
+        if others := sorted({name.rsplit(".", 1)[-1] for name in lora.modules_to_save} - tables):
             raise ConfigError(
                 f"tuner.modules_to_save={','.join(others)}: the plan knows the memory of {' and '.join(sorted(tables))} only",
                 fix="leave it out of the plan",
@@ -208,22 +208,22 @@ def job_of(shape: ModelShape, cfg: PlanVerb) -> Job:
             fix=f"train.global_batch_size={ceil(each / train.micro_batch_size) * train.micro_batch_size * cfg.gpus}",
         )
     targets = (
-        None if full or tuner.target_modules == "all-linear" else frozenset(name.removesuffix("_proj") for name in tuner.target_modules)
+        frozenset(name.removesuffix("_proj") for name in lora.target_modules) if lora and lora.target_modules != "all-linear" else None
     )
     known = {m.name for layer in shape.stack for m in layer.matrices}
     if targets and targets - known:
         raise ConfigError(f"tuner.target_modules: the model has {', '.join(sorted(known))}, not {', '.join(sorted(targets - known))}")
     gptq = shape.quantization
-    nf4 = 0.5 + (1 / 64 + 4 / (64 * 256) if qlora and tuner.double_quant else 4 / 64)
+    nf4 = 0.5 + (1 / 64 + 4 / (64 * 256) if qlora and qlora.double_quant else 4 / 64)
     return Job(
         method=tuner.kind,
-        rank=0 if full else tuner.rank,
+        rank=lora.rank if lora else 0,
         targets=targets,
-        dropout=not full and tuner.dropout > 0,
+        dropout=lora is not None and lora.dropout > 0,
         base=2,
         quantized=None if not qlora else (gptq.bits or 4) / 8 + 2.5 / 128 if gptq else nf4,
-        upcast=qlora and not gptq,
-        token_tables=not full and bool(tuner.modules_to_save),
+        upcast=qlora is not None and not gptq,
+        token_tables=lora is not None and bool(lora.modules_to_save),
         stage=zero.stage,
         offload=zero.offload,
         bucket=zero.bucket_size,
@@ -232,7 +232,7 @@ def job_of(shape: ModelShape, cfg: PlanVerb) -> Job:
         accumulation=train.global_batch_size // (cfg.gpus * train.micro_batch_size),
         length=train.max_length,
         checkpointing=train.gradient_checkpointing,
-        widths=ZERO if zero.stage else AUTOCAST if full else ADAPTERS,
+        widths=ZERO if zero.stage else ADAPTERS if lora else AUTOCAST,
     )
 
 

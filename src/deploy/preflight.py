@@ -96,7 +96,7 @@ def check_fit(shape: ModelShape, target) -> list[str]:
     if fit.fits is False:
         ways = (
             [f"target.context_len={fit.longest // 64 * 64} fits"]
-            if fit.longest and fit.longest >= 64 and fit.needed > fit.available
+            if fit.available and fit.longest and fit.longest >= 64 and fit.needed > fit.available
             else []
         )
         raise ConfigError(

@@ -1,14 +1,15 @@
 """What a model needs: bytes of its weights by type, of its KV cache, of a board's memory, of the host that compiles it.
 
-Every figure comes as a `Quantity`: a value with the equation it is from. A board's figures are in configs/target; what is not known stays None.
+Every figure comes as a `Quantity`: a value with the equation it is from. A board's figures are in configs/target; of what is not known there is no Quantity.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from src.core.log import size
-from src.settings.targets import Axera, Llama2c, Mobilint, Openvino, Target
+from src.settings.targets import Axera, Board, Llama2c, Mobilint, Openvino, Target
 from src.sizing.shape import Matrix, ModelShape
 
 GIB = 2**30
@@ -26,16 +27,14 @@ POST_FACTOR = 1.15
 
 @dataclass(frozen=True)
 class Quantity:
-    """A figure with its equation. value: in `unit`; None: not known, and the equation says why."""
+    """A figure with its equation. value: in `unit`."""
 
     name: str
-    value: float | None
+    value: float
     unit: str
     equation: str
 
     def __str__(self) -> str:
-        if self.value is None:
-            return f"{self.name}: not known: {self.equation}"
         shown = size(self.value) if self.unit == "B" else f"{self.value:,.4g} {self.unit}".strip()
         return f"{self.name} = {self.equation} = {shown}" if self.equation else f"{self.name} = {shown}"
 
@@ -66,7 +65,7 @@ def quantized(bits: int, group: int | None = None, scale: float = 2.0) -> float:
 
 def format_of(shape: ModelShape, target: Target) -> Format:
     """What the target makes of the model's weights, and the lengths it is built for. A kind not in FORMATS counts in 16 bit."""
-    return FORMATS.get(target.kind, _sixteen_bit)(shape, target)
+    return FORMATS.get(type(target), _sixteen_bit)(shape, target)
 
 
 def _sixteen_bit(shape: ModelShape, target: Target) -> Format:
@@ -106,7 +105,13 @@ def _llama2c(shape: ModelShape, target: Llama2c) -> Format:
     return Format(target.format, lambda m: width, width, 4, width, False, False, longest, longest - 1, 1)
 
 
-FORMATS = {"axera": _axera, "mobilint": _mobilint, "openvino": _openvino, "llama2c": _llama2c}
+FORMATS: dict[type[Target], Callable[[ModelShape, Any], Format]] = {
+    Axera: _axera,
+    Mobilint: _mobilint,
+    Openvino: _openvino,
+    Llama2c: _llama2c,
+}
+"""each function takes the settings it stands under"""
 
 
 def axera_weights(shape: ModelShape, weight_type: str) -> str:
@@ -179,10 +184,15 @@ def device_parts(shape: ModelShape, target: Target, form: Format, context: int, 
     return {"layers": layers, "KV cache": kv, "output layer": head, **rest}
 
 
+def board_of(target: Target) -> Board | None:
+    """The device the target describes; None where it describes none."""
+    return getattr(target, "board", None)
+
+
 def board_fit(shape: ModelShape, target: Target) -> Fit:
     """Whether the model fits the target's memory at the target's own context length, and how long a context and prompt would."""
     form = format_of(shape, target)
-    board = getattr(target, "board", None)
+    board = board_of(target)
     context, prompt = form.context, form.prompt
     parts = device_parts(shape, target, form, context, prompt)
     available = round(board.npu_memory * GIB) if board and board.npu_memory else None
@@ -191,15 +201,15 @@ def board_fit(shape: ModelShape, target: Target) -> Fit:
     needed, host_needed = sum(parts.values()), sum(host_parts.values())
     host_fits = host_available is None or host_needed <= host_available
     lines = [f"memory = {' + '.join(f'{name} {size(count)}' for name, count in parts.items())} = {size(needed)} for {context:,} tokens"]
-    if available is None:
-        lines.append(
-            "the device's memory is not known: set target.board.npu_memory to have this checked" if board else "no board is described"
-        )
+    if board is None:
+        lines.append("no board is described")
+    elif available is None:
+        lines.append("the device's memory is not known: set target.board.npu_memory to have this checked")
     else:
         lines.append(
             f"{'fits' if needed <= available else 'does NOT fit'} in {size(available)} (target.board.npu_memory={board.npu_memory:g})"
         )
-    if host_parts and host_available is not None:
+    if board and host_parts and host_available is not None:
         verdict = "fits" if host_fits else "does NOT fit"
         lines.append(
             f"embedding table {size(host_needed)}: {verdict} in the host's {size(host_available)} (target.board.host_memory={board.host_memory:g})"

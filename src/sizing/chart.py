@@ -39,7 +39,7 @@ def table(points: list[Point]) -> list[str]:
         filled = min(round(WIDTH * p.memory / most), WIDTH)
         bar = "|" + block * filled + " " * (WIDTH - filled) + ("|" if p.memory <= most else ">")
         line = f"{p.length:>9,}  {bar} {size(p.memory):>8}"
-        if known:
+        if p.speed is not None:
             line += f"  {block * round(WIDTH / 2 * p.speed / fastest):<{WIDTH // 2}} {p.speed:>8,.1f} {p.wait:>8,.2f}"
         lines.append(line + (f"  above {size(limit)}" if limit and p.memory > limit else ""))
     return lines
@@ -55,11 +55,12 @@ def draw(points: list[Point], title: str, file: Path) -> None:
     from matplotlib import pyplot
 
     ink, accent = "#30343b", "#1f77b4"
-    known = any(p.speed for p in points)
-    figure, axes = pyplot.subplots(1, 2 if known else 1, figsize=(9 if known else 5, 3.4), layout="constrained", squeeze=False)
+    curves = {"memory, GB": [p.memory / 1e9 for p in points]}
+    if speeds := [p.speed for p in points if p.speed is not None]:
+        curves["tokens/s"] = speeds
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(9 if speeds else 5, 3.4), layout="constrained", squeeze=False)
     lengths, limit = [p.length for p in points], points[0].limit
-    curves = [("memory, GB", [p.memory / 1e9 for p in points]), *([("tokens/s", [p.speed for p in points])] if known else [])]
-    for axis, (label, values) in zip(axes[0], curves):
+    for axis, (label, values) in zip(axes[0], curves.items()):
         axis.plot(lengths, values, color=accent, marker="o", markersize=4, linewidth=1.8)
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])

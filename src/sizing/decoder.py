@@ -68,8 +68,8 @@ class Family:
     mlp_share: float = 1
     full_every: int | None = None
     full_below: str | None = None
-    layer: Callable | None = None
-    outside: Callable | None = None
+    layer: Callable[["Family", Sizes, int], Layer] | None = None
+    outside: Callable[[Sizes], tuple[int, int]] | None = None
     note: str = ""
 
 
@@ -79,7 +79,7 @@ def plain_layer(family: Family, s: Sizes, index: int) -> Layer:
     vectors = family.norms * s.hidden * (2 if family.norm_bias else 1) + (2 * s.head_dim if family.qk_norm else 0)
     vectors += (q + 2 * kv if s.flag(family.qkv_bias) else 0) + (s.hidden if s.flag(family.out_bias) else 0)
     vectors += (family.mlp - 1) * s.intermediate + s.hidden if s.flag(family.mlp_bias) else 0
-    attention = (Matrix("q", q, s.hidden), Matrix("k", kv, s.hidden), Matrix("v", kv, s.hidden))
+    attention: tuple[Matrix, ...] = (Matrix("q", q, s.hidden), Matrix("k", kv, s.hidden), Matrix("v", kv, s.hidden))
     if "qkv" in family.fused:
         attention = (Matrix("qkv", q + 2 * kv, s.hidden),)
     matrices = (*attention, Matrix("o", s.hidden, q), *mlp(s, s.intermediate, family.mlp, fused="gate_up" in family.fused))
@@ -113,8 +113,8 @@ def hybrid_layer(family: Family, s: Sizes, index: int) -> Layer:
     """Qwen3.5: gated attention every so many layers, gated delta nets (arXiv:2412.06464) between, which keep a state and no KV cache."""
     if s.kinds[index] == "full":
         q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-        matrices = (Matrix("q", 2 * q, s.hidden), Matrix("k", kv, s.hidden), Matrix("v", kv, s.hidden), Matrix("o", s.hidden, q))
-        return Layer("full", (*matrices, *mlp(s, s.intermediate)), 2 * s.hidden + 2 * s.head_dim, 2 * kv)
+        attention = (Matrix("q", 2 * q, s.hidden), Matrix("k", kv, s.hidden), Matrix("v", kv, s.hidden), Matrix("o", s.hidden, q))
+        return Layer("full", (*attention, *mlp(s, s.intermediate)), 2 * s.hidden + 2 * s.head_dim, 2 * kv)
     keys, values = s.get("linear_num_key_heads", 16), s.get("linear_num_value_heads", 32)
     key_dim, value_dim, kernel = s.get("linear_key_head_dim", 128), s.get("linear_value_head_dim", 128), s.get("linear_conv_kernel_dim", 4)
     mixed, out = 2 * keys * key_dim + values * value_dim, values * value_dim
