@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole road on the embedded default, on this machine's CPU: data, LoRA under DeepSpeed ZeRO-2 in two processes, merge, GPTQ int4, evaluation
-# of each, a bundle, and the bundle's answer. Needs Python 3.11, a C compiler and the package registry; no GPU, no account.
+# of each, a bundle, and the bundle's answer. Needs Python 3.11 to 3.13, a C compiler and the package registry; no GPU, no account.
 # bash scripts/quickstart.sh [run=NAME]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -4,6 +4,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
+__version__ = "0.11.0"
+"""the one place of it: pyproject.toml, `python -m src --version`, manifests and trackers read it here"""
+
 ROOT = Path(__file__).resolve().parent.parent
 """the project: configs/, assets/, src/"""
 

@@ -1,11 +1,16 @@
-"""`python -m src` tells which verbs there are."""
+"""`python -m src` tells which verbs there are, `--version` which Boardwalk this is."""
 
 import ast
 import sys
 from pathlib import Path
 
+from src import __version__
+
 VERBS = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "lineage", "summary")
 
+if "--version" in sys.argv:
+    print(f"boardwalk {__version__}")
+    sys.exit(0)
 for verb in VERBS:
     folder = Path(__file__).parent
     file = folder / f"{verb}.py" if (folder / f"{verb}.py").is_file() else folder / verb / "__main__.py"
