@@ -15,7 +15,7 @@ from src.core.errors import WrongKind
 from src.models import generation
 from src.models.loading import load_model, load_tokenizer
 from src.training import teacher
-from src.training.head import Targets, loss_sum
+from src.training.head import Targets, TeacherTargets, loss_sum
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 FAST = ["tuner=full", "tuner.learning_rate=1e-3", "train.log_steps=1", "train.eval_steps=1000"]
@@ -35,7 +35,7 @@ def written_down(logits, targets: Targets) -> torch.Tensor:
 def test_loss_and_gradient_are_those_written_down(alpha):
     torch.manual_seed(0)
     probs, top_k_ids = (torch.randn(7, 50) * 2).softmax(-1).topk(5, dim=-1)
-    targets = Targets(torch.randint(0, 50, (7,)), top_k_ids, probs, alpha=alpha)
+    targets = Targets(torch.randint(0, 50, (7,)), TeacherTargets(top_k_ids, probs, alpha))
     logits = torch.randn(7, 50, requires_grad=True)
     (plain,) = torch.autograd.grad(expected := written_down(logits, targets), logits)
     (ours,) = torch.autograd.grad(found := loss_sum(logits, targets), logits)
@@ -50,9 +50,9 @@ def test_with_every_token_kept_it_is_the_kl_divergence():
     theirs, logits = torch.randn(4, 20), torch.randn(4, 20)
     probs, top_k_ids = theirs.softmax(-1).topk(20, dim=-1)
     kl = torch.nn.functional.kl_div(logits.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum")
-    found = loss_sum(logits, Targets(torch.zeros(4, dtype=torch.long), top_k_ids, probs, alpha=1.0))
+    found = loss_sum(logits, Targets(torch.zeros(4, dtype=torch.long), TeacherTargets(top_k_ids, probs, 1.0)))
     assert found.item() == pytest.approx(kl.item(), rel=1e-4)
-    fewer = loss_sum(logits, Targets(torch.zeros(4, dtype=torch.long), top_k_ids[:, :3], probs[:, :3], alpha=1.0))
+    fewer = loss_sum(logits, Targets(torch.zeros(4, dtype=torch.long), TeacherTargets(top_k_ids[:, :3], probs[:, :3], 1.0)))
     assert 0 < fewer.item() <= kl.item()
 
 

@@ -250,7 +250,8 @@ def _starts(offsets: list[tuple[int, int]], cuts: list[int]) -> list[int] | None
 
 
 def _ids_by_piece(tokenizer, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
-    ids, starts = [], []
+    ids: list[int] = []
+    starts: list[int] = []
     for begin, stop in zip([0, *cuts], [*cuts, len(text)]):
         if begin:
             starts.append(len(ids))

@@ -115,7 +115,7 @@ def _message(message: dict, number: int) -> dict:
         reasoning = _text(message, "reasoning_content", here) + reasoning
     if role != "assistant" and (calls or reasoning):
         raise Malformed("only the assistant calls tools or reasons", f"{here} is from {role!r}")
-    normal = {"role": role, "content": text}
+    normal: dict = {"role": role, "content": text}
     if reasoning:
         normal["reasoning_content"] = reasoning
     if calls:
@@ -127,7 +127,7 @@ def _message(message: dict, number: int) -> dict:
 
 def _parts(parts: list, here: str) -> tuple[str, str, list]:
     """Text, reasoning and tool calls of a content in parts; those of one kind are joined as they are."""
-    found = {"reasoning": [], "text": [], "tool_call": []}
+    found: dict[str, list] = {"reasoning": [], "text": [], "tool_call": []}
     order = []
     for part in parts:
         type_ = part.get("type") if isinstance(part, dict) else None

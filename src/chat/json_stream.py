@@ -89,8 +89,11 @@ def quote(text: str, limit: int = 60) -> str:
 class Decoder(json.JSONDecoder):
     """Remembers in `constant` the NaN or Infinity that the last value held: Python reads them, but JSON does not have them."""
 
+    constant: str | None
+
     def __init__(self):
         super().__init__(parse_constant=self._constant)
+        self.constant = None
 
     def _constant(self, name: str) -> None:
         self.constant = name
@@ -211,7 +214,8 @@ class _Window:
     def peek(self) -> str:
         """Move to the next character that is not space; "" at the end of the file."""
         while True:
-            self.at = _SPACES.match(self.text, self.at).end()
+            if space := _SPACES.match(self.text, self.at):
+                self.at = space.end()
             if self.at < len(self.text):
                 return self.text[self.at]
             if not self._more():

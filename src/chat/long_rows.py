@@ -114,7 +114,8 @@ def _split_turns(encoded: list[Encoded], messages: Sequence[dict], max_length: i
     Greedy: each part takes exchanges while they fit. None spans an exchange that is left out, as its context would then be false.
     """
     system, parts = exchanges(messages)
-    rows, left_out, unseen, k = [], 0, 0, 0
+    rows: list[Encoded] = []
+    left_out = unseen = k = 0
     while k < len(parts):
         found, following = _longest(system, parts, k, max_length, encode)
         if found:
@@ -134,7 +135,8 @@ def exchanges(messages: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
     start = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     system, rest = list(messages[:start]), messages[start:]
     last = max((i for i, message in enumerate(rest) if message["role"] == "assistant"), default=-1)
-    parts, roles = [[]], set()
+    parts: list[list[dict]] = [[]]
+    roles: set[str] = set()
     for i, message in enumerate(rest):
         if message["role"] in ("user", "system") and {"user", "assistant"} <= roles and i < last:
             parts.append([])
@@ -146,7 +148,8 @@ def exchanges(messages: Sequence[dict]) -> tuple[list[dict], list[list[dict]]]:
 
 def _longest(system: list, parts: list, k: int, max_length: int, encode) -> tuple[list[Encoded], int]:
     """(rows of the longest part that begins with exchange k, the exchange after it); ([], k + 1) where that one alone is too long."""
-    found, messages = [], list(system)
+    found: list[Encoded] = []
+    messages = list(system)
     for following in range(k, len(parts)):
         messages += parts[following]
         rows = encode(messages)

@@ -16,10 +16,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from src import ROOT
+from src import ROOT, __version__
 from src.core.errors import BadData, Busy, MissingInput, Tampered, WrongKind
-from src.core.files import _spelled, canonical, hash_files, read_json, write_json
+from src.core.files import Files, canonical, hash_files, read_json, spelled, write_json
 from src.core.log import say
 
 MANIFEST = "manifest.json"
@@ -51,31 +52,31 @@ class Artifact:
     path: Path
     kind: str
     key: str
-    manifest: dict | None
-    files: dict
+    manifest: dict[str, Any] | None
+    files: Files
 
     @property
     def stage(self) -> str:
         return self.manifest["stage"] if self.manifest else "outside"
 
     @property
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         return self.manifest["settings"] if self.manifest else {}
 
     @property
-    def metrics(self) -> dict:
+    def metrics(self) -> dict[str, Any]:
         return self.manifest["metrics"] if self.manifest else {}
 
-    def parent(self, role: str) -> dict | None:
+    def parent(self, role: str) -> dict[str, Any] | None:
         """The manifest's record of the parent in this role, or None."""
         return next((p for p in (self.manifest or {}).get("parents", []) if p["role"] == role), None)
 
-    def path_of(self, parent: dict) -> Path:
+    def path_of(self, parent: dict[str, Any]) -> Path:
         """Where a parent's record says it was; relative records are seen from this artifact's own place."""
         return Path(os.path.normpath(self.path.parent / parent["path"]))
 
 
-def key_of(stage: str, version: int, settings: dict, parents: dict[str, str]) -> str:
+def key_of(stage: str, version: int, settings: dict[str, Any], parents: dict[str, str]) -> str:
     """sha256 hex over stage, its version, its settings and {role: parent key}."""
     return hashlib.sha256(canonical({"stage": stage, "version": version, "settings": settings, "parents": parents})).hexdigest()
 
@@ -88,7 +89,7 @@ def outside(path: Path, kind: str, cache: Path | None = None) -> Artifact:
     return Artifact(path, kind, content_key(files), None, files)
 
 
-def content_key(files: dict) -> str:
+def content_key(files: Files) -> str:
     """The key of an outside input: sha256 hex over its files' names and hashes."""
     return hashlib.sha256(canonical({name: entry["sha256"] for name, entry in files.items()})).hexdigest()
 
@@ -141,7 +142,7 @@ def open_any(path: Path, cache: Path | None = None) -> Artifact:
     return open_artifact(path) if is_finished(path) else outside(path, kind_of_folder(path), cache)
 
 
-def seal_of(manifest: dict) -> str:
+def seal_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(canonical({k: v for k, v in manifest.items() if k != "seal"})).hexdigest()
 
 
@@ -156,13 +157,13 @@ def verify(artifact: Artifact) -> list[str]:
     faults += [f"{name}: not in the manifest" for name in actual.keys() - artifact.files.keys()]
     faults += [f"{name}: bytes differ" for name in artifact.files.keys() & actual.keys() if artifact.files[name] != actual[name]]
     if artifact.manifest:
-        if (artifact.path / MANIFEST).read_bytes() != _spelled(artifact.manifest).encode():
+        if (artifact.path / MANIFEST).read_bytes() != spelled(artifact.manifest).encode():
             faults.append(f"{MANIFEST}: bytes differ")
         faults += [f"{MANIFEST}: {fault}" for fault in _contradictions(artifact.manifest)]
     return sorted(faults)
 
 
-def _contradictions(manifest: dict) -> Iterator[str]:
+def _contradictions(manifest: dict[str, Any]) -> Iterator[str]:
     """Where a manifest, sealed anew after a change, still contradicts itself: keys that do not follow from what they stand for."""
     for key, m in {**manifest["ancestors"], manifest["key"]: manifest}.items():
         if key_of(m["stage"], m["version"], m["settings"], {p["role"]: p["key"] for p in m["parents"]}) != key:
@@ -175,10 +176,18 @@ def _contradictions(manifest: dict) -> Iterator[str]:
 
 
 def seal(
-    out: Path, *, stage: str, kind: str, version: int, settings: dict, inputs: dict[str, Artifact], metrics: dict, seconds: float
+    out: Path,
+    *,
+    stage: str,
+    kind: str,
+    version: int,
+    settings: dict[str, Any],
+    inputs: dict[str, Artifact],
+    metrics: dict[str, Any],
+    seconds: float,
 ) -> None:
     """Write manifest.json, the last file of an artifact, into the folder `out`."""
-    ancestors = {}
+    ancestors: dict[str, dict[str, Any]] = {}
     for parent in inputs.values():
         if parent.manifest:
             ancestors |= parent.manifest["ancestors"]
@@ -193,6 +202,7 @@ def seal(
         "parents": parent_records(inputs, out.parent),
         "metrics": metrics,
         "seconds": round(seconds, 2),
+        "boardwalk": __version__,
         "git": git_revision(),
         "packages": package_versions(),
         "files": hash_files(out),
@@ -202,7 +212,7 @@ def seal(
     write_json(out / MANIFEST, manifest)
 
 
-def parent_records(inputs: dict[str, Artifact], folder: Path) -> list[dict]:
+def parent_records(inputs: dict[str, Artifact], folder: Path) -> list[dict[str, Any]]:
     """What a manifest keeps of each input: role, key, kind, stage, path as seen from `folder`, and the hashes of an outside one."""
     return [
         {"role": role, "key": a.key, "kind": a.kind, "stage": a.stage, "path": _relative(a.path, folder)}
@@ -233,7 +243,7 @@ def git_revision() -> str | None:
 
 
 @contextlib.contextmanager
-def building(path: Path, key: str, *, resumes: Callable[[Path], bool] | None = None, draft: dict | None = None) -> Iterator[Path]:
+def building(path: Path, key: str, *, resumes: Callable[[Path], bool] | None = None, draft: dict[str, Any] | None = None) -> Iterator[Path]:
     """A folder `<name>.partial` to build in, held by one process; when the block ends well it is renamed to `path`.
 
     A partial folder left by a crash is continued if the stage resumes and its key is the same; else it is cleared, and that is said.

@@ -1,14 +1,23 @@
 """From a command line to one validated settings object, with every fault reported at once."""
 
+from __future__ import annotations
+
 import difflib
 import re
 import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from src import ROOT
 from src.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+M = TypeVar("M", bound=BaseModel)
 CONFIGS = ROOT / "configs"
 
 # What other trainers call our settings; only used to suggest the right name.
@@ -35,7 +44,7 @@ ELSEWHERE_CALLED = {
 }
 
 
-def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseModel:
+def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
     """The settings of `verb`: configs/<verb>.yaml with the overrides on top, validated.
 
     Unknown keys are named as typed with the nearest valid one; the others are still validated, so that one run shows every fault.
@@ -43,7 +52,8 @@ def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseMod
     """
     parsed, faults = _parse(overrides)
     groups = _groups(verb)
-    chosen, keyed = [], []
+    chosen: list[Override] = []
+    keyed: list[Override] = []
     for override in parsed:
         key = override.key_or_group
         if override.is_add() or override.is_force_add() or override.is_delete() or override.package:
@@ -51,16 +61,16 @@ def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseMod
         else:
             (chosen if key in groups else keyed).append(override)
     for override in list(chosen):
-        names = override.value() if isinstance(override.value(), list) else [override.value()]
-        options = groups[override.key_or_group]
+        value, options = override.value(), groups[override.key_or_group]
+        names = [str(name) for name in (value if isinstance(value, list) else [value])]
         for name in names:
-            if str(name) not in options:
+            if name not in options:
                 faults.append(
-                    f"{override.input_line}: no such {override.key_or_group}{_nearest(str(name), options)}; there is {', '.join(sorted(options))}"
+                    f"{override.input_line}: no such {override.key_or_group}{_nearest(name, options)}; there is {', '.join(sorted(options))}"
                 )
-        if any(str(name) not in options for name in names):
+        if any(name not in options for name in names):
             chosen.remove(override)
-    composed = _hydra(verb, [o.input_line for o in chosen])
+    composed = _hydra(verb, [str(o.input_line) for o in chosen])
     tree = _plain(composed)
     known = _leaves(tree)
     valid = []
@@ -70,11 +80,11 @@ def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseMod
             valid.append(override)
         else:
             faults.append(f"{override.input_line}: unknown setting '{key}'{_elsewhere(verb, key, groups) or _nearest(key, known)}")
-    cfg = None
+    found: list[M] = []
     try:
         tree = _plain(composed, valid)
         faults += [f"{key}: must be given, as {key}=VALUE" for key, value in _leaves(tree).items() if value == "???"]
-        cfg = schema.model_validate(tree)
+        found.append(schema.model_validate(tree))
     except ValidationError as error:
         faults += [_fault(e, tree) for e in error.errors() if e["input"] != "???"]
     except _hydra_error() as error:
@@ -82,17 +92,17 @@ def compose(verb: str, overrides: list[str], schema: type[BaseModel]) -> BaseMod
     if faults:
         what = faults[0] if len(faults) == 1 else f"{len(faults)} faults\n" + "\n".join(f"  - {fault}" for fault in faults)
         raise ConfigError(what, fix=f"python -m src.{verb} --help lists every setting")
-    return cfg
+    return found[0]
 
 
-def _hydra_error():
+def _hydra_error() -> tuple[type[Exception], type[Exception]]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     return (HydraException, OmegaConfBaseException)
 
 
-def _hydra(verb: str, options: list[str]):
+def _hydra(verb: str, options: list[str]) -> DictConfig:
     """configs/<verb>.yaml with these options of its groups, as OmegaConf holds it."""
     import hydra
 
@@ -100,7 +110,7 @@ def _hydra(verb: str, options: list[str]):
         return hydra.compose(verb, options)
 
 
-def _plain(tree, changes=()) -> dict:
+def _plain(tree: DictConfig, changes: Iterable[Override] = ()) -> dict[str, Any]:
     """The tree as plain containers, with single settings changed; required values that were not given stay as the string '???'.
 
     Hydra itself would take a setting that is called as a folder of configs/ for a choice of that group.
@@ -110,13 +120,22 @@ def _plain(tree, changes=()) -> dict:
     for change in changes:
         value, old = change.value(), OmegaConf.select(tree, change.key_or_group, throw_on_missing=False)
         if isinstance(value, int | float) and not isinstance(value, bool) and (old is None or isinstance(old, str)):
-            value = change.input_line.partition("=")[2].strip()  # text that looks like a number: run=2024_01_05 is not 20240105
+            value = str(change.input_line).partition("=")[2].strip()  # text that looks like a number: run=2024_01_05 is not 20240105
         # An empty group, such as teacher.extra, has no keys to merge into and takes any.
         OmegaConf.update(tree, change.key_or_group, value, merge=old != {})
-    return OmegaConf.to_container(tree, resolve=True)
+    return _container(tree)
 
 
-def _parse(overrides: list[str]):
+def _container(tree: object) -> dict[str, Any]:
+    """An OmegaConf tree whose keys are names as plain containers, references resolved."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(tree, resolve=True)
+    assert isinstance(plain, dict), "every file in configs/ is a mapping"
+    return {str(key): value for key, value in plain.items()}
+
+
+def _parse(overrides: list[str]) -> tuple[list[Override], list[str]]:
     """Hydra's parsed overrides, and a fault for each that is not of the form key=value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -141,20 +160,20 @@ def _groups(verb: str) -> dict[str, set[str]]:
     """{group: its options} for the config groups this verb composes from."""
     from omegaconf import OmegaConf
 
-    defaults = OmegaConf.load(CONFIGS / f"{verb}.yaml").get("defaults", [])
+    defaults = _container(OmegaConf.load(CONFIGS / f"{verb}.yaml")).get("defaults", [])
     names = [next(iter(d)) for d in defaults if not isinstance(d, str)]
     return {name: {p.stem for p in (CONFIGS / name).glob("*.yaml")} for name in names}
 
 
-def _leaves(tree: dict, prefix: str = "") -> dict:
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{dotted key: value} of every single setting."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return leaves
 
 
-def _inside(tree: dict, key: str) -> bool:
+def _inside(tree: dict[str, Any], key: str) -> bool:
     for part in key.split("."):
         if not isinstance(tree, dict) or part not in tree:
             return False
@@ -171,13 +190,13 @@ def _elsewhere(verb: str, key: str, groups: dict[str, set[str]]) -> str:
     return f"; it belongs to {group}={' or '.join(owners)}" if owners else ""
 
 
-def _option(group: str, option: str) -> dict:
+def _option(group: str, option: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{option}.yaml"))
+    return _container(OmegaConf.load(CONFIGS / group / f"{option}.yaml"))
 
 
-def _nearest(word: str, options) -> str:
+def _nearest(word: str, options: Iterable[str]) -> str:
     """`; did you mean 'x'?` by spelling, the last part of a dotted key counting as much as the whole."""
     options = sorted(options)
     tails = {o.rsplit(".", 1)[-1]: o for o in reversed(options)}
@@ -191,7 +210,7 @@ def _nearest(word: str, options) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def _fault(error: dict, tree: dict) -> str:
+def _fault(error: Mapping[str, Any], tree: dict[str, Any]) -> str:
     """One pydantic error in the words of a command line."""
     key = _typed(error["loc"], tree)
     if key == "run" and error["type"] == "string_pattern_mismatch":
@@ -207,7 +226,7 @@ def _fault(error: dict, tree: dict) -> str:
     return f"{key}{shown}: {message}"
 
 
-def _typed(place: tuple, tree) -> str:
+def _typed(place: tuple[int | str, ...], tree: Any) -> str:
     """A pydantic location as the dotted key a user types: without the `kind` that a union of settings classes puts into it."""
     parts = []
     for part in place:
@@ -227,35 +246,37 @@ def help_text(verb: str, doc: str, schema: type[BaseModel]) -> str:
         lines.append(f"  {group}={'|'.join(sorted(options))}")
     if groups:
         lines.append("")
-    rows = list(_rows(tree, schema))
-    width = min(max(len(left) for left, _ in rows), 44)
-    lines += [f"  {left:<{width}}  {meaning}".rstrip() for left, meaning in rows]
+    settings = list(_with_meaning(tree, schema))
+    width = min(max(len(left) for left, _ in settings), 44)
+    lines += [f"  {left:<{width}}  {meaning}".rstrip() for left, meaning in settings]
     return "\n".join(lines)
 
 
-def _rows(tree: dict, schema: type[BaseModel], prefix: str = ""):
+def _with_meaning(tree: dict[str, Any], schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(setting=default, its meaning) of every single setting."""
     for name, field in schema.model_fields.items():
         value, inner = tree.get(name), _model_of(field.annotation, tree.get(name))
-        if named := _named_models(field.annotation, value):
+        if isinstance(value, dict) and (named := _named_models(field.annotation, value)):
             for key, model in named.items():
-                yield from _rows(value[key], model, f"{prefix}{name}.{key}.")
+                yield from _with_meaning(value[key], model, f"{prefix}{name}.{key}.")
         elif inner and isinstance(value, dict):
-            yield from _rows(value, inner, f"{prefix}{name}.")
+            yield from _with_meaning(value, inner, f"{prefix}{name}.")
         else:
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
             yield f"{prefix}{name}={shown}", field.description or ""
 
 
-def _named_models(annotation, value) -> dict[str, type[BaseModel]]:
+def _named_models(annotation: Any, value: Any) -> dict[str, type[BaseModel]]:
     """{key: its settings class} of a field that holds settings by name, such as a recipe's steps; empty for any other."""
-    if typing.get_origin(annotation) is not dict or not isinstance(value, dict):
+    origin: Any = typing.get_origin(annotation)
+    if origin is not dict or not isinstance(value, dict):
         return {}
     of_one = typing.get_args(annotation)[1]
     union = typing.get_args(of_one)[0] if typing.get_origin(of_one) is typing.Annotated else of_one
     return {key: model for key, one in value.items() if (model := _model_of(union, one))}
 
 
-def _model_of(annotation, value) -> type[BaseModel] | None:
+def _model_of(annotation: Any, value: Any) -> type[BaseModel] | None:
     """The settings class behind a field: itself, or the member of a union whose `kind` the value names."""
     for option in (annotation, *typing.get_args(annotation)):
         if isinstance(option, type) and issubclass(option, BaseModel):

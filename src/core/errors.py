@@ -4,6 +4,7 @@ Anything else that escapes a stage is a bug: it keeps its traceback and Python's
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -30,11 +31,11 @@ class UserError(Exception):
         lines += [f"  {'fix:  ' if i == 0 else 'or:   '} {way}" for i, way in enumerate(self.fix)]
         return "\n".join(lines)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.what, self.where, self.fix))
 
 
-def _rebuild(cls, what, where, fix):
+def _rebuild(cls: type[UserError], what: str, where: str, fix: list[str]) -> UserError:
     return cls(what, where=where, fix=fix)
 
 

@@ -4,16 +4,19 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from src.core.errors import BadData, MissingInput
 
+Files = dict[str, dict[str, Any]]
+"""{relative path: {"sha256": hex, "size": bytes}}"""
 AGAIN = "mend the file, or copy or download it again"
 
 
 _one_spelling = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
-def canonical(value) -> bytes:
+def canonical(value: object) -> bytes:
     """JSON with one spelling: sorted keys, no spaces, UTF-8."""
     return _one_spelling(value).encode()
 
@@ -23,7 +26,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_files(root: Path, cache: Path | None = None) -> dict:
+def hash_files(root: Path, cache: Path | None = None) -> Files:
     """{relative path: {"sha256", "size"}} of every regular file under root (or of root itself, a file), sorted.
 
     cache: a JSON file of earlier hashes, reused while path, size, modification time and inode all stay the same.
@@ -51,7 +54,7 @@ def _walk(root: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _load_cache(cache: Path | None) -> dict:
+def _load_cache(cache: Path | None) -> dict[str, Any]:
     if cache is None or not cache.is_file():
         return {}
     try:
@@ -60,22 +63,23 @@ def _load_cache(cache: Path | None) -> dict:
         return {}  # a damaged cache costs time, nothing else
 
 
-def _spelled(value) -> str:
+def spelled(value: object) -> str:
+    """JSON as this project writes it to files: one space deep, a newline at the end."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(partial, "w", encoding="utf-8") as file:
-        file.write(_spelled(value))
+        file.write(spelled(value))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; damaged content is the user's error, named with its place."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

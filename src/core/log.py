@@ -3,7 +3,10 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _unfinished = False
 """whether the terminal's cursor stands at the end of a status line"""
@@ -60,7 +63,7 @@ def warn(line: str) -> None:
     say(f"\033[33mwarning:\033[0m {line}" if on_terminal() else f"warning: {line}")
 
 
-def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Yield the items with a bar and time left on a terminal, or a plain line every ten seconds elsewhere."""
     if rank() != 0:
         yield from items
@@ -70,7 +73,7 @@ def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
 
         yield from tqdm(items, desc=what, total=total, leave=False)
         return
-    total = total if total is not None else len(items) if hasattr(items, "__len__") else None
+    total = total if total is not None else len(items) if isinstance(items, Sized) else None
     start = said = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()

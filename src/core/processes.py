@@ -7,9 +7,12 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from src.core.errors import UserError
+
+T = TypeVar("T")
 
 
 def prepare_gptq_workers() -> None:
@@ -17,7 +20,7 @@ def prepare_gptq_workers() -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(os.cpu_count() or 1, 8)))
 
 
-def fresh(function: Callable, *args):
+def fresh(function: Callable[..., T], *args: Any) -> T:
     """The result of a module-level function run in a new process, offline, which shares nothing with this one but the disk."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -38,7 +41,7 @@ def import_quietly(*modules: str) -> None:
 
 
 @contextlib.contextmanager
-def silenced():
+def silenced() -> Iterator[None]:
     """Nothing written to stdout or stderr, by Python or native code, shows; when the block raises, what was held back is printed first."""
     sys.stdout.flush()
     sys.stderr.flush()

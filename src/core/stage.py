@@ -8,9 +8,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from src.core import artifact, compose
 from src.core.artifact import Artifact
@@ -102,8 +103,13 @@ def data_sources(run: Run, given: str | None) -> Artifact:
     return run.source(given, "data", "distill", kinds={"dataset"})
 
 
+V = TypeVar("V", bound=Verb)
+Inputs = dict[str, Artifact]
+"""{role: what a stage works from}"""
+
+
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[V]):
     """One verb.
 
     find(cfg, run) -> {role: Artifact}: opens the inputs and checks their kinds; cheap.
@@ -121,26 +127,26 @@ class Stage:
 
     verb: str
     version: int
-    schema: type[Verb]
-    kind: str | Callable
-    find: Callable
-    run: Callable
+    schema: type[V]
+    kind: str | Callable[[V, Inputs], str]
+    find: Callable[[V, Run], Inputs]
+    run: Callable[[V, Inputs, Path], dict[str, Any]]
     doc: str
-    name: Callable | None = None
-    check: Callable | None = None
-    each: Callable | None = None
-    around: Callable | None = None
+    name: Callable[[V, Inputs], str] | None = None
+    check: Callable[[V, Inputs], list[str]] | None = None
+    each: Callable[[V, Run], Iterable[V]] | None = None
+    around: Callable[[V, list[str]], int | None] | None = None
     resumes: Callable[[Path], bool] | None = None
     guards: Callable[[Path], bool] | None = None
-    early: Callable | None = None
+    early: Callable[[V, Run], object] | None = None
 
 
-def main(stage: Stage) -> None:
+def main(stage: Stage[V]) -> None:
     """Run a verb from the command line and exit: 0 done or up to date, a UserError's own code, 130 interrupted; bugs keep their traceback."""
     sys.exit(guarded(lambda: _main(stage, sys.argv[1:])))
 
 
-def main_plain(verb: str, doc: str, schema: type, work: Callable) -> None:
+def main_plain(verb: str, doc: str, schema: type[V], work: Callable[[V], int]) -> None:
     """Run a verb that makes no artifact: `work(cfg)` returns the exit code."""
 
     def run() -> int:
@@ -185,7 +191,7 @@ def _no_room(error: Exception) -> NoRoom | None:
     """Disk-full, permission and file-in-the-way faults, also where a library wraps them in words of its own."""
     if isinstance(error, OSError) and error.errno in ROOM:
         return NoRoom(
-            error.strerror,
+            error.strerror or str(error),
             where=str(error.filename or ""),
             fix=["free space or fix the permissions, then run the same command again", "outputs=FOLDER_ELSEWHERE"],
         )
@@ -194,7 +200,7 @@ def _no_room(error: Exception) -> NoRoom | None:
     return None
 
 
-def _main(stage: Stage, argv: list[str]) -> int:
+def _main(stage: Stage[V], argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(compose.help_text(stage.verb, stage.doc, stage.schema))
         return 0
@@ -208,7 +214,7 @@ def _main(stage: Stage, argv: list[str]) -> int:
     return max(_one(stage, c, run, argv) for c in configs)
 
 
-def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
+def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     inputs = stage.find(cfg, run)
     name = stage.name(cfg, inputs) if stage.name else stage.verb
     path = run.folder / name
@@ -264,7 +270,7 @@ def _one(stage: Stage, cfg: Verb, run: Run, argv: list[str]) -> int:
     return 0
 
 
-def _other_run(stage: Stage, inputs: dict[str, Artifact]) -> str:
+def _other_run(stage: Stage[V], inputs: Inputs) -> str:
     """The overrides that do the same work under another name."""
     first = next(iter(inputs.values()), None)
     if first is None:
@@ -273,7 +279,7 @@ def _other_run(stage: Stage, inputs: dict[str, Artifact]) -> str:
     return "run=OTHER_NAME" + (f" {setting}={first.path}" if setting in stage.schema.model_fields and first.manifest else "")
 
 
-def moved(old: Artifact, stage: Stage, settings: dict, inputs: dict[str, Artifact]) -> list[str]:
+def moved(old: Artifact, stage: Stage[V], settings: dict[str, Any], inputs: Inputs) -> list[str]:
     """One line for each setting, parent or stage version that differs: `tuner.rank 8 -> 16`."""
     before, after = flatten(old.settings), flatten(settings)
     lines = [
@@ -281,23 +287,26 @@ def moved(old: Artifact, stage: Stage, settings: dict, inputs: dict[str, Artifac
         for k in sorted(before.keys() | after.keys())
         if before.get(k) != after.get(k)
     ]
-    parents = {p["role"]: p for p in old.manifest["parents"]}
+    manifest = old.manifest
+    assert manifest is not None, "what was begun or finished here has one"
+    parents = {p["role"]: p for p in manifest["parents"]}
     for role in sorted(parents.keys() | inputs.keys()):
         was, now = parents.get(role), inputs.get(role)
         if not was or not now or was["key"] != now.key:
-            lines.append(f"parent {role}: {_name(was and was['path'], was and was['key'])} -> {_name(now and now.path, now and now.key)}")
-    if old.manifest["version"] != stage.version:
-        lines.append(f"stage version {old.manifest['version']} -> {stage.version}")
+            before_words = _name(was["path"], was["key"]) if was else "(none)"
+            lines.append(f"parent {role}: {before_words} -> {_name(now.path, now.key) if now else '(none)'}")
+    if manifest["version"] != stage.version:
+        lines.append(f"stage version {manifest['version']} -> {stage.version}")
     return lines
 
 
-def _name(path, key) -> str:
-    return f"{path} ({key[:12]})" if key else "(none)"
+def _name(path: object, key: str) -> str:
+    return f"{path} ({key[:12]})"
 
 
-def flatten(tree: dict, prefix: str = "") -> dict:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; lists are leaves, spelled as JSON."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")

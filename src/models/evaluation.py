@@ -39,8 +39,8 @@ def measure(model, rows: list, batch_size: int, pad: int, eos_id: int, what: str
     from torch.nn.functional import cross_entropy
 
     device = next(model.parameters()).device
-    loss = hits = tokens = turns = ended = 0
-    top = [None] * len(rows)
+    loss, hits, tokens, turns, ended = 0.0, 0, 0, 0, 0
+    top: dict[int, torch.Tensor] = {}
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for batch in progress(batches, f"measuring {what}"):
@@ -54,12 +54,12 @@ def measure(model, rows: list, batch_size: int, pad: int, eos_id: int, what: str
             kept = labels[k] != encoding.IGNORE
             chosen, wanted = logits[k][kept].float(), labels[k][kept]
             loss += cross_entropy(chosen, wanted, reduction="sum").double().item()
-            top[i] = chosen.argmax(-1).cpu()
-            hits += (top[i] == wanted.cpu()).sum().item()
+            top[i], wanted = chosen.argmax(-1).cpu(), wanted.cpu()
+            hits += int(torch.count_nonzero(top[i] == wanted))
             tokens += len(wanted)
-            ends = wanted.cpu() == eos_id
-            turns += ends.sum().item()
-            ended += (top[i][ends] == eos_id).sum().item()
+            ends = torch.eq(wanted, eos_id)
+            turns += int(torch.count_nonzero(ends))
+            ended += int(torch.count_nonzero(top[i][ends] == eos_id))
     mean = loss / tokens
     return {
         "loss": mean,
@@ -67,14 +67,15 @@ def measure(model, rows: list, batch_size: int, pad: int, eos_id: int, what: str
         "accuracy": hits / tokens,
         "tokens": tokens,
         "turns_ended": ended / max(turns, 1),
-    }, top
+    }, [top[i] for i in range(len(rows))]
 
 
 def answer(model, tokenizer, prompts: list, evaluation: Evaluation, eos_id: int) -> list[dict]:
     """A row for each (messages, tools): prompt, greedy answer, and whether its turn was ended."""
     found = []
     for begin in range(0, len(prompts), evaluation.batch_size):
-        batch, tools = zip(*prompts[begin : begin + evaluation.batch_size])
+        some = prompts[begin : begin + evaluation.batch_size]
+        batch, tools = [messages for messages, _ in some], [offered for _, offered in some]
         texts = generation.greedy(model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, eos_id=eos_id, tools=tools)
         found += [{"prompt": p[-1]["content"], "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
     return found

@@ -35,6 +35,8 @@ def parents(model: Artifact, wanted: str, cache: Path) -> dict[str, Artifact]:
     found = {}
     for role, name in ROLES.items():
         record = model.parent(role)
+        if record is None:
+            raise RuntimeError(f"{model.path}: a merge has a parent '{role}'")
         path = model.path_of(record)
         try:
             found[name] = artifact.open_any(path, cache)

@@ -89,8 +89,7 @@ def dataset_of(made: Artifact) -> Path | None:
     """The dataset behind a fine-tune or its merge, where it still is what it was."""
     for role in ("dataset", "adapter"):
         record = made.parent(role)
-        path = made.path_of(record) if record else None
-        if not path or not is_finished(path):
+        if not record or not is_finished(path := made.path_of(record)):
             continue
         try:
             found = open_artifact(path)
@@ -103,7 +102,8 @@ def dataset_of(made: Artifact) -> Path | None:
 
 def within(rows: Iterable[encoding.Encoded], longest: int = LONGEST) -> list[encoding.Encoded]:
     """The first rows that fit into TOKENS together, those over `longest` tokens left out."""
-    found, tokens = [], 0
+    found: list[encoding.Encoded] = []
+    tokens = 0
     for row in rows:
         if not row.trained or len(row.input_ids) > longest:
             continue
@@ -119,22 +119,25 @@ def held_out(dataset: Path | None, tokenizer, config: dict) -> list[encoding.Enc
     config: of the model, whose positions bound the rows too.
     """
 
-    def encoded(split: str) -> Iterator[encoding.Encoded]:
-        with open(dataset / f"{split}.jsonl", encoding="utf-8") as file:
-            for record in map(json.loads, file):
-                try:
-                    yield encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id)
-                except BadData as error:
-                    raise BadData(error.what, where=f"record '{record['id']}'") from None
-
+    found: list[encoding.Encoded] = []
     if dataset:
         encoding.ensure_chat(tokenizer)
-        eos_id = encoding.turn_end(tokenizer)
-    longest = min(LONGEST, config.get("max_position_embeddings") or config.get("n_positions") or LONGEST)
-    found = (within(encoded("val"), longest) or within(encoded("calib"), longest)) if dataset else []
+        longest = min(LONGEST, config.get("max_position_embeddings") or config.get("n_positions") or LONGEST)
+        splits = (within(_encoded(dataset / f"{split}.jsonl", tokenizer), longest) for split in ("val", "calib"))
+        found = next(splits) or next(splits)
     if not found:
         warn("no dataset is known to compare on, so what is lost on held-out conversations is not measured")
     return found
+
+
+def _encoded(file: Path, tokenizer) -> Iterator[encoding.Encoded]:
+    eos_id = encoding.turn_end(tokenizer)
+    with open(file, encoding="utf-8") as lines:
+        for record in map(json.loads, lines):
+            try:
+                yield encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id)
+            except BadData as error:
+                raise BadData(error.what, where=f"record '{record['id']}'") from None
 
 
 def observe(logits_of: Callable, rows: list[encoding.Encoded], what: str, at: np.ndarray | None = None) -> Seen:

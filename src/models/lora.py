@@ -8,7 +8,7 @@ import torch
 from src.core.errors import ConfigError
 from src.core.log import say
 from src.models.token_rows import keep_rows_under_zero3, row_rates, vocabulary_layers
-from src.settings.verbs import LoraTuner, Optimizer
+from src.settings.verbs import AdapterTuner, Optimizer
 
 
 class ParameterRate(NamedTuple):
@@ -20,7 +20,7 @@ class ParameterRate(NamedTuple):
     """whether weight decay applies to it"""
 
 
-def attach(model, tuner: LoraTuner, rows: list[int], *, deepspeed: bool):
+def attach(model, tuner: AdapterTuner, rows: list[int], *, deepspeed: bool):
     """The model with LoRA adapters on its linear layers and, beside them, layers trained whole and the embedding and output rows `rows`.
 
     deepspeed: keep what is trained in the base's dtype, since ZeRO refuses parameters of several; without it that is fp32.
@@ -41,7 +41,7 @@ def attach(model, tuner: LoraTuner, rows: list[int], *, deepspeed: bool):
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=tuner.rank,
-        lora_alpha=tuner.alpha,
+        lora_alpha=tuner.alpha,  # type: ignore[arg-type]  # peft says int, and computes with any number
         use_rslora=tuner.rslora,
         use_dora=tuner.dora,
         init_lora_weights=tuner.init if tuner.init in ("gaussian", "orthogonal") else True,
@@ -74,7 +74,7 @@ def is_output(model, name: str) -> bool:
     return model.get_submodule(name) is model.get_output_embeddings()
 
 
-def lora_targets(model, tuner: LoraTuner) -> str | list[str]:
+def lora_targets(model, tuner: AdapterTuner) -> str | list[str]:
     """peft's target_modules. Raises ConfigError for a name the model does not have, and for a table whose weight another layer shares."""
     if tuner.target_modules == "all-linear":
         # peft's own meaning of it leaves out GPTQ's layers, which are no torch.nn.Linear.
@@ -166,22 +166,23 @@ def take_from_base(attached, init: str) -> None:
     for name, layer in attached.named_modules():
         if not isinstance(layer, LoraLayer) or not layer.lora_A:
             continue
-        weight, scale = layer.get_base_layer().weight, layer.scaling["default"]
-        matrix = weight.detach().float().to("cuda" if torch.cuda.is_available() else weight.device)
-        matrix = matrix.T if layer.fan_in_fan_out else matrix
+        weight = layer.get_base_layer().get_parameter("weight").detach()
+        scale, turned = layer.scaling["default"], bool(getattr(layer, "fan_in_fan_out", False))
+        matrix = weight.float().to("cuda" if torch.cuda.is_available() else weight.device)
+        matrix = matrix.T if turned else matrix
         rank = layer.r["default"]
         if rank > min(matrix.shape):
             raise ConfigError(
                 f"tuner.rank={rank} is above what init={init} can take out of {name.removeprefix('base_model.model.')}, {tuple(matrix.shape)}",
                 fix=f"tuner.rank={min(matrix.shape)}",
             )
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a, b = layer.lora_A["default"].get_parameter("weight"), layer.lora_B["default"].get_parameter("weight")
         with torch.no_grad():
             for parameter, start in zip((b, a), parts(matrix, rank, init, scale)):
                 parameter.copy_(start)
             taken = (b.float() @ a.float()).to(matrix) * scale
             residual = matrix - taken
-            weight.copy_(residual.T if layer.fan_in_fan_out else residual)
+            weight.copy_(residual.T if turned else residual)
     attached.initial = {
         name.replace(".default", ""): parameter.detach().float().cpu().clone()
         for name, parameter in attached.named_parameters()
@@ -207,7 +208,7 @@ def rates(model, tuner: Optimizer, used: int) -> dict[str, ParameterRate]:
     PiSSA's and OLoRA's matrices) has no decay, which would pull it to zero instead of to the base.
     """
     found = {name: ParameterRate(peak, False) for name, peak in row_rates(model, tuner, used).items()}
-    if not isinstance(tuner, LoraTuner):
+    if not isinstance(tuner, AdapterTuner):
         return found
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or name in found:

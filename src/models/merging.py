@@ -195,11 +195,11 @@ def adapted(weight, change: dict, settings: dict, name: str, base: Path, dtype, 
         return rounding.narrow(merged, dtype, name, rounding=how)
     out = weight if weight.dtype == dtype else torch.empty(weight.shape, dtype=dtype)
     count = -(-weight.numel() // BLOCK)
-    for rows in torch.arange(len(weight)).chunk(count):
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+    for part in torch.arange(len(weight)).chunk(count):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
         merged = (b[rows] @ a).mul_(factor).add_(weight[rows].float())
         merged = merged if lengths is None else _at_length(merged, lengths[rows])
-        rounding.narrow(merged, dtype, name, start=rows.start * weight.shape[1], rounding=how, out=out[rows])
+        rounding.narrow(merged, dtype, name, start=int(part[0]) * weight.shape[1], rounding=how, out=out[rows])
     return out
 
 

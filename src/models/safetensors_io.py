@@ -59,7 +59,7 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
 
     The layout is that of the safetensors README: u64 header length, JSON header, data. Raises BadData where a file is cut off or not one.
     """
-    found = {}
+    found: dict[str, Entry] = {}
     for file in sorted(folder.glob(pattern)) or sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         with open(file, "rb") as stream:
@@ -95,7 +95,7 @@ def load(entry: Entry):
     import torch
 
     raw = torch.empty(entry.size, dtype=torch.uint8)
-    left = memoryview(raw.numpy())
+    left = memoryview(raw.numpy().data)
     with open(entry.file, "rb", buffering=0) as stream:
         stream.seek(entry.start)
         while left:
@@ -134,14 +134,15 @@ def write(
     tensor: gives a torch tensor, or the Entry of one stored elsewhere whose bytes are copied as they are; called from up to WORKERS threads at a time.
     shard_size: bytes per file at most, a larger single tensor excepted. More than one file gets the index transformers looks for.
     """
-    groups, room = [], 0
+    groups: list[list[Entry]] = []
+    room = 0
     for entry in plan:
         if not groups or entry.size > room:
             groups.append([])
             room = shard_size
         groups[-1].append(entry)
         room -= entry.size
-    index = {}
+    index: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = out / ("model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors")
         _write_shard(file, group, tensor, tick)
@@ -156,16 +157,17 @@ def write(
 def _write_shard(file: Path, group: list[Entry], tensor: Callable, tick: Callable) -> None:
     import torch
 
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    begins, offset = {}, 0
     for entry in group:
         header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.size]}
-        offset += entry.size
+        begins[entry.name], offset = offset, offset + entry.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
 
     def put(entry: Entry) -> None:
-        value, at = tensor(entry.name), len(head) + header[entry.name]["data_offsets"][0]
+        value, at = tensor(entry.name), len(head) + begins[entry.name]
         dtype = value.dtype if isinstance(value, Entry) else NAME.get(str(value.dtype).removeprefix("torch."), entry.dtype)
         if tuple(value.shape) != entry.shape or dtype != entry.dtype:
             raise ValueError(f"{entry.name}: planned {entry.dtype} {entry.shape}, got {value.dtype} {tuple(value.shape)}")

@@ -147,5 +147,5 @@ def keep_rows_under_zero3() -> None:
 
     if TrainableTokensLayer.forward_adapters.__module__ != __name__:
         stock_forward = TrainableTokensLayer.forward_adapters
-        TrainableTokensLayer.forward_adapters = forward
-        TrainableTokensLayer._collect_token_weights = first_rows
+        for name, ours in (("forward_adapters", forward), ("_collect_token_weights", first_rows)):
+            setattr(TrainableTokensLayer, name, ours)

@@ -5,9 +5,7 @@ or has one it does not know, is refused before anything is spent.
 """
 
 import re
-from functools import reduce
-from operator import or_
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -19,8 +17,8 @@ Language = Literal["ko", "zh", "ja", "en"]
 Part = Literal["prompt", "answer", "all"]
 
 
-def prompt(*names: str, free: tuple[str, ...] = ()):
-    """The type of a prompt that has to name each of `names` in braces, may name `free`, and nothing else."""
+def naming(*names: str, free: tuple[str, ...] = ()) -> AfterValidator:
+    """Of a prompt that has to name each of `names` in braces, may name `free`, and nothing else."""
 
     def check(text: str) -> str:
         found = set(NAME.findall(text))
@@ -30,7 +28,7 @@ def prompt(*names: str, free: tuple[str, ...] = ()):
             raise ValueError(f"the prompt names {{{unknown[0]}}}; this step knows {', '.join(f'{{{n}}}' for n in (*names, *free))}")
         return text
 
-    return Annotated[str, AfterValidator(check)]
+    return AfterValidator(check)
 
 
 def _pattern(text: str) -> str:
@@ -54,7 +52,10 @@ class Sampling(Settings):
 
 
 class Step(Settings):
-    """One step of a recipe; `kind` says which."""
+    """One step of a recipe."""
+
+    kind: str
+    """which kind of step"""
 
 
 class Asking(Step):
@@ -90,7 +91,7 @@ class BestOf(Step):
 class Rate(Asking):
     kind: Literal["rate"]
     """a judge writes a critique and a score of every answer, one request an aspect and vote, answers in another order each time"""
-    prompt: prompt("conversation", "answers", "aspect", "lowest", "highest", free=("count",))
+    prompt: Annotated[str, naming("conversation", "answers", "aspect", "lowest", "highest", free=("count",))]
     """what the judge reads"""
     aspects: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], str], Field(min_length=1)]
     """what is rated: a name, and the description and scale the judge reads"""
@@ -100,13 +101,13 @@ class Rate(Asking):
     """highest score"""
     votes: PositiveInt
     """independent ratings of each aspect; their mean counts, their agreement is reported"""
-    check: prompt("critiques", "aspect", "lowest", "highest", free=("count",)) | None
+    check: Annotated[str, naming("critiques", "aspect", "lowest", "highest", free=("count",))] | None
     """a second question: which scores do these critiques, read alone, deserve? null: not asked"""
     tolerance: NonNegativeInt
     """points by which the two scores may differ; a vote that differs more does not count"""
 
     @model_validator(mode="after")
-    def _scale(self):
+    def _scale(self) -> Self:
         if self.lowest >= self.highest:
             raise ValueError(f"lowest {self.lowest} is not below highest {self.highest}")
         return self
@@ -124,7 +125,7 @@ class Pair(Step):
 class Compare(Asking):
     kind: Literal["compare"]
     """a judge sees chosen and rejected in both orders; the pair stays where most votes prefer the chosen one in both"""
-    prompt: prompt("conversation", "first", "second")
+    prompt: Annotated[str, naming("conversation", "first", "second")]
     """what the judge reads"""
     votes: PositiveInt
     """judgements in each order"""
@@ -136,7 +137,7 @@ class Compare(Asking):
 class SelfInstruct(Asking):
     kind: Literal["self_instruct"]
     """new tasks in the manner of seeds (Wang et al. 2022, arXiv:2212.10560)"""
-    prompt: prompt("examples", "count")
+    prompt: Annotated[str, naming("examples", "count")]
     """what the teacher reads"""
     rows: PositiveInt
     """tasks to make"""
@@ -167,11 +168,11 @@ class SelfInstruct(Asking):
 class Instances(Asking):
     kind: Literal["instances"]
     """an input and an output for each task: for a classification the label first, else the input first, as Self-Instruct does"""
-    classify: prompt("instruction")
+    classify: Annotated[str, naming("instruction")]
     """is it a classification with few labels?"""
-    input_first: prompt("instruction")
+    input_first: Annotated[str, naming("instruction")]
     """asks for an input (may be empty) and its output"""
-    label_first: prompt("instruction")
+    label_first: Annotated[str, naming("instruction")]
     """asks for the labels, and an input for one of them"""
 
 
@@ -180,15 +181,15 @@ class Evolve(Asking):
     """harder and rarer prompts out of given ones (Evol-Instruct, Xu et al. 2023, arXiv:2304.12244)"""
     rounds: PositiveInt
     """times a prompt is evolved, each time from what the last good evolution gave"""
-    in_depth: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], prompt("prompt")], Field(min_length=1)]
+    in_depth: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Annotated[str, naming("prompt")]], Field(min_length=1)]
     """ways to make a prompt harder: a name, and what the teacher reads; one is drawn each time"""
-    in_breadth: prompt("prompt")
+    in_breadth: Annotated[str, naming("prompt")]
     """asks for a new prompt of the same domain; drawn as often as any one way in depth"""
     answer: Sampling
     """how the teacher answers evolved prompts"""
     judge: str
     """which of the teachers says whether two prompts ask the same"""
-    equal: prompt("first", "second")
+    equal: Annotated[str, naming("first", "second")]
     """asks whether two prompts ask the same"""
     copied: list[str]
     """words of the evolving prompt that must not turn up in an evolved one unless they were in the prompt before"""
@@ -212,7 +213,7 @@ class Magpie(Asking):
 class Translate(Asking):
     kind: Literal["translate"]
     """each conversation in other languages, with code, addresses, numbers and placeholders as they were"""
-    prompt: prompt("language", "texts", "count")
+    prompt: Annotated[str, naming("language", "texts", "count")]
     """what the teacher reads"""
     to: Annotated[list[Language], Field(min_length=1)]
     """languages"""
@@ -237,7 +238,7 @@ class Select(Step):
 class Classify(Asking):
     kind: Literal["classify"]
     """the teacher scores a sample of the texts, a classifier trained on these scores filters all (phi-1, Gunasekar et al. 2023, arXiv:2306.11644)"""
-    prompt: prompt("text", "lowest", "highest")
+    prompt: Annotated[str, naming("text", "lowest", "highest")]
     """what the teacher reads"""
     sample: Annotated[int, Field(ge=10)]
     """texts it scores"""
@@ -259,13 +260,13 @@ class Classify(Asking):
 class Exercise(Asking):
     kind: Literal["exercise"]
     """from a text, exercises: a function's signature and docstring, its body, and tests of it (phi-1)"""
-    prompt: prompt("text", "topic")
+    prompt: Annotated[str, naming("text", "topic")]
     """what the teacher reads"""
     topics: Annotated[list[str], Field(min_length=1)]
     """one is drawn for each exercise, so that one text gives different ones"""
     n: PositiveInt
     """exercises for each text"""
-    ask: prompt("signature")
+    ask: Annotated[str, naming("signature")]
     """the user's turn of the record"""
 
 
@@ -294,7 +295,7 @@ class Chunk(Step):
     """shorter pieces at the end of a text are set aside"""
 
     @model_validator(mode="after")
-    def _order(self):
+    def _order(self) -> Self:
         if self.min_chars > self.max_chars:
             raise ValueError(f"min_chars {self.min_chars} is above max_chars {self.max_chars}")
         return self
@@ -303,7 +304,7 @@ class Chunk(Step):
 class Questions(Asking):
     kind: Literal["questions"]
     """questions that a piece of text answers"""
-    prompt: prompt("text", "count")
+    prompt: Annotated[str, naming("text", "count")]
     """what the teacher reads"""
     n: PositiveInt
     """questions for each piece"""
@@ -312,11 +313,11 @@ class Questions(Asking):
 class Ground(Asking):
     kind: Literal["ground"]
     """answers out of a piece of text, with quotations that have to stand in it word for word"""
-    prompt: prompt("text", "question")
+    prompt: Annotated[str, naming("text", "question")]
     """what the teacher reads"""
     with_text: Share
     """share of records whose user turn holds the text before the question, drawn by seed; the others hold the question alone"""
-    ask: prompt("text", "question")
+    ask: Annotated[str, naming("text", "question")]
     """the user turn of those records"""
 
 
@@ -400,16 +401,29 @@ class Overlap(Step):
 
 
 AnyStep = Annotated[
-    reduce(
-        or_,
-        (
-            *(Respond, BestOf, Rate, Pair, Compare),
-            *(SelfInstruct, Instances, Evolve, Magpie, Translate),
-            *(Select, Classify, Exercise, RunCode),
-            *(Chunk, Questions, Ground),
-            *(Length, InLanguage, Refusal, Repetition, NearDuplicates, Overlap),
-        ),
-    ),
+    Respond
+    | BestOf
+    | Rate
+    | Pair
+    | Compare
+    | SelfInstruct
+    | Instances
+    | Evolve
+    | Magpie
+    | Translate
+    | Select
+    | Classify
+    | Exercise
+    | RunCode
+    | Chunk
+    | Questions
+    | Ground
+    | Length
+    | InLanguage
+    | Refusal
+    | Repetition
+    | NearDuplicates
+    | Overlap,
     Field(discriminator="kind"),
 ]
 
@@ -429,7 +443,7 @@ class Recipe(Settings):
     """the steps by name"""
 
     @model_validator(mode="after")
-    def _order_names_steps(self):
+    def _order_names_steps(self) -> Self:
         for name in self.order:
             if name not in self.steps:
                 raise ValueError(f"order names '{name}', and there is no such step; there is {', '.join(self.steps)}")
@@ -438,7 +452,7 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _steps_follow(self):
+    def _steps_follow(self) -> Self:
         """What a step reads of a record another has to write before it; found out here, before anything is spent."""
         before: dict[str, Step] = {}
         for name, step in self.ordered():
@@ -448,7 +462,11 @@ class Recipe(Settings):
                 raise ValueError(f"'{name}' works on what a step of the kind {needed} finds, and order has none before it")
             if isinstance(step, BestOf | Pair) and getattr(before.get("respond"), "n", 0) < 2:
                 raise ValueError(f"'{name}' chooses among answers; a step of the kind respond before it needs n of 2 or more")
-            if isinstance(step, Select) and (unknown := [aspect for aspect in step.by if aspect not in before["rate"].aspects]):
+            if (
+                isinstance(step, Select)
+                and isinstance(rating := before["rate"], Rate)
+                and (unknown := [a for a in step.by if a not in rating.aspects])
+            ):
                 raise ValueError(f"'{name}' orders records by '{unknown[0]}', which no step before it rates")
             before[step.kind] = step
         if getattr(before.get("respond"), "n", 1) > 1 and not before.keys() & {"best_of", "pair"}:

@@ -1,6 +1,6 @@
 """The settings of every kind of target `deploy` and `plan` know. A board is a file in configs/target, a vendor one class here."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -67,7 +67,7 @@ class Axera(Target):
     """the device, for estimates"""
 
     @model_validator(mode="after")
-    def _lengths(self):
+    def _lengths(self) -> Self:
         if self.prompt_len % self.prefill_chunk:
             below = max(self.prompt_len // self.prefill_chunk, 1) * self.prefill_chunk
             raise ValueError(
@@ -109,7 +109,7 @@ class Mobilint(Target):
     """the device, for estimates"""
 
     @model_validator(mode="after")
-    def _ranges(self):
+    def _ranges(self) -> Self:
         low, high = self.lengths()
         if low > high:
             raise ValueError(f"min_tokens {low} is above max_tokens {high}")
@@ -149,7 +149,7 @@ class Openvino(Target):
     """the device, for estimates"""
 
     @model_validator(mode="after")
-    def _rules(self):
+    def _rules(self) -> Self:
         if self.context_len <= self.prompt_len:
             raise ValueError(f"context_len {self.context_len} leaves no room for an answer after a prompt of prompt_len {self.prompt_len}")
         if self.device == "NPU" and self.weight_type == "int4" and self.group_size not in ("auto", -1, 128):

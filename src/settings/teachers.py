@@ -1,6 +1,6 @@
 """Settings of distillation's teachers and judges: a server, a model on this machine, what they cost and how fast they may be asked."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -64,7 +64,7 @@ class EndpointTeacher(Settings):
     """how fast and how often it is asked"""
 
     @model_validator(mode="after")
-    def _plain_address(self):
+    def _plain_address(self) -> Self:
         check_address(self.url, "url")
         if taken := sorted(self.extra.keys() & {"model", "messages", "prompt", "stream", "n"}):
             raise ValueError(f"extra sets {', '.join(taken)}, which the request itself does")

@@ -4,7 +4,7 @@ A string under a field is its documentation and its line in `--help`. A field ma
 it makes, so it takes no part in an artifact's key.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -42,7 +42,7 @@ class Holdout(Settings):
     """seed of the hash that gives each record its split"""
 
     @model_validator(mode="after")
-    def _leaves_train(self):
+    def _leaves_train(self) -> Self:
         if self.val + self.calib >= 1:
             raise ValueError("val + calib must stay below 1, or nothing is left to train on")
         return self
@@ -89,9 +89,9 @@ class FullTuner(Optimizer):
     """how trained fp32 weights become 16 bits; stochastic keeps small updates, nearest loses most of them"""
 
 
-class LoraTuner(Optimizer):
-    kind: Literal["lora"]
-    """low-rank adapters on a frozen base (Hu et al. 2021, arXiv:2106.09685)"""
+class AdapterTuner(Optimizer):
+    """What is trained beside a frozen base, whatever holds the base."""
+
     rank: PositiveInt
     """rank of the update matrices"""
     alpha: PositiveFloat
@@ -117,7 +117,7 @@ class LoraTuner(Optimizer):
         return self.init in ("pissa", "olora")
 
     @model_validator(mode="after")
-    def _go_together(self):
+    def _go_together(self) -> Self:
         if self.takes_from_base and self.dora:
             raise ValueError(
                 f"init={self.init} takes its part out of the base weights, whose lengths dora=true would train; choose one of them"
@@ -131,14 +131,19 @@ class LoraTuner(Optimizer):
         return self
 
 
-class QloraTuner(LoraTuner):
+class LoraTuner(AdapterTuner):
+    kind: Literal["lora"]
+    """low-rank adapters on a frozen base (Hu et al. 2021, arXiv:2106.09685)"""
+
+
+class QloraTuner(AdapterTuner):
     kind: Literal["qlora"]
     """low-rank adapters on a 4-bit base (Dettmers et al. 2023, arXiv:2305.14314)"""
     double_quant: bool
     """quantize the NF4 scales too; unused when the base is a GPTQ folder"""
 
     @model_validator(mode="after")
-    def _base_stays_as_quantized(self):
+    def _base_stays_as_quantized(self) -> Self:
         if self.init not in ("default", "gaussian"):
             raise ValueError(f"init={self.init} works on the base's own weights, and here they are 4-bit; init=default or tuner=lora")
         return self
@@ -250,7 +255,7 @@ class Launch(Settings):
     """port on machine 0; 0: a free one (one machine only)"""
 
     @model_validator(mode="after")
-    def _rank_in_range(self):
+    def _rank_in_range(self) -> Self:
         if self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank {self.node_rank} needs nnodes above it, not {self.nnodes}")
         if self.nnodes > 1 and self.master_port == 0:
@@ -365,7 +370,7 @@ class Endpoint(Settings):
 
     # Raised for the group, not the field: a field's fault is printed with its value, and that may hold a password.
     @model_validator(mode="after")
-    def _plain_address(self):
+    def _plain_address(self) -> Self:
         if self.url is not None:
             check_address(self.url, "endpoint.url")
         elif self.model is not None:

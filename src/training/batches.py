@@ -80,7 +80,7 @@ class BatchPlan:
             passes += 1
 
     def _dealt(self, examples: list[int], count: int) -> list[list[int]]:
-        bins = [[] for _ in range(count)]
+        bins: list[list[int]] = [[] for _ in range(count)]
         if not self.packed:  # neighbours in length share a micro-batch, so that little is padded
             share = math.ceil(len(examples) / count)
             for i in range(count):
@@ -102,7 +102,7 @@ class BatchPlan:
         """Rows of the run's largest forward pass; in very long runs, of one at least as large as far as the capacity allows."""
         if self.steps <= SEARCHED:
             return max((part for step in range(self.steps) for bins in self.layout(step) for part in bins), key=self.size)
-        taken = []
+        taken: list[int] = []
         for example in np.argsort(-self.lengths, kind="stable").tolist():
             if len(taken) < self.batch and (not taken or self.size([*taken, example]) <= self.capacity):
                 taken.append(example)

@@ -10,7 +10,7 @@ from src.settings.verbs import Deepspeed
 
 def deepspeed_json(settings: Deepspeed, *, gpu: bool) -> dict:
     """DeepSpeed's configuration. Optimizer and scheduler stay out of it: a block for either silently replaces the one asked for."""
-    zero = {
+    zero: dict[str, object] = {
         "stage": settings.stage,
         "overlap_comm": gpu,
         "contiguous_gradients": True,

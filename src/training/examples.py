@@ -60,6 +60,9 @@ class Examples:
         ids = np.asarray(self.input_ids[span])
         return Example(ids, np.where(self.trained[span], ids, encoding.IGNORE))
 
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64."""
@@ -112,7 +115,8 @@ def make(cfg: FinetuneVerb, source: Path, base: Path, split: str, folder: Path) 
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     portions = list(line_portions(source))
-    counts, unseen, lengths, lines = long_rows.Counts(), Counter(), [0], []
+    counts, lengths, lines = long_rows.Counts(), [0], []
+    unseen: Counter[str] = Counter()
     try:
         with (
             open(partial / "input_ids.bin", "wb") as ids,
@@ -187,14 +191,17 @@ def encoded(portions: list, *given) -> Iterator[Iterator[Portion]]:
         pool.shutdown(cancel_futures=True)
 
 
+_ENCODERS: list["Encoder"] = []
+"""a worker process's own"""
+
+
 def start_worker(*given) -> None:
-    global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _encoder = Encoder(*given)
+    _ENCODERS.append(Encoder(*given))
 
 
 def work(portion: tuple[int, int, int]) -> Portion:
-    return _encoder(portion)
+    return _ENCODERS[0](portion)
 
 
 class Encoder:
@@ -208,7 +215,8 @@ class Encoder:
 
     def __call__(self, portion: tuple[int, int, int]) -> Portion:
         start, first, count = portion
-        ids, trained, lengths, lines, counts, unseen = [], [], [], [], long_rows.Counts(), Counter()
+        ids, trained, lengths, lines, counts = [], [], [], [], long_rows.Counts()
+        unseen: Counter[str] = Counter()
         with open(self.source, "rb") as file:
             file.seek(start)
             for number, line in enumerate(itertools.islice(file, count), first):

@@ -11,7 +11,6 @@ true one, and zero where the student agrees on all of them.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
@@ -20,25 +19,32 @@ LOGITS = 128 << 20
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What is learnt at each trained position.
+class TeacherTargets:
+    """A teacher's k likeliest tokens at each trained position: top_k_ids int64, their probabilities probs fp32, both (tokens, k); alpha: its weight, 0 to 1."""
 
-    tokens: int64 (tokens,). likely, shares: a teacher's k likeliest tokens, int64, and their probabilities, fp32, both (tokens, k); None without one.
-    alpha: weight of the teacher, 0 to 1.
-    """
+    top_k_ids: torch.Tensor
+    probs: torch.Tensor
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is learnt at each trained position. tokens: int64 (tokens,). teacher: what it holds likely there; None without one."""
 
     tokens: torch.Tensor
-    top_k_ids: torch.Tensor | None = None
-    probs: torch.Tensor | None = None
-    alpha: float = 0.0
+    teacher: TeacherTargets | None = None
 
-    def split(self, size: int) -> Iterator[Self]:
-        parts = [self.tokens.split(size)] + [t.split(size) for t in (self.top_k_ids, self.probs) if t is not None]
-        return (Targets(*part, alpha=self.alpha) if len(part) == 3 else Targets(*part) for part in zip(*parts))
+    def split(self, size: int) -> Iterator["Targets"]:
+        if (teacher := self.teacher) is None:
+            return map(Targets, self.tokens.split(size))
+        parts = zip(self.tokens.split(size), teacher.top_k_ids.split(size), teacher.probs.split(size))
+        return (Targets(tokens, TeacherTargets(ids, probs, teacher.alpha)) for tokens, ids, probs in parts)
 
-    def to(self, device) -> Self:
-        moved = [t if t is None else t.to(device, non_blocking=True) for t in (self.tokens, self.top_k_ids, self.probs)]
-        return Targets(*moved, alpha=self.alpha)
+    def to(self, device) -> "Targets":
+        move = lambda tensor: tensor.to(device, non_blocking=True)
+        if (teacher := self.teacher) is None:
+            return Targets(move(self.tokens))
+        return Targets(move(self.tokens), TeacherTargets(move(teacher.top_k_ids), move(teacher.probs), teacher.alpha))
 
 
 class HeadLoss:
@@ -122,14 +128,14 @@ def loss_and_gradient(logits: torch.Tensor, targets: Targets) -> tuple[torch.Ten
     wanted = logits.gather(-1, at)
     total = logits.exp_().sum(-1, keepdim=True)
     q, hard = logits.div_(total), (total.log() - wanted).sum()
-    if targets.top_k_ids is None:
+    if (teacher := targets.teacher) is None:
         return hard, q.scatter_add_(-1, at, torch.full_like(total, -1.0))
-    alpha, p = targets.alpha, targets.probs
-    known = q.gather(-1, targets.top_k_ids)
+    alpha, p = teacher.alpha, teacher.probs
+    known = q.gather(-1, teacher.top_k_ids)
     rest_p, rest_q = (1 - x.sum(-1, keepdim=True).clamp(max=1) for x in (p, known))
     rest_q = rest_q.clamp(min=1e-7)
     kl = torch.special.xlogy(p, p / known.clamp(min=1e-30)).sum() + torch.special.xlogy(rest_p, rest_p / rest_q).sum()
-    q.mul_(1 - alpha * rest_p / rest_q).scatter_(-1, targets.top_k_ids, known - alpha * p)
+    q.mul_(1 - alpha * rest_p / rest_q).scatter_(-1, teacher.top_k_ids, known - alpha * p)
     return alpha * kl + (1 - alpha) * hard, q.scatter_add_(-1, at, torch.full_like(total, alpha - 1.0))
 
 
@@ -154,7 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, head: HeadLoss, hidden, targets: Targets, *parameters):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         into_hidden = torch.empty_like(hidden)
-        into, at = None, 0
+        into, at = [torch.zeros_like(p) for p in parameters], 0
         for h, t in head.chunks(hidden, targets):
             with torch.enable_grad():
                 h = h.detach().requires_grad_()
@@ -162,7 +168,8 @@ class _ChunkedLoss(torch.autograd.Function):
             loss, gradient = loss_and_gradient(logits.detach(), t)
             found, *rest = torch.autograd.grad(logits, [h, *parameters], gradient)
             into_hidden[at : at + len(h)] = found
-            into = rest if into is None else [one.add_(other) for one, other in zip(into, rest)]
+            for one, other in zip(into, rest):
+                one.add_(other)
             total += loss
             at += len(h)
         ctx.save_for_backward(into_hidden, *into)

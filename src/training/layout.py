@@ -205,10 +205,10 @@ def tokens_that_fit(cfg: FinetuneVerb, model, examples: Examples, layout: Layout
     each = 1.3 * kept / len(short.input_ids)  # a backward pass holds gradients of some of them too
     world = launch.world_size(cfg.launch) if cfg.deepspeed.stage else 1
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = 12 * trained / world + 3 * LOGITS
+    fixed: float = 12 * trained / world + 3 * LOGITS
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        left = free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        left: float = free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         fixed = 3 * LOGITS if cfg.deepspeed.offload else fixed
     else:
         left = psutil.virtual_memory().available / launch.per_node(cfg.launch)

@@ -12,14 +12,13 @@ from src.core.log import say, warn
 from src.models import rounding
 from src.models.adapter_files import folded_name
 from src.models.vocabulary import whole
-from src.settings.verbs import Tuner
 from src.training.trainer import ChatTrainer
 
 
-def settle(run: ChatTrainer, dtype: str, tuner: Tuner, precision: str) -> dict:
+def settle(run: ChatTrainer, dtype: str, how: str, precision: str) -> dict:
     """Make the trainer's model what a save in `dtype` holds, and what it computes with show it; all processes take part.
 
-    precision: fp32, bf16 or fp16, of the forward passes. Where they have 16 bits and the save is of another type, the exact weights are put aside for
+    how: see rounding.narrow. precision: fp32, bf16 or fp16, of the forward passes. Where they have 16 bits and the save is of another type, the exact weights are put aside for
     the save, and the model gets their stochastic rounding. Returns the validation of the model as it is then, see ChatTrainer.validate; empty where
     nothing was narrowed or there are no validation rows.
     """
@@ -29,15 +28,15 @@ def settle(run: ChatTrainer, dtype: str, tuner: Tuner, precision: str) -> dict:
     grid = dtype if computed == "float32" else computed
     if grid != dtype:
         run.masters = masters(run.model, kept=run.args.should_save)
-    if computed != "float32" and grid == dtype and tuner.rounding == "nearest":
+    if computed != "float32" and grid == dtype and how == "nearest":
         warn(
             f"tuner.rounding=nearest loses updates below half a step of {dtype}, and passes in {computed} do not see it, so no figure here shows it"
         )
-    onto_grid(run.model, getattr(torch, grid), tuner.rounding if grid == dtype else "stochastic")
+    onto_grid(run.model, getattr(torch, grid), how if grid == dtype else "stochastic")
     found = run.validate() if len(run.validation) else {}
     if found:
-        how = f" by {tuner.rounding} rounding" if grid == dtype else f", computed in {computed}"
-        say(f"  as saved, {dtype}{how}: validation loss {found['loss']:.4f}")
+        words = f" by {how} rounding" if grid == dtype else f", computed in {computed}"
+        say(f"  as saved, {dtype}{words}: validation loss {found['loss']:.4f}")
     return found
 
 

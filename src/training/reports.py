@@ -182,7 +182,7 @@ def open_trackers(cfg: FinetuneVerb, out: Path) -> Trackers:
 
 def first_prompts(path: Path, count: int) -> list[list[dict]]:
     """The first `count` conversations of a split, cut before their first answer."""
-    prompts = []
+    prompts: list[list[dict]] = []
     with open(path, encoding="utf-8") as file:
         for line in itertools.islice(file, count * 4):
             messages = json.loads(line)["messages"]

@@ -1,12 +1,12 @@
 """What cannot be trained, told from settings and config.json alone: one set of rules for `finetune`, which carries settings out, and `plan`."""
 
 from src.core.errors import ConfigError, WrongKind
-from src.settings.verbs import FullTuner, LoraTuner, QloraTuner
+from src.settings.verbs import AdapterTuner, FullTuner, QloraTuner
 
 ZERO = {0: "no DeepSpeed", 2: "ZeRO-2", 3: "ZeRO-3"}
 
 
-def check(tuner: FullTuner | LoraTuner | QloraTuner, *, zero_stage: int, quantization: str | None, where: str) -> None:
+def check(tuner: FullTuner | AdapterTuner, *, zero_stage: int, quantization: str | None, where: str) -> None:
     """Raises ConfigError or WrongKind for a tuner that this ZeRO stage or this base does not allow.
 
     quantization: the base's quant_method, as its config.json has it; None for whole weights. where: the base.

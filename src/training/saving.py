@@ -47,7 +47,7 @@ def finish(cfg: FinetuneVerb, base: Path, tokenizer, eos_id: int, out: Path, *, 
     else:
         tokenizer.save_pretrained(out)
         complete.copy(base, out, tokenizer=False)
-    if full:
+    if isinstance(cfg.tuner, FullTuner):
         rounding.cast_folder(out, saved_dtype(cfg, base), cfg.tuner.rounding)
         generation.write_stop_token(out / "config.json", eos_id)
     adapter_files.check_saved(out, moved=not full, expected=saved)
@@ -60,15 +60,15 @@ def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained,
     """
     give_back_memory()
     device = device_that_fits(trained.parameters)
-    full, compute = isinstance(cfg.tuner, FullTuner), "float32" if metrics["precision"] == "fp32" else "auto"
+    full, compute = cfg.tuner if isinstance(cfg.tuner, FullTuner) else None, "float32" if metrics["precision"] == "fp32" else "auto"
     made = {"settings": cfg.model_dump(mode="json"), "metrics": metrics, "parents": []}
     saved = Artifact(out, "model" if full else "adapter", "", made, {})
     given = (trained.rows, trained.seen and trained.seen.top_k_ids, None if full else base)
     ids, _, seen = processes.fresh(fidelity.reload, saved, compute, device, *given)
     complete.compare(ids, tokenizer, out)
-    if not trained.rows:
+    if trained.seen is None:
         return {}
     change = fidelity.compare(trained.seen, seen, len(trained.rows))
-    ways = ["tuner.rounding=stochastic keeps what was learnt"] * (full and cfg.tuner.rounding == "nearest")
-    fidelity.judge("finetune", change, cfg.max_loss_change, out, [*ways, *["tuner.dtype=float32 keeps every bit"] * full])
+    ways = ["tuner.rounding=stochastic keeps what was learnt"] * (full is not None and full.rounding == "nearest")
+    fidelity.judge("finetune", change, cfg.max_loss_change, out, [*ways, *["tuner.dtype=float32 keeps every bit"] * (full is not None)])
     return change.metrics()

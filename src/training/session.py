@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,9 +69,10 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
         run.add_callback(callback)
     of_val = (encoding.Encoded(example.input_ids.tolist(), example.labels.tolist()) for example in val)
     held = fidelity.within(of_val) or fidelity.held_out(records, tokenizer, read_json(inputs["model"].path / "config.json"))
-    run.train(resume_from_checkpoint=resume and str(resume))
+    run.train(resume_from_checkpoint=str(resume) if resume else None)
     seen = run.observe(held) if held and precision == "fp32" else None
-    saved = narrowing.settle(run, saved_dtype(cfg, inputs["model"].path), cfg.tuner, precision)
+    how = cfg.tuner.rounding if isinstance(cfg.tuner, FullTuner) else "stochastic"
+    saved = narrowing.settle(run, saved_dtype(cfg, inputs["model"].path), how, precision)
     if held and not seen:  # a pass in 16 bits shows what was learnt only now
         seen = run.observe(held)
     run.finished = True
@@ -87,7 +89,7 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, eos_id: int, added: li
     gpu = device == "cuda"
     sixteen = gpu and precision != "fp32" and (cfg.deepspeed.stage or not isinstance(cfg.tuner, FullTuner))
     dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision] if sixteen else "float32"
-    nf4 = None
+    nf4: dict[str, Any] | None = None
     if isinstance(cfg.tuner, QloraTuner) and base.kind == "model":
         nf4 = {"double_quant": cfg.tuner.double_quant, "compute_dtype": dtype}
     model = load_model(

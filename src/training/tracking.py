@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from src import __version__
 from src.core.log import say, warn
 from src.settings.verbs import Tensorboard, Tracker, Wandb
 
@@ -12,7 +13,8 @@ class Trackers:
     """Fan out numbers, texts and settings to every tracker asked for; on ranks other than 0 create it with none."""
 
     def __init__(self, trackers: dict[str, Tracker], folder: Path, name: str, settings: dict):
-        self.sinks = {}
+        self.sinks: dict[str, dict[str, Callable]] = {}
+        settings = {"boardwalk": __version__} | settings
         for key, tracker in trackers.items():
             start = {Wandb: _wandb, Tensorboard: _tensorboard}[type(tracker)]
             self._try(

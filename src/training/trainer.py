@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_model
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from src.chat.encoding import Encoded
@@ -17,7 +17,7 @@ from src.models import adapter_files, fidelity, lora
 from src.models.token_rows import folded
 from src.training.batches import BatchPlan, Steps, micro_batch
 from src.training.examples import Example, Examples
-from src.training.head import HeadLoss, Targets, loss_sum, share_of_step, token_results
+from src.training.head import HeadLoss, Targets, TeacherTargets, loss_sum, share_of_step, token_results
 from src.training.layout import arguments_of, as_in_use, inputs_of
 from src.training.teacher import TeacherProbs
 
@@ -27,6 +27,11 @@ class ChatTrainer(Trainer):
 
     The loss of a step is summed over its trained tokens on all processes and divided by their number.
     """
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+    # transformers makes these optional: the model for its own model_init, the others until training begins.
 
     finished: bool = False
     """what is saved from now on is the result, no longer a checkpoint"""
@@ -59,9 +64,10 @@ class ChatTrainer(Trainer):
         self.pad, self.eos_id, self.rates, self.head = pad, eos_id, rates, head
         self.teacher_probs, self.alpha = teacher_probs, alpha
         self.step_losses: list[torch.Tensor] = []
-        self.totals = Counter()
+        self.totals: Counter[str] = Counter()
+        self.steps = Steps(plan, examples, args.process_index, pad)
         self.takes_positions = "logits_to_keep" in arguments_of(model)
-        super().__init__(model=model, args=args, train_dataset=Steps(plan, examples, args.process_index, pad))
+        super().__init__(model=model, args=args, train_dataset=self.steps)
         self.remove_callback(PrinterCallback)
 
     # ---- data
@@ -69,7 +75,7 @@ class ChatTrainer(Trainer):
     def get_train_dataloader(self):
         # Steps already is this process's part, in its order.
         return torch.utils.data.DataLoader(
-            self.train_dataset, batch_size=1, collate_fn=lambda steps: steps[0], pin_memory=self.args.dataloader_pin_memory
+            self.steps, batch_size=1, collate_fn=lambda steps: steps[0], pin_memory=self.args.dataloader_pin_memory
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -106,10 +112,8 @@ class ChatTrainer(Trainer):
 
     def targets(self, batch: dict) -> Targets:
         """What a micro-batch teaches: its tokens and, in training, the teacher's probabilities."""
-        teacher_probs = (
-            self.teacher_probs.of(batch["examples"]) if self.teacher_probs and self.model.training and batch["examples"] else (None, None)
-        )
-        return Targets(batch["targets"], *teacher_probs, alpha=self.alpha).to(self.args.device)
+        known = self.teacher_probs.of(batch["examples"]) if self.teacher_probs and self.model.training and batch["examples"] else None
+        return Targets(batch["targets"], TeacherTargets(*known, self.alpha) if known else None).to(self.args.device)
 
     def forward(self, model, batch: dict, *, losses: bool = True) -> torch.Tensor:
         """What the output layer makes of the trained positions: see HeadLoss, or logits (tokens, vocabulary) without one or without `losses`."""
@@ -125,10 +129,11 @@ class ChatTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         own = {id(p): self.rates[name] for name, p in self.model.named_parameters() if name in self.rates}
         for group in list(optimizer.param_groups):
-            together = defaultdict(list)
+            together: dict[lora.ParameterRate, list] = defaultdict(list)
             for parameter in group["params"]:
-                together[own.get(id(parameter))].append(parameter)
-            group["params"] = together.pop(None, [])
+                if rate := own.get(id(parameter)):
+                    together[rate].append(parameter)
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
             for rate, parameters in together.items():
                 decay = group["weight_decay"] if rate.decays else 0.0
                 optimizer.add_param_group({"params": parameters, "lr": rate.peak, "weight_decay": decay})
@@ -138,20 +143,20 @@ class ChatTrainer(Trainer):
     # ---- saving
 
     def _save(self, output_dir=None, state_dict=None):
-        """As transformers', but what it cannot do: an adapter is saved as adapters.py has it, and rows split off a matrix are folded into it in the result, though not in a checkpoint, which must find them again."""
-        folder, writes = output_dir or self.args.output_dir, self.args.should_save
+        """As transformers', but what it cannot do: an adapter is saved as adapter_files has it, and rows split off a matrix are folded into it in the result, though not in a checkpoint, which must find them again."""
+        folder, writes = Path(output_dir or str(self.args.output_dir)), self.args.should_save
         if self.finished and self.masters:
             state_dict = {**(state_dict or self.model.state_dict()), **self.masters}
         if hasattr(self.model, "peft_config"):
-            adapter_files.save(self.model, Path(folder), state_dict=state_dict, writes=writes, finished=self.finished)
+            adapter_files.save(self.model, folder, state_dict=state_dict, writes=writes, finished=self.finished)
             return
         if not writes:
             return
         split_off = any(name.endswith(".rows") for name in self.rates)
         if split_off and not self.finished:
             if not self.is_deepspeed_enabled:  # DeepSpeed keeps weights in files of its own
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                save_model(self.model, str(Path(folder) / "model.safetensors"))
+                folder.mkdir(parents=True, exist_ok=True)
+                save_model(self.model, str(folder / "model.safetensors"))
             return
         if split_off:
             state_dict = folded(self.model, state_dict or self.model.state_dict())
