@@ -1,9 +1,12 @@
 """How far judges agree: Krippendorff's alpha (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability")."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
 
 from src.distill.pipeline import Work
+
+Value = TypeVar("Value", bound=Hashable)
 
 
 def squared(a: float, b: float) -> float:
@@ -16,16 +19,17 @@ def unequal(a: Hashable, b: Hashable) -> float:
     return float(a != b)
 
 
-class Agreement:
+class Agreement(Generic[Value]):
     """Alpha over units that several judges, or one several times, gave a value each: 1 where all agree, 0 where they agree as chance would.
 
     difference: `squared` for scores, `unequal` for names. Memory follows the number of different values, not of units.
     """
 
-    def __init__(self, difference: Callable[[Hashable, Hashable], float]):
-        self._difference, self._pairs = difference, Counter()
+    def __init__(self, difference: Callable[[Value, Value], float]):
+        self._difference = difference
+        self._pairs: dict[tuple[Value, Value], float] = defaultdict(float)
 
-    def add(self, values: Sequence[Hashable]) -> None:
+    def add(self, values: Sequence[Value]) -> None:
         """The values of one unit; fewer than two say nothing of agreement."""
         counts = Counter(values)
         for a, n in counts.items():
@@ -35,7 +39,7 @@ class Agreement:
 
     def alpha(self) -> float | None:
         """None where nothing was judged twice, or all values are one."""
-        totals: Counter = Counter()
+        totals: dict[Value, float] = defaultdict(float)
         for (a, _), n in self._pairs.items():
             totals[a] += n
         total = sum(totals.values())

@@ -26,7 +26,7 @@ METADATA = "boardwalk_batch"
 SETTLED_AT_ONCE = 500
 POLL = 60.0
 """seconds between two looks at a batch at most"""
-Settle = Callable[[int, str, tuple[int, int], TeacherReply | Failed], Awaitable[Known]]
+Settle = Callable[[int, str, tuple[int, int], TeacherReply | Failed | NoAnswer], Awaitable[Known]]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Item:
 
 
 class Batches:
-    """settle(number, key, reserved tokens, outcome): writes down what became of a request; returns its record or raises Failed."""
+    """size: requests in one at most. settle(number, key, reserved tokens, outcome): writes down what became of a request; returns its record or raises Failed."""
 
     def __init__(self, endpoint: RemoteTeacher, journal: Journal, budget: BudgetTracker, settle: Settle):
         self._endpoint, self._journal, self._purse, self._settle = endpoint, journal, budget, settle
-        self._limits, self._size = endpoint.settings.limits, endpoint.settings.batch_size
+        self._limits, self.size = endpoint.settings.limits, endpoint.settings.batch_size
         self._gathered: list[Item] = []
         self._came = asyncio.Event()
         self._expected: dict[str, asyncio.Future] = {}
@@ -102,10 +102,10 @@ class Batches:
         while True:
             await self._came.wait()
             before = -1
-            while before < len(self._gathered) < self._size:
+            while before < len(self._gathered) < self.size:
                 before = len(self._gathered)
                 await asyncio.sleep(min(1.0, self._limits.back_off))
-            items, self._gathered = self._gathered[: self._size], self._gathered[self._size :]
+            items, self._gathered = self._gathered[: self.size], self._gathered[self.size :]
             if not self._gathered:
                 self._came.clear()
             self._start(self._send(items), [item.key for item in items])
@@ -172,8 +172,8 @@ class Batches:
     async def _resume(self, batch: OpenBatch) -> None:
         id = batch.id or await self._find(batch.name)
         if id is None:
-            for key, (number, *reserved) in batch.requests.items():
-                await self._conclude(key, number, tuple(reserved), Failed("batch never sent"))
+            for key, (number, prompt_tokens, tokens) in batch.requests.items():
+                await self._conclude(key, number, (prompt_tokens, tokens), Failed("batch never sent"))
             return await self._journal.end_batch(batch.name)
         await self._journal.name_batch(batch.name, id)
         say(f"distill: fetches batch {self._endpoint.plain(id)} of {len(batch.requests):,} requests, sent by an earlier command")
@@ -190,8 +190,10 @@ class Batches:
             if file:
                 await self._tried(lambda: self._conclude_all(f"/files/{file}/content", left))
         words = self._endpoint.plain(json.dumps(state.get("errors"))) if state.get("errors") else ""
-        for key, (number, *reserved) in left.items():
-            await self._conclude(key, number, tuple(reserved), Failed(f"batch {state['status']}", words, again=state["status"] != "failed"))
+        for key, (number, prompt_tokens, tokens) in left.items():
+            await self._conclude(
+                key, number, (prompt_tokens, tokens), Failed(f"batch {state['status']}", words, again=state["status"] != "failed")
+            )
         await self._journal.end_batch(batch.name)
         if state["status"] == "failed":
             raise NoAnswer(f"the endpoint refuses the batch: {words}", where=self._endpoint.url, fix="teacher.batch=false asks one by one")

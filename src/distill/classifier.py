@@ -31,7 +31,7 @@ class Classifier:
         # Rare labels weigh as much as common ones, or a sample with few good texts teaches that none is.
         weight = np.where(labels > 0, 0.5 / labels.mean(), 0.5 / (1 - labels.mean())) / len(labels)
         self.weights = np.zeros(COLUMNS + 1)
-        before = self.weights
+        before: np.ndarray = self.weights
         # The loss has a curvature of at most 1/4 (|x|^2 + 1) + l2, with |x| = 1.
         rate, decay = 1 / (0.5 + l2), np.append(np.full(COLUMNS, l2), 0)
         for step in range(1, STEPS + 1):

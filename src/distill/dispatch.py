@@ -35,13 +35,18 @@ class TeacherChannel:
     gate: Gate
     batches: Batches | None = None
 
+    @property
+    def at_once(self) -> int:
+        """Requests it takes at once."""
+        return self.batches.size if self.batches else self.limits.concurrency
+
 
 class Stopped(UserError):
     """The run ends, so this request is not sent."""
 
 
 class Dispatcher:
-    """All teachers of a run behind one `ask`. lines: {role: Line}; purse: holds what earlier commands spent."""
+    """All teachers of a run behind one `ask`. channels: by role; budget: holds what earlier commands spent."""
 
     def __init__(self, channels: dict[str, TeacherChannel], journal: Journal, budget: BudgetTracker, *, allow_cut_off: bool):
         self.channels, self.journal, self.budget, self.allow_cut_off = channels, journal, budget, allow_cut_off
@@ -108,11 +113,10 @@ class Dispatcher:
         bad, failures, busy, first = known.faults if known else 0, 0, 0, known is None
         while True:
             try:
-                fresh = not known or known.state != "answered"
-                if fresh:
-                    known = await self._try(channel, key, request, request.seed + bad * STRIDE)
-                await self._check(channel, known, request, fresh)
-                return known
+                earlier = known if known and known.state == "answered" else None
+                answered = earlier or await self._try(channel, key, request, request.seed + bad * STRIDE)
+                await self._check(channel, answered, request, fresh=not earlier)
+                return answered
             except Failed as failed:
                 await self._count(channel, failed, first or failed.down)
                 known, first = None, False
@@ -135,7 +139,7 @@ class Dispatcher:
     async def _put_aside(self, channel: TeacherChannel, key: str, failed: Failed) -> Known:
         await self.journal.put_aside(key, channel.teacher.name, failed.reason, channel.teacher.plain(failed.detail))
         channel.gate.breaker.aside.append(key)
-        return await self.journal.look(key)
+        return await self.journal.recall(key)
 
     async def _try(self, channel: TeacherChannel, key: str, request: Request, seed: int) -> Known:
         """Send it once."""
@@ -184,22 +188,21 @@ class Dispatcher:
     ) -> Known:
         """Write down what became of a request sent, and what it cost: what the teacher counted, or all that was reserved where it did not say."""
         teacher, reserved, money = channel.teacher, sum(most), channel.teacher.cost(*most)
-        paid = (outcome.prompt_tokens, outcome.tokens) if isinstance(outcome, TeacherReply) else getattr(outcome, "paid", (0, 0))
-        counted = paid is not None and None not in paid
-        tokens, cost = (sum(paid), teacher.cost(*paid)) if counted else (reserved, money)
+        paid = (0, 0) if isinstance(outcome, UserError) else outcome.paid
+        tokens, cost = (sum(paid), teacher.cost(*paid)) if paid else (reserved, money)
         self.budget.settle(reserved, money, tokens, cost)
         channel.gate.tokens.give_back(reserved - tokens)
-        if counted and teacher.learn(most[0], paid[0]):
+        if paid and teacher.learn(most[0], paid[0]):
             warn(
                 f"distill: {teacher.name} counts {paid[0]} tokens in a prompt of at most {most[0]} by its bytes; more is reserved from here on"
             )
         if isinstance(outcome, TeacherReply):
-            prompt_tokens, made = paid if counted else most
+            prompt_tokens, made = paid or most
             text = {"text": outcome.text, "reasoning": outcome.reasoning, "finish": outcome.finish}
             return await self.journal.answered(
                 sent, key, teacher.name, tokens, cost, text | {"prompt_tokens": prompt_tokens, "tokens": made}
             )
-        await self.journal.failed(sent, key, teacher.name, tokens, cost, getattr(outcome, "fault", False))
+        await self.journal.failed(sent, key, teacher.name, tokens, cost, isinstance(outcome, Failed) and outcome.fault)
         raise outcome
 
     async def _count(self, channel: TeacherChannel, failed: Failed, first: bool) -> None:
@@ -226,7 +229,7 @@ class Dispatcher:
 
     def _go_on(self) -> None:
         """Raises what stopped the run, if anything did."""
-        if self._stop.is_set():
+        if self.stopped:
             raise self.stopped
 
 

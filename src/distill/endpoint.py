@@ -38,6 +38,11 @@ class TeacherReply:
     prompt_tokens: int | None
     tokens: int | None
 
+    @property
+    def paid(self) -> tuple[int, int] | None:
+        """(prompt tokens, tokens); None where the teacher does not give both."""
+        return None if self.prompt_tokens is None or self.tokens is None else (self.prompt_tokens, self.tokens)
+
 
 class Failed(Exception):
     """One try gave nothing of use.
@@ -49,7 +54,19 @@ class Failed(Exception):
     paid: (prompt tokens, tokens) that it costs as far as known; None: not known, so as much as was reserved.
     """
 
-    def __init__(self, reason, detail="", *, again=True, together=False, busy=False, fault=False, down=False, wait=None, paid=(0, 0)):
+    def __init__(
+        self,
+        reason: str,
+        detail: str = "",
+        *,
+        again: bool = True,
+        together: bool = False,
+        busy: bool = False,
+        fault: bool = False,
+        down: bool = False,
+        wait: float | None = None,
+        paid: tuple[int, int] | None = (0, 0),
+    ):
         self.reason, self.detail, self.again, self.together, self.busy = reason, detail, again, together, busy
         self.fault, self.down, self.wait, self.paid = fault, down, wait, paid
         super().__init__(f"{reason}: {detail}" if detail else reason)

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 
 from src.distill.near_duplicates import ngrams
 from src.distill.texts import words
@@ -89,7 +90,7 @@ def bounded(count: int, unit: str, low: int, high: int) -> str | None:
     return f"under {low} {unit}" if count < low else f"over {high} {unit}" if count > high else None
 
 
-def language(text: str, languages: list[str], share: float) -> str | None:
+def language(text: str, languages: Sequence[str], share: float) -> str | None:
     """None if the text is in one of the languages (ko, zh, ja, en), or has no letters to tell by.
 
     Korean, Chinese and Japanese are told by script, Japanese by its kana; English from other Latin languages by its commonest words, in texts of

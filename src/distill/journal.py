@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self, TypeVar
 
 from src.core.errors import BadData, Busy, NoRoom
 
@@ -29,6 +29,7 @@ CREATE TABLE totals (teacher TEXT PRIMARY KEY, requests INTEGER, tokens INTEGER,
 CREATE TABLE batches (name TEXT PRIMARY KEY, teacher TEXT, id TEXT);
 CREATE INDEX sent_by_batch ON sent (batch);
 """
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,23 @@ class Total:
     lost: int = 0
 
 
+class Operation(NamedTuple):
+    """`work(base, *args)` for the journal's thread, and who waits for its result."""
+
+    work: Callable
+    args: tuple
+    future: asyncio.Future
+    writes: bool
+
+
 class Journal:
     """Opened by one process at a time. Its methods are to be awaited in one event loop and return when what they did is on disk."""
 
     def __init__(self, path: Path):
         """Raises Busy where another process has it open, BadData where the file is no journal or is damaged; it is left as it is."""
-        self.path, self._queue, self._thread = path, queue.SimpleQueue(), None
+        self.path = path
+        self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, daemon=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         self._base = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
@@ -119,7 +131,6 @@ class Journal:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
         return self
 
@@ -128,15 +139,15 @@ class Journal:
         await asyncio.to_thread(self._thread.join)
         self._base.close()
 
-    async def _do(self, work: Callable, *args, writes: bool = True):
-        future = self._loop.create_future()
-        self._queue.put((work, args, future, writes))
+    async def _do(self, work: Callable[..., Result], *args, writes: bool = True) -> Result:
+        future: asyncio.Future[Result] = self._loop.create_future()
+        self._queue.put(Operation(work, args, future, writes))
         if not self._thread.is_alive():
             raise RuntimeError("the journal's thread has ended")
         return await future
 
     def _write(self) -> None:
-        group = []
+        group: list[Operation | None] = []
         try:
             while None not in group:
                 group = [self._queue.get()]
@@ -146,11 +157,11 @@ class Journal:
         except Exception as error:
             while not self._queue.empty():
                 group.append(self._queue.get())
-            group = [op for op in group if op]
-            self._loop.call_soon_threadsafe(_resolve, group, [error] * len(group))
+            left = [op for op in group if op]
+            self._loop.call_soon_threadsafe(_resolve, left, [error] * len(left))
             raise
 
-    def _answer(self, group: list) -> None:
+    def _answer(self, group: list[Operation]) -> None:
         try:
             results = self._commit(group)
         except sqlite3.Error as error:
@@ -159,17 +170,21 @@ class Journal:
             results = [self._in_words(error)] * len(group)
         self._loop.call_soon_threadsafe(_resolve, group, results)
 
-    def _commit(self, group: list) -> list:
-        if not any(writes for *_, writes in group):
-            return [work(self._base, *args) for work, args, _, _ in group]
+    def _commit(self, group: list[Operation]) -> list:
+        if not any(op.writes for op in group):
+            return [op.work(self._base, *op.args) for op in group]
         self._base.execute("BEGIN")
-        results = [work(self._base, *args) for work, args, _, _ in group]
+        results = [op.work(self._base, *op.args) for op in group]
         self._base.execute("COMMIT")
         return results
 
     async def look(self, key: str) -> Known | None:
         """What is known of a request."""
         return await self._do(_look, key, writes=False)
+
+    async def recall(self, key: str) -> Known:
+        """The same of a request that was sent or put aside."""
+        return await self._do(_recall, key, writes=False)
 
     async def send(self, key: str, teacher: str, prompt_tokens: int, tokens: int, money: float) -> int:
         """A request is about to be sent at up to this cost; returns the number to settle it by."""
@@ -229,14 +244,14 @@ class OpenBatch:
     requests: dict[str, tuple[int, int, int]]
 
 
-def _resolve(group: list, results: list) -> None:
-    for (_, _, future, _), result in zip(group, results):
-        if future.done():
+def _resolve(group: list[Operation], results: list) -> None:
+    for op, result in zip(group, results):
+        if op.future.done():
             continue
         if isinstance(result, Exception):
-            future.set_exception(result)
+            op.future.set_exception(result)
         else:
-            future.set_result(result)
+            op.future.set_result(result)
 
 
 def _look(base: sqlite3.Connection, key: str) -> Known | None:
@@ -244,9 +259,17 @@ def _look(base: sqlite3.Connection, key: str) -> Known | None:
     return Known(*row) if row else None
 
 
+def _recall(base: sqlite3.Connection, key: str) -> Known:
+    if known := _look(base, key):
+        return known
+    raise RuntimeError(f"the journal has no request {key}")
+
+
 def _send(base: sqlite3.Connection, key: str, teacher: str, prompt_tokens: int, tokens: int, money: float, batch: str | None) -> int:
     insert = "INSERT INTO sent (key, teacher, prompt_tokens, tokens, money, batch) VALUES (?, ?, ?, ?, ?, ?)"
-    return base.execute(insert, (key, teacher, prompt_tokens, tokens, money, batch)).lastrowid
+    number = base.execute(insert, (key, teacher, prompt_tokens, tokens, money, batch)).lastrowid
+    assert number is not None  # a row was inserted
+    return number
 
 
 def _settle(
@@ -274,7 +297,7 @@ def _answered(base: sqlite3.Connection, sent: int, key: str, teacher: str, token
         " finish = :finish WHERE key = :key",
         {**answer, "key": key},
     )
-    return _look(base, key)
+    return _recall(base, key)
 
 
 def _failed(base: sqlite3.Connection, sent: int, key: str, teacher: str, tokens: int, money: float, fault: bool) -> None:
@@ -323,5 +346,5 @@ def _open_batches(base: sqlite3.Connection, teacher: str) -> list[OpenBatch]:
     found = []
     for name, id in base.execute("SELECT name, id FROM batches WHERE teacher = ?", (teacher,)).fetchall():
         rows = base.execute("SELECT key, id, prompt_tokens, tokens FROM sent WHERE batch = ?", (name,))
-        found.append(OpenBatch(name, id, {key: tuple(rest) for key, *rest in rows}))
+        found.append(OpenBatch(name, id, {key: (number, prompt_tokens, tokens) for key, number, prompt_tokens, tokens in rows}))
     return found

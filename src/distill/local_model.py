@@ -98,7 +98,7 @@ class LocalModel:
             self._worker = asyncio.create_task(self._work())
         reply = await waiting.future
         if not reply.text.strip() and reply.finish == "stop":
-            raise Failed("empty answer", fault=True, paid=(reply.prompt_tokens, reply.tokens))
+            raise Failed("empty answer", fault=True, paid=reply.paid)
         return reply
 
     def _ids(self, request: Request) -> list[int]:

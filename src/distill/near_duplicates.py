@@ -120,7 +120,7 @@ class CodeOverlap:
     def shared(self, text: str) -> str | None:
         """Name of the first evaluation function that the text holds; None where there is none."""
         for _, mine in functions(text):
-            common = Counter()
+            common: Counter[int] = Counter()
             for key, count in mine.items():
                 for number in self._holders.get(key, ()):
                     common[number] += min(count, self._functions[number][1][key])

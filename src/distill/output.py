@@ -3,14 +3,14 @@
 import hashlib
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from src.chat.conversations import CONTROL, Conversation, split_of
 from src.core.files import canonical
 from src.distill.journal import Journal
-from src.distill.pipeline import Record, SetAside, Work
+from src.distill.pipeline import Record, Records, SetAside, Work
 from src.settings.verbs import Holdout
 
 SPLITS = ("train", "val", "calib")
@@ -19,9 +19,7 @@ KEPT = ("scores", "parents", "quotes", "tests")
 """of a record's data, what is kept in the result as it is; the rest was for the steps"""
 
 
-async def keep(
-    records: AsyncIterator[Record], price: Callable[[str, int, int], float], work: Work, journal: Journal, holdout: Holdout
-) -> AsyncIterator[Record]:
+async def keep(records: Records, price: Callable[[str, int, int], float], work: Work, journal: Journal, holdout: Holdout) -> Records:
     """Records fit to be trained on, with data["distill"] (teachers, hash of the prompt, requests, their tokens and cost, what steps said of the record),
     data["split"] and data["line"], the record as it is written.
 
@@ -40,7 +38,7 @@ async def keep(
             raise SetAside("cannot be written as JSON", str(error)) from None
         if found := CONTROL.search(text):
             raise SetAside("control string", f"{found[0]} would end or forge a turn")
-        asked = [await journal.look(key) for key in record.asks]
+        asked = [await journal.recall(key) for key in record.asks]
         origin = {
             "teachers": sorted({known.teacher for known in asked}),
             "prompt": hashlib.sha256(canonical(record.messages[:-1])).hexdigest(),

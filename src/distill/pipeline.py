@@ -14,8 +14,9 @@ import copy
 import hashlib
 import random
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from src.core.errors import ProofFailed
 from src.core.files import canonical
@@ -36,6 +37,9 @@ class Record:
     messages: list[dict]
     data: dict = field(default_factory=dict)
     asks: tuple[str, ...] = ()
+
+
+Records = AsyncGenerator[Record, None]
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,13 @@ class Request:
 class Answer:
     """What came back.
 
-    key: the journal's. value: the parsed JSON where a schema was asked. finish: stop or length. money: USD.
+    key: the journal's. value: JSON of the form that the request's schema says; None where it has none. finish: stop or length. money: USD.
     reasoning: what the teacher thought, where its server tells it apart from the text.
     """
 
     key: str
     text: str
-    value: object | None
+    value: Any
     prompt_tokens: int
     tokens: int
     finish: str
@@ -91,10 +95,10 @@ class Flow:
     came: int = 0
     made: int = 0
     went: int = 0
-    aside: Counter = field(default_factory=Counter)
+    aside: Counter[str] = field(default_factory=Counter)
 
 
-ASKED = contextvars.ContextVar("asked", default=None)
+ASKED: contextvars.ContextVar[str | None] = contextvars.ContextVar("asked", default=None)
 """id of the record under work, for the accounts of an estimate"""
 
 
@@ -117,7 +121,7 @@ class Work:
     ):
         self.seed, self.ask, self.step, self.window, self._on_aside = seed, ask, step, window, on_aside
         self.flows: dict[str, Flow] = {}
-        self.counts: dict[str, Counter] = {}
+        self.counts: dict[str, Counter[str]] = {}
         self.measures: dict[str, dict[str, float]] = {}
 
     def clear(self) -> None:
@@ -145,7 +149,7 @@ class Work:
         """Records this step made beyond those that came in; `each` counts its own."""
         self.flow.made += count
 
-    def count(self, name: str, n: int | float = 1) -> None:
+    def count(self, name: str, n: int = 1) -> None:
         """A figure for the report, such as pairs in which both orders agree."""
         self.counts.setdefault(self.step, Counter())[name] += n
 
@@ -157,9 +161,7 @@ class Work:
         self.flow.aside[reason] += 1
         self._on_aside(record, self.step, reason, detail)
 
-    async def each(
-        self, records: AsyncIterator[Record], work_on: Callable[[Record], Awaitable[Record | list[Record]]]
-    ) -> AsyncIterator[Record]:
+    async def each(self, records: Records, work_on: Callable[[Record], Awaitable[Record | list[Record]]]) -> Records:
         """`await work_on(record)` for every record, many at once, results in input order. A list of records replaces the record; SetAside puts it aside."""
         pending: deque[tuple[Record, asyncio.Task]] = deque()
         try:
@@ -194,8 +196,20 @@ async def _named(record: Record, work_on: Callable[[Record], Awaitable[Record | 
     return await work_on(record)
 
 
-async def through(records: AsyncIterator[Record], steps: list[tuple[str, Callable, object]], work: Work) -> AsyncIterator[Record]:
-    """Records through every step in turn. steps: (name, step function, its settings) each, no name twice."""
+StepFunction = Callable[[Records, Any, Work], Records]
+"""(records, the step's own settings, work) -> records"""
+
+
+class NamedStep(NamedTuple):
+    """A step of a run: what it is called there, what it does, and by which settings."""
+
+    name: str
+    function: StepFunction
+    settings: object
+
+
+async def through(records: Records, steps: list[NamedStep], work: Work) -> Records:
+    """Records through every step in turn, no name twice."""
     for name, step, settings in steps:
         mine = work.at(name)
         records = _leaving(step(_entering(records, mine.flow), settings, mine), mine.flow)
@@ -204,14 +218,14 @@ async def through(records: AsyncIterator[Record], steps: list[tuple[str, Callabl
             yield record
 
 
-async def _entering(records: AsyncIterator[Record], flow: Flow) -> AsyncIterator[Record]:
+async def _entering(records: Records, flow: Flow) -> Records:
     async with contextlib.aclosing(records):
         async for record in records:
             flow.came += 1
             yield record
 
 
-async def _leaving(records: AsyncIterator[Record], flow: Flow) -> AsyncIterator[Record]:
+async def _leaving(records: Records, flow: Flow) -> Records:
     async with contextlib.aclosing(records):
         async for record in records:
             flow.went += 1

@@ -2,9 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from src.distill.pipeline import Answer, Request, SetAside, Work
+from src.distill.pipeline import Answer, Record, Records, Request, SetAside, Work
 from src.distill.texts import user
 from src.settings.recipes import Sampling
 
@@ -52,7 +52,7 @@ def given(results: Sequence[Answer | SetAside]) -> list[Answer]:
     """The answers among results. Raises the first SetAside where there are none."""
     answers = [result for result in results if isinstance(result, Answer)]
     if not answers:
-        raise results[0]
+        raise next(result for result in results if isinstance(result, SetAside))
     return answers
 
 
@@ -71,7 +71,7 @@ def whole(low: int, high: int) -> dict:
     return {"type": "integer", "minimum": low, "maximum": high}
 
 
-async def stream(items: Iterable) -> AsyncIterator:
-    """The items as an asynchronous iterator, as `Work.each` takes records."""
-    for item in items:
-        yield item
+async def stream(records: Iterable[Record]) -> Records:
+    """The records as `Work.each` takes them."""
+    for record in records:
+        yield record

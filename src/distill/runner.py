@@ -1,7 +1,7 @@
 """A run from its settings: teachers and journal opened, records through the steps, the files written, or the estimate made."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from src.distill.estimate import Estimate, by_root, estimate
 from src.distill.journal import Journal, Total
 from src.distill.limits import BudgetTracker, Gate
 from src.distill.output import Output, Rejected, keep
-from src.distill.pipeline import Record, Work, check_flows, through
+from src.distill.pipeline import NamedStep, Record, Records, Work, check_flows, through
 from src.distill.progress import Progress
 from src.distill.steps import STEPS
 from src.settings.recipes import Asking, Magpie, SelfInstruct
@@ -71,7 +71,7 @@ async def opened(cfg: DistillVerb, inputs: dict[str, Artifact], aside: Rejected)
             dispatcher.channels[role] = await _channel(teacher, role, inputs, dispatcher, stack)
         if isinstance(cfg.judge, SameTeacher):
             dispatcher.channels["judge"] = dispatcher.channels["teacher"]
-        window = max(256, 4 * max(_at_once(channel) for channel in dispatcher.channels.values()))
+        window = max(256, 4 * max(channel.at_once for channel in dispatcher.channels.values()))
         work = Work(seed=cfg.seed, ask=dispatcher.ask, window=window, on_aside=aside)
         run = DistillRun(cfg, dispatcher, budget, journal, work, survey.records or _wanted(cfg))
         await stack.enter_async_context(Progress(run.state))
@@ -109,10 +109,6 @@ async def _channel(
     return channel
 
 
-def _at_once(channel: TeacherChannel) -> int:
-    return channel.teacher.settings.batch_size if channel.batches else channel.limits.concurrency
-
-
 def _wanted(cfg: DistillVerb) -> int:
     """Records that a recipe without a source makes."""
     return sum(getattr(step, "rows", 0) for _, step in cfg.recipe.ordered()[:1])
@@ -129,7 +125,7 @@ def _say_totals(totals: dict[str, Total]) -> None:
     )
 
 
-async def _read(run: DistillRun) -> AsyncIterator[Record]:
+async def _read(run: DistillRun) -> Records:
     """The source's records."""
     mine = run.work.at(READ)
     for record in sources.records(path_of(run.cfg), run.cfg.recipe.takes, run.cfg.prompts.count):
@@ -142,12 +138,12 @@ async def _read(run: DistillRun) -> AsyncIterator[Record]:
             mine.set_aside(Record(where, []), f"malformed: {fault.reason}", str(fault))
 
 
-def steps_of(cfg: DistillVerb) -> list[tuple[str, Callable, object]]:
-    """(name, function, settings) of the recipe's steps."""
-    return [(name, STEPS[settings.kind], settings) for name, settings in cfg.recipe.ordered()]
+def steps_of(cfg: DistillVerb) -> list[NamedStep]:
+    """The recipe's steps."""
+    return [NamedStep(name, STEPS[settings.kind], settings) for name, settings in cfg.recipe.ordered()]
 
 
-def records_of(run: DistillRun, steps: list[tuple[str, Callable, object]]) -> AsyncIterator[Record]:
+def records_of(run: DistillRun, steps: list[NamedStep]) -> Records:
     """The result's records, in order."""
     cost = {channel.teacher.name: channel.teacher.cost for channel in run.dispatcher.channels.values()}
 
@@ -155,7 +151,7 @@ def records_of(run: DistillRun, steps: list[tuple[str, Callable, object]]) -> As
         return cost[teacher](prompt_tokens, tokens)
 
     kept = partial(keep, journal=run.journal, holdout=run.cfg.holdout)
-    return through(_read(run), [*steps, (KEEP, kept, price)], run.work)
+    return through(_read(run), [*steps, NamedStep(KEEP, kept, price)], run.work)
 
 
 async def make(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict:
@@ -184,18 +180,20 @@ async def guess(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Estimate:
     """Work on cfg.estimate records and say what all would cost: records drawn at random before the first step that asks, since steps before it cost nothing;
     or, where the recipe makes its own, the first so many."""
     async with opened(cfg, inputs, Rejected()) as run:
-        run.dispatcher.costs, roots, steps = {}, [], steps_of(cfg)
+        run.dispatcher.costs, steps = {}, steps_of(cfg)
+        roots: list[str] = []
+        noted = NamedStep("note records", _noted, roots)
         with told_how_far(run):
-            if isinstance(making := steps[0][2], SelfInstruct | Magpie):
+            if isinstance(making := steps[0].settings, SelfInstruct | Magpie):
                 total = making.rows
-                few = (*steps[0][:2], making.model_copy(update={"rows": min(cfg.estimate, total)}))
-                steps = [few, ("note records", _noted, roots), *steps[1:]]
+                few = steps[0]._replace(settings=making.model_copy(update={"rows": min(cfg.estimate, total)}))
+                steps = [few, noted, *steps[1:]]
             else:
-                first = next((place for place, (_, _, settings) in enumerate(steps) if isinstance(settings, Asking)), len(steps))
+                first = next((place for place, step in enumerate(steps) if isinstance(step.settings, Asking)), len(steps))
                 total = sum([1 async for _ in through(_read(run), steps[:first], run.work)])
                 run.work.clear()
                 places = set(run.work.draw("estimate").sample(range(total), min(cfg.estimate, total)))
-                steps = [*steps[:first], ("draw records", _drawn, places), ("note records", _noted, roots), *steps[first:]]
+                steps = [*steps[:first], NamedStep("draw records", _drawn, places), noted, *steps[first:]]
             async with contextlib.aclosing(records_of(run, steps)) as records:
                 async for _ in records:
                     pass
@@ -204,7 +202,7 @@ async def guess(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Estimate:
         return estimate(by_root(run.dispatcher.costs, roots), total, run.work.draw("bootstrap"))
 
 
-async def _drawn(records: AsyncIterator[Record], places: set[int], work: Work) -> AsyncIterator[Record]:
+async def _drawn(records: Records, places: set[int], work: Work) -> Records:
     place = 0
     async for record in records:
         if place in places:
@@ -212,7 +210,7 @@ async def _drawn(records: AsyncIterator[Record], places: set[int], work: Work) -
         place += 1
 
 
-async def _noted(records: AsyncIterator[Record], ids: list[str], work: Work) -> AsyncIterator[Record]:
+async def _noted(records: Records, ids: list[str], work: Work) -> Records:
     async for record in records:
         ids.append(record.id)
         yield record

@@ -88,6 +88,7 @@ async def run(program: str, limits: Limits) -> str:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        assert process.stdout is not None  # a pipe
         try:
             tail = await asyncio.wait_for(_tail(process.stdout), limits.seconds * PATIENCE + 5)
             code = await asyncio.wait_for(process.wait(), 5)

@@ -1,5 +1,6 @@
 """The steps of recipes by their kind: each takes records, its settings and the run's Work, and gives records."""
 
+from src.distill.pipeline import StepFunction
 from src.distill.steps import (
     choose,
     classify,
@@ -16,7 +17,7 @@ from src.distill.steps import (
     translate,
 )
 
-STEPS = {
+STEPS: dict[str, StepFunction] = {
     "respond": respond.respond,
     "best_of": choose.best_of,
     "rate": rate.rate,

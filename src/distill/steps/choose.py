@@ -3,15 +3,14 @@
 import re
 import statistics
 from collections import Counter
-from collections.abc import AsyncIterator
 
-from src.distill.pipeline import Record, SetAside, Work
+from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.rouge import rouge_l
 from src.distill.texts import append_answer, derive, words
 from src.settings.recipes import BestOf, Pair
 
 
-async def best_of(records: AsyncIterator[Record], settings: BestOf, work: Work) -> AsyncIterator[Record]:
+async def best_of(records: Records, settings: BestOf, work: Work) -> Records:
     """The answer with the highest mean rating, or the one the others agree with; of equals the first.
 
     Agreement is self-consistency (Wang et al. 2022, arXiv:2203.11171) where `final` finds what has to agree, else the answer nearest to all others by
@@ -31,7 +30,7 @@ async def best_of(records: AsyncIterator[Record], settings: BestOf, work: Work) 
         yield record
 
 
-async def pair(records: AsyncIterator[Record], settings: Pair, work: Work) -> AsyncIterator[Record]:
+async def pair(records: Records, settings: Pair, work: Work) -> Records:
     """Chosen: the answer rated best. Rejected: the lowest, or as Zephyr does (Tunstall et al. 2023, arXiv:2310.16944) a random other one."""
 
     async def choose(record: Record) -> Record:

@@ -1,12 +1,12 @@
 """The teacher scores a sample, a classifier trained on its scores filters all (phi-1, Gunasekar et al. 2023, arXiv:2306.11644)."""
 
 import heapq
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 
 from src.core.errors import BadData
 from src.distill.classifier import Classifier, held_out
 from src.distill.disk_records import Spool
-from src.distill.pipeline import Record, SetAside, Work
+from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.requests import TEXT, obj, request, stream, whole
 from src.distill.texts import derive, fill, text_of
 from src.settings.recipes import Classify
@@ -14,14 +14,14 @@ from src.settings.recipes import Classify
 AT_ONCE = 256
 
 
-async def classify(records: AsyncIterator[Record], settings: Classify, work: Work) -> AsyncIterator[Record]:
+async def classify(records: Records, settings: Classify, work: Work) -> Records:
     """Keeps the texts that the classifier finds good; how well it tells those it did not learn from is reported.
 
     The paper's classifier is a random forest over a code model's embeddings; here it is a logistic regression over hashed tokens, which needs no
     model. Where the sample is all there is, the scores themselves decide.
     """
     with Spool() as spool:
-        drawn = []
+        drawn: list[tuple[float, int]] = []
         async for record in records:
             heapq.heappush(drawn, (-work.draw(work.step, record.id).random(), spool.add(record)))
             if len(drawn) > settings.sample:

@@ -1,17 +1,16 @@
 """Exercises out of texts, kept only where their code passes its tests (phi-1, Gunasekar et al. 2023, arXiv:2306.11644)."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 from src.core.log import warn
 from src.distill import sandbox
-from src.distill.pipeline import Record, SetAside, Work
+from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.requests import TEXT, ask_all, given, obj, request
 from src.distill.texts import append_answer, code_of, derive, fill, text_of, usable, user
 from src.settings.recipes import Exercise, RunCode
 
 
-async def exercise(records: AsyncIterator[Record], settings: Exercise, work: Work) -> AsyncIterator[Record]:
+async def exercise(records: Records, settings: Exercise, work: Work) -> Records:
     """From each text n exercises, each about a topic drawn for it: the user gives signature and docstring, the assistant the whole function.
 
     The paper draws the function's name to make exercises differ; here it is the topic and the text. The tests stay in data["tests"].
@@ -45,7 +44,7 @@ def _child(record: Record, number: int, result, topic: str, settings: Exercise) 
     return derive(record, result, id=str(number), messages=messages, code=function, tests=tests, topic=topic)
 
 
-async def run_code(records: AsyncIterator[Record], settings: RunCode, work: Work) -> AsyncIterator[Record]:
+async def run_code(records: Records, settings: RunCode, work: Work) -> Records:
     """Keeps the records whose data["code"] passes data["tests"] in the sandbox; what fails, and tests that pass without the code, are set aside."""
     if lacking := sandbox.check(settings.isolation, work.step):
         warn(f"{work.step}: programs of the teacher run with limits alone, as the kernel lacks {lacking}")

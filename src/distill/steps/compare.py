@@ -1,10 +1,9 @@
 """A judge on pairs of answers, each pair seen in both orders."""
 
 from collections import Counter
-from collections.abc import AsyncIterator
 
 from src.distill.agreement import Agreement, unequal
-from src.distill.pipeline import Answer, Record, SetAside, Work
+from src.distill.pipeline import Answer, Record, Records, SetAside, Work
 from src.distill.requests import TEXT, ask_all, given, obj, request
 from src.distill.texts import derive, fill, transcript
 from src.settings.recipes import Compare
@@ -20,7 +19,7 @@ MEANING = {("first", "second"): BOTH, ("second", "first"): AGAINST, ("tie", "tie
 """what the verdicts on (chosen, rejected) and on (rejected, chosen) say together; all else disagrees"""
 
 
-async def compare(records: AsyncIterator[Record], settings: Compare, work: Work) -> AsyncIterator[Record]:
+async def compare(records: Records, settings: Compare, work: Work) -> Records:
     """Keeps the pairs whose chosen answer the judge prefers in both orders, by more votes than the rejected one.
 
     A vote counts only if both orders agree (judges favour positions: Wang et al. 2023, arXiv:2305.17926); ties are an answer of their own.

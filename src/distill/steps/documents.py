@@ -2,9 +2,9 @@
 
 import re
 import unicodedata
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
-from src.distill.pipeline import Record, SetAside, Work
+from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.requests import TEXT, YES_NO, array, obj, request
 from src.distill.steps.respond import prompt_of
 from src.distill.texts import all_usable, append_answer, derive, fill, text_of, usable, user
@@ -15,7 +15,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 MOST_QUOTES = 8
 
 
-async def chunk(records: AsyncIterator[Record], settings: Chunk, work: Work) -> AsyncIterator[Record]:
+async def chunk(records: Records, settings: Chunk, work: Work) -> Records:
     """A record for each piece of a text, in order; data["place"] is the piece's number in its text."""
     async for record in records:
         texts = list(pieces(record.data.get("text", ""), settings.max_chars))
@@ -52,7 +52,7 @@ def _parts(paragraph: str, most: int) -> Iterator[tuple[str, str]]:
         yield ("\n\n" if number == 0 else " "), part
 
 
-async def questions(records: AsyncIterator[Record], settings: Questions, work: Work) -> AsyncIterator[Record]:
+async def questions(records: Records, settings: Questions, work: Work) -> Records:
     """A record for each question that the teacher finds a text to answer; questions twice are one."""
     schema = obj(questions=array(TEXT, 1, settings.n))
 
@@ -66,7 +66,7 @@ async def questions(records: AsyncIterator[Record], settings: Questions, work: W
         yield record
 
 
-async def ground(records: AsyncIterator[Record], settings: Ground, work: Work) -> AsyncIterator[Record]:
+async def ground(records: Records, settings: Ground, work: Work) -> Records:
     """The teacher answers from the text, quoting it; a record whose text does not answer, or holds not every quotation, is set aside.
 
     White space and typographic variants do not count in quotations (NFKC); every other character does.

@@ -1,9 +1,8 @@
 """Harder and rarer prompts out of given ones (Evol-Instruct, Xu et al. 2023, arXiv:2304.12244)."""
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from src.distill.pipeline import Record, SetAside, Work
+from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.requests import TEXT, YES_NO, obj, request
 from src.distill.steps.respond import prompt_of
 from src.distill.texts import append_answer, derive, fill, part, usable, words
@@ -12,7 +11,7 @@ from src.settings.recipes import Evolve
 IN_BREADTH = "in_breadth"
 
 
-async def evolve(records: AsyncIterator[Record], settings: Evolve, work: Work) -> AsyncIterator[Record]:
+async def evolve(records: Records, settings: Evolve, work: Work) -> Records:
     """Each prompt becomes as many records as there are rounds, answered; an eliminated evolution is set aside, and the next starts where it did.
 
     Eliminated, as in the paper: what asks the same as before (a judge says so), what the teacher declines or answers with punctuation alone, and what

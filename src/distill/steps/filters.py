@@ -1,19 +1,19 @@
 """Filters: what makes a record unfit is in src/distill/filters.py and near.py; here is which part of a record is looked at."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from src.core.errors import BadData
 from src.core.log import warn
 from src.distill import filters
 from src.distill.near_duplicates import CodeOverlap, MinHashIndex, NgramOverlap
-from src.distill.pipeline import Record, Work
+from src.distill.pipeline import Record, Records, Work
 from src.distill.texts import part, text_of
 from src.settings.recipes import InLanguage, Length, NearDuplicates, Overlap, Refusal, Repetition
 
 
-async def sift(records: AsyncIterator[Record], fault: Callable[[Record], str | None], work: Work) -> AsyncIterator[Record]:
+async def sift(records: Records, fault: Callable[[Record], str | None], work: Work) -> Records:
     """The records without a fault; the others are set aside with it."""
     async for record in records:
         if reason := fault(record):
@@ -27,7 +27,7 @@ def looked_at(record: Record, of: str) -> str:
     return part(record.messages, of) if record.messages else text_of(record)
 
 
-def length(records: AsyncIterator[Record], settings: Length, work: Work) -> AsyncIterator[Record]:
+def length(records: Records, settings: Length, work: Work) -> Records:
     def fault(record: Record) -> str | None:
         if settings.unit == "turns":
             return filters.bounded(len(record.messages), "turns", settings.min, settings.max)
@@ -36,7 +36,7 @@ def length(records: AsyncIterator[Record], settings: Length, work: Work) -> Asyn
     return sift(records, fault, work)
 
 
-def language(records: AsyncIterator[Record], settings: InLanguage, work: Work) -> AsyncIterator[Record]:
+def language(records: Records, settings: InLanguage, work: Work) -> Records:
     """Of a translated record the language it was translated to counts."""
 
     def fault(record: Record) -> str | None:
@@ -46,15 +46,15 @@ def language(records: AsyncIterator[Record], settings: InLanguage, work: Work) -
     return sift(records, fault, work)
 
 
-def refusal(records: AsyncIterator[Record], settings: Refusal, work: Work) -> AsyncIterator[Record]:
+def refusal(records: Records, settings: Refusal, work: Work) -> Records:
     return sift(records, lambda record: filters.refusal(part(record.messages, "answer"), settings.phrases, settings.within), work)
 
 
-def repetition(records: AsyncIterator[Record], settings: Repetition, work: Work) -> AsyncIterator[Record]:
+def repetition(records: Records, settings: Repetition, work: Work) -> Records:
     return sift(records, lambda record: filters.repetition(looked_at(record, settings.of), settings.n, settings.share, settings.run), work)
 
 
-def near_duplicates(records: AsyncIterator[Record], settings: NearDuplicates, work: Work) -> AsyncIterator[Record]:
+def near_duplicates(records: Records, settings: NearDuplicates, work: Work) -> Records:
     """Of every record that went on a signature is kept, on disk, not its text."""
     index = MinHashIndex(n=settings.n, permutations=settings.permutations, similarity=settings.similarity)
     return sift(
@@ -64,7 +64,7 @@ def near_duplicates(records: AsyncIterator[Record], settings: NearDuplicates, wo
     )
 
 
-def overlap(records: AsyncIterator[Record], settings: Overlap, work: Work) -> AsyncIterator[Record]:
+def overlap(records: Records, settings: Overlap, work: Work) -> Records:
     if not settings.sets:
         warn(f"{work.step}: no evaluation set is named (recipe.steps.{work.step}.sets), so nothing is compared with one")
         return records

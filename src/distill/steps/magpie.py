@@ -1,14 +1,12 @@
 """Prompts drawn from an aligned teacher by its template alone (Magpie, Xu et al. 2024, arXiv:2406.08464)."""
 
-from collections.abc import AsyncIterator
-
-from src.distill.pipeline import Record, Request, SetAside, Work
+from src.distill.pipeline import Record, Records, Request, SetAside, Work
 from src.distill.requests import stream
 from src.distill.texts import derive, usable, user
 from src.settings.recipes import Magpie
 
 
-async def magpie(records: AsyncIterator[Record], settings: Magpie, work: Work) -> AsyncIterator[Record]:
+async def magpie(records: Records, settings: Magpie, work: Work) -> Records:
     """The teacher goes on from the opening of a user's turn, as often as records are asked for, each with a seed of its own; records that came in go on.
 
     Works with teachers that complete raw text (/completions, or a local model). What the paper adds by system prompts for mathematics or code belongs

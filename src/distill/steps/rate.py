@@ -1,11 +1,10 @@
 """A judge's scores of answers, by aspect."""
 
 import statistics
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from src.distill.agreement import Agreement, squared
-from src.distill.pipeline import Answer, Record, Request, SetAside, Work
+from src.distill.pipeline import Answer, Record, Records, Request, SetAside, Work
 from src.distill.requests import TEXT, array, ask_all, given, obj, request, whole
 from src.distill.texts import derive, fill, listed, part, transcript, usable
 from src.settings.recipes import Rate
@@ -29,7 +28,7 @@ class Vote:
     asked: list[Answer]
 
 
-async def rate(records: AsyncIterator[Record], settings: Rate, work: Work) -> AsyncIterator[Record]:
+async def rate(records: Records, settings: Rate, work: Work) -> Records:
     """Mean scores by aspect, as UltraFeedback has them (Cui et al. 2023, arXiv:2310.01377): the judge sees all answers to a prompt together.
 
     Into data["ratings"], one {aspect: mean} for each of data["answers"]; where there are none, into data["scores"] for the conversation as it is.
@@ -44,7 +43,7 @@ async def rate(records: AsyncIterator[Record], settings: Rate, work: Work) -> As
         candidates = record.data.get("answers") or [part(record.messages, "answer") or "(not answered yet)"]
         votes = await _votes(record, candidates, settings, work)
         if settings.check is not None:
-            votes = await _checked(votes, settings, work)
+            votes = await _checked(votes, settings.check, settings, work)
         scores = _by_candidate(votes, list(settings.aspects), len(candidates))
         return derive(record, *(answer for vote in votes for answer in vote.asked), **_found(record, candidates, scores, work))
 
@@ -107,10 +106,10 @@ def _sound(critique: str) -> str:
         return ""
 
 
-async def _checked(votes: list[Vote], settings: Rate, work: Work) -> list[Vote]:
+async def _checked(votes: list[Vote], check: str, settings: Rate, work: Work) -> list[Vote]:
     """The votes whose critiques were read anew, with None for each score further than `tolerance` from what its critique deserves."""
     checked = []
-    for vote, result in zip(votes, await ask_all(work, [_reading(vote, settings) for vote in votes])):
+    for vote, result in zip(votes, await ask_all(work, [_reading(vote, check, settings) for vote in votes])):
         if isinstance(result, SetAside):
             work.count("checks missing")
             continue
@@ -124,11 +123,11 @@ async def _checked(votes: list[Vote], settings: Rate, work: Work) -> list[Vote]:
     return checked
 
 
-def _reading(vote: Vote, settings: Rate) -> Request:
+def _reading(vote: Vote, check: str, settings: Rate) -> Request:
     """The request for the scores that a vote's critiques deserve, read alone."""
     count = len(vote.critiques)
     prompt = fill(
-        settings.check,
+        check,
         critiques=listed(vote.critiques, "critique"),
         aspect=settings.aspects[vote.aspect],
         lowest=settings.lowest,
@@ -140,7 +139,7 @@ def _reading(vote: Vote, settings: Rate) -> Request:
 
 
 def _by_candidate(votes: list[Vote], aspects: list[str], count: int) -> Scores:
-    scores = {aspect: [[] for _ in range(count)] for aspect in aspects}
+    scores: Scores = {aspect: [[] for _ in range(count)] for aspect in aspects}
     for vote in votes:
         for number, score in zip(vote.order, vote.scores):
             if score is not None:

@@ -1,14 +1,12 @@
 """The teacher answers prompts."""
 
-from collections.abc import AsyncIterator
-
-from src.distill.pipeline import Record, SetAside, Work
+from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.requests import ask_all, given, request
 from src.distill.texts import all_usable, append_answer, derive
 from src.settings.recipes import Respond
 
 
-async def respond(records: AsyncIterator[Record], settings: Respond, work: Work) -> AsyncIterator[Record]:
+async def respond(records: Records, settings: Respond, work: Work) -> Records:
     """Answers each prompt. With n of 1 the answer becomes the record's last turn, else all usable ones become data["answers"].
 
     A record without a usable answer is set aside, one of which some answers failed goes on with the others.

@@ -3,19 +3,18 @@
 import math
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator
 
 import numpy as np
 
 from src.distill.disk_records import Spool
-from src.distill.pipeline import Record, Work
+from src.distill.pipeline import Record, Records, Work
 from src.distill.texts import part, words
 from src.settings.recipes import Select
 
 COLUMNS = 2048
 
 
-async def select(records: AsyncIterator[Record], settings: Select, work: Work) -> AsyncIterator[Record]:
+async def select(records: Records, settings: Select, work: Work) -> Records:
     """Goes through all records from the highest product of scores down and takes each that is not like one taken before, until there are enough.
 
     DEITA scores with models trained for it and compares by a LLaMA's embeddings; here a judge scores (`rate`), and likeness is the cosine of hashed

@@ -1,12 +1,11 @@
 """New tasks in the manner of seeds, and an input and an output for each (Self-Instruct, Wang et al. 2022, arXiv:2212.10560)."""
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from src.core.errors import BadData
 from src.core.log import warn
 from src.distill.filters import task
-from src.distill.pipeline import Record, SetAside, Work
+from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.requests import TEXT, YES_NO, array, obj, request, stream
 from src.distill.rouge import Pool
 from src.distill.texts import append_answer, derive, fill, listed, part, usable, user, words
@@ -22,7 +21,7 @@ class Tasks:
     pool: Pool = field(default_factory=Pool)
 
 
-async def self_instruct(records: AsyncIterator[Record], settings: SelfInstruct, work: Work) -> AsyncIterator[Record]:
+async def self_instruct(records: Records, settings: SelfInstruct, work: Work) -> Records:
     """Asks for new tasks until there are enough, each request showing examples drawn from seeds and from tasks made before.
 
     Requests go out in rounds of a fixed number that see the same pool, so the result does not depend on which answer comes first. ROUGE-L is over
@@ -106,7 +105,7 @@ def _left_out(record: Record, tasks: Tasks, settings: SelfInstruct) -> str | Non
     return "more than were asked for" if len(tasks.made) >= settings.rows else None
 
 
-async def instances(records: AsyncIterator[Record], settings: Instances, work: Work) -> AsyncIterator[Record]:
+async def instances(records: Records, settings: Instances, work: Work) -> Records:
     """Asks whether a task is a classification, then for its labels and an input of one of them, or for an input and its output.
 
     The label first, since a teacher that writes the input first gives most inputs the same label (section 2.2 of the paper). One instance a task.

@@ -2,9 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
 
-from src.distill.pipeline import Record, SetAside, Work
+from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.requests import TEXT, array, obj, request
 from src.distill.texts import derive, fill, listed, usable
 from src.settings.recipes import Translate
@@ -19,7 +18,7 @@ _MARK = re.compile(r"⟦(\d+)⟧")
 _NUMBER = re.compile(r"\d[\d,.]*\d|\d")
 
 
-async def translate(records: AsyncIterator[Record], settings: Translate, work: Work) -> AsyncIterator[Record]:
+async def translate(records: Records, settings: Translate, work: Work) -> Records:
     """Each conversation once in each language, all its turns in one request so that words stay the same throughout.
 
     Code, addresses, tags, formulas and placeholders are taken out before (as ⟦1⟧) and put back after; a translation that lost one, or that has other
