@@ -67,13 +67,13 @@ def _cut(entry: Entry) -> BadData:
     return BadData("the file became shorter while it was read", where=str(entry.file), fix="copy or download it again")
 
 
-def bf16_truncated(data: bytes | memoryview, dtype: str) -> bytes | memoryview | np.ndarray:
+def bf16_truncated(data: bytes | memoryview, dtype: str) -> bytes | memoryview:
     """Values of `dtype` (BF16, F16, F32; little endian) as bf16 by truncation: the upper half of the fp32 bits, as AXERA's fp32_to_bf16 has it."""
     if dtype == "BF16":
         return data
     if dtype == "F16":
-        return _bf16_of_fp16().take(np.frombuffer(data, "<u2"))
-    return np.frombuffer(data, "<u2")[1::2].copy()
+        return _bf16_of_fp16().take(np.frombuffer(data, "<u2")).data
+    return np.frombuffer(data, "<u2")[1::2].copy().data
 
 
 @cache

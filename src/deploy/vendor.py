@@ -59,15 +59,16 @@ def run(
     env: dict[str, str] | None = None,
     watch: tuple[str, ...] = (),
     line: Callable[[str], None] = lambda text: None,
-    stop: Callable[[], None] = lambda: None,
+    container: str | None = None,
 ) -> Done:
     """Run a vendor's tool, its stdout and stderr together into `log`, and tell how it ended.
 
     watch: texts whose appearance is recorded. line: called with each line as it comes, also with the beginning of one that has not ended.
-    stop: what to do besides killing the tool's processes when this process is interrupted or terminated, such as stopping a container.
+    container: its name where it runs in one, which is stopped too when this process is interrupted or terminated.
     """
     say(f"runs {shlex.join(argv)}")
-    seen, tail = set(), deque(maxlen=30)
+    seen: set[str] = set()
+    tail: deque[str] = deque(maxlen=30)
     with open(log, "wb") as file, terminated_as_interrupt():
         file.write(f"$ {shlex.join(argv)}\n".encode())
         tool = subprocess.Popen(
@@ -89,7 +90,8 @@ def run(
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(tool.pid, signal.SIGTERM)
-            stop()
+            if container:
+                stop_container(container)
             try:
                 tool.wait(10)
             except subprocess.TimeoutExpired:

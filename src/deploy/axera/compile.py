@@ -45,7 +45,7 @@ def compile_layers(
             env=toolchain.environment(target) if tool.image is None else None,
             watch=(BUILT, *(text for text, _ in FAILURES)),
             line=CompileProgress(),
-            stop=lambda: tool.image and stop_container(name),
+            container=name if tool.image else None,
         )
     finally:
         if tool.image:
@@ -94,7 +94,7 @@ def judge(build: Path, layers: int, chunk: int, equal_layers: bool, log: Path) -
     def wrong(what: str, fix: str = "run it again; if it stays, report it to AXERA with the log") -> ToolFailed:
         return ToolFailed(what, where=f"{build}, log {log}", fix=fix)
 
-    found = {}
+    found: dict[tuple[str, int], dict[int, Path]] = {}
     for file in sorted(build.rglob("*_together.axmodel")):
         if match := LAYER.fullmatch(file.name):
             found.setdefault((match["prefix"], int(match["chunk"])), {})[int(match["index"])] = file
@@ -169,7 +169,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 # Text in the log -> (what it means, ways out). The first that was printed counts.
-FAILURES = (
+FAILURES: tuple[tuple[str, tuple[str, tuple[str, ...]]], ...] = (
     (
         "model_type error",
         ("this Pulsar2 does not know the model's family", ("target.model_type=llama if it is a Llama in all but name", "a newer Pulsar2")),
@@ -209,6 +209,7 @@ def failure(done: Done, log: Path) -> ToolFailed | WrongKind:
     own = [line for line in done.tail.splitlines() if not line.startswith(("Traceback", "  "))]
     last = "\n".join(f"    {line[:200]}" for line in own[-6:])
     known = next(((text, meaning) for text, meaning in FAILURES if text in done.seen), None)
+    ways: tuple[str, ...]
     if done.code == 137:
         what, ways = (
             "the compile was killed (exit code 137), most likely for lack of memory; AXERA asks for more than 32 GB for large models",

@@ -33,12 +33,11 @@ def axllm_config(
     hidden: int,
 ) -> dict:
     """config.json as axllm reads it. layers: file names by index; rows, hidden: of the embedding table."""
-    match = LAYER.fullmatch(layers[0])
     config = {
         "model_name": model_name,
         "tokenizer_type": tokenizer_type,
         "url_tokenizer_model": tokenizer_file,
-        "template_filename_axmodel": f"{match['prefix']}_p{match['chunk']}_l%d_together.axmodel",
+        "template_filename_axmodel": LAYER.sub(r"\g<prefix>_p\g<chunk>_l%d_together.axmodel", layers[0]),
         "axmodel_num": len(layers),
         "filename_post_axmodel": post,
         "filename_tokens_embed": EMBEDDING,

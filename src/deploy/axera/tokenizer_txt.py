@@ -38,7 +38,7 @@ def pieces_and_merges(spec: dict, where: str) -> tuple[list[str], list[tuple[str
     by_id = {id: piece for piece, id in model["vocab"].items()} | {token["id"]: token["content"] for token in spec["added_tokens"]}
     # Ids between the last piece and an added token are never produced; axllm's own converter calls them <unk>.
     pieces = [by_id.get(id, "<unk>") for id in range(max(by_id) + 1)]
-    merges = [tuple(rule.split(" ", 1)) if isinstance(rule, str) else tuple(rule) for rule in model["merges"]]
+    merges = [(left, right) for left, right in (rule.split(" ", 1) if isinstance(rule, str) else rule for rule in model["merges"])]
     if odd := [text for text in (*pieces, *(part for rule in merges for part in rule)) if not text or re.search(r"[\r\n]", text)]:
         raise WrongKind(
             f"the tokenizer has the piece {odd[0]!r}, which a line of text cannot hold", where=where, fix="remove it from the tokenizer"
@@ -78,10 +78,10 @@ class Reader:
         size, rules, *family = (int(n) for n in next(lines).split())
         self.family = family[0] if family else 0
         self.pieces = [next(lines) for _ in range(size)]
-        self.ids = {}
+        self.ids: dict[str, int] = {}
         for id, piece in enumerate(self.pieces):
             self.ids.setdefault(piece, id)
-        self.ranks = {}
+        self.ranks: dict[tuple[str, str], int] = {}
         for rank in range(rules):
             left, space, right = next(lines).partition(" ")
             if not space:

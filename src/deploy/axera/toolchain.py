@@ -103,7 +103,11 @@ def weight_type(target: Axera, quantization: dict | None) -> str | None:
 def argv(tool: Toolchain, target: Axera, quantization: dict | None, input_path: str, output_path: str) -> list[str]:
     """Arguments after `pulsar2`, from what this version's help lists. Raises ConfigError where it lacks what the target asks for; every lack at once."""
     weight, faults = weight_type(target, quantization), []
-    options = {"--input_path": [input_path], "--output_path": [output_path], "--hidden_state_type": [target.hidden_type]}
+    options: dict[str, list[str]] = {
+        "--input_path": [input_path],
+        "--output_path": [output_path],
+        "--hidden_state_type": [target.hidden_type],
+    }
     if weight:
         options["--weight_type"] = [weight]
     chunk, prompt, context = target.prefill_chunk, target.prompt_len, target.context_len

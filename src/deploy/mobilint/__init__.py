@@ -53,8 +53,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Mobilint) -> dict:
 
     calibration.write_table(made.table, work / "embedding.pt")
     table = calibration.open_table(work / "embedding.pt")
-    dataset = inputs["dataset"].path if "dataset" in inputs else None
-    found, counts = calibration.sequences(made, dataset, Path(target.texts) if target.texts else None, tokenizer)
+    found, counts = calibration.sequences(made, tokenizer)
     records = calibration.write(found, table, work / job.CALIBRATION)
     calibration.check(work / job.CALIBRATION, records, made.low, made.high, table.shape[1])
 

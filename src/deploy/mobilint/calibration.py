@@ -50,7 +50,7 @@ def write_table(entry: Entry, path: Path) -> None:
     raw = path.with_suffix(".f32")
     with open(raw, "wb") as file:
         for data in chunks(entry):
-            file.write(to_fp32(data, entry.dtype))
+            file.write(to_fp32(data, entry.dtype).data)
     table = torch.from_file(str(raw), shared=True, size=raw.stat().st_size // 4, dtype=torch.float32).view(*entry.shape)
     with whole(path) as partial:
         torch.save(table, partial)
@@ -59,7 +59,7 @@ def write_table(entry: Entry, path: Path) -> None:
     say(f"embedding.pt: fp32 {entry.shape[0]} x {entry.shape[1]}, {size(path.stat().st_size)}, from {entry.dtype} '{entry.name}'")
 
 
-def to_fp32(data: bytes, dtype: str) -> np.ndarray:
+def to_fp32(data: bytes | memoryview, dtype: str) -> np.ndarray:
     """Values of `dtype` (BF16, F16, F32; little endian) as fp32, exactly."""
     if dtype == "BF16":
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
@@ -84,7 +84,9 @@ def from_conversations(path: Path, tokenizer, low: int, high: int, samples: int)
     where the split makes not one.
     """
     rows = _conversations(path, tokenizer)
-    kept, found, draws, barren = [], {}, 1, 0
+    kept: list[tuple[str, list[int]]] = []
+    found: dict[tuple[int, ...], Sequence] = {}
+    draws, barren = 1, 0
     counts = {"conversations": 0, "refused": 0, "cut": 0, "joined": 0}
 
     def take(conversations: Iterable) -> None:
@@ -139,7 +141,8 @@ def from_conversations(path: Path, tokenizer, low: int, high: int, samples: int)
 
 def join(conversations: Iterable[tuple[str, list[int]]], low: int, high: int) -> Iterator[tuple[list[int], list[str], bool]]:
     """(ids, names, whether it was cut) of sequences of `low` to `high` tokens; a rest shorter than `low` is left over."""
-    ids, names = [], []
+    ids: list[int] = []
+    names: list[str] = []
     for name, more in conversations:
         ids, names = ids + more, names + [name]
         if len(ids) >= low:
@@ -207,11 +210,11 @@ def _texts(path: Path, tokenizer, low: int) -> Iterator[list[int]]:
 # ---- files
 
 
-def sequences(plan: CompilePlan, dataset: Path | None, texts: Path | None, tokenizer) -> tuple[list[Sequence], dict]:
+def sequences(plan: CompilePlan, tokenizer) -> tuple[list[Sequence], dict]:
     """The sequences a plan asks for, from conversations or from texts, and what is to be known of them."""
     if plan.languages:
-        return from_texts(texts, plan.languages, tokenizer, plan.low, plan.high, plan.samples)
-    return from_conversations(dataset / "calib.jsonl", tokenizer, plan.low, plan.high, plan.samples)
+        return from_texts(plan.source, plan.languages, tokenizer, plan.low, plan.high, plan.samples)
+    return from_conversations(plan.source, tokenizer, plan.low, plan.high, plan.samples)
 
 
 def write(found: list[Sequence], table, folder: Path) -> list[dict]:
@@ -248,7 +251,7 @@ def write(found: list[Sequence], table, folder: Path) -> list[dict]:
                 "ids": hashlib.sha256(np.array(sequence.ids, "<u4").tobytes()).hexdigest(),
             }
         )
-    tokens = [record["tokens"] for record in records]
+    tokens = [len(sequence.ids) for sequence in found]
     say(
         f"calibration: {len(records)} files of {min(tokens)} to {max(tokens)} tokens, {sum(tokens):,} tokens in all"
         + (f"; {kept} were there from an earlier run" if kept else "")

@@ -10,7 +10,7 @@ from src.core.files import read_json, sha256, write_json
 from src.core.log import say, size
 from src.deploy.mobilint import job, toolchain
 from src.deploy.mobilint.plan import CompilePlan
-from src.deploy.vendor import COMPILED, Done, hand_back, image_id, run, stop_container
+from src.deploy.vendor import COMPILED, Done, hand_back, image_id, run
 from src.settings.targets import Mobilint
 
 LOG = "compile.log"
@@ -72,7 +72,7 @@ def _run(plan: CompilePlan, target: Mobilint, work: Path, digest: str, container
             env={"PYTHONUNBUFFERED": "1"},
             watch=(job.DONE,),
             line=_progress(),
-            stop=lambda: target.image and stop_container(container),
+            container=container if target.image else None,
         )
     finally:
         if target.image:

@@ -36,6 +36,7 @@ class CompilePlan:
     """Everything decided before the work begins.
 
     table: the embedding table in the model's shards. values: of all tensors but it.
+    source: the folder of texts in `languages`, or where it names none the calib split; source_words: the same for a person.
     context: prompt and answer in tokens. low, high: tokens of a calibration sequence. device: gpu or cpu.
     guarded: the job refuses to run under a compiler of another API. trust: custom code of the model was allowed when it was trained.
     """
@@ -51,7 +52,8 @@ class CompilePlan:
     high: int
     samples: int
     languages: tuple[str, ...]
-    source: str
+    source: Path
+    source_words: str
     device: str
     compiler: Compiler
     guarded: bool
@@ -92,7 +94,7 @@ class CompilePlan:
             f"compiler: {self.compiler}",
             f"job: {job}, {self.weight_type}, context {self.context}, on {self.device}: {argv}",
             f"embedding.pt: fp32 {rows} x {hidden}, {size(self.table_bytes)}" + ("; rotated for the bundle" if self.bits == 4 else ""),
-            f"calibration: {self.samples} sequences of {self.low} to {self.high} tokens from {self.source}, {size(self.calibration_bytes)} at most",
+            f"calibration: {self.samples} sequences of {self.low} to {self.high} tokens from {self.source_words}, {size(self.calibration_bytes)} at most",
             f"{self.mxq}: about {size(self.mxq_bytes)}",
             *self.notes,
         ]
@@ -135,6 +137,7 @@ def make(inputs: dict[str, Artifact], target: Mobilint) -> CompilePlan:
             fix=["target.weight_type=w8", "qbcompiler 1.0 or newer"],
         )
     low, high = target.lengths()
+    source, source_words = _calibration_source(inputs, target)
     values = sum(math.prod(entry.shape) for entry in safetensors_io.entries(model).values()) - math.prod(table.shape)
     return CompilePlan(
         model=model,
@@ -148,7 +151,8 @@ def make(inputs: dict[str, Artifact], target: Mobilint) -> CompilePlan:
         high=high,
         samples=target.samples,
         languages=tuple(target.languages or ()),
-        source=_calibration_source(inputs, target),
+        source=source,
+        source_words=source_words,
         device=("gpu" if toolchain.has_gpu() else "cpu") if target.device == "auto" else target.device,
         compiler=compiler,
         guarded=target.sdk == "auto",
@@ -157,9 +161,9 @@ def make(inputs: dict[str, Artifact], target: Mobilint) -> CompilePlan:
     )
 
 
-def _calibration_source(inputs: dict[str, Artifact], target: Mobilint) -> str:
-    """What the sequences are made of, in words. Raises MissingInput or BadData where there is nothing to make them of."""
-    if target.languages is None:
+def _calibration_source(inputs: dict[str, Artifact], target: Mobilint) -> tuple[Path, str]:
+    """Where the sequences come from, and the same in words. Raises MissingInput or BadData where there is nothing to make them of."""
+    if target.languages is None or target.texts is None:
         dataset = inputs["dataset"]
         if not dataset.files["calib.jsonl"]["size"]:
             raise MissingInput(
@@ -167,7 +171,7 @@ def _calibration_source(inputs: dict[str, Artifact], target: Mobilint) -> str:
                 where=str(dataset.path),
                 fix=["python -m src.data data.calib=0.1", "target.languages=[en] target.texts=FOLDER calibrates on text of yours"],
             )
-        return f"the calib split of {dataset.path} through the training template"
+        return dataset.path / "calib.jsonl", f"the calib split of {dataset.path} through the training template"
     for language in target.languages:
         file = Path(target.texts) / f"{language}.txt"
         if not file.is_file():
@@ -178,4 +182,4 @@ def _calibration_source(inputs: dict[str, Artifact], target: Mobilint) -> str:
             )
         if not file.stat().st_size:
             raise BadData("the calibration text is empty", where=str(file), fix="put plain UTF-8 text there")
-    return f"{target.texts}/{{{','.join(target.languages)}}}.txt"
+    return Path(target.texts), f"{target.texts}/{{{','.join(target.languages)}}}.txt"

@@ -4,7 +4,6 @@ Sources: `optimum-cli export openvino --help` of optimum-intel 2.2.0; for the NP
 groups of 128, or whole rows (-1) for models above a billion parameters.
 """
 
-import re
 from pathlib import Path
 
 from src.core.artifact import Artifact
@@ -42,7 +41,12 @@ def check_settings(shape: ModelShape, target: Openvino, where: Path) -> None:
     if limit and target.context_len > limit:
         faults.append(f"target.context_len={target.context_len} is above the model's own limit of {limit}")
         ways.append(f"target.context_len={limit} target.prompt_len={min(target.prompt_len, limit // 2)}")
-    if target.weight_type == "int4" and target.group_size not in ("auto", -1) and (odd := _undivided(shape, target.group_size)):
+    if (
+        target.weight_type == "int4"
+        and target.group_size != "auto"
+        and target.group_size > 0
+        and (odd := _undivided(shape, target.group_size))
+    ):
         fitting = next((g for g in (128, 64, 32) if not _undivided(shape, g)), -1)
         faults.append(f"target.group_size={target.group_size} does not divide the model's rows of {', '.join(map(str, odd))}")
         ways.append(f"target.group_size={fitting if target.device == 'CPU' or fitting == 128 else -1}")
@@ -97,7 +101,7 @@ def versions(target: Openvino) -> dict[str, str]:
         return {}
     found = {}
     for info in python(target).parents[1].glob("lib/python3*/site-packages/*.dist-info"):
-        name, version = re.fullmatch(r"(.+)-([^-]+)\.dist-info", info.name).groups()
+        name, _, version = info.stem.rpartition("-")
         found[name.lower()] = version
     return {name: found[name] for name in PACKAGES if name in found}
 
