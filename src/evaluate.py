@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from src.chat import encoding
@@ -57,8 +58,8 @@ def find_for_endpoint(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     given, inputs = cfg.parent or cfg.source, {}
     if given or any(run.has(name) for name in BUILT_FROM):
         found = run.source(given, *BUILT_FROM, kinds=KINDS | {"bundle"})
-        if found.kind == "bundle":
-            found = run.source(str(found.path_of(found.parent("model"))), kinds=KINDS)
+        if found.kind == "bundle" and (record := found.parent("model")):
+            found = run.source(str(found.path_of(record)), kinds=KINDS)
         inputs["parent"] = found
     return inputs | {"dataset": stage.data_sources(run, cfg.dataset)}
 
@@ -77,7 +78,7 @@ def name(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
     """evaluate-merge for the run's merge; evaluate-<folder> for a model made elsewhere; evaluate-<host>-<port> for an endpoint."""
     if cfg.endpoint.url:
         parts = urlsplit(cfg.endpoint.url)
-        host = re.sub(r"[^A-Za-z0-9._-]+", "-", parts.hostname)
+        host = re.sub(r"[^A-Za-z0-9._-]+", "-", parts.hostname or "")
         return f"evaluate-{host}-{parts.port or (443 if parts.scheme == 'https' else 80)}"
     folder = re.sub(r"[^A-Za-z0-9._-]+", "-", inputs["model"].path.resolve().name)
     return f"evaluate-{folder}"
@@ -100,14 +101,13 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
             fix=f"python -m src.data run={cfg.run} data.path=... data.val=0.1 force=true, then fine-tune again",
         )
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
-    if cfg.endpoint.url:
-        return check_endpoint(cfg, inputs, parent)
+    if client := connect(cfg):
+        return check_endpoint(cfg, client, inputs, parent)
     return [f"{inputs['model'].path} ({inputs['model'].kind}){parent}"]
 
 
-def check_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], parent: str) -> list[str]:
+def check_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artifact], parent: str) -> list[str]:
     """What would be asked; nothing is sent before the work begins."""
-    client = connect(cfg)
     count, at_once = len(asked(cfg, validation(cfg, inputs))), cfg.endpoint.concurrency
     return [
         f"{client.url}, {cfg.endpoint.model or 'the one model it serves'}, {client.server.with_key}{parent}",
@@ -115,52 +115,55 @@ def check_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], parent: str) 
     ]
 
 
-def connect(cfg: EvaluateVerb) -> Client:
-    return Client(cfg.endpoint.url, timeout=cfg.endpoint.timeout)
+def connect(cfg: EvaluateVerb) -> Client | None:
+    """A client of the endpoint, to which nothing is sent yet; None where models are measured here."""
+    return Client(cfg.endpoint.url, timeout=cfg.endpoint.timeout) if cfg.endpoint.url else None
 
 
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json and answers.jsonl."""
-    if cfg.endpoint.url:
-        return evaluate_endpoint(cfg, inputs, out)
+    if client := connect(cfg):
+        return evaluate_endpoint(cfg, client, inputs, out)
     device = devices.device()
     records = validation(cfg, inputs)
     prompts = asked(cfg, records)
-    subjects = {role: inputs[role] for role in ("parent", "model") if role in inputs}
-    measured, answers, top = {}, {}, {}
-    # The parent is read with the child's tokenizer and template, so that both see the same tokens.
-    tokenizer = None
-    for role in ("model", *(["parent"] if "parent" in subjects else [])):
-        model, own = load_any(subjects[role], dtype=evaluation.compute_dtype(device), device=device)
-        if tokenizer is None:
-            tokenizer = own
-            encoding.ensure_chat(tokenizer)
-            eos_id = encoding.turn_end(tokenizer)
-            rows = evaluation.encode_all(records, tokenizer, eos_id, cfg.evaluation.max_length)
-        else:
-            grow_vocabulary(model, len(tokenizer))
-        measured[role], top[role] = evaluation.measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, eos_id, role)
-        answers[role] = evaluation.answer(model, tokenizer, prompts, cfg.evaluation, eos_id)
-        del model
-    metrics = {**measured["model"], "rows": len(rows), "prompts": len(prompts)}
-    if "parent" in subjects:
-        metrics |= {f"parent_{k}": v for k, v in measured["parent"].items()}
-        metrics["agreement"] = sum(int((a == b).sum()) for a, b in zip(top["model"], top["parent"])) / max(metrics["tokens"], 1)
+
+    def read(model, role: str) -> tuple[dict, list, list[dict]]:
+        figures, top = evaluation.measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, eos_id, role)
+        return figures, top, evaluation.answer(model, tokenizer, prompts, cfg.evaluation, eos_id)
+
+    model, tokenizer = load_any(inputs["model"], dtype=evaluation.compute_dtype(device), device=device)
+    encoding.ensure_chat(tokenizer)
+    eos_id = encoding.turn_end(tokenizer)
+    rows = evaluation.encode_all(records, tokenizer, eos_id, cfg.evaluation.max_length)
+    figures, top, mine = read(model, "model")
+    del model
+    metrics: dict[str, Any] = {**figures, "rows": len(rows), "prompts": len(prompts)}
+    answers = {"model": mine}
+    if "parent" in inputs:
+        # The parent is read with the child's tokenizer and template, so that both see the same tokens.
+        parent, _ = load_any(inputs["parent"], dtype=evaluation.compute_dtype(device), device=device)
+        grow_vocabulary(parent, len(tokenizer))
+        figures, best, answers["parent"] = read(parent, "parent")
+        metrics |= {f"parent_{k}": v for k, v in figures.items()}
+        metrics["agreement"] = sum(int((a == b).sum()) for a, b in zip(top, best)) / max(metrics["tokens"], 1)
     metrics |= expected(cfg, answers)
     write(out, metrics, answers)
     show(metrics, answers, ("before", "after") if inputs["model"].stage == "finetune" else ("parent", "answer"))
     return metrics
 
 
-def evaluate_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json and answers.jsonl. The endpoint is asked first, while this machine does nothing else, then the local model."""
-    client, parent = connect(cfg), inputs.get("parent")
     model, description = measure.choose(client, cfg.endpoint.model)
     records = validation(cfg, inputs)
     prompts, many = asked(cfg, records), cfg.endpoint.concurrency
     rows = measure.ask(client, model, prompts, out, max_tokens=cfg.evaluation.max_new_tokens, workers=many, anew=cfg.force)
-    tokenizer, scored, metrics, answers = None, None, {"served": description}, {"model": rows}
-    if parent:
+    metrics: dict[str, Any] = {"served": description}
+    answers = {"model": rows}
+    if not (parent := inputs.get("parent")):
+        metrics |= measure.speed(rows)
+    else:
         tokenizer = tokenizer_of(parent)
         encoding.ensure_chat(tokenizer)
         eos_id = encoding.turn_end(tokenizer)
@@ -168,8 +171,7 @@ def evaluate_endpoint(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path)
         if scored := measure.score(client, model, encoded, tokenizer, eos_id, many):
             figures, top, kept = scored
             metrics |= {**figures, "rows": len(kept)}
-    metrics |= measure.speed(rows, tokenizer)
-    if parent:
+        metrics |= measure.speed(rows, tokenizer)
         device = devices.device()
         local, _ = load_any(parent, dtype=evaluation.compute_dtype(device), device=device)
         grow_vocabulary(local, len(tokenizer))
@@ -196,7 +198,7 @@ def asked(cfg: EvaluateVerb, records: list[dict]) -> list[tuple[list[dict], list
     """Prompts as (messages, tools): the ones given, else the openings of the first validation records."""
     if cfg.evaluation.prompts is not None:
         return [([{"role": "user", "content": text}], None) for text in cfg.evaluation.prompts]
-    found = []
+    found: list[tuple[list[dict], list | None]] = []
     for record in records:
         cut = next(i for i, m in enumerate(record["messages"]) if m["role"] == "assistant")
         opening = (record["messages"][:cut], record.get("tools"))

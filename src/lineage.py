@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             fix=here or "give the folder of one, such as outputs/default/merge",
         )
     verify = "--verify" in flags
-    faults = []
+    faults: list[str] = []
     show(artifact.open_artifact(paths[0]), "", set(), faults, verify)
     if faults:
         raise Tampered(
@@ -52,6 +52,7 @@ def show(a: Artifact, indent: str, seen: set[str], faults: list[str], verify: bo
     again = a.key in seen
     seen.add(a.key)
     m = a.manifest
+    assert m is not None  # what is shown was opened by its manifest
     bytes_ = size(sum(f["size"] for f in a.files.values()))
     print(
         f"{indent}{m['stage']} -> {a.kind}  {a.path}  {len(a.files)} files, {bytes_}, {m['seconds']:.0f} s  key {a.key[:12]}"
@@ -64,11 +65,11 @@ def show(a: Artifact, indent: str, seen: set[str], faults: list[str], verify: bo
     if verify:
         faults += [f"{a.path}/{fault}" for fault in artifact.verify(a)]
     for parent in m["parents"]:
-        follow(a, parent, a.path_of(parent), indent + "    ", seen, faults, verify)
+        follow(m["ancestors"], parent, a.path_of(parent), indent + "    ", seen, faults, verify)
 
 
-def follow(child: Artifact, parent: dict, path: Path, indent: str, seen: set[str], faults: list[str], verify: bool) -> None:
-    """A parent: opened where it still is, told from the child's manifest where it is not."""
+def follow(ancestors: dict[str, dict], parent: dict, path: Path, indent: str, seen: set[str], faults: list[str], verify: bool) -> None:
+    """A parent: opened where it still is, told from the ancestors in the child's manifest where it is not."""
     if "files" in parent:
         print(f"{indent}{parent['role']}: outside {parent['kind']}  {path}  {len(parent['files'])} files  key {parent['key'][:12]}")
         if verify and path.exists():
@@ -81,7 +82,7 @@ def follow(child: Artifact, parent: dict, path: Path, indent: str, seen: set[str
     else:
         if verify and path.exists() and not artifact.is_finished(path):
             faults.append(f"{path}/manifest.json: missing")
-        record = child.manifest["ancestors"].get(parent["key"])
+        record = ancestors.get(parent["key"])
         if record is None:  # which `verify` reports
             return
         state = f"made anew since, in {path}" if artifact.is_finished(path) else f"not here (was {path})"
@@ -92,7 +93,7 @@ def follow(child: Artifact, parent: dict, path: Path, indent: str, seen: set[str
         for key, value in stage.flatten(record["settings"]).items():
             print(f"{indent}  . {key} = {value}")
         for grand in record["parents"]:
-            follow(child, grand, Path(os.path.normpath(path.parent / grand["path"])), indent + "    ", seen, faults, verify)
+            follow(ancestors, grand, Path(os.path.normpath(path.parent / grand["path"])), indent + "    ", seen, faults, verify)
 
 
 if __name__ == "__main__":

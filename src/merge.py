@@ -94,7 +94,7 @@ def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: lis
         )
     say(f"merge: logits of random tokens equal those of the adapter on its base within {error:.1e} (tolerance {tolerance:.0e})")
     figures = {"logit_error": error, "tolerance": tolerance}
-    if not rows:
+    if trained is None:
         return figures
     change = fidelity.compare(trained, saved, len(rows))
     ways = ["rounding=stochastic keeps what was learnt"] * (cfg.rounding == "nearest") + ["dtype=float32 keeps every bit"]

@@ -113,7 +113,8 @@ def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[dic
     """(rows of {"input_ids", "attention_mask"} as gptqmodel takes them, tokens in all): whole conversations, as in training."""
     encoding.ensure_chat(tokenizer)
     eos_id = encoding.turn_end(tokenizer)
-    rows, cut = [], 0
+    rows: list[dict] = []
+    cut = 0
     for line in open(path, encoding="utf-8"):
         if len(rows) == cfg.calibration.rows:
             break
@@ -227,7 +228,7 @@ def prove(start: Artifact, out: Path, trust: bool, tokenizer, dataset: Path, pro
         raise ProofFailed(f"the quantized model's logits are {error:.2f} of their own size away from the source's", where=str(out))
     say(f"quantize: loads in transformers alone; logits of the calibration within {error:.1%} of the source's")
     figures = {"logit_error": error}
-    if rows:
+    if whole:
         change = fidelity.compare(whole, seen, len(rows))
         ways = "quantizer=gptq_int8, a smaller quantizer.group_size or more calibration rows lose less"
         figures |= fidelity.report("quantize", change, "quantized", ways)

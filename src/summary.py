@@ -62,8 +62,9 @@ def summary(cfg: Verb) -> int:
     bundles, total = [], 0.0
     for a, name in rows(folder):
         old = "  (its source was made anew since)" if artifact.replaced_since(a) else ""
-        table.append((name, f"{a.manifest['seconds']:.1f}", size(sum(f["size"] for f in a.files.values())), headline(a) + old))
-        total += a.manifest["seconds"]
+        seconds = a.manifest["seconds"] if a.manifest else 0.0
+        table.append((name, f"{seconds:.1f}", size(sum(f["size"] for f in a.files.values())), headline(a) + old))
+        total += seconds
         bundles += [a.path] if a.kind == "bundle" else []
     widths = [max(len(row[i]) for row in table) for i in range(4)]
     for k, row in enumerate(table):

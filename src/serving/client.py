@@ -22,7 +22,7 @@ from src.serving.protocol import BUSY, LONGEST_TOKEN, Refused, Server, message_o
 # Ways to ask for an answer, richest first; a server that refuses one gets the next. vLLM would otherwise take sampling defaults, such as
 # repetition_penalty 1.05, from the model's generation_config.json (vLLM's --generation-config auto). llama.cpp would otherwise keep the prompts of
 # an earlier evaluation (cache_prompt), and so seem quicker to the first token than it is. Each ignores what it does not know.
-FORMS = (
+FORMS: tuple[dict, ...] = (
     {"stream": True, "stream_options": {"include_usage": True}, "repetition_penalty": 1.0, "cache_prompt": False},
     {"stream": True},
     {},
@@ -84,7 +84,7 @@ class Client:
     def __init__(self, url: str, *, timeout: float):
         self.server, self.timeout = Server(url, key_env="OPENAI_API_KEY", setting="endpoint.url", name="the server"), timeout
         self.url, self._parts = self.server.url, urlsplit(self.server.url)
-        self._forms: tuple[dict, ...] = FORMS
+        self._forms = FORMS
         self._open_now: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._told: set[str] = set()
@@ -99,12 +99,12 @@ class Client:
     def chat(self, model: str, messages: list[dict], tools: list | None, *, max_tokens: int) -> Reply:
         """The greedy answer to a conversation. Raises Refused where the server refuses it, NoAnswer where it fails."""
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0} | ({"tools": tools} if tools else {})
-        refusal = None
-        for form in self._forms:
+        forms, refusal = self._forms, None
+        for form in forms:
             try:
                 reply = self._chat(body | form, max_tokens)
             except Refused as error:
-                if error.status not in DOES_NOT_KNOW:
+                if error.status not in DOES_NOT_KNOW or form is forms[-1]:
                     raise
                 refusal = error
                 continue
@@ -113,7 +113,7 @@ class Client:
                 self._say_once(f"endpoint: it refuses {without} (HTTP {refusal.status}), asked without from here on")
             self._forms = (form,)
             return reply
-        raise refusal
+        raise AssertionError
 
     def echo(self, model: str, ids: list[int]) -> Echo:
         """Log-probabilities of token ids by /completions with echo, as vLLM and OpenAI's legacy API have it; raises NoAnswer where there are none.
@@ -158,7 +158,8 @@ class Client:
                     sock.shutdown(socket.SHUT_RDWR)
 
     def _chat(self, body: dict, max_tokens: int) -> Reply:
-        text, length, finish, usage, first, pieces, reasoned = [], 0, None, {}, None, 0, False
+        text, length, finish, first, pieces, reasoned = [], 0, None, None, 0, False
+        usage: dict = {}
         with self._asked("POST", "/chat/completions", body) as (response, start):
             streamed = "event-stream" in response.headers.get("Content-Type", "")
             progressed = start
@@ -202,7 +203,7 @@ class Client:
         while True:
             secure = self._parts.scheme == "https"
             connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(
-                self._parts.hostname, self._parts.port, timeout=self.timeout
+                self._parts.hostname or "", self._parts.port, timeout=self.timeout
             )
             sock = None
             try:

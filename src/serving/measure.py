@@ -170,7 +170,7 @@ def speed(rows: list[dict], tokenizer=None) -> dict:
             "endpoint: it counts no tokens"
             + (", so the local tokenizer does" if tokenizer else ", and there is no local tokenizer to do so")
         )
-        counts = [len(tokenizer(r["answer"], add_special_tokens=False).input_ids) + r["ended"] for r in good] if tokenizer else None
+        counts = [len(tokenizer(r["answer"], add_special_tokens=False).input_ids) + r["ended"] for r in good] if tokenizer else []
     if counts:
         found["answer_tokens"] = sum(counts)
     firsts = sorted(row["first_token_seconds"] for row in good if row["first_token_seconds"] is not None)
@@ -180,7 +180,7 @@ def speed(rows: list[dict], tokenizer=None) -> dict:
         say(f"endpoint: it {why}, so time to first token and speed after it cannot be measured")
         return found
     found |= {"first_token_seconds": statistics.median(firsts), "first_token_seconds_p90": firsts[math.ceil(0.9 * len(firsts)) - 1]}
-    pairs = [(n - 1, r["seconds"] - r["first_token_seconds"]) for n, r in zip(counts or [], good) if r["first_token_seconds"] is not None]
+    pairs = [(n - 1, r["seconds"] - r["first_token_seconds"]) for n, r in zip(counts, good) if r["first_token_seconds"] is not None]
     rates = [n / seconds for n, seconds in pairs if n > 0 and seconds > 0]
     return found | ({"tokens_per_second": statistics.median(rates)} if rates else {})
 
@@ -310,7 +310,7 @@ def one_at_a_time(client: Client, model: str, row, tokenizer) -> list[tuple[floa
         token, next_tokens = row.input_ids[k], client.following(model, row.input_ids[:k], FEW)
         if token not in next_tokens:
             next_tokens = client.following(model, row.input_ids[:k], ALL)
-        best = max(next_tokens, key=next_tokens.get)
+        best = max(next_tokens, key=next_tokens.__getitem__)
         found.append(_sound(next_tokens.get(token), f"token_id:{best}", k, client))
     return found
 

@@ -116,7 +116,9 @@ def api_of(url: str) -> str:
 
 def retry_after(header: str | None) -> float | None:
     """Seconds to wait by a Retry-After header (RFC 9110, 10.2.3: seconds or a date), never none at all; None where it says nothing."""
-    with contextlib.suppress(ValueError, TypeError):
+    if header is None:
+        return None
+    with contextlib.suppress(ValueError):
         if math.isfinite(seconds := float(header)):
             return max(seconds, 0.2)
     with contextlib.suppress(ValueError, TypeError):
