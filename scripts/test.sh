@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes the environment if needed and runs the tests: lint, then pytest. Arguments go to pytest: bash scripts/test.sh -m slow
+# Makes the environment if needed and runs the tests: lint, types, then pytest. Arguments go to pytest: bash scripts/test.sh -m slow
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 make_env
 cd "$root"
 "$python" -m ruff check --quiet .
+"$python" -m mypy
 # A file's tests share what its fixtures made, so files are what is spread.
 "$python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

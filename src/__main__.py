@@ -14,6 +14,6 @@ if "--version" in sys.argv:
 for verb in VERBS:
     folder = Path(__file__).parent
     file = folder / f"{verb}.py" if (folder / f"{verb}.py").is_file() else folder / verb / "__main__.py"
-    first = ast.get_docstring(ast.parse(file.read_text())).replace("\n", " ").split(". ")[0].split(": ")[0]
+    first = (ast.get_docstring(ast.parse(file.read_text())) or "").replace("\n", " ").split(". ")[0].split(": ")[0]
     print(f"  python -m src.{verb:<10} {first}")
 sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)

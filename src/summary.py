@@ -5,7 +5,7 @@ from pathlib import Path
 from src.core import artifact, stage
 from src.core.artifact import Artifact
 from src.core.errors import MissingInput
-from src.core.log import duration, size
+from src.core.log import duration, size, table
 from src.settings.verbs import Verb
 
 ORDER = ("data", "finetune", "evaluate-finetune", "merge", "evaluate-merge", "quantize", "evaluate-quantize")
@@ -47,7 +47,7 @@ def lost(m: dict) -> str:
     return f"held-out loss {m['loss_before']:.4f} -> {m['loss_after']:.4f}, KL {m['kl']:.4f}" if "kl" in m else ""
 
 
-def rows(folder: Path) -> list[tuple[Artifact, str]]:
+def artifacts(folder: Path) -> list[tuple[Artifact, str]]:
     names = sorted(
         (p.name for p in folder.iterdir() if artifact.is_finished(p)), key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)
     )
@@ -58,21 +58,15 @@ def summary(cfg: Verb) -> int:
     folder = Path(cfg.outputs) / cfg.run
     if not folder.is_dir():
         raise MissingInput(f"there is no run '{cfg.run}'", where=str(folder), fix=f"python -m src.data run={cfg.run} starts one")
-    table = [("stage", "seconds", "on disk", "result")]
-    bundles, total = [], 0.0
-    for a, name in rows(folder):
+    lines, bundles, total = [], [], 0.0
+    for a, name in artifacts(folder):
         old = "  (its source was made anew since)" if artifact.replaced_since(a) else ""
         seconds = a.manifest["seconds"] if a.manifest else 0.0
-        table.append((name, f"{seconds:.1f}", size(sum(f["size"] for f in a.files.values())), headline(a) + old))
+        lines.append((name, f"{seconds:.1f}", size(sum(f["size"] for f in a.files.values())), headline(a) + old))
         total += seconds
         bundles += [a.path] if a.kind == "bundle" else []
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
-    for k, row in enumerate(table):
-        print(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip())
-        if k == 0:
-            print("  ".join("-" * w for w in widths))
-    count = len(table) - 1
-    print(f"{count} artifact{'s' * (count != 1)}, {duration(total)}")
+    print(table(("stage", "seconds", "on disk", "result"), lines, right=(1, 2)))
+    print(f"{len(lines)} artifact{'s' * (len(lines) != 1)}, {duration(total)}")
     for bundle in bundles:
         print(f"bundle: {bundle}")
     return 0

@@ -25,10 +25,10 @@ def written_down(logits, targets: Targets) -> torch.Tensor:
     """alpha KL + (1 - alpha) cross-entropy over k + 1 outcomes, through autograd."""
     logq = logits.log_softmax(-1)
     hard = torch.nn.functional.nll_loss(logq, targets.tokens, reduction="sum")
-    p, known = targets.probs, logq.gather(-1, targets.top_k_ids)
+    p, known = targets.teacher.probs, logq.gather(-1, targets.teacher.top_k_ids)
     rest_p, rest_q = 1 - p.sum(-1), 1 - known.exp().sum(-1)
     kl = (p * (p.log() - known)).sum() + (rest_p * (rest_p.log() - rest_q.log())).sum()
-    return targets.alpha * kl + (1 - targets.alpha) * hard
+    return targets.teacher.alpha * kl + (1 - targets.teacher.alpha) * hard
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -69,9 +69,10 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
         yield from items
         return
     if on_terminal():
-        from tqdm import tqdm
+        from rich.console import Console
+        from rich.progress import track
 
-        yield from tqdm(items, desc=what, total=total, leave=False)
+        yield from track(items, what, total, transient=True, console=Console(stderr=True))
         return
     total = total if total is not None else len(items) if isinstance(items, Sized) else None
     start = said = time.monotonic()
@@ -82,6 +83,29 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
             say(f"  {what}: {done}{f' of {total}' if total else ''}{left}")
             said = now
         yield item
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> str:
+    """Rows under a head, as text for stdout: ruled and wrapped to its width on a terminal, else plain and as wide as it takes.
+
+    right: numbers of columns that are set to the right.
+    """
+    from rich.box import SIMPLE_HEAD, Box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = sys.stdout.isatty() and on_terminal()
+    plain = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    made = Table(box=SIMPLE_HEAD if terminal else plain, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, name in enumerate(head):
+        made.add_column(name, justify="right" if i in right else "left", no_wrap=not terminal)
+    for row in rows:
+        made.add_row(*map(Text, row))
+    console = Console(width=None if terminal else 1 << 14, color_system="auto" if terminal else None, force_terminal=terminal)
+    with console.capture() as captured:
+        console.print(made)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
 
 
 def size(count: float) -> str:

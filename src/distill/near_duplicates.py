@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from rensa import RMinHash
 
 from src.distill.texts import words
 
@@ -30,14 +31,13 @@ class MinHashIndex:
 
     n: words in a feature. permutations: numbers in a signature, of which 8 bits each are kept (Li and König 2010, "b-Bit Minwise Hashing").
     similarity: Jaccard similarity of the features, as signatures estimate it, from which two texts count as one.
-    Signatures and bands lie in a temporary file of SQLite's own, gone with the process, so memory does not grow with the texts.
+    Signatures are rensa's. The index is ours, since those of rensa and datasketch hold every text in memory (benchmarks/near_duplicates.py): here
+    signatures and bands lie in a temporary file of SQLite's own, gone with the process, so memory does not grow with the texts.
     """
 
     def __init__(self, *, n: int, permutations: int, similarity: float):
-        draw = np.random.default_rng(0)  # the permutations are part of the method, not of a run
-        self._n, self._limit = n, similarity
-        self._a = draw.integers(0, 1 << 63, permutations, np.uint64)[:, None] * np.uint64(2) + np.uint64(1)
-        self._b = draw.integers(0, 1 << 63, permutations, np.uint64)[:, None]
+        draw = np.random.default_rng(0)
+        self._n, self._permutations, self._limit = n, permutations, similarity
         self._rows = _band_rows(permutations, similarity)
         self._bands, self._count = permutations // self._rows, 0
         # A band's key: its values weighed at random, and its place, modulo 2^64.
@@ -55,9 +55,9 @@ class MinHashIndex:
 
     def signature(self, text: str) -> np.ndarray:
         """(permutations,) uint8."""
-        features = hashed(set(ngrams(words(text), self._n)) or {text})
-        # Arithmetic is modulo 2^64, where multiplying by an odd number permutes.
-        return ((self._a * features + self._b).min(axis=1) >> np.uint64(24) & np.uint64(0xFF)).astype(np.uint8)
+        minima = RMinHash(num_perm=self._permutations, seed=0)  # the permutations are part of the method, not of a run
+        minima.update(list(set(ngrams(words(text), self._n)) or {text}))
+        return np.array(minima.digest(), np.uint32).astype(np.uint8)
 
     def estimate(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Jaccard similarity of texts by their signatures, the last axis: of unequal minima one in 256 shares its 8 bits."""

@@ -1,27 +1,20 @@
 """ROUGE-L F1 (Lin 2004, aclanthology.org/W04-1013) between word lists, and a pool that finds texts too near to a new one among many.
 
-The longest common subsequence is found with one bit per word (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"). The pool first bounds it
-from above: no common subsequence is longer than the words two texts share, counted with their repetitions, nor than the shorter text. Only texts
-whose bound reaches the limit are compared, so the answer is exact.
+The longest common subsequence is rapidfuzz's, with one bit per word (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"). The pool is ours,
+since it need not compare with every text: no common subsequence is longer than the words two texts share, counted with their repetitions, nor than
+the shorter text. Only texts whose bound reaches the limit are compared, so the answer is exact.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
+from rapidfuzz.distance import LCSseq
 
 
-def lcs(a: Sequence[str], b: Sequence[str]) -> int:
+def lcs(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """Length of the longest common subsequence."""
-    places: dict[str, int] = {}
-    for place, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << place
-    full = (1 << len(a)) - 1
-    open_ = full
-    for word in b:
-        here = open_ & places.get(word, 0)
-        open_ = (open_ + here | open_ - here) & full
-    return len(a) - open_.bit_count()
+    return LCSseq.similarity(a, b)
 
 
 def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:

@@ -6,6 +6,9 @@ Limits: processor time, memory, no file written, few open files, no core. Landlo
 leaves nothing to read but the interpreter, the system's libraries and the program. A seccomp filter refuses system calls by which a program reaches
 beyond itself: new processes and threads, sockets, signals, other processes' memory, modes and owners of files, namespaces, io_uring (which would do
 all that past the filter). Both hold for the process and whatever it becomes; neither needs privileges. A root user's capabilities are given up.
+
+It is our own, since the landlock package closes files alone (tests/test_sandbox.py shows what that leaves open) and bubblewrap needs user namespaces,
+which containers and many distributions forbid.
 """
 
 import ctypes

@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.core import log
 from src.core.errors import ConfigError
 from src.core.log import on_terminal, size
 
@@ -30,19 +31,15 @@ def table(points: list[Point]) -> list[str]:
     block = "█" if on_terminal() and sys.stdout.isatty() else "#"
     limit, highest, fastest = points[0].limit, max(p.memory for p in points), max(p.speed or 0 for p in points)
     most = min(limit or highest, highest)
-    known = fastest > 0
-    head = f"{'tokens':>9}  {'memory':<{WIDTH + 2}} {'':>8}" + (
-        f"  {'speed':<{WIDTH // 2}} {'tokens/s':>8} {'seconds':>8}" if known else ""
-    )
-    lines = [head.rstrip()]
+    head, rows = ["tokens", "memory", "", *(["speed", "tokens/s", "seconds"] if fastest else []), ""], []
     for p in points:
         filled = min(round(WIDTH * p.memory / most), WIDTH)
         bar = "|" + block * filled + " " * (WIDTH - filled) + ("|" if p.memory <= most else ">")
-        line = f"{p.length:>9,}  {bar} {size(p.memory):>8}"
-        if p.speed is not None:
-            line += f"  {block * round(WIDTH / 2 * p.speed / fastest):<{WIDTH // 2}} {p.speed:>8,.1f} {p.wait:>8,.2f}"
-        lines.append(line + (f"  above {size(limit)}" if limit and p.memory > limit else ""))
-    return lines
+        speed = (
+            [block * round(WIDTH / 2 * p.speed / fastest), f"{p.speed:,.1f}", f"{p.wait:,.2f}"] if p.speed and p.wait is not None else []
+        )
+        rows.append([f"{p.length:,}", bar, size(p.memory), *speed, f"above {size(limit)}" if limit and p.memory > limit else ""])
+    return log.table(head, rows, right=(0, 2, *((4, 5) if fastest else ()))).split("\n")
 
 
 def draw(points: list[Point], title: str, file: Path) -> None:
