@@ -171,3 +171,21 @@ def initial(base, folder):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", bias="none")
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
     return folder
+
+
+GOLDEN = {
+    "full": [7.1713, 6.2013],
+    "lora": [7.1713, 6.4118],
+    "qlora": [7.1122, 6.3506],
+}
+"""losses of the first two steps with each tuner's own defaults but a rate that shows (CPU, fp32); the second is what one step of it taught"""
+
+
+@pytest.mark.usefixtures("proofs_in_this_process")
+@pytest.mark.parametrize("tuner", GOLDEN)
+def test_one_step_of_each_tuner_teaches_what_it_always_did(tuner, base, talks, tmp_path):
+    argv = [f"outputs={tmp_path}", f"source={talks}", f"model.path={base}", f"tuner={tuner}", "tuner.learning_rate=1e-2", "train.warmup=0"]
+    argv += ["train.max_steps=2", f"train.global_batch_size={len(TALKS)}", "train.log_steps=1", "train.precision=fp32", "max_loss_change=1"]
+    done = in_process("finetune", *argv, "launch.nproc_per_node=1")
+    assert done.returncode == 0, done.stderr
+    assert logged(done.stderr)[0] == pytest.approx(GOLDEN[tuner], abs=2e-3)

@@ -232,8 +232,8 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise Damaged(self.place()[0], why(error)) from None
             else:
-                # A number that touches the window's end may go on beyond it.
-                if end < len(self.text) or not self._more():
+                # A number may go on beyond the window's end, where it stands there or its point or exponent has just begun.
+                if self.text[end:].strip(".eE+-") or not self._more():
                     text = self.text[self.at : end]
                     self.at = end
                     return value, text
