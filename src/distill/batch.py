@@ -40,7 +40,10 @@ class Item:
 
 
 class Batches:
-    """size: requests in one at most. settle(number, key, reserved tokens, outcome): writes down what became of a request; returns its record or raises Failed."""
+    """settle(number, key, reserved tokens, outcome): writes down what became of a request; returns its record or raises Failed.
+
+    size: requests in one batch at most.
+    """
 
     def __init__(self, endpoint: RemoteTeacher, journal: Journal, budget: BudgetTracker, settle: Settle):
         self._endpoint, self._journal, self._purse, self._settle = endpoint, journal, budget, settle

@@ -1,6 +1,6 @@
 """What a model needs: bytes of its weights by type, of its KV cache, of a board's memory, of the host that compiles it.
 
-Every figure comes as a `Quantity`: a value with the equation it is from. A board's figures are in configs/target; of what is not known there is no Quantity.
+Every figure that is known comes as a `Quantity`: a value with the equation it is from. A board's figures are in configs/target.
 """
 
 from collections.abc import Callable
