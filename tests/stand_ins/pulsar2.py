@@ -153,7 +153,7 @@ def docker(words: list[str]) -> int:
         if not file.is_file():
             return 1
         os.kill(int(file.read_text()), signal.SIGKILL)
-        file.unlink()
+        file.unlink(missing_ok=True)
         (state / "killed").write_text(words[-1])
         return 0
     assert words[:2] == ["run", "--rm"], words
