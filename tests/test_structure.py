@@ -179,3 +179,18 @@ def test_no_shell_no_pickle_no_catch_all():
                 assert called not in ("os.system", "os.popen", "eval", "exec"), f"{at} calls {called}"
                 assert not (called == "torch.load" and words.get("weights_only") != "True"), f"{at} unpickles"
         assert not imported(tree(path)) & {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}, f"{path} imports a pickle reader"
+
+
+def test_errors_open_with_their_own_tree():
+    """core/errors.py says the hierarchy and exit codes; it is that of the classes."""
+    from src.core import errors
+    from src.serving.protocol import Refused
+
+    said = [line.split()[:2] + [len(line) - len(line.lstrip())] for line in errors.__doc__.splitlines() if line.startswith("    ")]
+    found = {name: int(code) for name, code, _ in said}
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.UserError)]
+    assert found == {c.__name__: c.exit_code for c in [*classes, Refused]}
+    depth = {name: indent for name, _, indent in said}
+    assert all(depth[c.__name__] == 4 + 2 * (len(c.__mro__) - len(errors.UserError.__mro__)) for c in [*classes, Refused])
+    codes = [c.exit_code for c in classes if c is not errors.UserError]
+    assert len(set(codes)) == len(codes), "each its own"

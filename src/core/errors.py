@@ -1,6 +1,25 @@
 """Errors that a user can mend. Each has its own exit code and prints what, where and what to do, without a traceback.
 
-Anything else that escapes a stage is a bug: it keeps its traceback and Python's exit code 1.
+    UserError          2
+      ConfigError      2   a setting is unknown, malformed or contradicts another
+      MissingInput     3   a run, artifact, model folder or file is not there
+      WrongKind        4   an input of a kind that this stage does not take
+      Moved            5   finished with other settings, or from other parents
+      BadData          6   an input's content is damaged, malformed or hostile
+      MissingTool      7   a program, device or package is not installed
+      ProofFailed      8   a stage's own check did not hold; nothing was published
+      Tampered         9   bytes differ from what a manifest says
+      NoRoom          10   the disk is full, or a folder cannot be written or read
+      Busy            11   another process is at the same artifact
+      Unfinished      12   all is prepared and kept; a vendor's tool is not here
+      ToolFailed      13   a vendor's tool did not give what it should
+      NoAnswer        14   a server was not reached, refused, or broke its protocol
+        Refused       14   ... by an HTTP status other than 200 (serving/protocol.py)
+      NoMemory        15   what was asked for does not fit in memory
+      BudgetSpent     16   what a teacher may cost is spent; all answers are kept
+
+`Stopped` (distill/dispatch.py) is a UserError that no one sees. Anything else that escapes a stage is a bug: it keeps its traceback and Python's exit
+code 1.
 """
 
 from collections.abc import Sequence

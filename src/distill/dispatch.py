@@ -46,13 +46,23 @@ class Stopped(UserError):
 
 
 class Dispatcher:
-    """All teachers of a run behind one `ask`. channels: by role; budget: holds what earlier commands spent."""
+    """All teachers of a run behind one `ask`. channels: by role; budget: holds what earlier commands spent.
 
-    def __init__(self, channels: dict[str, TeacherChannel], journal: Journal, budget: BudgetTracker, *, allow_cut_off: bool):
+    costs: where an estimate wants it, gets {id of a record under work: (tokens, USD) its requests cost, whenever they were sent}.
+    """
+
+    def __init__(
+        self,
+        channels: dict[str, TeacherChannel],
+        journal: Journal,
+        budget: BudgetTracker,
+        *,
+        allow_cut_off: bool,
+        costs: dict[str, tuple[int, float]] | None = None,
+    ):
         self.channels, self.journal, self.budget, self.allow_cut_off = channels, journal, budget, allow_cut_off
         self.stopped: UserError | None = None
-        self.costs: dict[str, tuple[int, float]] | None = None
-        """{id of a record under work: (tokens, USD) its requests cost, whenever they were sent}, where an estimate wants it"""
+        self.costs = costs
         self._stop = asyncio.Event()
         self._under_way: dict[str, asyncio.Task] = {}
         self._on_wire: set[str] = set()

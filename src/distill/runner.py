@@ -56,7 +56,9 @@ class DistillRun:
 
 
 @contextlib.asynccontextmanager
-async def opened(cfg: DistillVerb, inputs: dict[str, Artifact], aside: Rejected) -> AsyncIterator[DistillRun]:
+async def opened(
+    cfg: DistillVerb, inputs: dict[str, Artifact], aside: Rejected, costs: dict[str, tuple[int, float]] | None = None
+) -> AsyncIterator[DistillRun]:
     """Everything a run needs, and an orderly end: what is on its way is waited for, then all is closed."""
     survey = sources.survey(path_of(cfg), cfg.recipe.takes, cfg.prompts.count, cfg.prompts.on_fault)
     async with contextlib.AsyncExitStack() as stack:
@@ -66,7 +68,7 @@ async def opened(cfg: DistillVerb, inputs: dict[str, Artifact], aside: Rejected)
         totals = await journal.totals()
         budget = BudgetTracker(cfg.budget, sum(t.tokens for t in totals.values()), sum(t.money for t in totals.values()))
         _say_totals(totals)
-        dispatcher = Dispatcher({}, journal, budget, allow_cut_off=cfg.allow_cut_off)
+        dispatcher = Dispatcher({}, journal, budget, allow_cut_off=cfg.allow_cut_off, costs=costs)
         for role, teacher in teachers(cfg).items():
             dispatcher.channels[role] = await _channel(teacher, role, inputs, dispatcher, stack)
         if isinstance(cfg.judge, SameTeacher):
@@ -179,9 +181,9 @@ async def make(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict
 async def guess(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Estimate:
     """Work on cfg.estimate records and say what all would cost: records drawn at random before the first step that asks, since steps before it cost nothing;
     or, where the recipe makes its own, the first so many."""
-    async with opened(cfg, inputs, Rejected()) as run:
-        run.dispatcher.costs, steps = {}, steps_of(cfg)
-        roots: list[str] = []
+    costs: dict[str, tuple[int, float]] = {}
+    async with opened(cfg, inputs, Rejected(), costs) as run:
+        roots, steps = list[str](), steps_of(cfg)
         noted = NamedStep("note records", _noted, roots)
         with told_how_far(run):
             if isinstance(making := steps[0].settings, SelfInstruct | Magpie):
@@ -199,7 +201,7 @@ async def guess(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Estimate:
                     pass
         if not roots:
             raise BadData("no record came to where teachers are asked", fix="look at the recipe's filters")
-        return estimate(by_root(run.dispatcher.costs, roots), total, run.work.draw("bootstrap"))
+        return estimate(by_root(costs, roots), total, run.work.draw("bootstrap"))
 
 
 async def _drawn(records: Records, places: set[int], work: Work) -> Records:
