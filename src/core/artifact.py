@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from src import ROOT, __version__
-from src.core.errors import BadData, Busy, MissingInput, Tampered, WrongKind
+from src.core.errors import BadData, Busy, MissingInput, Moved, Tampered, WrongKind
 from src.core.files import Files, canonical, hash_files, read_json, spelled, write_json
-from src.core.log import say
+from src.core.log import say, size
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -243,25 +243,35 @@ def git_revision() -> str | None:
 
 
 @contextlib.contextmanager
-def building(path: Path, key: str, *, resumes: Callable[[Path], bool] | None = None, draft: dict[str, Any] | None = None) -> Iterator[Path]:
+def building(
+    path: Path, key: str, *, resumes: Callable[[Path], bool] | None = None, draft: dict[str, Any] | None = None, force: bool = False
+) -> Iterator[Path]:
     """A folder `<name>.partial` to build in, held by one process; when the block ends well it is renamed to `path`.
 
     A partial folder left by a crash is continued if the stage resumes and its key is the same; else it is cleared, and that is said.
     resumes: tells whether a partial folder holds work worth keeping; when the block raises, one that does not is cleared at once.
     draft: what of the manifest is known beforehand, kept beside the folder for `unfinished`.
+    force: what this program did not make is removed too, and that is said; without it Moved is raised.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, note = path.with_name(f"{path.name}.partial"), _note(path)
     replaced = path.with_name(f".{path.name}.replaced")
     with _lock(path.with_name(f".{path.name}.lock"), path):
-        if replaced.exists() and not path.exists():
+        if is_finished(replaced) and not path.exists():
             os.replace(replaced, path)  # killed between the two renames below
+        for foreign in in_the_way(path):
+            if not force:
+                raise Moved(
+                    f"'{foreign}' is nothing that Boardwalk finished or began, so it stays", fix="move it, or force=true removes it"
+                )
+            say(f"force=true: removes {foreign}, {described(foreign)}")
+            _remove(foreign)
         before = unfinished(path)
         if partial.exists() and not (resumes and before and before.key == key):
             say(f"clearing an unfinished {partial.name} of an earlier run")
-            shutil.rmtree(partial)
+            _remove(partial)
+        write_json(note, {"key": key, **(draft or {})})  # first, so that the folder is known as ours
         partial.mkdir(exist_ok=True)
-        write_json(note, {"key": key, **(draft or {})})
         try:
             yield partial
         except Exception:
@@ -271,12 +281,46 @@ def building(path: Path, key: str, *, resumes: Callable[[Path], bool] | None = N
             raise
         if not is_finished(partial):
             raise RuntimeError(f"{partial} was left without a manifest")
-        shutil.rmtree(replaced, ignore_errors=True)
+        if is_finished(replaced):
+            _remove(replaced)
         if path.exists():
             os.replace(path, replaced)
         os.replace(partial, path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         note.unlink(missing_ok=True)
+
+
+def in_the_way(path: Path) -> list[Path]:
+    """What stands where an artifact, or its `.partial`, is to be, and was neither finished nor begun by this program: a user's own files, an artifact
+    whose manifest is lost, a link. An empty folder is in nobody's way."""
+    partial, found = path.with_name(f"{path.name}.partial"), []
+    if (path.is_symlink() and not is_finished(path)) or (path.exists() and not is_finished(path) and not _is_empty(path)):
+        found.append(path)
+    if partial.is_symlink() or (partial.exists() and not _note(path).is_file() and not _is_empty(partial)):
+        found.append(partial)
+    return found
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def described(path: Path) -> str:
+    """What is at a path, in a few words."""
+    if path.is_symlink():
+        return f"a link to {os.readlink(path)}, which stays"
+    if path.is_file():
+        return f"a file of {size(path.stat().st_size)}"
+    sizes = [file.lstat().st_size for file in path.rglob("*") if not file.is_dir()]
+    return f"{len(sizes)} files, {size(sum(sizes))}"
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it; of a link the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 def unfinished(path: Path) -> Artifact | None:

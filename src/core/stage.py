@@ -229,6 +229,11 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
             f"'{path}' is finished, but was made otherwise:\n" + "\n".join(f"  {line}" for line in moved(old, stage, settings, inputs)),
             fix=["force=true makes it again in place", f"{_other_run(stage, inputs)} keeps both", "go back to the old settings"],
         )
+    for foreign in artifact.in_the_way(path) if not cfg.force else []:
+        raise Moved(
+            f"'{foreign}' is in the way, and Boardwalk neither finished nor began it: {artifact.described(foreign)}",
+            fix=["move it elsewhere", f"{_other_run(stage, inputs)} leaves it alone", "force=true removes it"],
+        )
     begun = artifact.unfinished(path)
     guards = stage.guards or stage.resumes
     if begun and guards and begun.key != key and not cfg.force and guards(begun.path):
@@ -257,7 +262,7 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
         stage.run(cfg, inputs, path.with_name(f"{name}.partial"))
         return 0
     draft = {"version": stage.version, "settings": settings, "parents": artifact.parent_records(inputs, path.parent)}
-    with artifact.building(path, key, resumes=stage.resumes, draft=draft) as out:
+    with artifact.building(path, key, resumes=stage.resumes, draft=draft, force=cfg.force) as out:
         start = time.monotonic()
         metrics = stage.run(cfg, inputs, out)
         seconds = time.monotonic() - start

@@ -20,7 +20,7 @@ Weights = Literal["exact", "stored"]
 class Verb(Settings):
     run: Annotated[str, Field(exclude=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """name of the run; its artifacts live in <outputs>/<run>/"""
-    outputs: Annotated[str, Unkeyed]
+    outputs: Annotated[str, Field(exclude=True, min_length=1)]
     """folder that holds all runs"""
     force: Annotated[bool, Unkeyed]
     """make the artifact again even if one is there"""

@@ -1,0 +1,96 @@
+"""Nothing that this program did not finish or begin itself is removed unless forced, and then it says what."""
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import FEW, refused
+
+from src.core.artifact import open_artifact
+from src.core.errors import ConfigError, Moved
+
+
+@pytest.fixture
+def make(call, finished, tmp_path):
+    """make(*overrides): `data` into tmp_path/outputs/default/data."""
+    chats = finished / "inputs" / "chats.json"
+    return lambda *overrides: call("data", f"data.path={chats}", *FEW, *overrides)
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    folder = tmp_path / "outputs" / "default" / "data"
+    folder.parent.mkdir(parents=True)
+    return folder
+
+
+def mine(folder: Path) -> Path:
+    """A user's own file in a folder of theirs."""
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("three years")
+    return folder / "thesis.txt"
+
+
+@pytest.mark.parametrize("dry", [[], ["dry_run=true"]])
+@pytest.mark.parametrize("name", ["data", "data.partial"])
+def test_a_folder_of_the_user_s_is_refused_and_stays(make, place, name, dry):
+    file = mine(place.with_name(name))
+    refused(make(*dry), Moved, place.with_name(name), "neither finished nor began", "1 files, 11 B", "force=true removes it", "run=OTHER_NAME")
+    assert file.read_text() == "three years" and sorted(p.name for p in place.parent.iterdir()) == [name]
+
+
+@pytest.mark.parametrize("name", ["data", "data.partial"])
+def test_forced_it_goes_and_that_is_said(make, place, name):
+    mine(place.with_name(name))
+    done = make("force=true")
+    assert done.returncode == 0 and f"force=true: removes {place.with_name(name)}, 1 files, 11 B" in done.stderr
+    assert sorted(p.name for p in place.iterdir() if p.suffix == ".txt") == [] and open_artifact(place)
+
+
+def test_a_file_in_the_place_of_an_artifact(make, place):
+    place.write_text("notes")
+    refused(make(), Moved, "a file of 5 B")
+    assert place.read_text() == "notes"
+
+
+def test_an_artifact_whose_manifest_is_lost_is_refused(make, place):
+    assert make().returncode == 0
+    (place / "manifest.json").unlink()
+    refused(make(), Moved, "neither finished nor began", "force=true")
+    assert (place / "train.jsonl").is_file()
+    assert make("force=true").returncode == 0 and open_artifact(place)
+
+
+@pytest.mark.parametrize("name", ["data", "data.partial"])
+def test_a_link_is_refused_and_forced_only_the_link_goes(make, place, tmp_path, name):
+    file = mine(tmp_path / "elsewhere")
+    place.with_name(name).symlink_to(file.parent)
+    refused(make(), Moved, "a link to", "which stays")
+    assert place.with_name(name).is_symlink()
+    assert make("force=true").returncode == 0
+    assert file.read_text() == "three years" and not place.is_symlink() and open_artifact(place)
+
+
+def test_a_finished_artifact_that_lies_on_another_disk_behind_a_link(make, place, tmp_path):
+    assert make().returncode == 0
+    there = tmp_path / "disk" / "data"
+    there.parent.mkdir()
+    place.rename(there)
+    place.symlink_to(there)
+    assert "up to date, skipped" in make().stderr
+    assert make("force=true", "data.val=0.3").returncode == 0
+    assert not place.is_symlink() and open_artifact(place).settings["data"]["val"] == 0.3
+    assert open_artifact(there).settings["data"]["val"] == 0.2, "what the link showed is not ours to remove"
+    assert sorted(p.name for p in place.parent.iterdir() if not p.name.endswith(".lock")) == ["data"]
+
+
+def test_an_empty_folder_is_in_nobody_s_way(make, place):
+    place.mkdir()
+    place.with_name("data.partial").mkdir()
+    assert make().returncode == 0 and open_artifact(place)
+
+
+def test_outputs_has_to_name_a_folder(call):
+    before = sorted(os.listdir())
+    refused(call("data", "outputs="), ConfigError, "outputs=")
+    assert sorted(os.listdir()) == before
