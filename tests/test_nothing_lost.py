@@ -1,13 +1,17 @@
 """Nothing that this program did not finish or begin itself is removed unless forced, and then it says what."""
 
 import os
+import re
+import signal
+import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import FEW, refused
+from conftest import FEW, process, refused, write_model
 
 from src.core.artifact import open_artifact
-from src.core.errors import ConfigError, Moved
+from src.core.errors import Busy, ConfigError, Moved
 
 
 @pytest.fixture
@@ -94,3 +98,54 @@ def test_outputs_has_to_name_a_folder(call):
     before = sorted(os.listdir())
     refused(call("data", "outputs="), ConfigError, "outputs=")
     assert sorted(os.listdir()) == before
+
+
+# ---- whatever ends a process of several
+
+
+def started(*argv) -> subprocess.Popen:
+    """A fine-tune in two worker processes that has reached its third step, its stderr still open."""
+    process_ = process(*argv)
+    for line in process_.stderr:
+        if "  step 3/" in line:
+            return process_
+    raise AssertionError("it ended before its third step")
+
+
+def workers_of(launcher: int) -> list[psutil.Process]:
+    return [p for p in psutil.Process(launcher).children(recursive=True) if "src.finetune" in " ".join(p.cmdline())]
+
+
+@pytest.fixture
+def two(eighty, tmp_path) -> list[str]:
+    argv = [f"outputs={tmp_path}", f"source={eighty}", f"model.path={write_model(tmp_path / 'model')}", "launch.nproc_per_node=2"]
+    return [*argv, "tuner=full", "train.log_steps=1", "train.checkpoint_steps=2", "train.eval_steps=1000", "max_loss_change=1"]
+
+
+def test_workers_end_with_their_launcher_and_the_same_command_goes_on(two, tmp_path):
+    launcher = started(*two, "train.max_steps=400")
+    workers = workers_of(launcher.pid)
+    assert len(workers) == 2
+    launcher.kill()
+    assert psutil.wait_procs(workers, timeout=10)[1] == [], "no worker is left"
+    launcher.stderr.close()
+    launcher.wait()
+    again = started(*two, "train.max_steps=400")
+    try:
+        held = process(*two, "train.max_steps=400")
+        said = held.communicate(timeout=120)[1]
+        assert held.returncode == Busy.exit_code
+        assert re.search(r"process \d+, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d, is making this artifact", said), said
+    finally:
+        again.kill()
+        again.stderr.close()
+        again.wait()
+
+
+def test_a_worker_that_is_killed_is_named_by_its_rank(two):
+    launcher = started(*two, "train.max_steps=400")
+    victim = next(p for p in workers_of(launcher.pid) if p.environ()["RANK"] == "1")
+    victim.kill()
+    said = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert "the process of rank 1 was killed by signal 9, most likely for lack of memory" in said and "Traceback" not in said, said

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -355,9 +356,15 @@ def replaced_since(a: Artifact) -> str | None:
 
 @contextlib.contextmanager
 def _lock(lock: Path, path: Path) -> Iterator[None]:
-    with open(lock, "w") as file:
+    """Holds `path` against other processes; the kernel lets go of it with the process. The lock's file says who holds it and since when."""
+    with open(lock, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy("another process is making this artifact", where=str(path), fix=["wait for it", "choose another run=NAME"]) from None
+            file.seek(0)
+            holder = file.read(100).strip() or "another process"
+            raise Busy(f"{holder} is making this artifact", where=str(path), fix=["wait for it", "choose another run=NAME"]) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S},")
+        file.flush()
         yield

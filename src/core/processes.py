@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import contextlib
+import ctypes
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +15,8 @@ from typing import Any, TypeVar
 from src.core.errors import UserError
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
 
 
 def prepare_gptq_workers() -> None:
@@ -20,10 +24,23 @@ def prepare_gptq_workers() -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(os.cpu_count() or 1, 8)))
 
 
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the one that started it ends, however it does (PR_SET_PDEATHSIG, Linux; prctl(2)).
+
+    parent: its process id, which tells whether it has ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def fresh(function: Callable[..., T], *args: Any) -> T:
     """The result of a module-level function run in a new process, offline, which shares nothing with this one but the disk."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent, initargs=(os.getpid(),)
+    ) as pool:
         try:
             return pool.submit(function, *args).result()
         except concurrent.futures.process.BrokenProcessPool:

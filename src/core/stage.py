@@ -17,6 +17,7 @@ from src.core import artifact, compose
 from src.core.artifact import Artifact
 from src.core.errors import MissingInput, Moved, NoRoom, UserError, WrongKind
 from src.core.log import duration, rank, say, size, warn
+from src.core.processes import end_with_parent
 from src.settings.verbs import Verb
 
 ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -159,7 +160,9 @@ def main_plain(verb: str, doc: str, schema: type[V], work: Callable[[V], int]) -
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Exit code of `work`, with errors a user can mend printed instead of raised."""
+    """Exit code of `work`, with errors a user can mend printed instead of raised. A worker process ends with the one that started it."""
+    if launcher := os.environ.get("BOARDWALK_WORKER"):
+        end_with_parent(int(launcher))
     try:
         return work()
     except KeyboardInterrupt:
@@ -169,6 +172,8 @@ def guarded(work: Callable[[], int]) -> int:
     except UserError as error:
         return _report(error)
     except Exception as error:
+        if launcher and _lost_a_peer(error):
+            return 1  # the process that started the workers says which one was lost
         room = _no_room(error)
         if room is None:
             raise
@@ -185,6 +190,12 @@ def _report(error: UserError) -> int:
             return error.exit_code
     print(error, file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether another worker's end is all that went wrong, as gloo and NCCL say it."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("connection closed by peer" in text or "connection reset by peer" in text)
 
 
 def _no_room(error: Exception) -> NoRoom | None:

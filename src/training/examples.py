@@ -20,6 +20,7 @@ from src.core.artifact import Artifact, key_of, package_versions
 from src.core.errors import BadData
 from src.core.files import read_json, sha256, write_json
 from src.core.log import progress, rank, warn
+from src.core.processes import end_with_parent
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb
 from src.training.checkpoints import barrier
@@ -184,7 +185,7 @@ def encoded(portions: list, *given) -> Iterator[Iterator[Portion]]:
     if count < 2:
         yield map(Encoder(*given), portions)
         return
-    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=start_worker, initargs=given)
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=start_worker, initargs=(os.getpid(), *given))
     try:
         yield pool.map(work, portions)
     finally:
@@ -195,7 +196,8 @@ _ENCODERS: list["Encoder"] = []
 """a worker process's own"""
 
 
-def start_worker(*given) -> None:
+def start_worker(parent: int, *given) -> None:
+    end_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _ENCODERS.append(Encoder(*given))
 

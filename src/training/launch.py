@@ -2,11 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
-from src.core.log import say
+from src.core.log import say, warn
 from src.settings.verbs import Launch
 
 
@@ -45,7 +46,7 @@ def torchrun(module: str, argv: list[str], launch: Launch) -> int:
         status = Path(folder) / "status"
         # Threads of all processes together should not outnumber the cores; torchrun's own default is one each.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // per_node(launch))))
-        os.environ.update(BOARDWALK_WORKER="1", BOARDWALK_STATUS=str(status))
+        os.environ.update(BOARDWALK_WORKER=str(os.getpid()), BOARDWALK_STATUS=str(status))
         config = LaunchConfig(
             min_nodes=launch.nnodes,
             max_nodes=launch.nnodes,
@@ -66,6 +67,12 @@ def torchrun(module: str, argv: list[str], launch: Launch) -> int:
         except ChildFailedError as error:
             if status.is_file():
                 return int(status.read_text())
-            code = next(iter(error.failures.values())).exitcode
+            codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+            # The others are terminated once one has failed.
+            killed = {rank: code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
+            for rank, code in killed.items():
+                reason = ", most likely for lack of memory" if code == -signal.SIGKILL else ""
+                warn(f"the process of rank {rank} was killed by signal {-code}{reason}; the same command goes on from the last checkpoint")
+            code = next(iter(killed.values()), next(iter(codes.values())))
             return 128 - code if code < 0 else code or 1
         return 0
