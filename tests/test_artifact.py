@@ -17,7 +17,7 @@ from conftest import FEW, ROOT, hear_ctrl_c, in_process, refused
 from src.core import artifact, compose, files
 from src.core.artifact import Artifact, building, key_of, open_artifact, seal
 from src.core.errors import BadData, Busy, MissingInput, NoRoom, Tampered, WrongKind
-from src.core.files import hash_files, sha256, write_json
+from src.core.files import HashCache, hash_files, sha256, write_json
 from src.settings import verbs
 
 CHATS = [
@@ -371,7 +371,7 @@ def test_a_run_name_longer_than_the_disk_allows(call, chats):
 
 
 def test_hashes_are_kept_while_a_file_stays_the_same(tmp_path, monkeypatch):
-    cache, folder = tmp_path / "cache.json", tmp_path / "model"
+    cache, folder = HashCache(tmp_path / "cache.json"), tmp_path / "model"
     folder.mkdir()
     (folder / "a.bin").write_bytes(b"a" * 100)
     (folder / "b.bin").write_bytes(b"b" * 100)
@@ -396,7 +396,7 @@ def test_hashes_are_kept_while_a_file_stays_the_same(tmp_path, monkeypatch):
 def test_a_damaged_cache_costs_time_and_nothing_else(tmp_path, content):
     (tmp_path / "cache.json").write_text(content)
     (tmp_path / "input").write_text("x")
-    assert hash_files(tmp_path / "input", tmp_path / "cache.json") == hash_files(tmp_path / "input")
+    assert hash_files(tmp_path / "input", HashCache(tmp_path / "cache.json")) == hash_files(tmp_path / "input")
 
 
 def test_the_seal_never_trusts_the_cache(tmp_path):

@@ -21,7 +21,7 @@ from typing import Any
 
 from src import ROOT, __version__
 from src.core.errors import BadData, Busy, MissingInput, Moved, Tampered, WrongKind
-from src.core.files import Files, canonical, hash_files, read_json, spelled, write_json
+from src.core.files import Files, HashCache, canonical, hash_files, read_json, remove, spelled, write_json
 from src.core.log import say, size
 
 MANIFEST = "manifest.json"
@@ -82,7 +82,7 @@ def key_of(stage: str, version: int, settings: dict[str, Any], parents: dict[str
     return hashlib.sha256(canonical({"stage": stage, "version": version, "settings": settings, "parents": parents})).hexdigest()
 
 
-def outside(path: Path, kind: str, cache: Path | None = None) -> Artifact:
+def outside(path: Path, kind: str, cache: HashCache | None = None) -> Artifact:
     """A file or folder this project did not make, named by the hashes of its content."""
     files = hash_files(path, cache)
     if not files:
@@ -136,7 +136,7 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, manifest["kind"], manifest["key"], manifest, manifest["files"])
 
 
-def open_any(path: Path, cache: Path | None = None) -> Artifact:
+def open_any(path: Path, cache: HashCache | None = None) -> Artifact:
     """A finished artifact, or any complete Hugging Face folder as an outside input."""
     if not path.is_dir():
         raise MissingInput("no such folder", where=str(path))
@@ -266,11 +266,11 @@ def building(
                     f"'{foreign}' is nothing that Boardwalk finished or began, so it stays", fix="move it, or force=true removes it"
                 )
             say(f"force=true: removes {foreign}, {described(foreign)}")
-            _remove(foreign)
+            remove(foreign)
         before = unfinished(path)
         if partial.exists() and not (resumes and before and before.key == key):
             say(f"clearing an unfinished {partial.name} of an earlier run")
-            _remove(partial)
+            remove(partial)
         write_json(note, {"key": key, **(draft or {})})  # first, so that the folder is known as ours
         partial.mkdir(exist_ok=True)
         try:
@@ -283,11 +283,11 @@ def building(
         if not is_finished(partial):
             raise RuntimeError(f"{partial} was left without a manifest")
         if is_finished(replaced):
-            _remove(replaced)
+            remove(replaced)
         if path.exists():
             os.replace(path, replaced)
         os.replace(partial, path)
-        _remove(replaced)
+        remove(replaced)
         note.unlink(missing_ok=True)
 
 
@@ -314,14 +314,6 @@ def described(path: Path) -> str:
         return f"a file of {size(path.stat().st_size)}"
     sizes = [file.lstat().st_size for file in path.rglob("*") if not file.is_dir()]
     return f"{len(sizes)} files, {size(sum(sizes))}"
-
-
-def _remove(path: Path) -> None:
-    """A folder with all that is in it; of a link the link alone."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.is_dir():
-        shutil.rmtree(path)
 
 
 def unfinished(path: Path) -> Artifact | None:

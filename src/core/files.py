@@ -1,12 +1,15 @@
 """JSON with one spelling, hashes by content, and files that are either the old one or the whole new one."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.core.errors import BadData, MissingInput
+from src.core.errors import BadData, MissingInput, UserError
 
 Files = dict[str, dict[str, Any]]
 """{relative path: {"sha256": hex, "size": bytes}}"""
@@ -26,13 +29,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_files(root: Path, cache: Path | None = None) -> Files:
+def hash_files(root: Path, cache: "HashCache | None" = None) -> Files:
     """{relative path: {"sha256", "size"}} of every regular file under root (or of root itself, a file), sorted.
 
-    cache: a JSON file of earlier hashes, reused while path, size, modification time and inode all stay the same.
+    cache: earlier hashes, reused while path, size, modification time and inode all stay the same.
     Hidden files and folders and Python's caches are not content.
     """
-    known = _load_cache(cache)
+    known = cache.read() if cache else {}
     fresh = dict(known)
     found = {}
     for path in [root] if root.is_file() else _walk(root):
@@ -42,7 +45,7 @@ def hash_files(root: Path, cache: Path | None = None) -> Files:
         fresh[mark] = digest
         found[path.name if path == root else path.relative_to(root).as_posix()] = {"sha256": digest, "size": stat.st_size}
     if cache and fresh != known:
-        write_json(cache, fresh)
+        cache.write(fresh)
     return found
 
 
@@ -54,13 +57,25 @@ def _walk(root: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _load_cache(cache: Path | None) -> dict[str, Any]:
-    if cache is None or not cache.is_file():
+@dataclass(frozen=True)
+class HashCache:
+    """A JSON file of hashes. It costs time, nothing else: one that is damaged or not readable is none, and one that cannot be written stays as it was.
+
+    keeps: False for a dry run, which writes nothing.
+    """
+
+    path: Path
+    keeps: bool = True
+
+    def read(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, UserError):
+            return read_json(self.path)
         return {}
-    try:
-        return read_json(cache)
-    except BadData:
-        return {}  # a damaged cache costs time, nothing else
+
+    def write(self, hashes: dict[str, Any]) -> None:
+        if self.keeps:
+            with contextlib.suppress(OSError):
+                write_json(self.path, hashes)
 
 
 def spelled(value: object) -> str:
@@ -92,3 +107,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadData(f"expected a JSON object, found {type(value).__name__}", where=str(path), fix=AGAIN)
     return value
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it; of a link the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)

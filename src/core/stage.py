@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from src.core import artifact, compose
 from src.core.artifact import Artifact
 from src.core.errors import MissingInput, Moved, NoRoom, UserError, WrongKind
+from src.core.files import HashCache
 from src.core.log import duration, rank, say, size, warn
 from src.core.processes import end_with_parent
 from src.settings.verbs import Verb
@@ -25,18 +26,19 @@ ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errn
 
 @dataclass(frozen=True)
 class Run:
-    """The folder <outputs>/<run> and what is finished in it."""
+    """The folder <outputs>/<run> and what is finished in it. dry: nothing is written, caches included."""
 
     folder: Path
+    dry: bool = False
 
     @property
     def name(self) -> str:
         return self.folder.name
 
     @property
-    def cache(self) -> Path:
-        """Hashes of outside inputs, shared by all runs."""
-        return self.folder.parent / ".cache" / "hashes.json"
+    def cache(self) -> HashCache:
+        """Hashes of outside inputs, shared by all runs; a dry run adds none."""
+        return HashCache(self.folder.parent / ".cache" / "hashes.json", keeps=not self.dry)
 
     def has(self, name: str) -> bool:
         return artifact.is_finished(self.folder / name)
@@ -216,7 +218,7 @@ def _main(stage: Stage[V], argv: list[str]) -> int:
         print(compose.help_text(stage.verb, stage.doc, stage.schema))
         return 0
     cfg = compose.compose(stage.verb, [a for a in argv if a != "--settings-only"], stage.schema)
-    run = Run(Path(cfg.outputs) / cfg.run)
+    run = Run(Path(cfg.outputs) / cfg.run, dry=cfg.dry_run)
     if "--settings-only" in argv:
         if stage.early:
             stage.early(cfg, run)

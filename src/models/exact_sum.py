@@ -11,6 +11,7 @@ from pathlib import Path
 from src.core import artifact
 from src.core.artifact import Artifact
 from src.core.errors import NoRoom, UserError
+from src.core.files import HashCache
 from src.core.log import duration, say, size, warn
 from src.models import merging, safetensors_io
 from src.sizing.shape import ModelShape
@@ -21,7 +22,7 @@ ROLES = {"adapter": "exact_adapter", "model": "exact_base"}
 """role of a merge's parent -> its role under what is made from the exact sum"""
 
 
-def parents(model: Artifact, wanted: str, cache: Path) -> dict[str, Artifact]:
+def parents(model: Artifact, wanted: str, cache: HashCache) -> dict[str, Artifact]:
     """{"exact_adapter", "exact_base"} of a model that is a rounded merge; empty for every other, and where wanted=stored declines.
 
     Where one of the two is no longer what it was, that is said, and the weights are taken as they are stored. cache: see artifact.outside.

@@ -16,6 +16,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_first(value):
+    """Rank 0's value, on every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 class Checkpoints(TrainerCallback):
     """Opens a checkpoint and marks it as whole once every rank has written its part, and keeps only the newest; resume looks at nothing unmarked."""
 

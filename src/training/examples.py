@@ -5,11 +5,11 @@ import functools
 import itertools
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,13 +17,14 @@ import numpy as np
 
 from src.chat import encoding, long_rows
 from src.core.artifact import Artifact, key_of, package_versions
+from src.core.cache import kept_or_made
 from src.core.errors import BadData
 from src.core.files import read_json, sha256, write_json
 from src.core.log import progress, rank, warn
 from src.core.processes import end_with_parent
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb
-from src.training.checkpoints import barrier
+from src.training.checkpoints import from_first
 
 PORTION = 256
 """conversations per task; fewer than four tasks are not worth starting processes for"""
@@ -81,10 +82,9 @@ def examples_of(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str
     Raises BadData where a template refuses a conversation, or where more rows are lost than train.long_share allows.
     """
     folder = cache / content_key(cfg, dataset, base, split)
-    if rank() == 0 and not folder.is_dir():
-        make(cfg, dataset.path / f"{split}.jsonl", base.path, split, folder)
-    barrier()
-    examples = open_examples(folder)
+    if rank() == 0:
+        folder = kept_or_made(folder, partial(make, cfg, dataset.path / f"{split}.jsonl", base.path, split), open_examples)
+    examples = open_examples(from_first(folder))
     if tools := examples.unseen.get("tools"):
         warn(f"{split}: the chat template ignores the tools of {tools} rows")
     if turns := examples.unseen.get("turns"):
@@ -112,35 +112,29 @@ def content_key(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str
 
 
 def make(cfg: FinetuneVerb, source: Path, base: Path, split: str, folder: Path) -> None:
-    """Tokenize a split into `folder`, which appears when it is whole."""
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    """Tokenize a split into `folder`."""
     portions = list(line_portions(source))
     counts, lengths, lines = long_rows.Counts(), [0], []
     unseen: Counter[str] = Counter()
-    try:
-        with (
-            open(partial / "input_ids.bin", "wb") as ids,
-            open(partial / "trained.bin", "wb") as trained,
-            encoded(portions, cfg, base, source) as made,
-        ):
-            for portion in progress(made, f"tokenizing {split}", total=len(portions)):
-                portion.input_ids.tofile(ids)
-                portion.trained.tofile(trained)
-                lengths += portion.lengths
-                lines += portion.lines
-                counts += portion.counts
-                unseen += portion.unseen
-        np.save(partial / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
-        np.save(partial / "lines.npy", np.array(lines, dtype=np.int64))
-        write_json(partial / "counts.json", {"rows": vars(counts), "unseen": dict(unseen)})
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with (
+        open(folder / "input_ids.bin", "wb") as ids,
+        open(folder / "trained.bin", "wb") as trained,
+        encoded(portions, cfg, base, source) as made,
+    ):
+        for portion in progress(made, f"tokenizing {split}", total=len(portions)):
+            portion.input_ids.tofile(ids)
+            portion.trained.tofile(trained)
+            lengths += portion.lengths
+            lines += portion.lines
+            counts += portion.counts
+            unseen += portion.unseen
+    np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
+    np.save(folder / "lines.npy", np.array(lines, dtype=np.int64))
+    write_json(folder / "counts.json", {"rows": vars(counts), "unseen": dict(unseen)})
 
 
 def open_examples(folder: Path) -> Examples:
-    """The rows kept in a folder, memory-mapped."""
+    """The rows kept in a folder, memory-mapped. Raises OSError, ValueError or KeyError where one of its files is missing or not as long as it should be."""
     offsets = np.load(folder / "offsets.npy")
     tokens = int(offsets[-1])
     flat = {

@@ -1,13 +1,14 @@
 """What a teacher model holds likely at each trained token: computed once, by all processes together, and kept by content beside the token rows."""
 
-import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from src.chat import encoding
+from src.core import cache as caches
 from src.core.artifact import Artifact, key_of
 from src.core.errors import WrongKind
 from src.core.files import sha256
@@ -16,7 +17,7 @@ from src.models.loading import load_any, tokenizer_of
 from src.settings.verbs import FinetuneVerb
 from src.training import launch
 from src.training.batches import micro_batch
-from src.training.checkpoints import barrier
+from src.training.checkpoints import barrier, from_first
 from src.training.examples import Examples
 from src.training.layout import inputs_of
 
@@ -46,13 +47,22 @@ def teacher_probs(cfg: FinetuneVerb, teacher: Artifact, examples: Examples, toke
     settings = {"rows": examples.key, "teacher": teacher.key, "top_k": k, "code": sha256(Path(__file__))}
     folder = cache / key_of("teacher-probs", 1, settings, {})
     bounds = np.concatenate([[0], examples.trained_tokens.cumsum()])
-    if not folder.is_dir():
-        barrier()
-        make(cfg, teacher, examples, bounds, len(tokenizer), folder)
-    barrier()
-    top_k_ids, probs = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("top_k_ids", "probs"))
+    shape = (int(bounds[-1]), k)
+    if not from_first(rank() == 0 and caches.reads(folder, partial(opened, shape=shape))):
+        place = from_first(caches.place(folder) if rank() == 0 else None)
+        make(cfg, teacher, examples, bounds, len(tokenizer), place)
+        folder = from_first(caches.published(place, folder, partial(opened, shape=shape)) if rank() == 0 else None)
+    top_k_ids, probs = opened(folder, shape)
     say(f"teacher: {teacher.path}, weight {cfg.teacher.weight:g}, its {k} likeliest tokens hold {probs.sum(1).mean():.1%} on average")
     return TeacherProbs(top_k_ids, probs, bounds)
+
+
+def opened(folder: Path, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(top_k_ids, probs), memory-mapped. Raises OSError or ValueError where a file is missing, damaged or of another shape."""
+    arrays = tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("top_k_ids", "probs"))
+    if any(array.shape != shape for array in arrays):
+        raise ValueError(f"{folder}: not of the shape {shape}")
+    return arrays
 
 
 def check_tokenizer(teacher: Artifact, tokenizer) -> None:
@@ -75,15 +85,13 @@ def check_tokenizer(teacher: Artifact, tokenizer) -> None:
 
 
 def make(cfg: FinetuneVerb, teacher: Artifact, examples: Examples, bounds: np.ndarray, vocabulary: int, folder: Path) -> None:
-    """Every process takes its share of the rows through the teacher and writes into the same arrays; `folder` appears when all are done."""
-    partial, shape = folder.with_name(f"{folder.name}.partial"), (int(bounds[-1]), cfg.teacher.top_k)
+    """Every process takes its share of the rows through the teacher and writes into the same arrays in `folder`."""
+    shape = (int(bounds[-1]), cfg.teacher.top_k)
     if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         for name, dtype in (("top_k_ids", np.int32), ("probs", np.float32)):
-            np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape).flush()
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
     barrier()
-    top_k_ids, probs = (np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("top_k_ids", "probs"))
+    top_k_ids, probs = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("top_k_ids", "probs"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, _ = load_any(teacher, dtype="auto" if device == "cuda" else "float32", device=device)
     world = launch.world_size(cfg.launch)
@@ -98,5 +106,3 @@ def make(cfg: FinetuneVerb, teacher: Artifact, examples: Examples, bounds: np.nd
     for array in (top_k_ids, probs):
         array.flush()
     barrier()
-    if rank() == 0:
-        partial.rename(folder)
