@@ -2,11 +2,15 @@
 
 import contextlib
 import logging
+import re
 from pathlib import Path
+from typing import Any
 
 from src.core.artifact import Artifact
-from src.core.errors import MissingTool
+from src.core.errors import BadData, MissingTool
+from src.core.log import warn
 from src.core.processes import import_quietly, silenced
+from src.models import safetensors_io
 from src.models.folder import _allowed, base_of, check_folder, check_tokenizer, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary
 
@@ -26,6 +30,7 @@ def load_model(
     """A causal language model from a folder, whole or quantized, on the CPU unless device_map says otherwise.
 
     dtype: auto keeps the stored one. quantization: a transformers quantization config to apply while loading.
+    Raises BadData where the folder's tensors are not those the model needs: transformers would draw what is missing at random.
     """
     _quiet()
     import_quietly("transformers.modeling_utils", "transformers.quantizers.auto")
@@ -36,17 +41,52 @@ def load_model(
     if gptq:
         prepare_gptq()
     given = {"quantization_config": quantization, "device_map": device_map}
-    with silenced() if gptq else contextlib.nullcontext():
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle else True,
-            **{key: value for key, value in given.items() if value is not None},  # given as None, either would undo what the folder says
-        )
+    try:
+        with silenced() if gptq else contextlib.nullcontext():
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                **{
+                    key: value for key, value in given.items() if value is not None
+                },  # given as None, either would undo what the folder says
+            )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise BadData("tensors have other shapes than config.json describes", where=str(path), fix=MISMATCH) from error
+    model, loaded = found
+    check_loaded(path, model, loaded)
     keep_nf4_trainable(model)
     return model
+
+
+MISMATCH = [
+    "fetch or convert the model again: config.json and the weights do not belong together",
+    "look for a prefix in the tensors' names",
+]
+
+
+def check_loaded(path: Path, model, loaded: dict) -> None:
+    """Raises BadData where a folder lacks tensors of its model, or has layers that the model is not built to have.
+
+    loaded: transformers' loading info. Tensors that belong to no part of the model, such as a further prediction head, are named in a warning.
+    """
+    wrong = {"missing": sorted(loaded["missing_keys"])}
+    forms = {re.sub(r"\.\d+\.", ".N.", name) for name in model.state_dict()}
+    unexpected = sorted(loaded["unexpected_keys"])
+    wrong["beyond what config.json describes"] = [name for name in unexpected if re.sub(r"\.\d+\.", ".N.", name) in forms]
+    if any(wrong.values()):
+        raise BadData(
+            "; ".join(f"{len(names)} tensors are {how}, such as {', '.join(names[:3])}" for how, names in wrong.items() if names),
+            where=str(path),
+            fix=MISMATCH,
+        )
+    if unexpected:
+        warn(f"{path}: {len(unexpected)} tensors belong to no part of the model and are not used, such as {', '.join(unexpected[:3])}")
 
 
 def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", base: Path | None = None):
@@ -66,7 +106,28 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     pickle = _allowed(artifact, "allow_pickle")
     model = load_model(base, dtype=dtype, trust_remote_code=trust, allow_pickle=pickle, quantization=quantization)
     grow_vocabulary(model, len(tokenizer))
-    return PeftModel.from_pretrained(model, artifact.path).to(device).eval(), tokenizer
+    model = PeftModel.from_pretrained(model, artifact.path)
+    check_adapter(artifact.path, model)
+    return model.to(device).eval(), tokenizer
+
+
+def check_adapter(path: Path, model) -> None:
+    """Raises BadData where an adapter's file does not hold what its configuration makes trained layers of: peft would leave those as they begin."""
+    from peft import get_peft_model_state_dict
+
+    needed = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    found = {name: entry.shape for name, entry in safetensors_io.entries(path, "adapter_model*.safetensors").items()}
+    missing = sorted(name for name in needed if name not in found)
+    unknown = sorted(name for name in found if name not in needed and not name.endswith(("embed_tokens.weight", "lm_head.weight")))
+    if missing or unknown:
+        told = [
+            f"{len(names)} tensors are {how}, such as {names[0]}" for how, names in (("missing", missing), ("unknown", unknown)) if names
+        ]
+        raise BadData(
+            "the adapter does not belong to this base: " + "; ".join(told),
+            where=str(path),
+            fix="copy it again, or give the base it was trained on",
+        )
 
 
 def tokenizer_of(artifact: Artifact):
