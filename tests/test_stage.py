@@ -302,7 +302,7 @@ def test_an_adapter_whose_weights_are_a_pickle(plan, finished, tmp_path):
     folder = shutil.copytree(finished / "a" / "finetune", tmp_path / "adapter")
     (folder / "manifest.json").unlink()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    refused(plan("merge", f"source={folder}", f"base={finished / 'inputs' / 'base'}"), MissingInput, "no adapter_model.safetensors", folder)
+    refused(plan("merge", f"source={folder}", f"base={finished / 'inputs' / 'base'}"), WrongKind, "a pickle (adapter_model.bin)", folder)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from conftest import write_model
 from safetensors.torch import load_file, save_file
 
 from src.core.artifact import open_any
-from src.core.errors import BadData
+from src.core.errors import BadData, WrongKind
 from src.models.loading import load_any, load_model
 
 
@@ -89,3 +89,17 @@ def test_an_adapter_that_lacks_what_it_needs_is_refused(adapter, what):
     with pytest.raises(BadData) as error:
         load_any(open_any(adapter))
     assert named in error.value.what
+
+
+@pytest.mark.parametrize("name", ["x.bin", "../model.safetensors", "model.safetensors/..", 7, "pytorch_model.pt"])
+def test_an_index_that_names_anything_but_the_safetensors_beside_it_is_refused(model, name):
+    (model / "x.bin").write_bytes(b"pickled")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(BadData, match="names something else than the"):
+        load_model(model)
+
+
+def test_a_pickled_adapter_is_never_opened(adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(WrongKind, match="are a pickle"):
+        load_any(open_any(adapter))

@@ -67,8 +67,8 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
     config = read_json(path / "config.json")
     index = path / "model.safetensors.index.json"
     named = read_json(index).get("weight_map") if index.is_file() else {"": WEIGHTS[0]}
-    if not isinstance(named, dict) or not named or not all(isinstance(n, str) and Path(n).name == n for n in named.values()):
-        raise BadData("its weight_map does not name the files beside it", where=str(index), fix=AGAIN)
+    if not isinstance(named, dict) or not named or not all(map(_is_beside, named.values())):
+        raise BadData("its weight_map names something else than the .safetensors files beside it", where=str(index), fix=AGAIN)
     files = sorted(set(named.values()))
     if not any((path / name).is_file() for name in WEIGHTS):
         if not any((path / name).is_file() for name in PICKLES):
@@ -102,6 +102,23 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
             fix="model.trust_remote_code=true runs it, if you have read it and trust it",
         )
     return config
+
+
+def _is_beside(name: object) -> bool:
+    """Whether a weight_map's entry is a safetensors file in its own folder; transformers would unpickle one of another ending."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+
+
+def check_adapter_file(path: Path) -> None:
+    """Raises WrongKind for an adapter that is a pickle, which peft would take, MissingInput for one without weights."""
+    if (path / "adapter_model.safetensors").is_file():
+        return
+    fix = "copy it again, or save it with safe_serialization=True"
+    if (path / "adapter_model.bin").is_file():
+        raise WrongKind(
+            "the adapter's weights are a pickle (adapter_model.bin), which can run any code when loaded", where=str(path), fix=fix
+        )
+    raise MissingInput("the adapter has no adapter_model.safetensors", where=str(path), fix=fix)
 
 
 def check_tokenizer(path: Path) -> None:

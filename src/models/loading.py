@@ -11,7 +11,7 @@ from src.core.errors import BadData, MissingTool
 from src.core.log import warn
 from src.core.processes import import_quietly, silenced
 from src.models import safetensors_io
-from src.models.folder import _allowed, base_of, check_folder, check_tokenizer, has_tokenizer, trust_of
+from src.models.folder import _allowed, base_of, check_adapter_file, check_folder, check_tokenizer, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary
 
 
@@ -99,6 +99,7 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     import_quietly("peft", "gptqmodel")
     from peft import PeftModel
 
+    check_adapter_file(artifact.path)
     base, quantization = base or base_of(artifact), None
     if nf4 := artifact.metrics.get("nf4"):
         quantization = nf4_config(**nf4)

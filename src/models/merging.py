@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from src.core.artifact import Artifact
-from src.core.errors import MissingInput, WrongKind
+from src.core.errors import WrongKind
 from src.core.files import read_json
 from src.core.log import say
 from src.core.processes import import_quietly
 from src.models import complete, rounding, safetensors_io
-from src.models.folder import has_tokenizer, trust_of
+from src.models.folder import check_adapter_file, has_tokenizer, trust_of
 from src.models.vocabulary import mean_row
 
 UNKNOWN = (
@@ -85,12 +85,7 @@ def plan(adapter: Artifact, base: Path, dtype: str = "auto") -> tuple[list[safet
 def changes_of(adapter: Artifact, settings: dict) -> dict[str, dict]:
     """{name of a base weight: what the adapter holds for it}, entries of its file: "lora_A" and "lora_B", or "lora_embedding_A" and "..._B", with
     "lora_magnitude_vector" for DoRA; "rows", with their "index"; "whole"."""
-    if not list(adapter.path.glob("adapter_model*.safetensors")):
-        raise MissingInput(
-            "the adapter has no adapter_model.safetensors",
-            where=str(adapter.path),
-            fix="copy it again, or save it with safe_serialization=True",
-        )
+    check_adapter_file(adapter.path)
     rows = settings.get("trainable_token_indices") or {}
     changes: dict[str, dict] = {}
     for name, entry in safetensors_io.entries(adapter.path, "adapter_model*.safetensors").items():
