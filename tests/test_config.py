@@ -274,7 +274,21 @@ def test_settings_never_change_in_validation():
         cfg.tuner.rank = 6
 
 
-OUTSIDE_THE_KEY = ["AuxFilesVerb.source", "AuxFilesVerb.target", "Axera.board", "Axera.image", "Axera.parallel", "Axera.toolchain", "Data.path", "Deepspeed.config", "DeployVerb.dataset", "DistillVerb.budget", "DistillVerb.estimate", "DistillVerb.retry_set_aside", "Endpoint.timeout", "EndpointTeacher.batch", "EndpointTeacher.batch_size", "EndpointTeacher.key_env", "EndpointTeacher.limits", "EndpointTeacher.url", "EvaluateVerb.dataset", "EvaluateVerb.endpoint", "EvaluateVerb.parent", "FinetuneVerb.launch", "FinetuneVerb.max_loss_change", "FinetuneVerb.teacher", "FinetuneVerb.tracker", "LocalTeacher.path", "MergeVerb.base", "MergeVerb.max_loss_change", "Mobilint.board", "Mobilint.device", "Mobilint.image", "Mobilint.python", "Mobilint.sdk", "Mobilint.texts", "Model.path", "Model.revision", "Openvino.board", "Openvino.environment", "Overlap.sets", "Prompts.path", "QuantizeVerb.dataset", "RunCode.at_once", "RunCode.isolation", "SourcedVerb.source", "Teacher.path", "Train.attention", "Train.checkpoint_steps", "Train.chunked_loss", "Train.compile", "Train.eval_steps", "Train.gradient_checkpointing", "Train.kernels", "Train.log_steps", "Train.micro_batch_size", "Train.packing", "Verb.dry_run", "Verb.force", "Verb.outputs", "Verb.run"]
+# fmt: off
+OUTSIDE_THE_KEY = [
+    "AuxFilesVerb.source", "AuxFilesVerb.target", "Axera.board", "Axera.image", "Axera.parallel", "Axera.toolchain", "Data.path",
+    "Deepspeed.config", "DeployVerb.dataset", "DistillVerb.budget", "DistillVerb.estimate", "DistillVerb.retry_set_aside",
+    "Endpoint.timeout", "EndpointTeacher.batch", "EndpointTeacher.batch_size", "EndpointTeacher.key_env", "EndpointTeacher.limits",
+    "EndpointTeacher.url", "EvaluateVerb.dataset", "EvaluateVerb.endpoint", "EvaluateVerb.parent", "FinetuneVerb.launch",
+    "FinetuneVerb.max_loss_change", "FinetuneVerb.teacher", "FinetuneVerb.tracker", "LocalTeacher.path", "MergeVerb.base",
+    "MergeVerb.max_loss_change", "Mobilint.board", "Mobilint.device", "Mobilint.image", "Mobilint.python", "Mobilint.sdk",
+    "Mobilint.texts", "Model.path", "Model.revision", "Openvino.board", "Openvino.environment", "Overlap.sets", "Prompts.path",
+    "QuantizeVerb.dataset", "RunCode.at_once", "RunCode.isolation", "SourcedVerb.source", "Teacher.path", "Train.attention",
+    "Train.checkpoint_minutes", "Train.checkpoint_steps", "Train.chunked_loss", "Train.compile", "Train.eval_steps",
+    "Train.gradient_checkpointing", "Train.kernels", "Train.log_steps", "Train.micro_batch_size", "Train.packing", "Verb.dry_run",
+    "Verb.force", "Verb.outputs", "Verb.run",
+]
+# fmt: on
 """settings that take no part in an artifact's key: they change where or how fast, or name an input whose content is a parent"""
 
 

@@ -4,11 +4,12 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import FEW, process, refused, write_model
+from conftest import FEW, ROOT, process, refused, write_model
 
 from src.core.artifact import open_artifact
 from src.core.errors import Busy, ConfigError, Moved
@@ -39,7 +40,9 @@ def mine(folder: Path) -> Path:
 @pytest.mark.parametrize("name", ["data", "data.partial"])
 def test_a_folder_of_the_user_s_is_refused_and_stays(make, place, name, dry):
     file = mine(place.with_name(name))
-    refused(make(*dry), Moved, place.with_name(name), "neither finished nor began", "1 files, 11 B", "force=true removes it", "run=OTHER_NAME")
+    refused(
+        make(*dry), Moved, place.with_name(name), "neither finished nor began", "1 files, 11 B", "force=true removes it", "run=OTHER_NAME"
+    )
     assert file.read_text() == "three years" and sorted(p.name for p in place.parent.iterdir()) == [name]
 
 
@@ -149,3 +152,50 @@ def test_a_worker_that_is_killed_is_named_by_its_rank(two):
     said = launcher.communicate(timeout=60)[1]
     assert launcher.returncode == 128 + signal.SIGKILL
     assert "the process of rank 1 was killed by signal 9, most likely for lack of memory" in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(number, eighty, tmp_path):
+    argv = [f"outputs={tmp_path}", f"source={eighty}", f"model.path={write_model(tmp_path / 'model')}", "launch.nproc_per_node=1"]
+    argv += ["tuner=full", "train.log_steps=1", "train.max_steps=60", "train.eval_steps=1000", "max_loss_change=1"]
+    run = started(*argv)
+    run.send_signal(number)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 128 + number and "Traceback" not in said
+    assert "stops after this step, with a checkpoint" in said and "interrupted; the same command goes on" in said
+    (checkpoint,) = (tmp_path / "default" / "finetune.partial" / "checkpoints").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert 3 <= step < 60 and (checkpoint / "whole").read_text() == "1"
+    again = process(*argv, "train.checkpoint_minutes=1000")
+    said = again.communicate(timeout=120)[1]
+    assert again.returncode == 0 and f"goes on from step {step}" in said and open_artifact(tmp_path / "default" / "finetune")
+
+
+def test_a_checkpoint_is_made_each_so_many_minutes(eighty, tmp_path):
+    argv = [f"outputs={tmp_path}", f"source={eighty}", f"model.path={write_model(tmp_path / 'model')}", "launch.nproc_per_node=1"]
+    run = started(*argv, "tuner=full", "train.log_steps=1", "train.max_steps=400", "train.eval_steps=1000", "train.checkpoint_minutes=1e-9")
+    run.kill()
+    run.stderr.close()
+    run.wait()
+    assert list((tmp_path / "default" / "finetune.partial" / "checkpoints").glob("checkpoint-*/whole"))
+
+
+@pytest.mark.parametrize("text", ["", "x", "2.5"])
+def test_a_mark_that_was_never_written_whole_is_no_checkpoint(tmp_path, text):
+    from src.training.checkpoints import Checkpoints
+
+    for step, mark in ((3, "1"), (7, text)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "whole").write_text(mark)
+    assert Checkpoints.last(tmp_path, 1) == tmp_path / "checkpoint-3"
+
+
+@pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", "2>&1 | true"])
+def test_words_that_reach_nobody_end_no_work(redirect, finished, tmp_path):
+    argv = [sys.executable, "-m", "src.data", f"data.path={finished / 'inputs' / 'chats.json'}", *FEW]
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f'"$@" outputs={tmp_path}/new {redirect}', "bash", *argv], cwd=ROOT)
+    assert done.returncode == 0 and open_artifact(tmp_path / "new" / "default" / "data")
+    refused_ = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'"$@" outputs={tmp_path}/new data.val=0.4 {redirect}', "bash", *argv], cwd=ROOT
+    )
+    assert refused_.returncode == Moved.exit_code, "the code says it even so"

@@ -83,15 +83,20 @@ def spelled(value: object) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the whole new one, on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(partial, "w", encoding="utf-8") as file:
-        file.write(spelled(value))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text` of a value as JSON."""
+    write_text(path, spelled(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:

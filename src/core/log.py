@@ -1,5 +1,6 @@
 """What a person sees: plain lines on stderr from rank 0, colour and progress bars only on a terminal."""
 
+import contextlib
 import os
 import sys
 import time
@@ -18,15 +19,22 @@ def rank() -> int:
 
 
 def on_terminal() -> bool:
-    return sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty() and "NO_COLOR" not in os.environ
 
 
 def say(line: str) -> None:
     """One fact for the user. Silent on every rank but 0."""
     global _unfinished
     if rank() == 0:
-        print(f"\n{line}" if _unfinished else line, file=sys.stderr, flush=True)
+        tell(f"\n{line}\n" if _unfinished else f"{line}\n")
         _unfinished = False
+
+
+def tell(text: str) -> None:
+    """Text as it is onto stderr, from any rank. What cannot be said (stderr is closed, a full disk, a pipe without a reader) ends no work."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def status(line: str) -> None:
@@ -35,7 +43,7 @@ def status(line: str) -> None:
     if rank() != 0:
         return
     if on_terminal():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        tell(f"\r\033[K{line}")
         _unfinished = True
     else:
         say(line)

@@ -24,6 +24,26 @@ def prepare_gptq_workers() -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(os.cpu_count() or 1, 8)))
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to end. number: the signal's."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+def interrupted_by_signals() -> None:
+    """Have SIGTERM and SIGHUP end this process as Ctrl-C does, by an exception that cleans up on its way; SIGHUP stays ignored under nohup."""
+
+    def end(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, end)
+
+
 def end_with_parent(parent: int) -> None:
     """Have the kernel kill this process when the one that started it ends, however it does (PR_SET_PDEATHSIG, Linux; prctl(2)).
 

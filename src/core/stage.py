@@ -6,6 +6,7 @@ A stage is a function `run(cfg, inputs, out) -> metrics`. It does not parse, cho
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -17,8 +18,8 @@ from src.core import artifact, compose
 from src.core.artifact import Artifact
 from src.core.errors import MissingInput, Moved, NoRoom, UserError, WrongKind
 from src.core.files import HashCache
-from src.core.log import duration, rank, say, size, warn
-from src.core.processes import end_with_parent
+from src.core.log import duration, rank, say, size, tell, warn
+from src.core.processes import Interrupted, end_with_parent, interrupted_by_signals
 from src.settings.verbs import Verb
 
 ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -165,12 +166,13 @@ def guarded(work: Callable[[], int]) -> int:
     """Exit code of `work`, with errors a user can mend printed instead of raised. A worker process ends with the one that started it."""
     if launcher := os.environ.get("BOARDWALK_WORKER"):
         end_with_parent(int(launcher))
+    interrupted_by_signals()
     try:
         return work()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if "BOARDWALK_WORKER" not in os.environ:  # else the process that started the workers says it
             say("interrupted; the same command goes on, from the last checkpoint where there is one")
-        return 130
+        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
     except UserError as error:
         return _report(error)
     except Exception as error:
@@ -190,7 +192,7 @@ def _report(error: UserError) -> int:
                 file.write(str(error.exit_code))
         except FileExistsError:
             return error.exit_code
-    print(error, file=sys.stderr, flush=True)
+    tell(f"{error}\n")
     return error.exit_code
 
 

@@ -212,6 +212,8 @@ class Train(Settings):
     """evaluate every so many steps; null: at the end of each epoch"""
     checkpoint_steps: Annotated[PositiveInt, Unkeyed]
     """save a resumable state every so many steps"""
+    checkpoint_minutes: Annotated[PositiveFloat, Unkeyed]
+    """and every so many minutes, so that slow steps lose little when a run is killed"""
     log_steps: Annotated[PositiveInt, Unkeyed]
     """report every so many steps"""
     seed: int

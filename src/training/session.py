@@ -11,13 +11,14 @@ from src.core.artifact import Artifact
 from src.core.errors import MissingInput
 from src.core.files import read_json
 from src.core.log import rank, say
+from src.core.processes import Interrupted
 from src.models import adapter_files, fidelity, lora, token_rows
 from src.models.loading import keep_gptq_trainable, load_model, nf4_config
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 from src.settings.verbs import FinetuneVerb, FullTuner, QloraTuner
 from src.training import choices, launch, narrowing
 from src.training.batches import BatchPlan
-from src.training.checkpoints import Checkpoints, barrier
+from src.training.checkpoints import Checkpoints, Stop, barrier
 from src.training.examples import examples_of
 from src.training.head import HeadLoss, may_chunk
 from src.training.layout import choose_layout
@@ -65,11 +66,17 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
         alpha=cfg.teacher.weight,
     )
     reports = Reports(run, cfg, out, tokenizer, records)
-    for callback in (Probe(run, out, precision, proven=cfg.deepspeed.stage != 3), reports, Checkpoints(run, world)):
+    stop = Stop()
+    states = Checkpoints(run, world, cfg.train.checkpoint_minutes, stop)
+    for callback in (Probe(run, out, precision, proven=cfg.deepspeed.stage != 3), reports, states):
         run.add_callback(callback)
     of_val = (encoding.Encoded(example.input_ids.tolist(), example.labels.tolist()) for example in val)
     held = fidelity.within(of_val) or fidelity.held_out(records, tokenizer, read_json(inputs["model"].path / "config.json"))
-    run.train(resume_from_checkpoint=str(resume) if resume else None)
+    with stop:
+        run.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.number:
+        reports.trackers.close()
+        raise Interrupted(stop.number)
     seen = run.observe(held) if held and precision == "fp32" else None
     how = cfg.tuner.rounding if isinstance(cfg.tuner, FullTuner) else "stochastic"
     saved = narrowing.settle(run, saved_dtype(cfg, inputs["model"].path), how, precision)
