@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -50,7 +51,15 @@ def pytest_testnodedown(node):
     LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
+NO_SHARED = "../shared/data is not here"
+
+
 def pytest_terminal_summary(terminalreporter):
+    lacking = sum(NO_SHARED in str(report.longrepr) for report in terminalreporter.getreports("skipped"))
+    if lacking:
+        terminalreporter.write_line(
+            f"not run: {lacking} tests need ../shared (real tokenizers, templates, configs); each has a made counterpart that ran"
+        )
     if LEFT_OUT:
         counts = ", ".join(f"{count} {mark}" for mark, count in sorted(LEFT_OUT.items()))
         terminalreporter.write_line(f"not run: {counts} (python -m pytest -m slow runs the slow ones, and so on)")
@@ -66,8 +75,24 @@ def plain_machine(monkeypatch):
 @pytest.fixture(scope="session")
 def shared() -> Path:
     if not SHARED.is_dir():
-        pytest.skip("../shared/data is not here")
+        pytest.skip(NO_SHARED)
     return SHARED
+
+
+def each_kind(made, published):
+    """For a test with a `name`: run it for each of `made`, and for all `published` together as one case, which needs ../shared."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(name, **given):
+            if name == "published" and not SHARED.is_dir():
+                pytest.skip(NO_SHARED)
+            for one in published if name == "published" else [name]:
+                test(name=one, **given)
+
+        return pytest.mark.parametrize("name", [*made, "published"])(run)
+
+    return decorate
 
 
 def _argv(argv, tmp_path: Path) -> list[str]:
