@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import io
+import itertools
 import json
 import os
 import runpy
@@ -79,18 +80,23 @@ def shared() -> Path:
     return SHARED
 
 
-def each_kind(made, published):
-    """For a test with a `name`: run it for each of `made`, and for all `published` together as one case, which needs ../shared."""
+def each_kind(made, published, **more):
+    """For a test with a `name`: run it for each of `made`, and for all `published` together as one case, which needs ../shared. more: other
+    parameters with their values; all combinations are taken."""
+    others = list(itertools.product(*more.values()))
 
     def decorate(test):
         @functools.wraps(test)
         def run(name, **given):
             if name == "published" and not SHARED.is_dir():
                 pytest.skip(NO_SHARED)
-            for one in published if name == "published" else [name]:
-                test(name=one, **given)
+            cases = itertools.product(published, others) if name == "published" else [(name, [given.pop(key) for key in more])]
+            for one, values in cases:
+                test(**given | dict(zip(more, values)), name=one)
 
-        return pytest.mark.parametrize("name", [*made, "published"])(run)
+        cases = [(name, *values) for name in made for values in others] + [("published", *[None] * len(more))]
+        ids = ["-".join(map(str, case)) if case[0] != "published" else "published" for case in cases]
+        return pytest.mark.parametrize(["name", *more], cases, ids=ids)(run)
 
     return decorate
 
