@@ -261,13 +261,13 @@ START, END = 1022, 1023
 """ids of assets/tiny-chat's <|im_start|> and <|im_end|>"""
 
 
-def make_base(folder: Path, *, tied=True, dtype="float32", blank=True) -> Path:
-    """tiny-chat with its two ChatML rows as if never trained: zero, and where untied the mean in the embedding."""
+def make_base(folder: Path, *, tied=True, dtype="float32", blank=True, layers=4) -> Path:
+    """tiny-chat, or its first layers, with its two ChatML rows as if never trained: zero, and where untied the mean in the embedding."""
     if not folder.is_dir():
         import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(CHAT, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(CHAT, local_files_only=True, num_hidden_layers=layers)
         if not tied:
             model.config.tie_word_embeddings = False
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
