@@ -3,6 +3,7 @@ templates written here that behave as those of the families they are named after
 
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -77,9 +78,8 @@ MARKS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "
 def texts() -> list[str]:
     """Lines to learn pieces from."""
     rows = json.loads((ROOT / "assets" / "conversations.json").read_text())
-    return ["system", "user", "\n\n"] * 50 + [
-        line for row in rows for turn in row["conversations"] for line in [turn["from"], turn["value"]]
-    ]
+    more = ["system", "user"] * 50 + ["안녕하세요 오늘", "Où est le café?"] * 20
+    return more + [line for row in rows for turn in row["conversations"] for line in [turn["from"], turn["value"]]]
 
 
 def byte_level():
@@ -136,4 +136,38 @@ def tokenizer_folder(kind: str) -> Path:
     made.chat_template = template
     folder = Path(PLACE.name) / kind
     made.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def widened_qwen2() -> Path:
+    """A Qwen2 folder with random weights, as if widened with zeros from half its size, with biases of zero and ChatML's two tokens just added: their
+    embedding is the mean, their output rows are zero. Its matrices have more rows than the tokenizer has tokens. Read it only."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    source = tokenizer_folder("made-qwen2")
+    start, end = AutoTokenizer.from_pretrained(source).convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(**sizes, vocab_size=768, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=False)
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.dim() == 2:
+                rows, columns = weight.shape
+                weight[:, columns // 2 :] = 0
+                if "embed_tokens" not in name and "lm_head" not in name:
+                    weight[rows // 2 :] = 0
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embedding[[start, end]] = embedding[:start].mean(0)
+        head[[start, end]] = 0
+        embedding[709:] = head[709:] = 0
+    folder = Path(PLACE.name) / "widened-qwen2"
+    model.save_pretrained(folder)
+    for file in source.iterdir():
+        shutil.copy(file, folder)
     return folder
