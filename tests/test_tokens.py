@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import CHAT, in_process
+from conftest import CHAT, in_process, ready_processes
 from makers import tokenizer_folder
 
 from src.chat import encoding
@@ -72,6 +72,7 @@ def test_rows_are_what_the_template_makes_of_each_conversation(made):
 
 def test_several_processes_make_the_same_rows_as_one(made, monkeypatch, tmp_path):
     monkeypatch.setattr(examples, "PORTION", 11)
+    monkeypatch.setattr(examples, "get_context", lambda kind: ready_processes())
     monkeypatch.setattr(examples.os, "cpu_count", lambda: 1)
     alone = made(CHATS)
     shutil.rmtree(tmp_path / "tokens")
@@ -87,10 +88,7 @@ def test_several_processes_make_the_same_rows_as_one(made, monkeypatch, tmp_path
 def test_a_fault_in_another_process_is_the_user_s_error_and_leaves_nothing(made, monkeypatch, tmp_path):
     monkeypatch.setattr(examples, "PORTION", 11)
     monkeypatch.setattr(examples.os, "cpu_count", lambda: 2)
-    pool = examples.ProcessPoolExecutor
-    monkeypatch.setattr(
-        examples, "ProcessPoolExecutor", lambda count, **given: pool(1, **given)
-    )  # one is enough to fail, and starts in half the time
+    monkeypatch.setattr(examples, "get_context", lambda kind: ready_processes())
     base = with_template(tmp_path / "base", "{% if messages[0]['content'] == 'Refuse me.' %}{{ raise_exception('as asked') }}{% endif %}")
     with pytest.raises(BadData, match="as asked") as error:
         made([*CHATS, talk("Refuse me.", "No.")], base=base)
