@@ -30,7 +30,16 @@ VERBS = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy
 FEW = ["data.val=0.2", "data.calib=0.2"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test has several threads, one that waits leaves the core to others
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+LONGEST = ("test_finetune.py", "test_fidelity.py", "test_merge.py", "test_resume.py", "test_distill.py", "test_teacher.py", "test_stops.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 LEFT_OUT: dict[str, int] = {}

@@ -190,11 +190,14 @@ def test_without_a_validation_split_nothing_is_evaluated(here, eighty, capsys):
     assert "validation" not in capsys.readouterr().err
 
 
-def test_micro_batches_do_not_change_what_is_learnt(train):
+def test_micro_batches_do_not_change_what_is_learnt(train, here):
     """One step's gradient is that of the global batch, every trained token weighing the same, however it is cut into passes."""
-    layouts = ["train.micro_batch_size=8"], ["train.micro_batch_size=1"], ["train.packing=false", "train.chunked_loss=false"]
+    base, layouts = (
+        small(here),
+        (["train.micro_batch_size=8"], ["train.micro_batch_size=1"], ["train.packing=false", "train.chunked_loss=false"]),
+    )
     layouts += (["train.gradient_checkpointing=true"],)
-    runs = [train(f"layout{i}", "train.max_steps=4", "tuner.dropout=0", *argv) for i, argv in enumerate(layouts)]
+    runs = [train(f"layout{i}", "train.max_steps=4", "tuner.dropout=0", *argv, base=base) for i, argv in enumerate(layouts)]
     curves = [[c["loss"] for c in r.metrics["curve"]] for r in runs]
     weights = [load_file(r.path / "adapter_model.safetensors") for r in runs]
     assert [r.metrics["packed"] for r in runs] == [True, True, False, True]
