@@ -6,5 +6,5 @@ make_env
 cd "$root"
 "$python" -m ruff check --quiet .
 "$python" -m mypy
-# A file's tests share what its fixtures made, so files are what is spread.
-"$python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+# A file's tests share what its fixtures made, so files are what is spread, in the order that tests/conftest.py gives them.
+"$python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=20 "$@"

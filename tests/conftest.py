@@ -2,9 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import importlib
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -26,7 +30,16 @@ VERBS = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy
 FEW = ["data.val=0.2", "data.calib=0.2"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test has several threads, one that waits leaves the core to others
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+LONGEST = ("test_finetune.py", "test_fidelity.py", "test_merge.py", "test_resume.py", "test_distill.py", "test_teacher.py", "test_stops.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 LEFT_OUT: dict[str, int] = {}
@@ -50,10 +63,25 @@ def pytest_testnodedown(node):
     LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
+NO_SHARED = "../shared/data is not here"
+
+
 def pytest_terminal_summary(terminalreporter):
+    lacking = sum(NO_SHARED in str(report.longrepr) for report in terminalreporter.getreports("skipped"))
+    if lacking:
+        terminalreporter.write_line(
+            f"not run: {lacking} tests need ../shared (real tokenizers, templates, configs); each has a made counterpart that ran"
+        )
     if LEFT_OUT:
         counts = ", ".join(f"{count} {mark}" for mark, count in sorted(LEFT_OUT.items()))
         terminalreporter.write_line(f"not run: {counts} (python -m pytest -m slow runs the slow ones, and so on)")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_is_collected():
+    """The code under test collects garbage to give back memory, a third of a second each time where torch's modules are looked at, too."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +94,29 @@ def plain_machine(monkeypatch):
 @pytest.fixture(scope="session")
 def shared() -> Path:
     if not SHARED.is_dir():
-        pytest.skip("../shared/data is not here")
+        pytest.skip(NO_SHARED)
     return SHARED
+
+
+def each_kind(made, published, **more):
+    """For a test with a `name`: run it for each of `made`, and for all `published` together as one case, which needs ../shared. more: other
+    parameters with their values; all combinations are taken."""
+    others = list(itertools.product(*more.values()))
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(name, **given):
+            if name == "published" and not SHARED.is_dir():
+                pytest.skip(NO_SHARED)
+            cases = itertools.product(published, others) if name == "published" else [(name, [given.pop(key) for key in more])]
+            for one, values in cases:
+                test(**given | dict(zip(more, values)), name=one)
+
+        cases = [(name, *values) for name in made for values in others] + [("published", *[None] * len(more))]
+        ids = ["-".join(map(str, case)) if case[0] != "published" else "published" for case in cases]
+        return pytest.mark.parametrize(["name", *more], cases, ids=ids)(run)
+
+    return decorate
 
 
 def _argv(argv, tmp_path: Path) -> list[str]:
@@ -222,13 +271,13 @@ START, END = 1022, 1023
 """ids of assets/tiny-chat's <|im_start|> and <|im_end|>"""
 
 
-def make_base(folder: Path, *, tied=True, dtype="float32", blank=True) -> Path:
-    """tiny-chat with its two ChatML rows as if never trained: zero, and where untied the mean in the embedding."""
+def make_base(folder: Path, *, tied=True, dtype="float32", blank=True, layers=4) -> Path:
+    """tiny-chat, or its first layers, with its two ChatML rows as if never trained: zero, and where untied the mean in the embedding."""
     if not folder.is_dir():
         import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(CHAT, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(CHAT, local_files_only=True, num_hidden_layers=layers)
         if not tied:
             model.config.tie_word_embeddings = False
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -253,6 +302,23 @@ def eighty(tmp_path_factory) -> Path:
     done = in_process("data", f"outputs={folder}", "run=d", f"data.path={folder / 'chats.json'}", *splits)
     assert done.returncode == 0, done.stderr
     return folder / "d" / "data"
+
+
+def ready_processes():
+    """A multiprocessing context whose processes are their own, and begin with the libraries of training there, which takes seconds otherwise."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "transformers.trainer", "peft", "gptqmodel", "deepspeed", "src.training.session", "src.finetune"]
+    )
+    return context
+
+
+def in_its_own_session(said: str, module: str, argv: list[str]) -> None:
+    """What a process of `ready_processes` does as a verb: lead a process group and say all to the fifo `said`."""
+    os.setsid()
+    os.dup2(os.open(said, os.O_WRONLY), 2)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.exit(go(importlib.import_module(module), *argv))
 
 
 def process(*argv, **environment) -> subprocess.Popen:

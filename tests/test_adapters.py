@@ -8,6 +8,8 @@ from pathlib import Path
 import peft.tuners.trainable_tokens.layer as stock_module
 import pytest
 import torch
+from conftest import SHARED, each_kind
+from makers import widened_qwen2
 from omegaconf import OmegaConf
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors.torch import load_file, save_file
@@ -19,7 +21,6 @@ from src.models.loading import load_tokenizer
 from src.settings.verbs import LoraTuner
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data" / "models"
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -61,13 +62,13 @@ def test_the_embedded_model_learnt_its_control_tokens():
     assert token_rows.untrained(model, [1021, 1022, 1023], 1024) == []
 
 
-def test_a_widened_model_with_chatml_tokens_added_did_not():
-    folder = SHARED / "stories260K-w256-qwen2-chatml-hf"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    assert token_rows.untrained(model, [513, 514], 515) == [513, 514]
-    assert token_rows.untrained(model, [*range(300, 330), 513, 514], 515) == [513, 514], "pieces the stories use were learnt"
+@each_kind(["made"], ["stories260K-w256-qwen2-chatml-hf"])
+def test_a_widened_model_with_chatml_tokens_added_did_not(name):
+    folder = widened_qwen2() if name == "made" else SHARED / "models" / name
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True), load_tokenizer(folder)
+    added = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert token_rows.untrained(model, added, len(tokenizer)) == added
+    assert token_rows.untrained(model, [*range(300, 330), *added], len(tokenizer)) == added, "pieces that texts use were learnt"
 
 
 def test_learnt_rows_are_not_flagged_anywhere_in_the_vocabulary():

@@ -34,14 +34,14 @@ def test_a_folder_without_tokenizer_is_completed_and_proven(cli, bare):
     assert not list(bare.glob("*.partial"))
 
 
-def test_a_tokenizer_that_differs_fails_the_proof(cli, tiny_model):
+def test_a_tokenizer_that_differs_fails_the_proof(call, tiny_model, proofs_in_this_process):
     folder = tiny_model()
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     merges = tokenizer["model"]["merges"]
     tokenizer["model"]["merges"] = merges[: len(merges) // 2]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     before = hash_files(folder)
-    done = cli("aux_files", f"source={CHAT}", f"target={folder}")
+    done = call("aux_files", f"source={CHAT}", f"target={folder}")
     refused(done, ProofFailed, "tokenizer differs", folder)
     assert hash_files(folder) == before, "what a folder has stays as it is"
 

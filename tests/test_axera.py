@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, hear_ctrl_c, in_process, refused, save, write_model
+from conftest import ROOT, SHARED, each_kind, hear_ctrl_c, in_process, refused, save, write_model
+from makers import KINDS, tokenizer_folder
 from safetensors.numpy import load_file
 
 from src.core.errors import BadData, ConfigError, MissingInput, MissingTool, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
@@ -527,11 +528,12 @@ def test_the_reader_reads_as_transformers_does(qwen, tmp_path):
         assert reader.encode(text) == tokenizer(text, add_special_tokens=False).input_ids, repr(text)
 
 
-def test_older_axllm_differs_on_accents_and_that_is_said(shared, tmp_path):
+@each_kind(["made-qwen2.5"], ["qwen2.5"])
+def test_older_axllm_differs_on_accents_and_that_is_said(name, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen2.5")
-    tokenizer_txt.write(tokenizer, [151645], tmp_path / "t.txt")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(name) if name in KINDS else SHARED / "tokenizers" / name)
+    tokenizer_txt.write(tokenizer, [tokenizer.eos_token_id], tmp_path / "t.txt")
     reader = tokenizer_txt.Reader(tmp_path / "t.txt")
     for text, same in (("Hello, world! 12345\n\nNext.", True), ("안녕하세요, 오늘", True), ("Où est le café?", False)):
         ids = tokenizer(text).input_ids

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import NO_SHARED, SHARED, each_kind
+from makers import KINDS, tokenizer_folder
 
 from src.chat import encoding
 from src.core.errors import BadData, WrongKind
@@ -11,9 +13,8 @@ from src.models.loading import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
-SHARED = ROOT.parent / "shared" / "data"
 # Decoding one of these models' trained spans gives this before the last answer's own text.
-THINKS = {"qwen3": "<think>\n\n</think>\n\n"}
+THINKS = dict.fromkeys(["qwen3", "made-qwen3"], "<think>\n\n</think>\n\n")
 TAKES_SYSTEM = {"qwen2", "qwen2.5", "qwen3", "yi-6b-chat", "minicpm4"}
 NAMES = [*sorted(TAKES_SYSTEM), "mistral-7b-v0.2"]
 
@@ -58,15 +59,16 @@ def talk(pairs):
 
 @pytest.fixture(scope="module")
 def load():
-    """Tokenizers of ../shared, and tiny-chat, by name."""
+    """Tokenizers made here or of ../shared, and tiny-chat, by name."""
     kept = {}
 
     def load(name):
-        folder = TINY if name == "tiny-chat" else SHARED / "tokenizers" / name
-        if not folder.is_dir():
-            pytest.skip(f"no {folder}")
+        if name in NAMES and not SHARED.is_dir():
+            pytest.skip(NO_SHARED)
         if name not in kept:
-            kept[name] = load_tokenizer(folder)
+            kept[name] = load_tokenizer(
+                TINY if name == "tiny-chat" else tokenizer_folder(name) if name in KINDS else SHARED / "tokenizers" / name
+            )
         return kept[name]
 
     return load
@@ -129,33 +131,33 @@ def test_golden_labels_of_the_old_recipe(load):
     ]
 
 
-@pytest.mark.parametrize("name", ["tiny-chat", *NAMES])
+@each_kind(["tiny-chat", *KINDS], NAMES)
 def test_only_answers_and_their_stop_tokens_are_trained(load, pilot, name):
     tokenizer, think = load(name), THINKS.get(name, "")
     for messages in [TURNS, *pilot[::4], *map(talk, HARD)]:
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         if think:  # this template takes newlines off the last answer's beginning
             answers[-1] = think + answers[-1].lstrip("\n")
-        if name.startswith("mistral"):
+        if "mistral" in name:
             messages = [m | {"content": m["content"].strip()} if m["role"] == "user" else m for m in messages]
         check(tokenizer, messages, answers)
 
 
-@pytest.mark.parametrize("name", ["tiny-chat", *NAMES])
+@each_kind(["tiny-chat", *KINDS], NAMES)
 def test_ids_are_those_of_the_template(load, pilot, name):
     tokenizer, end = load(name), encoding.turn_end(load(name))
     for messages in [TURNS, *pilot[::4], *map(talk, HARD)]:
         assert encoding.encode(tokenizer, messages, eos_id=end).input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
-@pytest.mark.parametrize("name", ["tiny-chat", *sorted(TAKES_SYSTEM)])
+@each_kind(["tiny-chat", *(name for name in KINDS if name != "made-mistral")], sorted(TAKES_SYSTEM))
 def test_a_system_turn_is_seen_and_not_trained(load, name):
     tokenizer = load(name)
     encoded = check(tokenizer, [SYSTEM, *TURNS], ["Ahoy! A cat, captain.", THINKS.get(name, "") + "Fin"])
     assert "Be brief." in tokenizer.decode(encoded.input_ids)
 
 
-@pytest.mark.parametrize("name", ["tiny-chat", *NAMES])
+@each_kind(["tiny-chat", *KINDS], NAMES)
 def test_the_trained_prompt_is_the_served_prompt(load, name):
     """What stands before an answer is token for token what a server makes of the conversation so far, also where the answer begins with a newline."""
     tokenizer = load(name)
@@ -174,7 +176,7 @@ def test_the_trained_prompt_is_the_served_prompt(load, name):
             assert tokenizer.decode(spans(encoded)[-1]) == answer + tokenizer.decode([end])
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
+@each_kind(["made-qwen2.5", "made-qwen3"], ["qwen2.5", "qwen3"])
 def test_tool_calls_are_trained_and_tool_results_are_not(load, name):
     tokenizer = load(name)
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Söul"}}\n</tool_call>'
@@ -183,11 +185,9 @@ def test_tool_calls_are_trained_and_tool_results_are_not(load, name):
     assert "21 degrees" in untrained and '"description": "Weather."' in untrained
 
 
-def test_a_tokenizer_without_chatml_is_given_it():
-    folder = SHARED / "models" / "stories260K-hf"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
-    tokenizer = load_tokenizer(folder)
+@each_kind(["made-plain"], ["stories260K-hf"])
+def test_a_tokenizer_without_chatml_is_given_it(name):
+    tokenizer = load_tokenizer(tokenizer_folder(name) if name == "made-plain" else SHARED / "models" / name)
     old, bos = len(tokenizer), tokenizer.bos_token_id
     assert encoding.ensure_chat(tokenizer) == [encoding.START, encoding.END]
     start, end = tokenizer.convert_tokens_to_ids([encoding.START, encoding.END])
@@ -233,9 +233,10 @@ def test_a_template_that_rewrites_history_is_refused():
         encoding.encode(tokenizer, TURNS, eos_id=1023)
 
 
-def test_what_a_template_refuses_is_the_data_s_fault(load):
+@each_kind(["made-mistral"], ["mistral-7b-v0.2"])
+def test_what_a_template_refuses_is_the_data_s_fault(load, name):
     """Mistral's template raises on a system turn; that must name the data, not end in a traceback."""
-    tokenizer = load("mistral-7b-v0.2")
+    tokenizer = load(name)
     with pytest.raises(BadData, match="alternate"):
         encoding.encode(tokenizer, [SYSTEM, *TURNS], eos_id=encoding.turn_end(tokenizer))
 
@@ -254,7 +255,7 @@ def old_recipe(tokenizer, messages):
     return [i for i, _ in flat], [label for _, label in flat]
 
 
-@pytest.mark.parametrize("name", ["tiny-chat", "qwen2", "qwen2.5", "qwen3"])
+@each_kind(["tiny-chat", "made-qwen2", "made-yi"], ["qwen2", "qwen2.5", "qwen3"])
 def test_the_old_recipe_s_labels(load, pilot, name):
     tokenizer = load(name)
     end = tokenizer.convert_tokens_to_ids(encoding.END)

@@ -1,6 +1,7 @@
 """Settings: every YAML there is, every schema field, and what a person sees who mistypes one."""
 
 import ast
+import functools
 import inspect
 import shutil
 
@@ -25,13 +26,14 @@ def schema_of(verb: str) -> type:
 
 def composed(verb: str, *overrides: str):
     """Settings of a verb, with a value given to each required one."""
-    options = [o for o in overrides if o.partition("=")[0] in compose._groups(verb)]
-    required = [
-        key
-        for key, value in flat(compose._plain(compose._hydra(verb, options))).items()
-        if value == "???" and not any(o.startswith(f"{key}=") for o in overrides)
-    ]
-    return compose.compose(verb, [*(f"{key}=x" for key in required), *overrides], schema_of(verb))
+    options = tuple(o for o in overrides if o.partition("=")[0] in compose._groups(verb))
+    missing = [key for key in required(verb, options) if not any(o.startswith(f"{key}=") for o in overrides)]
+    return compose.compose(verb, [*(f"{key}=x" for key in missing), *overrides], schema_of(verb))
+
+
+@functools.cache
+def required(verb: str, options: tuple[str, ...]) -> list[str]:
+    return [key for key, value in flat(compose._plain(compose._hydra(verb, list(options)))).items() if value == "???"]
 
 
 def flat(tree: dict, prefix: str = "") -> dict:

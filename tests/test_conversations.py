@@ -2,15 +2,15 @@ import json
 import random
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, SHARED, each_kind
 
 from src.chat import conversations, json_stream
 from src.chat.conversations import FORMATS, Conversation, Tally, read, split_of
 from src.core.errors import BadData, MissingInput
 
-SHARED = Path(__file__).parents[2] / "shared/data/chat"
+CHAT = SHARED / "chat"
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 QWEN = {"id": "a", "conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]}
@@ -214,16 +214,13 @@ REFUSED = {
     "upstream/llamafactory_dataset_info.json": "one JSON object over several lines",
     "upstream/self_instruct_seed_tasks.jsonl": "175 of 175 records are malformed",
 }
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/chat is not here")
 
 
-@needs_shared
-def test_every_real_file_is_covered():
-    assert {str(path.relative_to(SHARED)) for path in SHARED.rglob("*.json*")} == REAL.keys() | REFUSED.keys()
+def test_every_real_file_is_covered(shared):
+    assert {str(path.relative_to(CHAT)) for path in CHAT.rglob("*.json*")} == REAL.keys() | REFUSED.keys()
 
 
-@needs_shared
-@pytest.mark.parametrize("name", REAL)
+@each_kind([], REAL)
 def test_real_files(name):
     format, rows, roles = REAL[name]
     tally = Tally()
@@ -232,11 +229,43 @@ def test_real_files(name):
     assert Counter(message["role"] for c in found for message in c.messages) == roles
 
 
-@needs_shared
-@pytest.mark.parametrize("name", REFUSED)
+@each_kind([], REFUSED)
 def test_real_files_refused(name):
     with pytest.raises(BadData, match=REFUSED[name]):
-        list(read(SHARED / name, format="auto", on_fault="error", tally=Tally()))
+        list(read(CHAT / name, format="auto", on_fault="error", tally=Tally()))
+
+
+def written_as(format: str, turns: list[dict]) -> dict:
+    """A conversation of the embedded file in another layout."""
+    named = {"user": "human", "assistant": "gpt"}
+    texts = [turn["value"] for turn in turns if turn["from"] != "system"]
+    system = {"system": turns[0]["value"]} if turns[0]["from"] == "system" else {}
+    if format == "sharegpt":
+        return {"conversations": [turn | {"from": named[turn["from"]]} for turn in turns if turn["from"] != "system"], **system}
+    if format == "openai":
+        return {"messages": [{"role": turn["from"], "content": turn["value"]} for turn in turns]}
+    if format == "alpaca":
+        return {"instruction": texts[-2], "output": texts[-1], "history": [texts[k : k + 2] for k in range(0, len(texts) - 2, 2)], **system}
+    return {"conversations": turns}
+
+
+@pytest.mark.parametrize("name", ["chat.json", "chat.jsonl"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_whole_file_in_each_layout_holds_the_same_conversations(load, format, name):
+    rows = [row["conversations"] for row in json.loads((ROOT / "assets" / "conversations.json").read_text())]
+    found, tally = load([written_as(format, turns) for turns in rows], name=name)
+    assert (tally.rows_in, tally.kept, tally.formats) == (len(rows), len(rows), {format: len(rows)})
+    assert [list(c.messages) for c in found] == [[{"role": turn["from"], "content": turn["value"]} for turn in turns] for turns in rows]
+    assert len({c.digest for c in found}) == len({json.dumps(turns) for turns in rows})
+
+
+def test_files_that_hold_no_conversations_are_refused(load):
+    described = {"my_chats": {"file_name": "chats.json", "formatting": "sharegpt"}, "others": {"file_name": "o.json"}}
+    with pytest.raises(BadData, match="one JSON object over several lines"):
+        load(json.dumps(described, indent=2).encode())
+    tasks = [{"id": f"t{i}", "name": "a task", "instances": [{"input": "", "output": "x"}]} for i in range(5)]
+    with pytest.raises(BadData, match="5 of 5 records are malformed"):
+        load(tasks, name="chat.jsonl")
 
 
 LINES = b"\n".join([json.dumps(QWEN).encode(), json.dumps(QWEN | {"id": "b"}).encode()])

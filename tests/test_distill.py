@@ -487,10 +487,11 @@ def test_card_and_samples_say_what_one_has_to_know(call, teacher, tmp_path):
     assert row["teachers"] == ["stand-in@abc123"] and len(row["prompt"]) == 64 and row["tokens"] > 0 and len(row["requests"]) == 1
 
 
-def test_finetune_takes_the_dataset(cli, teacher, prompts, tmp_path):
+@pytest.mark.usefixtures("proofs_in_this_process")
+def test_finetune_takes_the_dataset(call, teacher, prompts, tmp_path):
     server = teacher(words=5)
-    assert cli(*argv(server, prompts(40), "holdout.val=0.2")).returncode == 0
-    done = cli(
+    assert call(*argv(server, prompts(40), "holdout.val=0.2")).returncode == 0
+    done = call(
         "finetune", f"source={tmp_path / 'outputs' / 'default' / 'distill'}", "train.max_steps=2", "launch.nproc_per_node=1", "tuner.rank=4"
     )
     assert done.returncode == 0, done.stderr

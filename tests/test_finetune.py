@@ -24,6 +24,7 @@ from src.training import session
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
 # Rank 8 trains in a second and, at this rate, visibly within a few steps.
+STEPS = 15
 FAST = ["tuner.rank=8", "tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000"]
 
 
@@ -51,7 +52,7 @@ def train(here, eighty):
 def tuned(request, here, train):
     """(base folder, adapter artifact) of LoRA on a base that never learnt ChatML."""
     base = make_base(here / f"base-{request.param}", tied=request.param == "tied")
-    return base, train(request.param, "train.max_steps=25", "train.warmup=0.2", "train.eval_steps=25", base=base)
+    return base, train(request.param, f"train.max_steps={STEPS}", "train.warmup=0.2", "train.eval_steps=1000", base=base)
 
 
 # ---- what a LoRA run does
@@ -63,7 +64,7 @@ def test_the_loss_falls(tuned):
     print(f"train loss {first:.3f} -> {last:.3f}, validation {m['val_loss_first']:.3f} -> {m['val_loss']:.3f}")
     assert last < 0.7 * first
     assert m["val_loss"] < 0.7 * m["val_loss_first"]
-    assert len(m["curve"]) == m["steps"] == 25 and m["tokens_seen"] > 25 * 8 * 10
+    assert len(m["curve"]) == m["steps"] == STEPS and m["tokens_seen"] > STEPS * 8 * 10
 
 
 def test_the_rows_the_base_never_learnt_are_trained_and_no_other(tuned, here):
@@ -105,7 +106,7 @@ def test_plain_peft_loads_the_adapter_with_equal_outputs(tuned, monkeypatch):
 
 def test_the_rate_follows_a_cosine_after_its_warm_up(tuned):
     curve = tuned[1].metrics["curve"]
-    warm, steps, peak = 5, 25, 3e-3
+    warm, steps, peak = 3, STEPS, 3e-3
     for c in curve:
         k = c["step"] - 1  # the first step uses the rate of step 0
         share = k / warm if k < warm else 0.5 * (1 + math.cos(math.pi * (k - warm) / (steps - warm)))
@@ -189,11 +190,14 @@ def test_without_a_validation_split_nothing_is_evaluated(here, eighty, capsys):
     assert "validation" not in capsys.readouterr().err
 
 
-def test_micro_batches_do_not_change_what_is_learnt(train):
+def test_micro_batches_do_not_change_what_is_learnt(train, here):
     """One step's gradient is that of the global batch, every trained token weighing the same, however it is cut into passes."""
-    layouts = ["train.micro_batch_size=8"], ["train.micro_batch_size=1"], ["train.packing=false", "train.chunked_loss=false"]
+    base, layouts = (
+        small(here),
+        (["train.micro_batch_size=8"], ["train.micro_batch_size=1"], ["train.packing=false", "train.chunked_loss=false"]),
+    )
     layouts += (["train.gradient_checkpointing=true"],)
-    runs = [train(f"layout{i}", "train.max_steps=4", "tuner.dropout=0", *argv) for i, argv in enumerate(layouts)]
+    runs = [train(f"layout{i}", "train.max_steps=4", "tuner.dropout=0", *argv, base=base) for i, argv in enumerate(layouts)]
     curves = [[c["loss"] for c in r.metrics["curve"]] for r in runs]
     weights = [load_file(r.path / "adapter_model.safetensors") for r in runs]
     assert [r.metrics["packed"] for r in runs] == [True, True, False, True]
@@ -210,10 +214,15 @@ MICRO = ["train.micro_batch_size=1"]
 WHOLE = ["tuner.modules_to_save=[down_proj]"]
 
 
+def small(here) -> Path:
+    """Two layers: ZeRO-3 gathers each matrix for each pass, and each token of a sample is one."""
+    return make_base(here / "base-small", layers=2)
+
+
 @pytest.fixture(scope="module")
 def alone(here, train):
     """Four steps by one process without DeepSpeed, with trained rows and no dropout, whose draws depend on the process."""
-    return train("alone", "train.max_steps=4", "tuner.dropout=0", base=make_base(here / "base-tied"))
+    return train("alone", "train.max_steps=4", "tuner.dropout=0", base=small(here))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +246,7 @@ def alone(here, train):
 def test_several_processes_learn_what_one_does(deepspeed, processes, tuner, layout, here, eighty, train, request):
     """ZeRO-0, 2 and 3, in one forward pass a step or in several: the same losses and the same weights."""
     base, own = (
-        make_base(here / "base-tied"),
+        small(here),
         ["tuner=full", *FAST[1:]] if tuner == "full" else [f"tuner={tuner}", *FAST, "tuner.dropout=0"],
     )
     if layout == WHOLE:

@@ -1,12 +1,13 @@
-"""Rows that are too long: what each policy keeps, what it counts away, and when a run stops for it. Real conversations, real tokenizers."""
+"""Rows that are too long: what each policy keeps, what it counts away, and when a run stops for it. Through tokenizers made here, and real ones."""
 
+import json
 from collections import Counter
 from functools import cache, partial
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
-from conftest import CHAT
+from conftest import ROOT, SHARED, each_kind
+from makers import KINDS, tokenizer_folder
 from test_chatml import CALLING, SYSTEM, TOOL, spans
 
 from src.chat import encoding
@@ -17,36 +18,48 @@ from src.core.errors import BadData
 from src.models.loading import load_tokenizer
 
 NAMES = ("qwen2.5", "qwen3", "yi-6b-chat", "mistral-7b-v0.2")
+MADE = ("made-qwen2.5", "made-qwen3", "made-yi", "made-mistral")
 
 
 @cache
-def tokenizer_of(folder: Path):
-    return load_tokenizer(folder)
+def tokenizer_of(name: str):
+    return load_tokenizer(tokenizer_folder(name) if name in KINDS else SHARED / "tokenizers" / name)
 
 
-@cache
-def real(shared: Path, system: bool) -> list[dict]:
-    """Records: single questions, short dialogues, and long conversations joined of ten dialogues each, some with a system turn."""
-    chats = [
+def written_here() -> list[list[dict]]:
+    """Single questions with a long answer, then short dialogues: the embedded conversations, the first 300 of them joined five by five."""
+    rows = json.loads((ROOT / "assets" / "conversations.json").read_text())
+    talks = [
+        [{"role": turn["from"], "content": turn["value"]} for turn in row["conversations"] if turn["from"] != "system"] for row in rows
+    ]
+    answers = [" ".join(message["content"] for talk in talks[k : k + 5] for message in talk[1::2]) for k in range(0, 300, 5)]
+    return [[talks[5 * i][0], {"role": "assistant", "content": answer}] for i, answer in enumerate(answers)] + talks[300:]
+
+
+def of_shared() -> list[list[dict]]:
+    return [
         list(chat.messages)
         for name in ("gsm8k_train_500", "fastchat_dummy_200")
-        for chat in read(shared / "chat" / "qwen" / f"{name}.json", format="auto", on_fault="error", tally=Tally())
+        for chat in read(SHARED / "chat" / "qwen" / f"{name}.json", format="auto", on_fault="error", tally=Tally())
     ]
-    joined = [[message for chat in chats[k : k + 10] for message in chat] for k in range(600, 640, 10)]
-    talks = chats[:500:25] + chats[500:540] + joined
+
+
+@cache
+def records_of(name: str, system: bool | None = None) -> list[dict]:
+    """Records: 20 single questions, 40 short dialogues, and 4 long conversations joined of ten dialogues each, some with a system turn."""
+    system = "mistral" not in name if system is None else system
+    chats = written_here() if name in KINDS else of_shared()
+    single, dialogues = (60, 100) if name in KINDS else (500, 600)
+    joined = [[message for chat in chats[k : k + 10] for message in chat] for k in range(dialogues, dialogues + 40, 10)]
+    talks = chats[: single : single // 20] + chats[single : single + 40] + joined
     return [{"id": f"r{i}", "messages": [SYSTEM, *talk] if system and i % 2 else talk, "tools": None} for i, talk in enumerate(talks)]
 
 
-@pytest.fixture
-def encoder(shared):
-    """encoder(name): (encode of messages, the stop token's id)."""
-
-    def encoder(name):
-        tokenizer = tokenizer_of(CHAT if name == "tiny-chat" else shared / "tokenizers" / name)
-        end = encoding.turn_end(tokenizer)
-        return lambda messages, tools=None: encoding.encode(tokenizer, messages, tools, eos_id=end), end
-
-    return encoder
+def encoder(name):
+    """(encode of messages, the stop token's id)."""
+    tokenizer = tokenizer_of(name)
+    end = encoding.turn_end(tokenizer)
+    return lambda messages, tools=None: encoding.encode(tokenizer, messages, tools, eos_id=end), end
 
 
 def fit_all(records, encode, policy, max_length) -> tuple[list[Encoded], Counts]:
@@ -57,12 +70,10 @@ def fit_all(records, encode, policy, max_length) -> tuple[list[Encoded], Counts]
     return rows, counts
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("max_length", [120, 400])
-def test_every_token_is_kept_or_counted(shared, encoder, name, policy, max_length):
+@each_kind(MADE, NAMES, policy=POLICIES, max_length=[120, 400])
+def test_every_token_is_kept_or_counted(name, policy, max_length):
     encode, end = encoder(name)
-    records = real(shared, not name.startswith("mistral"))
+    records = records_of(name)
     whole = [encode(record["messages"]) for record in records]
     rows, counts = fit_all(records, encode, policy, max_length)
     assert (counts.rows, counts.tokens) == (len(records), sum(len(row.input_ids) for row in whole))
@@ -91,10 +102,10 @@ def test_every_token_is_kept_or_counted(shared, encoder, name, policy, max_lengt
         assert counts.cut >= 4 and counts.made > counts.cut
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_rows_each_time_and_in_parts(shared, encoder, name):
+@each_kind(MADE, NAMES)
+def test_the_same_rows_each_time_and_in_parts(name):
     encode, _ = encoder(name)
-    records = real(shared, not name.startswith("mistral"))[10:]
+    records = records_of(name)[10:]
     for policy in POLICIES:
         rows, counts = fit_all(records, encode, policy, 150)
         assert (rows, counts) == fit_all(records, encode, policy, 150)
@@ -104,14 +115,15 @@ def test_the_same_rows_each_time_and_in_parts(shared, encoder, name):
         assert [name for name, _ in counts.named] == long[:10] and counts.long == len(long)
 
 
-def long_talk(shared) -> list[dict]:
-    return [SYSTEM, *(m for record in real(shared, False)[20:60] for m in record["messages"])]
+def long_talk(name) -> list[dict]:
+    return [SYSTEM, *(m for record in records_of(name, False)[20:60] for m in record["messages"])]
 
 
-def test_split_rows_are_the_conversation_with_its_system_turn_in_each(shared, encoder):
+@each_kind(["made-qwen2.5"], ["qwen2.5"])
+def test_split_rows_are_the_conversation_with_its_system_turn_in_each(name):
     """ChatML renders turn by turn, so the rows' ids, the repeated system turn taken off, are the whole conversation's: none lost, none twice."""
-    encode, _ = encoder("qwen2.5")
-    talk, tokenizer = long_talk(shared), tokenizer_of(shared / "tokenizers" / "qwen2.5")
+    encode, end = encoder(name)
+    talk, tokenizer = long_talk(name), tokenizer_of(name)
     head = tokenizer(encoding.render(tokenizer, [SYSTEM]), add_special_tokens=False).input_ids
     user, whole = tokenizer.convert_tokens_to_ids("user"), encode(talk)
     rows, counts = fit(whole, {"id": "long", "messages": talk}, policy="split_turns", max_length=300, encode=encode)
@@ -120,7 +132,7 @@ def test_split_rows_are_the_conversation_with_its_system_turn_in_each(shared, en
     assert [label for row in rows for label in row.labels[len(head) :]] == whole.labels[len(head) :]
     assert counts.made == len(rows) > 5 and counts.tokens_cut == counts.tokens_dropped == 0
     assert counts.tokens_repeated == (len(rows) - 1) * len(head)
-    starts = list(accumulate(sum(run.count(151645) for run in spans(row)) for row in rows))
+    starts = list(accumulate(sum(run.count(end) for run in spans(row)) for row in rows))
     assert counts.unseen == 2 * sum(starts[:-1]), "every exchange of this file is a question and its answer"
 
 
@@ -137,19 +149,20 @@ def fewest(system, parts, encode, max_length) -> int:
     return best[-1]
 
 
-@pytest.mark.parametrize("max_length", [60, 100, 170])
-def test_splits_into_as_few_rows_as_can_be(shared, encoder, max_length):
-    encode, _ = encoder("qwen2.5")
+@each_kind(["made-qwen2.5"], ["qwen2.5"], max_length=[80, 100, 170])
+def test_splits_into_as_few_rows_as_can_be(name, max_length):
+    encode, _ = encoder(name)
     for k in (0, 20):
-        talk = [SYSTEM, *long_talk(shared)[1 + k : 21 + k]]
+        talk = [SYSTEM, *long_talk(name)[1 + k : 21 + k]]
         rows, counts = fit(encode(talk), {"id": "x", "messages": talk}, policy="split_turns", max_length=max_length, encode=encode)
         assert counts.tokens_cut == 0
         assert len(rows) == fewest(*exchanges(talk), encode, max_length)
 
 
-def test_an_exchange_too_long_by_itself_is_left_out_and_parts_its_neighbours(shared, encoder):
-    encode, _ = encoder("qwen2.5")
-    short, huge = real(shared, False)[20]["messages"][:2], real(shared, False)[0]["messages"]
+@each_kind(["made-qwen2.5"], ["qwen2.5"])
+def test_an_exchange_too_long_by_itself_is_left_out_and_parts_its_neighbours(name):
+    encode, _ = encoder(name)
+    short, huge = records_of(name, False)[20]["messages"][:2], records_of(name, False)[0]["messages"]
     huge = [huge[0], huge[1] | {"content": huge[1]["content"] * 4}]
     alone = len(encode([SYSTEM, *huge]).input_ids) - len(encode([SYSTEM, *short]).input_ids)
     tokens = len(encode([SYSTEM, *short, *huge]).input_ids) - len(encode([SYSTEM, *short]).input_ids)
@@ -169,8 +182,9 @@ def test_an_exchange_too_long_by_itself_is_left_out_and_parts_its_neighbours(sha
     assert counts.tokens_dropped == len(encode(huge).input_ids)
 
 
-def test_tools_and_their_results_stay_with_their_question(encoder):
-    encode, _ = encoder("qwen2.5")
+@each_kind(["made-qwen2.5"], ["qwen2.5"])
+def test_tools_and_their_results_stay_with_their_question(name):
+    encode, _ = encoder(name)
     talk = [SYSTEM, *CALLING, *CALLING, *CALLING]
     encode_with_tool = partial(encode, tools=[TOOL])
     one = len(encode_with_tool([SYSTEM, *CALLING]).input_ids)
@@ -179,19 +193,19 @@ def test_tools_and_their_results_stay_with_their_question(encoder):
     assert counts.unseen == 4 + 8
 
 
-@pytest.mark.parametrize("policy", ["drop", "split_turns", "keep_end"])
-def test_rows_of_a_conversation_that_reasons_in_each_turn(shared, policy):
+@each_kind(["made-qwen3"], ["qwen3"], policy=["drop", "split_turns", "keep_end"])
+def test_rows_of_a_conversation_that_reasons_in_each_turn(name, policy):
     """Qwen3 takes a row for each such turn. Split, each part's turns are again each trained once; otherwise each row is judged by itself."""
-    tokenizer = tokenizer_of(shared / "tokenizers" / "qwen3")
+    tokenizer = tokenizer_of(name)
     encode = partial(encoding.encode_turns, tokenizer, eos_id=encoding.turn_end(tokenizer))
     talk = [
         m | {"reasoning_content": f"Thought {i}. " * (60 if i == 8 else 5)} if m["role"] == "assistant" else m
-        for i, m in enumerate(long_talk(shared)[:21])
+        for i, m in enumerate(long_talk(name)[:21])
     ]
     whole = encode(talk)
     assert len(whole) == 10
     rows, counts = fit_rows(whole, {"id": "x", "messages": talk}, policy=policy, max_length=160, encode=encode)
-    assert all(len(row.input_ids) <= 160 and spans(row)[-1][-1] == 151645 for row in rows)
+    assert all(len(row.input_ids) <= 160 and spans(row)[-1][-1] == encoding.turn_end(tokenizer) for row in rows)
     assert (counts.rows, counts.cut, counts.made) == (1, 1, len(rows))
     held = sum(len(row.input_ids) for row in rows)
     assert held == counts.tokens - counts.tokens_cut + counts.tokens_repeated
@@ -315,9 +329,10 @@ def test_policy_error_names_the_first_ten_and_how_many():
     check(lost(1000, []), 1, policy="error", max_length=512)
 
 
-def test_the_length_named_is_the_smallest_that_does(shared, encoder):
-    encode, _ = encoder("qwen2.5")
-    records = real(shared, True)
+@each_kind(["made-qwen2.5"], ["qwen2.5"])
+def test_the_length_named_is_the_smallest_that_does(name):
+    encode, _ = encoder(name)
+    records = records_of(name, True)
     _, counts = fit_all(records, encode, "drop", 100)
     for limit in (0, 0.01, 0.05, 0.2):
         length = shortest_limit(counts, limit)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, go
+from conftest import ROOT, go
+from makers import widened_qwen2
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -22,7 +23,6 @@ from src.settings.verbs import LoraTuner, QloraTuner
 from src.training import rules
 
 TINY = ROOT / "assets" / "tiny-chat"
-QWEN2 = SHARED / "models" / "stories260K-w256-qwen2-chatml-hf"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 STEPS = 4
 
@@ -37,18 +37,14 @@ def settings(kind: str = "lora", **changes):
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """bases(name): a folder of tiny-chat as it is, with a head of its own, or in bf16; or the Qwen2 one, which has biases, with the zeros it was widened
-    by made small numbers."""
+    """bases(name): a folder of tiny-chat's first two layers as they are or in bf16, or of all with a head of its own; or a Qwen2 one, which has biases,
+    with the zeros it was widened by made small numbers."""
     here = tmp_path_factory.mktemp("bases")
 
     def base(name: str) -> Path:
-        if name == "tied":
-            return TINY
-        source = QWEN2 if name == "qwen2" else TINY
-        if not source.is_dir():
-            pytest.skip(f"no {source}")
+        source = widened_qwen2() if name == "qwen2" else TINY
         if not (here / name).is_dir():
-            model = load(source)
+            model = load(source, **({"num_hidden_layers": 2} if name in ("tied", "bf16") else {}))
             if name == "qwen2":
                 torch.manual_seed(1)
                 with torch.no_grad():
@@ -65,8 +61,8 @@ def bases(tmp_path_factory):
     return base
 
 
-def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+def load(folder: Path, **changes):
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **changes)
 
 
 def train(model, tuner, steps: int = STEPS, seed: int = 0) -> list[float]:
@@ -244,10 +240,8 @@ def test_a_rank_above_what_a_layer_holds_is_refused(bases):
 
 
 def test_dora_on_weights_of_no_length_is_refused():
-    if not QWEN2.is_dir():
-        pytest.skip(f"no {QWEN2}")
     with pytest.raises(ConfigError, match=r"layers\.0.* has outputs whose weights are all zero"):
-        lora.attach(load(QWEN2), settings(dora=True), [], deepspeed=False)
+        lora.attach(load(widened_qwen2()), settings(dora=True), [], deepspeed=False)
 
 
 # ---- rates
@@ -431,7 +425,9 @@ def test_what_zero3_and_gptq_cannot_have():
         with pytest.raises(ConfigError, match="ZeRO-3 has partitioned"):
             rules.check(settings(**changes), zero_stage=3, quantization=None, where="")
         rules.check(settings(**changes), zero_stage=2, quantization=None, where="")
-    rules.check(settings(rslora=True, init="orthogonal", lora_plus=4.0, modules_to_save=["norm"]), zero_stage=3, quantization=None, where="")
+    rules.check(
+        settings(rslora=True, init="orthogonal", lora_plus=4.0, modules_to_save=["norm"]), zero_stage=3, quantization=None, where=""
+    )
     with pytest.raises(ConfigError, match="no DoRA for a GPTQ base"):
         rules.check(settings("qlora", dora=True), zero_stage=0, quantization="gptq", where="")
     rules.check(settings("qlora", dora=True), zero_stage=0, quantization=None, where="")

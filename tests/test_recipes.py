@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED, each_kind
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
@@ -448,14 +448,25 @@ def test_the_best_by_agreement():
     assert one(chosen, "best", [row], NOBODY)[0][0].messages[-1]["content"] == "the cat sat on a mat"
 
 
-def test_new_tasks_are_unlike_the_pool_and_one_another(shared):
-    seeds = [json.loads(line) for line in (shared / "chat/upstream/self_instruct_seed_tasks.jsonl").read_text().splitlines()]
-    rows = [Record(seed["id"], [], {"instruction": seed["instruction"]}) for seed in seeds]
+def seed_tasks(name: str) -> list[str]:
+    if name != "made":
+        return [json.loads(line)["instruction"] for line in (SHARED / "chat" / "upstream" / name).read_text().splitlines()]
+    deeds = ("Explain", "Sum up", "Translate", "Praise", "Rhyme", "List five facts on", "Ask three questions about")
+    things = ("rain", "a lost key", "two sisters", "the number nine", "old bread", "a train to Rome", "moss", "chess", "silence", "a debt")
+    return [f"{deed} {thing}{more}." for deed in deeds for thing in things for more in ("", " in one sentence", " for a child of six")][
+        :175
+    ]
+
+
+@each_kind(["made"], ["self_instruct_seed_tasks.jsonl"])
+def test_new_tasks_are_unlike_the_pool_and_one_another(name):
+    seeds = seed_tasks(name)
+    rows = [Record(f"seed{i}", [], {"instruction": seed}) for i, seed in enumerate(seeds)]
     chosen = settings("self_instruct", **{"new_tasks.rows": 60, "new_tasks.requests": 60})
     out, aside, _ = one(chosen, "new_tasks", rows, Teacher(0))
     texts = [row.messages[0]["content"] for row in out]
     assert 20 < len(texts) <= 60 and len(rows) == 175
-    pool = [words(seed["instruction"]) for seed in seeds]
+    pool = [words(seed) for seed in seeds]
     for text in texts:
         assert max(rouge.rouge_l(words(text), other) for other in pool) < 0.7
         pool.append(words(text))

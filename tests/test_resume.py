@@ -6,9 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
-from conftest import CHAT, ROOT, go, hear_ctrl_c, make_base, process
+from conftest import CHAT, ROOT, go, hear_ctrl_c, in_its_own_session, make_base, process, ready_processes
 
 from src import finetune
 from src.core import artifact
@@ -38,23 +39,19 @@ def command(outputs, run, base, dataset, road) -> list[str]:
 
 def killed_after(argv: list[str], said: str) -> str:
     """What the run had said when it was killed with -9 after a line that holds `said`, all its processes with it."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "src.finetune", *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    lines = []
-    for line in child.stderr:
-        lines.append(line)
-        if said in line:
-            os.killpg(child.pid, signal.SIGKILL)
-            break
-    child.wait()
-    child.stderr.close()
-    assert child.returncode == -signal.SIGKILL, "".join(lines)
+    with tempfile.TemporaryDirectory() as place:
+        os.mkfifo(fifo := f"{place}/said")
+        child = ready_processes().Process(target=in_its_own_session, args=(fifo, "src.finetune", argv))
+        child.start()
+        lines = []
+        with open(fifo) as heard:
+            for line in heard:
+                lines.append(line)
+                if said in line:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    break
+            child.join()
+    assert child.exitcode == -signal.SIGKILL, "".join(lines)
     return "".join(lines)
 
 

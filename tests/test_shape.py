@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED, each_kind
 
 from src.core.errors import BadData, MissingInput, WrongKind
 from src.sizing.config_reader import read_shape, shape_of
@@ -107,6 +107,43 @@ def test_counts_equal_transformers_on_published_configs(shared):
     assert checked >= 18
 
 
+# Of the same families, a model with SMALL's sizes counted by hand: (settings, weights and biases of a layer without its two norms, tables).
+WHOLE = {"head_dim": None, "num_key_value_heads": None}
+BY_HAND = {
+    "qwen": (WHOLE, 4 * 64 * 64 + 3 * 64 + 3 * 64 * 48, 2),
+    "baichuan": (WHOLE, 4 * 64 * 64 + 3 * 64 * 96, 2),
+    "internlm2": ({"head_dim": None, "bias": False}, 64 * (64 + 2 * 32 + 64) + 3 * 64 * 96, 2),
+    "internlm2 with biases": ({"head_dim": None, "bias": True}, 65 * (64 + 2 * 32) + 64 * 64 + 64 + 3 * 64 * 96, 2),
+    "minicpm": ({"head_dim": None}, 64 * (64 + 2 * 32 + 64) + 3 * 64 * 96, 1),
+    "exaone": ({"head_dim": None, "num_layers": 6, "num_hidden_layers": None}, 64 * (64 + 2 * 32 + 64) + 3 * 64 * 96, 2),
+    "chatglm": (
+        {
+            **{
+                "num_layers": 6,
+                "ffn_hidden_size": 96,
+                "multi_query_group_num": 2,
+                "kv_channels": 32,
+                "padded_vocab_size": 128,
+                "seq_length": 512,
+            },
+            **{"add_qkv_bias": True, "add_bias_linear": False},
+            **dict.fromkeys(["num_hidden_layers", "intermediate_size", "num_key_value_heads", "head_dim", "vocab_size"]),
+        },
+        65 * (128 + 2 * 64) + 128 * 64 + 3 * 64 * 96,
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_counts_of_families_with_code_of_their_own_by_hand(name):
+    more, layer, tables = BY_HAND[name]
+    config = {key: value for key, value in {"model_type": name.split()[0], **SMALL, **more}.items() if value is not None}
+    shape = shape_of(config, "here")
+    assert shape.stack[0].params == layer + 2 * 64
+    assert shape.params == 6 * (layer + 2 * 64) + 64 + tables * 128 * 64
+
+
 # Totals from the models' cards and safetensors indexes on the Hugging Face hub, of families whose code is not in transformers.
 PUBLISHED = {
     "qwen1-1.8b-chat.json": 1_836_828_672,
@@ -118,9 +155,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_counts_of_families_with_code_of_their_own(name, shared):
-    assert read_shape(shared / "configs" / name).params == PUBLISHED[name]
+@each_kind([], PUBLISHED)
+def test_counts_of_families_with_code_of_their_own(name):
+    assert read_shape(SHARED / "configs" / name).params == PUBLISHED[name]
 
 
 def test_qwen2_by_hand():

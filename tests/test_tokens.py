@@ -5,7 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import CHAT, in_process
+from conftest import CHAT, in_process, ready_processes
+from makers import tokenizer_folder
 
 from src.chat import encoding
 from src.core.artifact import open_any, open_artifact
@@ -71,6 +72,7 @@ def test_rows_are_what_the_template_makes_of_each_conversation(made):
 
 def test_several_processes_make_the_same_rows_as_one(made, monkeypatch, tmp_path):
     monkeypatch.setattr(examples, "PORTION", 11)
+    monkeypatch.setattr(examples, "get_context", lambda kind: ready_processes())
     monkeypatch.setattr(examples.os, "cpu_count", lambda: 1)
     alone = made(CHATS)
     shutil.rmtree(tmp_path / "tokens")
@@ -86,6 +88,7 @@ def test_several_processes_make_the_same_rows_as_one(made, monkeypatch, tmp_path
 def test_a_fault_in_another_process_is_the_user_s_error_and_leaves_nothing(made, monkeypatch, tmp_path):
     monkeypatch.setattr(examples, "PORTION", 11)
     monkeypatch.setattr(examples.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(examples, "get_context", lambda kind: ready_processes())
     base = with_template(tmp_path / "base", "{% if messages[0]['content'] == 'Refuse me.' %}{{ raise_exception('as asked') }}{% endif %}")
     with pytest.raises(BadData, match="as asked") as error:
         made([*CHATS, talk("Refuse me.", "No.")], base=base)
@@ -146,9 +149,9 @@ def test_the_first_token_of_a_row_is_never_trained(made):
     assert rows.trained_tokens[0] == (rows[0].labels != encoding.IGNORE).sum()
 
 
-def test_answers_that_qwen3_shows_without_their_reasoning_are_skipped_or_rows_of_their_own(made, shared, tmp_path, capsys):
+def test_answers_that_qwen3_shows_without_their_reasoning_are_skipped_or_rows_of_their_own(made, tmp_path, capsys):
     base = tmp_path / "qwen3"
-    shutil.copytree(shared / "tokenizers" / "qwen3", base)
+    shutil.copytree(tokenizer_folder("made-qwen3"), base)
     (base / "config.json").write_text("{}")
     chats = [talk("2 + 2?", "<think>\nTwo pairs.\n</think>\n\n4", "<think>\nThe same.\n</think>\n\nStill 4")]
     one = made(chats, base=base)
