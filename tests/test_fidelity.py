@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT, ROOT, go
+from conftest import CHAT, ROOT, go, to_its_end
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
@@ -115,13 +115,13 @@ def test_rounding_a_full_fine_tune_to_the_nearest_is_refused_and_each_way_out_wo
 
 @pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("argv", [["tuner=full"], pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
-def test_what_deepspeed_trains_in_bf16_is_saved_from_its_fp32_masters(stage, argv, place, cli):
+def test_what_deepspeed_trains_in_bf16_is_saved_from_its_fp32_masters(stage, argv, place):
     """Two processes; the result is as good as that of one in fp32, which rounding the bf16 weights again could not give back."""
     argv = [*argv, "train.max_steps=8"]
     plain = tuned(place, f"plain-{argv[0][6:]}", *argv)
     given = [f"outputs={place}", f"run=z{stage}-{argv[0][6:]}", f"source={place / 'd' / 'data'}", f"model.path={place / 'base'}", *SMALL]
-    done = cli("finetune", *given, *argv, f"deepspeed=zero{stage}", "train.precision=bf16", "launch.nproc_per_node=2")
-    assert done.returncode == 0, done.stderr
+    code, said = to_its_end([*given, *argv, f"deepspeed=zero{stage}", "train.precision=bf16", "launch.nproc_per_node=2"])
+    assert code == 0, said
     m = artifact.open_artifact(place / f"z{stage}-{argv[0][6:]}" / "finetune").metrics
     print(
         f"ZeRO-{stage}: reported {m['val_loss_trained']:.4f}, saved {m['val_loss']:.4f}, one process in fp32 {plain.metrics['val_loss']:.4f}"
