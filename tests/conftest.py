@@ -1,5 +1,6 @@
 """What every test file shares: verbs as a user calls them, tiny models with random weights, and one finished run to read, damage or build on."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -314,11 +316,45 @@ def ready_processes():
 
 
 def in_its_own_session(said: str, module: str, argv: list[str]) -> None:
-    """What a process of `ready_processes` does as a verb: lead a process group and say all to the fifo `said`."""
+    """What a process of `ready_processes` does as a verb: lead a process group, say all to the fifo `said`, and be torchrun for workers of its kind."""
+    from torch.distributed.launcher import api
+
     os.setsid()
     os.dup2(os.open(said, os.O_WRONLY), 2)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
-    sys.exit(go(importlib.import_module(module), *argv))
+    launch = api.elastic_launch
+    api.elastic_launch = lambda config, _: lambda _, name, *argv: launch(dataclasses.replace(config, start_method="fork"), verb)(name, argv)
+    verb(module, argv)
+
+
+def verb(module: str, argv: list[str]) -> None:
+    """A verb to its end, whose proof is made by a process forked before anything was done."""
+    from src.core import processes
+
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        pool.submit(os.getpid).result()
+        processes.fresh = lambda work, *args: pool.submit(work, *args).result()
+        code = go(importlib.import_module(module), *argv)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def begun(argv: list):
+    """(process, its stderr to read) of `python -m src.finetune`, but without the seconds of imports in it and in the workers it starts."""
+    with tempfile.TemporaryDirectory() as place:
+        os.mkfifo(fifo := f"{place}/said")
+        child = ready_processes().Process(target=in_its_own_session, args=(fifo, "src.finetune", [str(a) for a in argv]))
+        child.start()
+        with open(fifo) as heard:
+            yield child, heard
+        child.join()
+
+
+def to_its_end(argv: list) -> tuple[int, str]:
+    """(exit code, what was said) of a process that `begun` starts."""
+    with begun(argv) as (child, heard):
+        said = heard.read()
+    return child.exitcode, said
 
 
 def process(*argv, **environment) -> subprocess.Popen:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -225,7 +226,9 @@ def test_forced_replaces_the_old_result_when_the_new_is_done(call, tmp_path, cha
 def test_a_second_process_is_told_to_wait(call, tmp_path, chats):
     process = slow_data(tmp_path / "outputs", chats)
     try:
-        refused(call("data", f"data.path={chats}", *FEW), Busy, tmp_path / "outputs" / "default" / "data", "run=NAME")
+        told = call("data", f"data.path={chats}", *FEW)
+        refused(told, Busy, tmp_path / "outputs" / "default" / "data", "run=NAME")
+        assert re.search(rf"process {process.pid}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d, is making this artifact", told.stderr), told.stderr
         assert (tmp_path / "outputs" / "default" / "data.partial" / "half.jsonl").exists(), "the first one's work must stay"
     finally:
         end(process, signal.SIGKILL)

@@ -224,7 +224,7 @@ def test_every_real_file_is_covered(shared):
 def test_real_files(name):
     format, rows, roles = REAL[name]
     tally = Tally()
-    found = list(read(SHARED / name, format="auto", on_fault="error", tally=tally))
+    found = list(read(CHAT / name, format="auto", on_fault="error", tally=tally))
     assert (tally.rows_in, tally.kept, tally.formats) == (rows, rows, {format: rows})
     assert Counter(message["role"] for c in found for message in c.messages) == roles
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT, ROOT, go
+from conftest import CHAT, ROOT, go, to_its_end
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
@@ -19,6 +19,7 @@ from src import data, deploy, evaluate, finetune, merge, quantize
 from src.chat.encoding import Encoded
 from src.core import artifact
 from src.core.errors import ProofFailed
+from src.core.files import HashCache
 from src.deploy import __main__ as deploy_verb
 from src.models import exact_sum, fidelity, merging, safetensors_io
 
@@ -115,13 +116,13 @@ def test_rounding_a_full_fine_tune_to_the_nearest_is_refused_and_each_way_out_wo
 
 @pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("argv", [["tuner=full"], pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
-def test_what_deepspeed_trains_in_bf16_is_saved_from_its_fp32_masters(stage, argv, place, cli):
+def test_what_deepspeed_trains_in_bf16_is_saved_from_its_fp32_masters(stage, argv, place):
     """Two processes; the result is as good as that of one in fp32, which rounding the bf16 weights again could not give back."""
     argv = [*argv, "train.max_steps=8"]
     plain = tuned(place, f"plain-{argv[0][6:]}", *argv)
     given = [f"outputs={place}", f"run=z{stage}-{argv[0][6:]}", f"source={place / 'd' / 'data'}", f"model.path={place / 'base'}", *SMALL]
-    done = cli("finetune", *given, *argv, f"deepspeed=zero{stage}", "train.precision=bf16", "launch.nproc_per_node=2")
-    assert done.returncode == 0, done.stderr
+    code, said = to_its_end([*given, *argv, f"deepspeed=zero{stage}", "train.precision=bf16", "launch.nproc_per_node=2"])
+    assert code == 0, said
     m = artifact.open_artifact(place / f"z{stage}-{argv[0][6:]}" / "finetune").metrics
     print(
         f"ZeRO-{stage}: reported {m['val_loss_trained']:.4f}, saved {m['val_loss']:.4f}, one process in fp32 {plain.metrics['val_loss']:.4f}"
@@ -261,12 +262,12 @@ def test_an_adapter_that_is_gone_is_said_and_the_stored_weights_are_taken(adapte
     copy = Path(shutil.copytree(adapter.path, tmp_path / "o" / "a" / "finetune"))
     assert go(merge, f"outputs={tmp_path / 'o'}", "run=a", f"base={place / 'base'}") == 0
     found = artifact.open_artifact(tmp_path / "o" / "a" / "merge")
-    assert exact_sum.parents(found, "exact", tmp_path / "hashes.json").keys() == {"exact_adapter", "exact_base"}
-    assert exact_sum.parents(found, "stored", tmp_path / "hashes.json") == {}
+    assert exact_sum.parents(found, "exact", HashCache(tmp_path / "hashes.json")).keys() == {"exact_adapter", "exact_base"}
+    assert exact_sum.parents(found, "stored", HashCache(tmp_path / "hashes.json")) == {}
     for harm in (lambda: (copy / "adapter_config.json").write_text("{}"), lambda: shutil.rmtree(copy), lambda: copy.mkdir()):
         harm()
         capsys.readouterr()
-        assert exact_sum.parents(found, "exact", tmp_path / "hashes.json") == {}
+        assert exact_sum.parents(found, "exact", HashCache(tmp_path / "hashes.json")) == {}
         assert f"{copy} is no longer the adapter it was made from" in capsys.readouterr().err
 
 

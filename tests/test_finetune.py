@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import END, START, go, make_base, process
+from conftest import END, START, go, make_base, process, to_its_end
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -257,19 +257,15 @@ def test_several_processes_learn_what_one_does(deepspeed, processes, tuner, layo
         assert go(finetune, f"outputs={here}", f"run=one-{tuner}", f"source={eighty}", f"model.path={base}", *own, "train.max_steps=4") == 0
         one = artifact.open_artifact(here / f"one-{tuner}" / "finetune")
     run = re.sub(r"\W+", "-", request.node.name).strip("-")
-    child = process(
-        f"outputs={here}",
-        f"run={run}",
-        f"source={eighty}",
-        f"model.path={base}",
-        *own,
-        *layout,
-        "train.max_steps=4",
-        f"deepspeed={deepspeed}",
-        f"launch.nproc_per_node={processes}",
-    )
-    _, err = child.communicate(timeout=600)
-    assert child.returncode == 0, err
+    argv = [f"outputs={here}", f"run={run}", f"source={eighty}", f"model.path={base}", *own, *layout]
+    argv += ["train.max_steps=4", f"deepspeed={deepspeed}", f"launch.nproc_per_node={processes}"]
+    if (deepspeed, tuner, layout) == ("zero2", "lora", MICRO):  # as users start it; the others save themselves the imports
+        child = process(*argv)
+        _, err = child.communicate(timeout=600)
+        assert child.returncode == 0, err
+    else:
+        code, err = to_its_end(argv)
+        assert code == 0, err
     many = artifact.open_artifact(here / run / "finetune")
     assert many.metrics["processes"] == processes
     losses = [[c["loss"] for c in a.metrics["curve"]] for a in (one, many)]

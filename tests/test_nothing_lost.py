@@ -1,18 +1,19 @@
 """Nothing that this program did not finish or begin itself is removed unless forced, and then it says what."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import FEW, ROOT, process, refused, write_model
+from conftest import FEW, ROOT, in_process, process, refused, write_model
 
 from src.core.artifact import open_artifact
-from src.core.errors import Busy, ConfigError, Moved
+from src.core.errors import ConfigError, Moved
+from src.training import checkpoints
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def two(eighty, tmp_path) -> list[str]:
     return [*argv, "tuner=full", "train.log_steps=1", "train.checkpoint_steps=2", "train.eval_steps=1000", "max_loss_change=1"]
 
 
-def test_workers_end_with_their_launcher_and_the_same_command_goes_on(two, tmp_path):
+def test_workers_end_with_their_launcher(two):
     launcher = started(*two, "train.max_steps=400")
     workers = workers_of(launcher.pid)
     assert len(workers) == 2
@@ -133,16 +134,6 @@ def test_workers_end_with_their_launcher_and_the_same_command_goes_on(two, tmp_p
     assert psutil.wait_procs(workers, timeout=10)[1] == [], "no worker is left"
     launcher.stderr.close()
     launcher.wait()
-    again = started(*two, "train.max_steps=400")
-    try:
-        held = process(*two, "train.max_steps=400")
-        said = held.communicate(timeout=120)[1]
-        assert held.returncode == Busy.exit_code
-        assert re.search(r"process \d+, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d, is making this artifact", said), said
-    finally:
-        again.kill()
-        again.stderr.close()
-        again.wait()
 
 
 def test_a_worker_that_is_killed_is_named_by_its_rank(two):
@@ -154,10 +145,11 @@ def test_a_worker_that_is_killed_is_named_by_its_rank(two):
     assert "the process of rank 1 was killed by signal 9, most likely for lack of memory" in said and "Traceback" not in said, said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("proofs_in_this_process")
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP))])
 def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(number, eighty, tmp_path):
     argv = [f"outputs={tmp_path}", f"source={eighty}", f"model.path={write_model(tmp_path / 'model')}", "launch.nproc_per_node=1"]
-    argv += ["tuner=full", "train.log_steps=1", "train.max_steps=60", "train.eval_steps=1000", "max_loss_change=1"]
+    argv += ["tuner=full", "train.log_steps=1", "train.max_steps=30", "train.eval_steps=1000", "max_loss_change=1"]
     run = started(*argv)
     run.send_signal(number)
     said = run.communicate(timeout=60)[1]
@@ -165,29 +157,27 @@ def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(numbe
     assert "stops after this step, with a checkpoint" in said and "interrupted; the same command goes on" in said
     (checkpoint,) = (tmp_path / "default" / "finetune.partial" / "checkpoints").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
-    assert 3 <= step < 60 and (checkpoint / "whole").read_text() == "1"
-    again = process(*argv, "train.checkpoint_minutes=1000")
-    said = again.communicate(timeout=120)[1]
-    assert again.returncode == 0 and f"goes on from step {step}" in said and open_artifact(tmp_path / "default" / "finetune")
+    assert 3 <= step < 30 and (checkpoint / "whole").read_text() == "1"
+    again = in_process("finetune", *argv)
+    assert again.returncode == 0 and f"goes on from step {step}" in again.stderr and open_artifact(tmp_path / "default" / "finetune")
 
 
-def test_a_checkpoint_is_made_each_so_many_minutes(eighty, tmp_path):
-    argv = [f"outputs={tmp_path}", f"source={eighty}", f"model.path={write_model(tmp_path / 'model')}", "launch.nproc_per_node=1"]
-    run = started(*argv, "tuner=full", "train.log_steps=1", "train.max_steps=400", "train.eval_steps=1000", "train.checkpoint_minutes=1e-9")
-    run.kill()
-    run.stderr.close()
-    run.wait()
-    assert list((tmp_path / "default" / "finetune.partial" / "checkpoints").glob("checkpoint-*/whole"))
+def test_a_checkpoint_is_made_each_so_many_minutes():
+    state = checkpoints.Checkpoints(None, 1, 10, checkpoints.Stop())
+    control, args = SimpleNamespace(should_save=False, should_training_stop=False), SimpleNamespace(device="cpu")
+    state.on_step_end(args, None, control)
+    assert not control.should_save
+    state.saved -= 601
+    state.on_step_end(args, None, control)
+    assert control.should_save and not control.should_training_stop
 
 
 @pytest.mark.parametrize("text", ["", "x", "2.5"])
 def test_a_mark_that_was_never_written_whole_is_no_checkpoint(tmp_path, text):
-    from src.training.checkpoints import Checkpoints
-
     for step, mark in ((3, "1"), (7, text)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "whole").write_text(mark)
-    assert Checkpoints.last(tmp_path, 1) == tmp_path / "checkpoint-3"
+    assert checkpoints.Checkpoints.last(tmp_path, 1) == tmp_path / "checkpoint-3"
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", "2>&1 | true"])

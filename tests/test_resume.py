@@ -6,10 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 
 import pytest
-from conftest import CHAT, ROOT, go, hear_ctrl_c, in_its_own_session, make_base, process, ready_processes
+from conftest import CHAT, ROOT, begun, go, hear_ctrl_c, make_base, to_its_end
 
 from src import finetune
 from src.core import artifact
@@ -39,18 +38,13 @@ def command(outputs, run, base, dataset, road) -> list[str]:
 
 def killed_after(argv: list[str], said: str) -> str:
     """What the run had said when it was killed with -9 after a line that holds `said`, all its processes with it."""
-    with tempfile.TemporaryDirectory() as place:
-        os.mkfifo(fifo := f"{place}/said")
-        child = ready_processes().Process(target=in_its_own_session, args=(fifo, "src.finetune", argv))
-        child.start()
-        lines = []
-        with open(fifo) as heard:
-            for line in heard:
-                lines.append(line)
-                if said in line:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    break
-            child.join()
+    lines = []
+    with begun(argv) as (child, heard):
+        for line in heard:
+            lines.append(line)
+            if said in line:
+                os.killpg(child.pid, signal.SIGKILL)
+                break
     assert child.exitcode == -signal.SIGKILL, "".join(lines)
     return "".join(lines)
 
@@ -59,9 +53,7 @@ def run_to_its_end(argv: list[str], capsys) -> tuple[int, str]:
     """(exit code, what was said); in this process where one is enough, which saves the imports."""
     if "launch.nproc_per_node=2" not in argv:
         return go(finetune, *argv), capsys.readouterr().err
-    child = process(*argv)
-    _, said = child.communicate(timeout=300)
-    return child.returncode, said
+    return to_its_end(argv)
 
 
 @pytest.mark.parametrize("road", map(slow, ROADS))
@@ -93,9 +85,8 @@ def test_what_an_unfinished_run_needs_to_go_on_is_asked_for(tmp_path, eighty, ca
     killed_after(argv, "step 3/8")
     partial = tmp_path / "killed" / "finetune.partial"
     kept = sorted(p.name for p in partial.glob("checkpoints/*"))
-    child = process(*argv, "launch.nproc_per_node=2")
-    _, err = child.communicate(timeout=200)
-    assert child.returncode == Moved.exit_code, err
+    code, err = to_its_end([*argv, "launch.nproc_per_node=2"])
+    assert code == Moved.exit_code, err
     assert err.count("trained by 1 processes and cannot go on with 2") == 1 and err.count("launch.nproc_per_node=1") == 1, err
     assert "Traceback" not in err
     assert sorted(p.name for p in partial.glob("checkpoints/*")) == kept, "the checkpoint is still there to go on from"
