@@ -36,7 +36,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test has several 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-LONGEST = ("test_finetune.py", "test_fidelity.py", "test_merge.py", "test_resume.py", "test_distill.py", "test_teacher.py", "test_stops.py")
+LONGEST = (
+    "test_finetune.py",
+    "test_fidelity.py",
+    "test_nothing_lost.py",
+    "test_steps.py",
+    "test_merge.py",
+    "test_resume.py",
+    "test_distill.py",
+    "test_teacher.py",
+    "test_stops.py",
+)
 
 
 def pytest_collection_modifyitems(items):
