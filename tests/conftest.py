@@ -81,9 +81,7 @@ NO_SHARED = "../shared/data is not here"
 def pytest_terminal_summary(terminalreporter):
     lacking = sum(NO_SHARED in str(report.longrepr) for report in terminalreporter.getreports("skipped"))
     if lacking:
-        terminalreporter.write_line(
-            f"not run: {lacking} tests need ../shared (real tokenizers, templates, configs); each has a made counterpart that ran"
-        )
+        terminalreporter.write_line(f"not run: {lacking} tests need ../shared (real tokenizers, templates, configs)")
     if LEFT_OUT:
         counts = ", ".join(f"{count} {mark}" for mark, count in sorted(LEFT_OUT.items()))
         terminalreporter.write_line(f"not run: {counts} (python -m pytest -m slow runs the slow ones, and so on)")
