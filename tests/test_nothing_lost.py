@@ -1,5 +1,6 @@
 """Nothing that this program did not finish or begin itself is removed unless forced, and then it says what."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -126,7 +127,8 @@ def two(eighty, tmp_path) -> list[str]:
     return [*argv, "tuner=full", "train.log_steps=1", "train.checkpoint_steps=2", "train.eval_steps=1000", "max_loss_change=1"]
 
 
-def test_workers_end_with_their_launcher(two):
+@pytest.mark.slow
+def test_training_processes_end_with_their_launcher(two):
     launcher = started(*two, "train.max_steps=400")
     workers = workers_of(launcher.pid)
     assert len(workers) == 2
@@ -136,10 +138,47 @@ def test_workers_end_with_their_launcher(two):
     launcher.wait()
 
 
-def test_a_worker_that_is_killed_is_named_by_its_rank(two):
+@pytest.mark.slow
+def test_a_training_process_that_is_killed_is_named_by_its_rank(two):
     launcher = started(*two, "train.max_steps=400")
-    victim = next(p for p in workers_of(launcher.pid) if p.environ()["RANK"] == "1")
-    victim.kill()
+    next(p for p in workers_of(launcher.pid) if p.environ()["RANK"] == "1").kill()
+    said = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert "the process of rank 1 was killed by signal 9, most likely for lack of memory" in said and "Traceback" not in said, said
+
+
+LAUNCH = """
+import sys
+from src.core import stage
+from src.settings.verbs import Launch
+from src.training import launch
+settings = Launch(nproc_per_node=2, nnodes=1, node_rank=0, master_addr="127.0.0.1", master_port=0)
+sys.exit(stage.guarded(lambda: launch.torchrun("sleeper", [], settings)))
+"""
+
+
+@pytest.fixture
+def launched():
+    """(the launcher, {rank: worker}) of two processes that wait, started as a training's are."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'stand_ins'}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCH], cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    lines = [launcher.stdout.readline().split() for _ in range(2)]
+    yield launcher, {int(rank): psutil.Process(int(pid)) for _, rank, pid in lines}
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.communicate()
+
+
+def test_workers_end_with_their_launcher(launched):
+    launcher, workers = launched
+    launcher.kill()
+    assert sorted(workers) == [0, 1] and psutil.wait_procs(workers.values(), timeout=10)[1] == [], "no worker is left"
+
+
+def test_a_worker_that_is_killed_is_named_by_its_rank(launched):
+    launcher, workers = launched
+    workers[1].kill()
     said = launcher.communicate(timeout=60)[1]
     assert launcher.returncode == 128 + signal.SIGKILL
     assert "the process of rank 1 was killed by signal 9, most likely for lack of memory" in said and "Traceback" not in said, said
