@@ -7,5 +7,4 @@ cd "$root"
 "$python" -m ruff check --quiet .
 "$python" -m mypy
 # A file's tests share what its fixtures made, so files are what is spread, in the order that tests/conftest.py gives them.
-processes=$(($(nproc) < 4 ? $(nproc) + 1 : 4))  # one more than cores, since tests wait for what they start
-"$python" -m pytest -n "$processes" --dist loadfile --no-loadscope-reorder --durations=20 "$@"
+"$python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=20 "$@"
