@@ -363,7 +363,7 @@ def test_killed_in_the_middle_it_goes_on(tools, deploy, where, qwen, tmp_path):
     assert (tmp_path / "state" / "killed").read_text() == container.name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_stops_the_container_too(tools, where, qwen, tmp_path, number):
     tools("docker", fault="slow")
     process = start(tmp_path, qwen)

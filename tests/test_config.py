@@ -287,7 +287,7 @@ OUTSIDE_THE_KEY = [
     "Mobilint.texts", "Model.path", "Model.revision", "Openvino.board", "Openvino.environment", "Overlap.sets", "Prompts.path",
     "QuantizeVerb.dataset", "RunCode.at_once", "RunCode.isolation", "SourcedVerb.source", "Teacher.path", "Train.attention",
     "Train.checkpoint_minutes", "Train.checkpoint_steps", "Train.chunked_loss", "Train.compile", "Train.eval_steps",
-    "Train.gradient_checkpointing", "Train.kernels", "Train.log_steps", "Train.micro_batch_size", "Train.packing", "Verb.dry_run",
+    "Train.gradient_checkpointing", "Train.kernels", "Train.log_steps", "Train.micro_batch_size", "Train.packing", "Train.samples", "Verb.dry_run",
     "Verb.force", "Verb.outputs", "Verb.run",
 ]
 # fmt: on

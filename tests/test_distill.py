@@ -510,7 +510,7 @@ def test_a_plan_asks_nothing(call, teacher, prompts, tmp_path):
 
 
 def test_a_batch_is_fetched_by_the_next_command_and_never_sent_twice(cli, teacher, prompts, tmp_path):
-    server, path = teacher(batch_seconds=3.0, batch_lost=0.1), prompts(60)
+    server, path = teacher(batch_seconds=1.0, batch_lost=0.1), prompts(60)
     batched = argv(server, path, "teacher.batch=true", "teacher.batch_size=40", f"outputs={tmp_path / 'outputs'}")
     process = subprocess.Popen([sys.executable, "-m", "src.distill", *batched[1:]], cwd=ROOT, stderr=subprocess.DEVNULL)
     while server.state()["batches"] < 2:

@@ -658,7 +658,7 @@ def test_a_plan_sends_nothing_and_loads_no_torch(server, finished, tmp_path):
     assert server.requests == [] and not (tmp_path / "e").exists()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_ends_it_at_once_and_keeps_the_answers(workers, measure, server, finished, tmp_path):
     server.behaviour.token_delay = 0.2
     argv = ["run=e", f"outputs={tmp_path}", f"dataset={finished / 'a' / 'data'}", f"endpoint.url={server.url}", *SHORT]

@@ -27,7 +27,7 @@ assert deploy  # the package whose door is deploy_verb
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 LIMIT = 0.005
-SMALL = ["train.max_steps=16", "train.eval_steps=100", "train.log_steps=8"]
+SMALL = ["train.max_steps=16", "train.eval_steps=100", "train.log_steps=8", "train.samples=0"]
 LORA = ["tuner=lora", "tuner.rank=8", "tuner.learning_rate=1e-5", "train.max_steps=30", "train.eval_steps=100"]
 
 
@@ -70,10 +70,10 @@ def adapter(place) -> artifact.Artifact:
     "run, argv",
     [
         ("full", ["tuner=full"]),
-        ("full-fp32", ["tuner=full", "tuner.dtype=float32"]),
-        ("full-fp16", ["tuner=full", "tuner.dtype=float16"]),
+        pytest.param("full-fp32", ["tuner=full", "tuner.dtype=float32"], marks=pytest.mark.slow),
+        pytest.param("full-fp16", ["tuner=full", "tuner.dtype=float16"], marks=pytest.mark.slow),
         ("full-in-bf16", ["tuner=full", "train.precision=bf16"]),
-        ("full-fp16-in-bf16", ["tuner=full", "tuner.dtype=float16", "train.precision=bf16"]),
+        pytest.param("full-fp16-in-bf16", ["tuner=full", "tuner.dtype=float16", "train.precision=bf16"], marks=pytest.mark.slow),
         ("lora", LORA),
         ("lora-in-bf16", [*LORA, "train.precision=bf16"]),
         ("qlora", [*LORA, "tuner=qlora"]),
@@ -217,7 +217,7 @@ def deployed(place: Path, run: str, model: artifact.Artifact, *argv) -> artifact
     return artifact.open_artifact(place / run / "deploy-llama2c")
 
 
-@pytest.mark.parametrize("format", ["fp32_v0", "fp32_v1", "int8_v2"])
+@pytest.mark.parametrize("format", [pytest.param("fp32_v0", marks=pytest.mark.slow), "fp32_v1", "int8_v2"])
 def test_a_bundle_of_a_rounded_merge_is_that_of_the_exact_sum(format, merges, place, tmp_path):
     from_bf16, from_fp32, from_stored = (
         deployed(tmp_path, f"{run}{len(argv)}", merges[run], f"target.format={format}", *argv)

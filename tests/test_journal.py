@@ -168,4 +168,5 @@ def test_a_fault_of_ours_comes_out_and_leaves_nobody_waiting(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("threading.excepthook", lambda _: None)
-        run(tmp_path / "j.sqlite", work)
+        for n in range(20):  # what is asked while the thread ends is not lost between the two
+            run(tmp_path / f"{n}.sqlite", work)

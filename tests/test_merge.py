@@ -154,7 +154,7 @@ def dataset(tmp_path_factory):
 
 
 def tune(outputs, dataset, base, *argv):
-    argv = ["tuner.rank=8", "tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000", *argv]
+    argv = ["tuner.rank=8", "tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000", "train.samples=0", *argv]
     assert go(finetune, f"outputs={outputs}", "run=r", f"source={dataset}", f"model.path={base}", *argv) == 0
     return artifact.open_artifact(outputs / "r" / "finetune")
 

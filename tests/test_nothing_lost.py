@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import FEW, ROOT, in_process, process, refused, write_model
+from conftest import FEW, ROOT, process, refused, to_its_end, write_model
 
 from src.core.artifact import open_artifact
 from src.core.errors import ConfigError, Moved
@@ -124,7 +124,7 @@ def workers_of(launcher: int) -> list[psutil.Process]:
 @pytest.fixture
 def two(eighty, tmp_path) -> list[str]:
     argv = [f"outputs={tmp_path}", f"source={eighty}", f"model.path={write_model(tmp_path / 'model')}", "launch.nproc_per_node=2"]
-    return [*argv, "tuner=full", "train.log_steps=1", "train.checkpoint_steps=2", "train.eval_steps=1000", "max_loss_change=1"]
+    return [*argv, "tuner=full", "train.log_steps=1", "train.checkpoint_steps=2", "train.eval_steps=1000", "train.samples=0", "max_loss_change=1"]
 
 
 @pytest.mark.slow
@@ -184,11 +184,20 @@ def test_a_worker_that_is_killed_is_named_by_its_rank(launched):
     assert "the process of rank 1 was killed by signal 9, most likely for lack of memory" in said and "Traceback" not in said, said
 
 
-@pytest.mark.usefixtures("proofs_in_this_process")
-@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP))])
-def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(number, eighty, tmp_path):
-    argv = [f"outputs={tmp_path}", f"source={eighty}", f"model.path={write_model(tmp_path / 'model')}", "launch.nproc_per_node=1"]
-    argv += ["tuner=full", "train.log_steps=1", "train.max_steps=30", "train.eval_steps=1000", "max_loss_change=1"]
+TWO = ["deepspeed=zero2", "launch.nproc_per_node=2"]
+
+
+@pytest.mark.parametrize(
+    "number, ways",
+    [
+        (signal.SIGTERM, TWO),  # the default run's one fine-tune that starts exactly as a user's does, with processes of its own
+        *(pytest.param(n, TWO, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP)),
+        *(pytest.param(n, ["launch.nproc_per_node=1"], marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)),
+    ],
+)
+def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(number, ways, eighty, tmp_path):
+    argv = [f"outputs={tmp_path}", f"source={eighty}", f"model.path={write_model(tmp_path / 'model')}", *ways]
+    argv += ["tuner=full", "train.log_steps=1", "train.max_steps=30", "train.eval_steps=1000", "train.samples=0", "max_loss_change=1"]
     run = started(*argv)
     run.send_signal(number)
     said = run.communicate(timeout=60)[1]
@@ -196,9 +205,9 @@ def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(numbe
     assert "stops after this step, with a checkpoint" in said and "interrupted; the same command goes on" in said
     (checkpoint,) = (tmp_path / "default" / "finetune.partial" / "checkpoints").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
-    assert 3 <= step < 30 and (checkpoint / "whole").read_text() == "1"
-    again = in_process("finetune", *argv)
-    assert again.returncode == 0 and f"goes on from step {step}" in again.stderr and open_artifact(tmp_path / "default" / "finetune")
+    assert 3 <= step < 30 and (checkpoint / "whole").read_text() == ways[-1].partition("=")[2]
+    code, said = to_its_end(argv)
+    assert code == 0 and f"goes on from step {step}" in said and open_artifact(tmp_path / "default" / "finetune")
 
 
 def test_a_checkpoint_is_made_each_so_many_minutes():

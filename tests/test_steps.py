@@ -38,6 +38,7 @@ SETTINGS = [
     f"tuner.learning_rate={RATE}",
     "train.precision=fp32",
     "train.log_steps=1",
+    "train.samples=0",
     "train_new_tokens=never",
     "max_loss_change=1",
     "launch.nproc_per_node=1",
@@ -185,7 +186,7 @@ GOLDEN = {
 @pytest.mark.parametrize("tuner", GOLDEN)
 def test_one_step_of_each_tuner_teaches_what_it_always_did(tuner, base, talks, tmp_path):
     argv = [f"outputs={tmp_path}", f"source={talks}", f"model.path={base}", f"tuner={tuner}", "tuner.learning_rate=1e-2", "train.warmup=0"]
-    argv += ["train.max_steps=2", f"train.global_batch_size={len(TALKS)}", "train.log_steps=1", "train.precision=fp32", "max_loss_change=1"]
+    argv += ["train.max_steps=2", f"train.global_batch_size={len(TALKS)}", "train.log_steps=1", "train.samples=0", "train.precision=fp32", "max_loss_change=1"]
     done = in_process("finetune", *argv, "launch.nproc_per_node=1")
     assert done.returncode == 0, done.stderr
     assert logged(done.stderr)[0] == pytest.approx(GOLDEN[tuner], abs=2e-3)

@@ -14,7 +14,7 @@ from src.core.errors import MissingTool, NoMemory, NoRoom, ProofFailed
 from src.training import batches, choices, layout, probe, reports, session
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
-FAST = ["tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000"]
+FAST = ["tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000", "train.samples=0"]
 
 
 @pytest.fixture

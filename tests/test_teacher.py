@@ -18,7 +18,7 @@ from src.training import teacher
 from src.training.head import Targets, TeacherTargets, loss_sum
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
-FAST = ["tuner=full", "tuner.learning_rate=1e-3", "train.log_steps=1", "train.eval_steps=1000"]
+FAST = ["tuner=full", "tuner.learning_rate=1e-3", "train.log_steps=1", "train.eval_steps=1000", "train.samples=0"]
 
 
 def written_down(logits, targets: Targets) -> torch.Tensor:

@@ -6,6 +6,7 @@ name wherever it is done. A manifest also carries its ancestors' keys and settin
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -228,6 +229,7 @@ def _relative(path: Path, start: Path) -> str:
     return os.path.relpath(path, start) if path.is_relative_to(start.parent) else str(path)
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     return {d: importlib.metadata.version(d) for d in PACKAGES if importlib.util.find_spec(d)}
 

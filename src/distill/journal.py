@@ -82,6 +82,7 @@ class Journal:
         self.path = path
         self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, daemon=True)
+        self._ended = False
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         self._base = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
@@ -142,7 +143,7 @@ class Journal:
     async def _do(self, work: Callable[..., Result], *args, writes: bool = True) -> Result:
         future: asyncio.Future[Result] = self._loop.create_future()
         self._queue.put(Operation(work, args, future, writes))
-        if not self._thread.is_alive():
+        if self._ended:  # and has emptied the queue, perhaps before this was put there
             raise RuntimeError("the journal's thread has ended")
         return await future
 
@@ -155,6 +156,7 @@ class Journal:
                     group.append(self._queue.get())
                 self._answer([op for op in group if op])
         except Exception as error:
+            self._ended = True
             while not self._queue.empty():
                 group.append(self._queue.get())
             left = [op for op in group if op]

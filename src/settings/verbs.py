@@ -216,6 +216,8 @@ class Train(Settings):
     """and every so many minutes, so that slow steps lose little when a run is killed"""
     log_steps: Annotated[PositiveInt, Unkeyed]
     """report every so many steps"""
+    samples: Annotated[NonNegativeInt, Unkeyed]
+    """first user turns of the validation split answered greedily at each evaluation, to be looked at; under ZeRO-3 every token of theirs gathers the weights"""
     seed: int
     """seed of initialisation, order and dropout"""
 

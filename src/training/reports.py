@@ -32,7 +32,7 @@ class Reports(TrainerCallback):
     def __init__(self, trainer: ChatTrainer, cfg: FinetuneVerb, out: Path, tokenizer, dataset: Path):
         """out: where the artifact is made. dataset: folder of train.jsonl and val.jsonl, whose first prompts are answered at every evaluation."""
         self.trackers, self.tokenizer, self.records = open_trackers(cfg, out), tokenizer, dataset / "train.jsonl"
-        self.prompts, self.eval_steps = first_prompts(dataset / "val.jsonl", 3), cfg.train.eval_steps
+        self.prompts, self.eval_steps = first_prompts(dataset / "val.jsonl", cfg.train.samples), cfg.train.eval_steps
         gpu = torch.cuda.is_available()
         self.checks_every_step, self.peak = not gpu, peak_operations(torch.cuda.get_device_name()) if gpu else None
         self.trainer, self.first_step, self.start = trainer, 0, time.monotonic()
