@@ -105,7 +105,7 @@ def chat_tokenizer(cfg: FinetuneVerb, base: Path):
 
 STAGE = stage.Stage(
     verb="finetune",
-    version=2,
+    version=3,
     schema=FinetuneVerb,
     kind=lambda cfg, inputs: "model" if isinstance(cfg.tuner, FullTuner) else "adapter",
     find=find,

@@ -109,7 +109,7 @@ def test_the_rate_follows_a_cosine_after_its_warm_up(tuned):
     warm, steps, peak = 3, STEPS, 3e-3
     for c in curve:
         k = c["step"] - 1  # the first step uses the rate of step 0
-        share = k / warm if k < warm else 0.5 * (1 + math.cos(math.pi * (k - warm) / (steps - warm)))
+        share = (k + 1) / (warm + 1) if k < warm else 0.5 * (1 + math.cos(math.pi * (k - warm) / (steps - warm)))
         assert c["learning_rate"] == pytest.approx(peak * share, abs=1e-9), c
     assert max(c["learning_rate"] for c in curve) == pytest.approx(peak)
 

@@ -15,6 +15,8 @@ from conftest import in_process, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from src.core.errors import ProofFailed
+
 STEPS, BATCH, SEED = 3, 4, 1234
 RATE, BETAS, DECAY, CLIP, WARMUP = 3e-3, (0.8, 0.9), 0.3, 0.5, 0.4
 TALKS = [
@@ -84,10 +86,10 @@ def order() -> list[list[int]]:
 
 
 def rate_at(step: int) -> float:
-    """The learning rate of a step counted from 0: from 0 up to RATE in ceil(WARMUP x STEPS) steps, then half a cosine down."""
+    """The learning rate of a step counted from 0: up to RATE, from above 0, in ceil(WARMUP x STEPS) steps, then half a cosine down."""
     rise = math.ceil(WARMUP * STEPS)
     if step < rise:
-        return RATE * step / rise
+        return RATE * (step + 1) / (rise + 1)
     return RATE * 0.5 * (1 + math.cos(math.pi * (step - rise) / (STEPS - rise)))
 
 
@@ -174,6 +176,7 @@ def initial(base, folder):
     return folder
 
 
+SHORT = [f"train.global_batch_size={len(TALKS)}", "train.log_steps=1", "train.samples=0", "train.precision=fp32", "launch.nproc_per_node=1"]
 GOLDEN = {
     "full": [7.1713, 6.2013],
     "lora": [7.1713, 6.4118],
@@ -186,7 +189,19 @@ GOLDEN = {
 @pytest.mark.parametrize("tuner", GOLDEN)
 def test_one_step_of_each_tuner_teaches_what_it_always_did(tuner, base, talks, tmp_path):
     argv = [f"outputs={tmp_path}", f"source={talks}", f"model.path={base}", f"tuner={tuner}", "tuner.learning_rate=1e-2", "train.warmup=0"]
-    argv += ["train.max_steps=2", f"train.global_batch_size={len(TALKS)}", "train.log_steps=1", "train.samples=0", "train.precision=fp32", "max_loss_change=1"]
-    done = in_process("finetune", *argv, "launch.nproc_per_node=1")
+    done = in_process("finetune", *argv, *SHORT, "train.max_steps=2", "max_loss_change=1")
     assert done.returncode == 0, done.stderr
     assert logged(done.stderr)[0] == pytest.approx(GOLDEN[tuner], abs=2e-3)
+
+
+@pytest.mark.usefixtures("proofs_in_this_process")
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_a_run_of_one_step_teaches_and_one_of_no_rate_is_refused(tuner, base, talks, tmp_path):
+    """One step is all warm-up: it is taken at half the rate. The way out that the refusal names is taken, too."""
+    argv = [f"outputs={tmp_path}", f"source={talks}", f"model.path={base}", f"tuner={tuner}", "train.max_steps=1", *SHORT]
+    tiny = in_process("finetune", *argv, "tuner.learning_rate=1e-30", "max_loss_change=1")
+    assert tiny.returncode == ProofFailed.exit_code and "learnt nothing" in tiny.stderr and "fix:   raise tuner.learning_rate" in tiny.stderr
+    assert not (tmp_path / "default" / "finetune").exists()
+    done = in_process("finetune", *argv, "tuner.learning_rate=1e-3", "max_loss_change=1", "force=true")
+    assert done.returncode == 0, done.stderr
+    assert "lr 5.00e-04" in done.stderr

@@ -197,7 +197,7 @@ class Train(Settings):
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"]
     """shape of the learning rate over the run"""
     warmup: Fraction
-    """share of the steps over which the rate rises to its peak"""
+    """share of the steps over which the rate rises, from above zero, to its peak"""
     weight_decay: NonNegativeFloat
     """decoupled weight decay"""
     adam_beta1: Fraction

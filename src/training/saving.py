@@ -6,7 +6,8 @@ from pathlib import Path
 from src.chat import encoding
 from src.core import processes
 from src.core.artifact import Artifact
-from src.models import adapter_files, complete, fidelity, generation, rounding
+from src.core.errors import ProofFailed
+from src.models import adapter_files, complete, fidelity, generation, rounding, safetensors_io
 from src.models.devices import device_that_fits, give_back_memory
 from src.models.folder import stored_dtype
 from src.settings.verbs import FinetuneVerb, FullTuner
@@ -48,9 +49,32 @@ def finish(cfg: FinetuneVerb, base: Path, tokenizer, eos_id: int, out: Path, *, 
         tokenizer.save_pretrained(out)
         complete.copy(base, out, tokenizer=False)
     if isinstance(cfg.tuner, FullTuner):
+        check_moved(out, base)
         rounding.cast_folder(out, saved_dtype(cfg, base), cfg.tuner.rounding)
         generation.write_stop_token(out / "config.json", eos_id)
     adapter_files.check_saved(out, moved=not full, expected=saved)
+
+
+def check_moved(out: Path, base: Path) -> None:
+    """Look for a weight that training changed.
+
+    Raises ProofFailed where every weight in `out`, not yet rounded, is the base's to the bit. A base that is no safetensors file is not compared.
+    """
+    import torch
+
+    saved, stored = safetensors_io.entries(out), safetensors_io.entries(base) if any(base.glob("model*.safetensors")) else {}
+    shared = saved.keys() & stored.keys()
+    for name in sorted(shared):
+        ours, theirs = safetensors_io.load(saved[name]), safetensors_io.load(stored[name])
+        known = min(len(ours), len(theirs)) if ours.dim() else None  # a vocabulary may have grown
+        if not torch.equal(ours[:known].float(), theirs[:known].float()):
+            return
+    if shared:
+        raise ProofFailed(
+            "every weight is what it was in the base: this run learnt nothing",
+            where=str(out),
+            fix="raise tuner.learning_rate",
+        )
 
 
 def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained, metrics: dict) -> dict:

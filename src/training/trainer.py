@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_model
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
 from src.chat.encoding import Encoded
@@ -139,6 +139,18 @@ class ChatTrainer(Trainer):
                 optimizer.add_param_group({"params": parameters, "lr": rate.peak, "weight_decay": decay})
         optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """transformers' schedule a step ahead: it begins its warm-up at a rate of zero, where the first step's conversations teach nothing.
+
+        In W warm-up steps the rate rises from 1/(W + 1) of its peak; no other step's rate is changed.
+        """
+        if self.lr_scheduler is None:
+            optimizer, warmup = optimizer or self.optimizer, self.args.get_warmup_steps(num_training_steps)
+            theirs = get_scheduler(self.args.lr_scheduler_type, optimizer, warmup + 1, num_training_steps + 1)
+            shares = [lambda step, share=share: share(step + 1) for share in theirs.lr_lambdas]
+            self.lr_scheduler, self._created_lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shares), True
+        return self.lr_scheduler
 
     # ---- saving
 
