@@ -200,7 +200,9 @@ def test_a_run_of_one_step_teaches_and_one_of_no_rate_is_refused(tuner, base, ta
     """One step is all warm-up: it is taken at half the rate. The way out that the refusal names is taken, too."""
     argv = [f"outputs={tmp_path}", f"source={talks}", f"model.path={base}", f"tuner={tuner}", "train.max_steps=1", *SHORT]
     tiny = in_process("finetune", *argv, "tuner.learning_rate=1e-30", "max_loss_change=1")
-    assert tiny.returncode == ProofFailed.exit_code and "learnt nothing" in tiny.stderr and "fix:   raise tuner.learning_rate" in tiny.stderr
+    assert (
+        tiny.returncode == ProofFailed.exit_code and "learnt nothing" in tiny.stderr and "fix:   raise tuner.learning_rate" in tiny.stderr
+    )
     assert not (tmp_path / "default" / "finetune").exists()
     done = in_process("finetune", *argv, "tuner.learning_rate=1e-3", "max_loss_change=1", "force=true")
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """Where a model is computed, and in which dtype, by what the machine has and has room for."""
 
 from src.core.log import say
+from src.core.memory import available
 
 
 def device() -> str:
@@ -30,10 +31,9 @@ def device_that_fits(parameters: int) -> str:
 
 def dtype_that_fits(parameters: int, device: str) -> str:
     """float32 where a model of so many parameters fits the device's free memory twice in it, as one that is loaded may; else auto, as it is stored."""
-    import psutil
     import torch
 
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else available()
     return "float32" if 2 * 4 * parameters < free else "auto"
 
 

@@ -14,6 +14,7 @@ from src.chat import encoding
 from src.core.errors import NoMemory, ProofFailed
 from src.core.files import read_json, write_json
 from src.core.log import rank, say, size
+from src.core.memory import available
 from src.settings.verbs import FinetuneVerb
 from src.training import attention, launch
 from src.training.batches import micro_batch
@@ -211,7 +212,7 @@ def tokens_that_fit(cfg: FinetuneVerb, model, examples: Examples, layout: Layout
         left: float = free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         fixed = 3 * LOGITS if cfg.deepspeed.offload else fixed
     else:
-        left = psutil.virtual_memory().available / launch.per_node(cfg.launch)
+        left = available() / launch.per_node(cfg.launch)
         if layout.checkpointing or cfg.train.gradient_checkpointing is False:
             need, there = fixed + each * examples.lengths[longest], psutil.virtual_memory().total
             if need > there:
