@@ -12,10 +12,10 @@ from makers import widened_qwen2
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src import merge
-from src.core.errors import ConfigError, ProofFailed
+from src.core.errors import ConfigError, ProofFailed, WrongKind
 from src.models import adapter_files, generation, lora
 from src.models.loading import load_model, nf4_config
 from src.models.vocabulary import grow_vocabulary
@@ -438,3 +438,59 @@ def test_what_zero3_and_gptq_cannot_have():
     with pytest.raises(ConfigError, match="no DoRA for a GPTQ base"):
         rules.check(settings("qlora", dora=True), zero_stage=0, quantization="gptq", where="")
     rules.check(settings("qlora", dora=True), zero_stage=0, quantization=None, where="")
+
+
+RESIZED = {
+    "padded-both-apart": ("tied", ["embed_tokens", "lm_head"], {"pad_to_multiple_of": 64}),
+    "padded-one": ("untied", ["embed_tokens"], {"pad_to_multiple_of": 64}),
+    "grown-none": ("tied", None, {}),
+    "fewer-both": ("roomy", ["embed_tokens", "lm_head"], {}),
+    "fewer-none": ("roomy", None, {}),
+}
+"""an adapter made elsewhere on a vocabulary it resized: (base, modules_to_save, how it was resized); all but a row for each token is new or gone"""
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c.startswith("grown") else []) for c in RESIZED])
+def test_an_adapter_of_a_resized_vocabulary_is_merged_as_peft_merges_it(case, bases, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    kind, whole, how = RESIZED[case]
+    base = bases("untied" if kind == "roomy" else kind)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if kind == "roomy":
+        roomy = load(base)
+        roomy.resize_token_embeddings(len(tokenizer) + 90)
+        roomy.save_pretrained(shutil.copytree(base, tmp_path / "base"))
+        base = tmp_path / "base"
+    tokenizer.add_special_tokens({"extra_special_tokens": [f"<|new_{i}|>" for i in range(5)]})
+    torch.manual_seed(3)
+    model = load(base)
+    model.resize_token_embeddings(len(tokenizer), **how)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], modules_to_save=whole))
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    out = merged(base, tmp_path / "adapter", tmp_path)
+    ours, theirs = weights(out), model.merge_and_unload()
+    rows = theirs.get_input_embeddings().weight.shape[0]
+    assert (
+        json.loads((out / "config.json").read_text())["vocab_size"] == rows and f"rows becomes one of {rows:,}" in capsys.readouterr().err
+    )
+    one = torch.equal(theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight)
+    assert ("lm_head.weight" in ours) != (one and kind == "tied")
+    for name, tensor in theirs.state_dict().items():
+        assert same_bytes(ours.get(name, ours["model.embed_tokens.weight"]), tensor), name
+
+
+def test_an_adapter_whose_tokenizer_has_more_tokens_than_its_table_is_refused(bases, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    base = bases("untied")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    get_peft_model(load(base), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])).save_pretrained(tmp_path / "a")
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(tmp_path / "a")
+    assert go(merge, f"outputs={tmp_path}", f"source={tmp_path / 'a'}", f"base={base}", "dry_run=true") == WrongKind.exit_code
+    assert "tokenizer has 1025 tokens, its embedding 1024 rows" in capsys.readouterr().err

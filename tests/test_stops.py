@@ -88,6 +88,7 @@ def test_too_little_room_for_the_checkpoints_is_said_before_the_first_step(run, 
 def machine(monkeypatch, total: float, available: float):
     Memory = namedtuple("Memory", "total available")
     monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: Memory(total, available))
+    monkeypatch.setattr(layout, "available", lambda: available)
 
 
 def test_activations_are_recomputed_only_where_memory_is_short(run, monkeypatch):

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from src.core.errors import ProofFailed
+from src.models import safetensors_io
 
 
 def save(attached, folder: Path, *, state_dict: dict | None, writes: bool, finished: bool) -> None:
@@ -96,6 +97,13 @@ def check_saved(folder: Path, *, moved: bool, expected: set[str]) -> int:
     if missing:
         raise ProofFailed(f"{len(missing)} tensors were not saved, such as '{min(missing)}'", where=str(folder))
     return seen
+
+
+def table_rows(folder: Path) -> int | None:
+    """Rows of the embedding or output layer that an adapter's file holds whole, as peft saves them for a resized vocabulary; None without any."""
+    tables = tuple(f"{table}{part}.weight" for table in ("embed_tokens", "wte", "lm_head") for part in ("", ".modules_to_save"))
+    rows = [entry.shape[0] for name, entry in safetensors_io.entries(folder, "adapter_model*.safetensors").items() if name.endswith(tables)]
+    return max(rows, default=None)
 
 
 def is_no_update(a, b) -> bool:

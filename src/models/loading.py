@@ -10,7 +10,7 @@ from src.core.artifact import Artifact
 from src.core.errors import BadData, MissingTool
 from src.core.log import warn
 from src.core.processes import import_quietly, silenced
-from src.models import safetensors_io
+from src.models import adapter_files, safetensors_io
 from src.models.folder import _allowed, base_of, check_adapter_file, check_folder, check_tokenizer, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary
 
@@ -106,7 +106,10 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     tokenizer = load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base, trust_remote_code=trust)
     pickle = _allowed(artifact, "allow_pickle")
     model = load_model(base, dtype=dtype, trust_remote_code=trust, allow_pickle=pickle, quantization=quantization)
-    grow_vocabulary(model, len(tokenizer))
+    if rows := adapter_files.table_rows(artifact.path):
+        model.resize_token_embeddings(rows, mean_resizing=False)  # peft loads the tables of an adapter into as many rows only
+    else:
+        grow_vocabulary(model, len(tokenizer))
     model = PeftModel.from_pretrained(model, artifact.path)
     check_adapter(artifact.path, model)
     return model.to(device).eval(), tokenizer
@@ -119,7 +122,8 @@ def check_adapter(path: Path, model) -> None:
     needed = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     found = {name: entry.shape for name, entry in safetensors_io.entries(path, "adapter_model*.safetensors").items()}
     missing = sorted(name for name in needed if name not in found)
-    unknown = sorted(name for name in found if name not in needed and not name.endswith(("embed_tokens.weight", "lm_head.weight")))
+    tables = ("embed_tokens.weight", "wte.weight", "lm_head.weight", ".modules_to_save.weight", ".original_module.weight")
+    unknown = sorted(name for name in found if name not in needed and not name.endswith(tables))
     if missing or unknown:
         told = [
             f"{len(names)} tensors are {how}, such as {names[0]}" for how, names in (("missing", missing), ("unknown", unknown)) if names
@@ -179,6 +183,8 @@ def _quiet() -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    # peft of adapters made elsewhere: what comes of it is proven.
+    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     for library in ("transformers", "torch"):

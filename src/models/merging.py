@@ -17,7 +17,7 @@ from src.core.errors import WrongKind
 from src.core.files import read_json
 from src.core.log import say
 from src.core.processes import import_quietly
-from src.models import complete, rounding, safetensors_io
+from src.models import adapter_files, complete, rounding, safetensors_io
 from src.models.folder import check_adapter_file, has_tokenizer, trust_of
 from src.models.vocabulary import mean_row
 
@@ -72,14 +72,32 @@ def plan(adapter: Artifact, base: Path, dtype: str = "auto") -> tuple[list[safet
             where=str(base),
             fix="base=FOLDER names the base it was trained on",
         )
-    grown = max(config["vocab_size"], len(load_vocabulary(adapter.path)) if has_tokenizer(adapter.path) else 0)
+    vocabulary = table_rows(adapter, config["vocab_size"])
     written = []
     for name, entry in stored.items():
         changes.setdefault(name, {})["base"] = entry
-        rows = (grown,) if name.endswith((*TABLES, HEAD)) and entry.shape[0] == config["vocab_size"] else entry.shape[:1]
+        rows = (vocabulary,) if name.endswith((*TABLES, HEAD)) and entry.shape[0] == config["vocab_size"] else entry.shape[:1]
         kind = entry.dtype if dtype == "auto" or not entry.dtype.startswith(("F", "BF")) else safetensors_io.NAME[dtype]
         written.append(replace(entry, name=name, dtype=kind, shape=(*rows, *entry.shape[1:])))
     return written, changes
+
+
+def table_rows(adapter: Artifact, base: int) -> int:
+    """Rows of the embedding that an adapter was trained with: those of the table it holds whole, else the base's, or more where its tokenizer has more.
+
+    Raises WrongKind where its tokenizer has more tokens than the table it holds.
+    """
+    tokens = len(load_vocabulary(adapter.path)) if has_tokenizer(adapter.path) else 0
+    rows = adapter_files.table_rows(adapter.path)
+    if rows is None:
+        return max(base, tokens)
+    if tokens > rows:
+        raise WrongKind(
+            f"the adapter's tokenizer has {tokens} tokens, its embedding {rows} rows",
+            where=str(adapter.path),
+            fix="copy the tokenizer it was trained with into its folder",
+        )
+    return rows
 
 
 def changes_of(adapter: Artifact, settings: dict) -> dict[str, dict]:
@@ -92,6 +110,9 @@ def changes_of(adapter: Artifact, settings: dict) -> dict[str, dict]:
         module, _, what = name.removeprefix("base_model.model.").rpartition(".")
         if module.endswith((".lora_A", ".lora_B")):
             module, _, what = module.rpartition(".")
+        if module.endswith(".original_module"):
+            continue  # peft's copy of the base's own layer, beside the one that was trained
+        module = module.removesuffix(".modules_to_save")
         if what.startswith("lora_"):
             changes.setdefault(f"{module}.weight", {})[what] = entry
         elif what == "trainable_tokens_delta":
@@ -112,7 +133,7 @@ def untie(stored: dict[str, safetensors_io.Entry], changes: dict[str, dict], *, 
     table = next(name for name in stored if name.endswith(TABLES))
     embedding, head = changes.get(table, {}), changes.pop(HEAD, {})
     apart = {what for what in (*embedding, *head) if what not in ("rows", "index")}
-    if not apart - ({"whole"} if keep else set()):
+    if not apart - ({"whole"} if keep or _one_table(embedding, head) else set()):
         return
     say(f"merge: the adapter changes {table} and {HEAD} apart, which are one matrix in the base; the result holds both")
     stored[HEAD] = stored[table]
@@ -120,6 +141,14 @@ def untie(stored: dict[str, safetensors_io.Entry], changes: dict[str, dict], *, 
     changes[HEAD] = head | shared
     if embedding or shared:
         changes[table] = embedding | shared
+
+
+def _one_table(embedding: dict, head: dict) -> bool:
+    """Whether both ends were saved whole and are equal, as peft saves the two of a tied model whose vocabulary was resized."""
+    import torch
+
+    both = [safetensors_io.load(end["whole"]) for end in (embedding, head) if "whole" in end]
+    return len(both) == 2 and torch.equal(*both)
 
 
 def load_vocabulary(folder: Path) -> dict:
@@ -157,6 +186,7 @@ def merged_tensors(
         if entry.shape[:1] > weight.shape[:1]:
             weight = weight.float()
             weight = torch.cat([weight, mean_row(weight).expand(entry.shape[0] - weight.shape[0], -1)])
+        weight = weight[: entry.shape[0]] if weight.dim() else weight
         if LORA & change.keys():
             weight = adapted(weight, change, settings, name, base, dtype, how)
         weight = rounding.narrow(weight, dtype, name, rounding=how)
@@ -243,10 +273,10 @@ def as_nf4_made_it(weight, nf4: dict):
 def add_files(adapter: Artifact, base: Path, out: Path, written: list[safetensors_io.Entry]) -> None:
     """config.json of the base with what the adapter changed, and every file a model folder needs beside its weights."""
     config = read_json(base / "config.json")
-    embedding = max(
-        (e for e in written if len(e.shape) == 2 and e.shape[0] >= config["vocab_size"]), key=lambda e: "embed" in e.name or "wte" in e.name
-    )
-    config["vocab_size"] = embedding.shape[0]
+    embedding = next(entry for entry in written if entry.name.endswith(TABLES))
+    if (rows := embedding.shape[0]) != config["vocab_size"]:
+        say(f"merge: the vocabulary of {config['vocab_size']:,} rows becomes one of {rows:,}, as the adapter was trained")
+    config["vocab_size"] = rows
     if any(entry.name == HEAD for entry in written):
         config["tie_word_embeddings"] = False
     config["dtype"] = {v: k for k, v in safetensors_io.NAME.items()}.get(embedding.dtype, "float32")
