@@ -43,7 +43,7 @@ launch() {
         esac
         shift 2 ;;
       data.*) data+=("$1"); given_data=yes; shift ;;
-      run=* | outputs=* | dry_run=*) common+=("$1"); shift ;;
+      run=* | outputs=* | dry_run=* | force=*) common+=("$1"); shift ;;
       *=*) train+=("$1"); shift ;;
       *) echo "unknown argument '$1'" >&2; usage >&2; return 2 ;;
     esac

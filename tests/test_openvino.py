@@ -141,7 +141,7 @@ def test_settings_that_contradict_the_model_or_the_device_are_refused(deploy, ti
 
 def test_a_quantized_model_is_refused(call, road):
     done = call("deploy", "run=a", f"source={road / 'a' / 'quantize'}", "target=openvino_cpu")
-    refused(done, WrongKind, "takes model, not quantized", "source=<run>/merge")
+    refused(done, WrongKind, "takes model, not quantized", "source=RUN/merge")
 
 
 # ---- without the exporter, and with a stand-in for it

@@ -86,7 +86,12 @@ def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
         faults += [f"{key}: must be given, as {key}=VALUE" for key, value in _leaves(tree).items() if value == "???"]
         found.append(schema.model_validate(tree))
     except ValidationError as error:
-        faults += [_fault(e, tree) for e in error.errors() if e["input"] != "???"]
+        by_key: dict[str, list[str]] = {}  # a setting that may be of several kinds has a fault for each
+        for one in error.errors():
+            if one["input"] != "???":
+                key, message = _fault(one, tree)
+                by_key.setdefault(key, []).append(message)
+        faults += [f"{key}{' or '.join(messages)}" for key, messages in by_key.items()]
     except _hydra_error() as error:
         faults.append(str(error).splitlines()[0])
     if faults:
@@ -210,20 +215,20 @@ def _nearest(word: str, options: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def _fault(error: Mapping[str, Any], tree: dict[str, Any]) -> str:
-    """One pydantic error in the words of a command line."""
+def _fault(error: Mapping[str, Any], tree: dict[str, Any]) -> tuple[str, str]:
+    """(setting as typed, what is wrong with it): one pydantic error in the words of a command line."""
     key = _typed(error["loc"], tree)
     if key == "run" and error["type"] == "string_pattern_mismatch":
-        return f"run={error['input']}: a run's name is letters, digits, '.', '_' and '-', and begins with a letter or digit"
+        return f"run={error['input']}: ", "a run's name is letters, digits, '.', '_' and '-', and begins with a letter or digit"
     if error["type"] == "extra_forbidden":
-        return f"unknown setting '{key}'"
+        return "", f"unknown setting '{key}'"
     message = re.sub(
         r"^(Value error|Input should be|String should) ",
         lambda m: "" if m[1] == "Value error" else m[0][0].lower() + m[0][1:],
         error["msg"].replace("Value error, ", ""),
     ).strip()
     shown = "" if isinstance(error["input"], dict) else f"={error['input']}"
-    return f"{key}{shown}: {message}"
+    return f"{key}{shown}: ", message
 
 
 def _typed(place: tuple[int | str, ...], tree: Any) -> str:
@@ -235,6 +240,8 @@ def _typed(place: tuple[int | str, ...], tree: Any) -> str:
             parts.append(str(part))
         if inside:
             tree = tree[part]
+            if not isinstance(tree, dict | list):
+                break  # what follows names a kind that the value might have been of
     return ".".join(parts)
 
 

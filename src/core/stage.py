@@ -93,9 +93,9 @@ class Run:
 _WAYS = {
     "adapter": "merge the adapter first: python -m src.merge, then use its output",
     "model": "the model is already whole: give it to quantize, evaluate or deploy with source=PATH",
-    "quantized": "use the model it was quantized from: source=<run>/merge",
+    "quantized": "use the model it was quantized from: source=RUN/merge",
     "dataset": "a dataset goes to finetune; give a model folder with source=PATH",
-    "bundle": "a bundle is where the road ends; give the model it was built from: <run>/merge",
+    "bundle": "a bundle is where the road ends; give the model it was built from: source=RUN/merge",
     "report": "a report is read by people; give the model it measured",
 }
 

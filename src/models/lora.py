@@ -173,7 +173,7 @@ def take_from_base(attached, init: str) -> None:
         rank = layer.r["default"]
         if rank > min(matrix.shape):
             raise ConfigError(
-                f"tuner.rank={rank} is above what init={init} can take out of {name.removeprefix('base_model.model.')}, {tuple(matrix.shape)}",
+                f"tuner.rank={rank} is above what tuner.init={init} can take out of {name.removeprefix('base_model.model.')}, {tuple(matrix.shape)}",
                 fix=f"tuner.rank={min(matrix.shape)}",
             )
         a, b = layer.lora_A["default"].get_parameter("weight"), layer.lora_B["default"].get_parameter("weight")

@@ -470,8 +470,9 @@ class Recipe(Settings):
                 raise ValueError(f"'{name}' orders records by '{unknown[0]}', which no step before it rates")
             before[step.kind] = step
         if getattr(before.get("respond"), "n", 1) > 1 and not before.keys() & {"best_of", "pair"}:
+            several = next(name for name, step in self.ordered() if step is before["respond"])
             raise ValueError(
-                "a step gives several answers and none chooses among them: order needs one of the kind best_of or pair, or n=1"
+                f"a step gives several answers and none chooses among them: recipe.order needs one of the kind best_of or pair, or recipe.steps.{several}.n=1"
             )
         return self
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from src.settings.base import Settings, Unkeyed
 
@@ -130,6 +130,15 @@ class Mobilint(Target):
         return low, high
 
 
+def _row_or_group(size: int) -> int:
+    if size != -1 and size < 1:
+        raise ValueError("input should be -1, for a whole row, or more than 0")
+    return size
+
+
+RowOrGroup = Annotated[int, AfterValidator(_row_or_group)]
+
+
 class Openvino(Target):
     kind: Literal["openvino"]
     """Intel's NPU, GPU or CPU, through optimum-intel's exporter"""
@@ -137,7 +146,7 @@ class Openvino(Target):
     """device the bundle is made for"""
     weight_type: Literal["int8", "int4"]
     """weights: int8, or symmetric int4"""
-    group_size: Literal["auto", -1] | PositiveInt
+    group_size: Literal["auto"] | RowOrGroup
     """int4 weights that share a scale; -1: a whole row; auto: 128 below a billion parameters, -1 above"""
     prompt_len: PositiveInt
     """longest prompt in tokens; an NPU is compiled for it"""

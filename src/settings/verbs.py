@@ -120,12 +120,14 @@ class AdapterTuner(Optimizer):
     def _go_together(self) -> Self:
         if self.takes_from_base and self.dora:
             raise ValueError(
-                f"init={self.init} takes its part out of the base weights, whose lengths dora=true would train; choose one of them"
+                f"tuner.init={self.init} takes its part out of the base weights, whose lengths tuner.dora=true would train; choose one of them"
             )
         if self.takes_from_base and self.dropout:
-            raise ValueError(f"dropout={self.dropout} would drop parts of the base's own weights, which init={self.init} moves; dropout=0")
+            raise ValueError(
+                f"tuner.dropout={self.dropout} would drop parts of the base's own weights, which tuner.init={self.init} moves; tuner.dropout=0"
+            )
         if self.init == "orthogonal" and self.rank % 2:
-            raise ValueError(f"init=orthogonal splits the rank in halves, so it must be even, not {self.rank}")
+            raise ValueError(f"tuner.init=orthogonal splits tuner.rank in halves, so it must be even, not {self.rank}")
         if both := set(self.modules_to_save) & (set() if self.target_modules == "all-linear" else set(self.target_modules)):
             raise ValueError(f"target_modules and modules_to_save both name {', '.join(sorted(both))}; a layer is adapted or trained whole")
         return self
@@ -145,7 +147,9 @@ class QloraTuner(AdapterTuner):
     @model_validator(mode="after")
     def _base_stays_as_quantized(self) -> Self:
         if self.init not in ("default", "gaussian"):
-            raise ValueError(f"init={self.init} works on the base's own weights, and here they are 4-bit; init=default or tuner=lora")
+            raise ValueError(
+                f"tuner.init={self.init} works on the base's own weights, and here they are 4-bit; tuner.init=default or tuner=lora"
+            )
         return self
 
 

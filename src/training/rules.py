@@ -24,11 +24,9 @@ def check(tuner: FullTuner | AdapterTuner, *, zero_stage: int, quantization: str
         )
     if isinstance(tuner, FullTuner):
         return
-    whole = [what for what, used in (("dora=true", tuner.dora), (f"init={tuner.init}", tuner.takes_from_base)) if used]
+    whole = [what for what, used in (("tuner.dora=true", tuner.dora), (f"tuner.init={tuner.init}", tuner.takes_from_base)) if used]
     if whole and zero_stage == 3:
-        raise ConfigError(
-            f"tuner.{whole[0]} reads whole base weights, which ZeRO-3 has partitioned", fix=["deepspeed=zero2", f"drop tuner.{whole[0]}"]
-        )
+        raise ConfigError(f"{whole[0]} reads whole base weights, which ZeRO-3 has partitioned", fix=["deepspeed=zero2", f"drop {whole[0]}"])
     if tuner.dora and quantization:
         raise ConfigError("tuner.dora=true: peft has no DoRA for a GPTQ base", fix=["tuner.dora=false", "give the unquantized base"])
 

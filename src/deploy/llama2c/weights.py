@@ -84,7 +84,7 @@ def read_shape(model_dir: Path) -> Shape:
             "choose a target for this architecture; no target for it yet; the merged or quantized folder itself runs in transformers",
         )
     if config.get("quantization_config"):
-        refuse("the model is already quantized", "deploy the merged model instead; format=int8_v2 quantizes it here")
+        refuse("the model is already quantized", "deploy the merged model instead; target.format=int8_v2 quantizes it here")
     rope = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
     rope_type = scaling.get("rope_type") or scaling.get("type") or rope.get("rope_type") or "default"
@@ -148,7 +148,7 @@ def group_size(shape: Shape, wanted: int) -> int:
         raise WrongKind(
             f"no group size from {wanted} down to {SMALLEST_GROUP} divides both "
             f"hidden_size {shape.dim} and intermediate_size {shape.hidden}",
-            fix="format=fp32_v1",
+            fix="target.format=fp32_v1",
         )
     return group
 
