@@ -87,6 +87,24 @@ def journal(tmp_path: Path, query: str, run: str = "default") -> list[tuple]:
         return base.execute(query).fetchall()
 
 
+# ---- keys
+
+
+def test_a_key_in_a_setting_is_refused_before_anything_is_sent(call, teacher, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("STAND_IN_AUTH", "stand-in-8f3b1c")
+    monkeypatch.setenv("OTHER_TOKEN", "other-4e5d6c7")
+    server, path = teacher(), prompts(1)
+    for given, setting in (
+        ("teacher.extra={user: stand-in-8f3b1c}", "teacher.extra.user holds what STAND_IN_AUTH does"),
+        ("teacher.extra={user: {a: '${oc.env:OTHER_TOKEN}'}}", "teacher.extra.user.a holds what OTHER_TOKEN does"),
+        ("teacher.terms='as other-4e5d6c7 has them'", "teacher.terms holds what OTHER_TOKEN does"),
+    ):
+        done = call(*argv(server, path, "teacher.key_env=STAND_IN_AUTH", given))
+        refused(done, ConfigError, setting)
+        assert "8f3b1c" not in done.stderr and "4e5d6c7" not in done.stderr
+    assert server.came() == 0 and not (tmp_path / "outputs" / "default").exists()
+
+
 # ---- nothing lost, nothing paid twice
 
 

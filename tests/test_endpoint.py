@@ -551,6 +551,20 @@ def test_the_key_goes_to_the_server_and_nowhere_else(measure, server, monkeypatc
     assert report(measure)["served"]["id"] == "model-***"
 
 
+def test_a_key_in_two_pieces_or_escaped_is_masked(measure, server, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    parts = [KEY[:5], f"{KEY[5:]} {''.join(f'{chr(92)}u{ord(c):04x}' for c in KEY)}"]
+    events = [{"choices": [{"delta": {"content": part}, "finish_reason": None}]} for part in parts]
+    server.behaviour.garbage = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in [*events, {"choices": [STOP]}])
+    done = measure(source=None)
+    assert done.returncode == 0, done.stderr
+    assert {row["answer"] for row in rows(measure)} == {"*** ***"}
+    assert KEY not in done.stderr + everything_written(tmp_path) and r"\u0073" not in everything_written(tmp_path)
+
+
+STOP = {"delta": {}, "finish_reason": "stop"}
+
+
 def test_a_wrong_key_is_told_without_showing_it(measure, server, monkeypatch, tmp_path):
     """The server's own words hold the key it got."""
     server.behaviour.key = "another"

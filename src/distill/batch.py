@@ -263,9 +263,9 @@ class Batches:
         if status != 200:
             raise self._endpoint.refusal(status, self._endpoint.plain(body[:4096].decode(errors="replace")), wait)
         try:
-            found = json.loads(body)
+            found = self._endpoint.server.json(body)
             return found if isinstance(found, dict) else {}
-        except (ValueError, RecursionError):
+        except ValueError:
             raise Failed("reply is not JSON", self._endpoint.plain(body[:300].decode(errors="replace"))) from None
 
 

@@ -192,7 +192,8 @@ class Client:
         if finish is None and streamed:
             raise NoAnswer(f"the stream was cut off after {pieces} pieces, before a finish_reason", where=self.url, fix=AGAIN)
         # An emoji may come as two halves of a surrogate pair, in two pieces; a half that stays alone cannot be written to a file.
-        whole = "".join(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # A key may come in two pieces as well.
+        whole = self.server.hidden("".join(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return Reply(whole, finish == "stop", end - start, first - start if first and streamed else None, pieces, *counts, cached, reasoned)
 
     @contextlib.contextmanager
