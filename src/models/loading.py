@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from src.chat.encoding import bound_templates
 from src.core.artifact import Artifact
 from src.core.errors import BadData, MissingTool
 from src.core.log import warn
@@ -21,6 +22,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     _quiet()
+    bound_templates()
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
