@@ -12,6 +12,7 @@ What is no data stays where it is, and is known on the other side as a `Remote`:
 
 import ast
 import builtins
+import code as interpreter
 import contextlib
 import io
 import json
@@ -155,13 +156,12 @@ class Peer:
     def _served(self, what, args):
         try:
             return ["gives", self.encode(self._serves[what](*map(self.decode, args)))]
-        except Gone:
-            raise
         except BaseException as error:
-            try:
+            if isinstance(error, Gone):
+                raise
+            told = []
+            with contextlib.suppress(TypeError, ValueError, RecursionError):
                 told = [self.encode(arg) for arg in error.args]
-            except Exception:
-                told = ["?"]
             return ["raises", [[kind.__name__ for kind in type(error).__mro__], told]]
 
     def _exception(self, names, args):
@@ -248,19 +248,31 @@ def _named(name, fields):
     return namedtuple(name, fields, rename=True)
 
 
+class Program(interpreter.InteractiveInterpreter):
+    """A program in a namespace of its own; what it raises is raised."""
+
+    def __init__(self):
+        super().__init__({"__name__": "__main__", "__builtins__": builtins})
+
+    def run(self, text, name):
+        self.runcode(compile(text, name, "exec"))
+
+    def showtraceback(self):
+        raise
+
+
 # ---- the code's program
 
 
 def serve_code(reads, writes):
-    code = sys.stdin.read()
-    space = {"__name__": "__main__", "__builtins__": builtins}
+    code, program = sys.stdin.read(), Program()
 
     def load():
         """Run the code; ({name: value} of what it makes, [its exceptions, each with its bases])."""
         imported = {(alias.asname or alias.name).partition(".")[0] for node in imports(code) for alias in node.names}
-        exec(compile(code, "code.py", "exec"), space)
+        program.run(code, "code.py")
         given, raised = {}, []
-        for name, value in space.items():
+        for name, value in program.locals.items():
             own = getattr(value, "__module__", None) == "__main__"
             if name.startswith("__") or isinstance(value, types.ModuleType) or (name in imported and not own):
                 continue
@@ -290,31 +302,32 @@ def imports(code):
 
 
 def run_tests(reads, writes, verdict):
-    given = json.load(sys.stdin)
+    given, program = json.load(sys.stdin), Program()
     os.set_inheritable(verdict, False)
     peer = Peer(reads, writes, {"call": _call}, exports=callable)
     try:
-        space = {"__name__": "__main__", "__builtins__": builtins}
         for line in given["imports"]:
             with contextlib.suppress(ImportError):
-                exec(line, space)
+                program.run(line, "imports.py")
         made, raised = peer.ask("load")
-        for names in raised:
-            base = next(kind for name in names[1:] if isinstance(kind := peer.classes.get(name) or getattr(builtins, name, None), type))
-            space[names[0]] = peer.classes[names[0]] = type(names[0], (base,), {})
-        space.update(made)
-        exec(compile(given["tests"], "tests.py", "exec"), space)
+        for name, *bases in raised:
+            base = next(kind for name in bases if isinstance(kind := peer.classes.get(name) or getattr(builtins, name, None), type))
+            made[name] = peer.classes[name] = type(name, (base,), {})
+        program.locals.update(made)
+        program.run(given["tests"], "tests.py")
         peer.ask("alive")
-        outcome = "passed"
-    except AssertionError:
-        outcome = "a test fails"
-    except MemoryError:
-        outcome = "takes too much memory"
-    except Exception:
-        outcome = "raises an error"
-    except BaseException:  # an exit, here or there
-        outcome = "ends before its tests do"
-    os.write(verdict, outcome.encode())
+    finally:
+        os.write(verdict, _in_words(sys.exception()).encode())
+
+
+def _in_words(error):
+    if error is None:
+        return "passed"
+    if isinstance(error, AssertionError):
+        return "a test fails"
+    if isinstance(error, MemoryError):
+        return "takes too much memory"
+    return "raises an error" if isinstance(error, Exception) else "ends before its tests do"  # an exit, here or there
 
 
 def _call(function, args, kwargs):
