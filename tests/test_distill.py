@@ -17,7 +17,7 @@ import pytest
 from conftest import CHAT, ROOT, hear_ctrl_c, refused
 
 from src.core.errors import BadData, BudgetSpent, ConfigError, MissingInput, Moved, NoAnswer
-from src.distill import sources
+from src.distill import batch, sources
 from src.distill.estimate import by_root, estimate
 
 FAULTS = {"seconds": 0.04, "date": 0.01, "server": 0.06, "malformed": 0.04, "shape": 0.03, "dropped": 0.04, "refused": 0.03, "empty": 0.03}
@@ -525,6 +525,16 @@ def test_a_plan_asks_nothing(call, teacher, prompts, tmp_path):
 
 
 # ---- other teachers
+
+
+def test_a_batch_that_never_ends_is_given_up(call, teacher, prompts, monkeypatch):
+    monkeypatch.setattr(batch, "LONGEST_BATCH", 0.3)
+    server = teacher(batch_seconds=1e9)
+    refused(call(*argv(server, prompts(2), "teacher.batch=true")), NoAnswer, "batch-0 has not ended in", "the same command waits on")
+    monkeypatch.setattr(batch, "LONGEST_BATCH", 60)
+    server.behave(batch_seconds=0)
+    done = call(*argv(server, prompts(2), "teacher.batch=true"))
+    assert done.returncode == 0 and "fetches batch batch-0" in done.stderr and server.state()["batches"] == 1
 
 
 def test_a_batch_is_fetched_by_the_next_command_and_never_sent_twice(cli, teacher, prompts, tmp_path):
