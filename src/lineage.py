@@ -13,12 +13,12 @@ from src.core import artifact, stage
 from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput, Tampered
 from src.core.files import hash_files
-from src.core.log import size
+from src.core.log import out, size
 
 
 def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        print(__doc__.strip())
+        out(__doc__.strip())
         return 0
     flags = [a for a in argv if a.startswith("-")]
     paths = [Path(a) for a in argv if not a.startswith("-")]
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
             fix=["copy it again from where it was made", "make it again with force=true"],
         )
     if verify:
-        print("verified: every file of every artifact that is here has the hash its manifest says")
+        out("verified: every file of every artifact that is here has the hash its manifest says")
     return 0
 
 
@@ -54,14 +54,14 @@ def show(a: Artifact, indent: str, seen: set[str], faults: list[str], verify: bo
     m = a.manifest
     assert m is not None  # what is shown was opened by its manifest
     bytes_ = size(sum(f["size"] for f in a.files.values()))
-    print(
+    out(
         f"{indent}{m['stage']} -> {a.kind}  {a.path}  {len(a.files)} files, {bytes_}, {m['seconds']:.0f} s  key {a.key[:12]}"
         + ("  (shown above)" if again else "")
     )
     if again:
         return
     for key, value in stage.flatten(m["settings"]).items():
-        print(f"{indent}  . {key} = {value}")
+        out(f"{indent}  . {key} = {value}")
     if verify:
         faults += [f"{a.path}/{fault}" for fault in artifact.verify(a)]
     for parent in m["parents"]:
@@ -71,12 +71,12 @@ def show(a: Artifact, indent: str, seen: set[str], faults: list[str], verify: bo
 def follow(ancestors: dict[str, dict], parent: dict, path: Path, indent: str, seen: set[str], faults: list[str], verify: bool) -> None:
     """A parent: opened where it still is, told from the ancestors in the child's manifest where it is not."""
     if "files" in parent:
-        print(f"{indent}{parent['role']}: outside {parent['kind']}  {path}  {len(parent['files'])} files  key {parent['key'][:12]}")
+        out(f"{indent}{parent['role']}: outside {parent['kind']}  {path}  {len(parent['files'])} files  key {parent['key'][:12]}")
         if verify and path.exists():
             now = hash_files(path)
             faults += [f"{path}: '{name}' differs from what was used" for name, entry in parent["files"].items() if now.get(name) != entry]
         elif verify:
-            print(f"{indent}  not here, so not verified")
+            out(f"{indent}  not here, so not verified")
     elif artifact.is_finished(path) and (found := artifact.open_artifact(path)).key == parent["key"]:
         show(found, indent, seen, faults, verify)
     else:
@@ -86,12 +86,12 @@ def follow(ancestors: dict[str, dict], parent: dict, path: Path, indent: str, se
         if record is None:  # which `verify` reports
             return
         state = f"made anew since, in {path}" if artifact.is_finished(path) else f"not here (was {path})"
-        print(
+        out(
             f"{indent}{record['stage']} -> {record['kind']}  {state}  key {parent['key'][:12]}"
             + ("; told from the manifest" if not verify else "; its files cannot be verified")
         )
         for key, value in stage.flatten(record["settings"]).items():
-            print(f"{indent}  . {key} = {value}")
+            out(f"{indent}  . {key} = {value}")
         for grand in record["parents"]:
             follow(ancestors, grand, Path(os.path.normpath(path.parent / grand["path"])), indent + "    ", seen, faults, verify)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from src.core import stage
 from src.core.errors import ConfigError
-from src.core.log import say, size
+from src.core.log import say, shown, size
 from src.settings.verbs import FullTuner, Gpu, PlanVerb, QloraTuner
 from src.sizing.budget import (
     Fit,
@@ -39,7 +39,7 @@ from src.training import rules
 def plan(cfg: PlanVerb) -> int:
     shape = read_shape(cfg.model)
     lines, points = gpu_plan(shape, cfg, cfg.gpu) if cfg.gpu else board_plan(shape, cfg)
-    print("\n".join([*model_lines(shape), "", *lines, "", *table(points)]))
+    print("\n".join([*map(shown, [*model_lines(shape), "", *lines, ""]), *table(points)]))
     if cfg.plot and cfg.dry_run:
         say(f"would draw {cfg.plot}")
     elif cfg.plot:

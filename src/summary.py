@@ -5,7 +5,7 @@ from pathlib import Path
 from src.core import artifact, stage
 from src.core.artifact import Artifact
 from src.core.errors import MissingInput
-from src.core.log import duration, size, table
+from src.core.log import duration, out, size, table
 from src.settings.verbs import Verb
 
 ORDER = ("data", "finetune", "evaluate-finetune", "merge", "evaluate-merge", "quantize", "evaluate-quantize")
@@ -66,9 +66,9 @@ def summary(cfg: Verb) -> int:
         total += seconds
         bundles += [a.path] if a.kind == "bundle" else []
     print(table(("stage", "seconds", "on disk", "result"), lines, right=(1, 2)))
-    print(f"{len(lines)} artifact{'s' * (len(lines) != 1)}, {duration(total)}")
+    out(f"{len(lines)} artifact{'s' * (len(lines) != 1)}, {duration(total)}")
     for bundle in bundles:
-        print(f"bundle: {bundle}")
+        out(f"bundle: {bundle}")
     return 0
 
 

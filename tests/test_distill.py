@@ -17,7 +17,7 @@ import pytest
 from conftest import CHAT, ROOT, hear_ctrl_c, refused
 
 from src.core.errors import BadData, BudgetSpent, ConfigError, MissingInput, Moved, NoAnswer
-from src.distill import sources
+from src.distill import batch, sources
 from src.distill.estimate import by_root, estimate
 
 FAULTS = {"seconds": 0.04, "date": 0.01, "server": 0.06, "malformed": 0.04, "shape": 0.03, "dropped": 0.04, "refused": 0.03, "empty": 0.03}
@@ -85,6 +85,24 @@ def everything(folder: Path) -> dict[str, bytes]:
 def journal(tmp_path: Path, query: str, run: str = "default") -> list[tuple]:
     with contextlib.closing(sqlite3.connect(tmp_path / "outputs" / run / "distill.journal.sqlite")) as base:
         return base.execute(query).fetchall()
+
+
+# ---- keys
+
+
+def test_a_key_in_a_setting_is_refused_before_anything_is_sent(call, teacher, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("STAND_IN_AUTH", "stand-in-8f3b1c")
+    monkeypatch.setenv("OTHER_TOKEN", "other-4e5d6c7")
+    server, path = teacher(), prompts(1)
+    for given, setting in (
+        ("teacher.extra={user: stand-in-8f3b1c}", "teacher.extra.user holds what STAND_IN_AUTH does"),
+        ("teacher.extra={user: {a: '${oc.env:OTHER_TOKEN}'}}", "teacher.extra.user.a holds what OTHER_TOKEN does"),
+        ("teacher.terms='as other-4e5d6c7 has them'", "teacher.terms holds what OTHER_TOKEN does"),
+    ):
+        done = call(*argv(server, path, "teacher.key_env=STAND_IN_AUTH", given))
+        refused(done, ConfigError, setting)
+        assert "8f3b1c" not in done.stderr and "4e5d6c7" not in done.stderr
+    assert server.came() == 0 and not (tmp_path / "outputs" / "default").exists()
 
 
 # ---- nothing lost, nothing paid twice
@@ -507,6 +525,16 @@ def test_a_plan_asks_nothing(call, teacher, prompts, tmp_path):
 
 
 # ---- other teachers
+
+
+def test_a_batch_that_never_ends_is_given_up(call, teacher, prompts, monkeypatch):
+    monkeypatch.setattr(batch, "LONGEST_BATCH", 0.3)
+    server = teacher(batch_seconds=1e9)
+    refused(call(*argv(server, prompts(2), "teacher.batch=true")), NoAnswer, "batch-0 has not ended in", "the same command waits on")
+    monkeypatch.setattr(batch, "LONGEST_BATCH", 60)
+    server.behave(batch_seconds=0)
+    done = call(*argv(server, prompts(2), "teacher.batch=true"))
+    assert done.returncode == 0 and "fetches batch batch-0" in done.stderr and server.state()["batches"] == 1
 
 
 def test_a_batch_is_fetched_by_the_next_command_and_never_sent_twice(cli, teacher, prompts, tmp_path):

@@ -1,5 +1,6 @@
 """Measuring a running server: a real model behind a stand-in of it answers as it does locally, its speed is its real speed, and every fault has its words."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -491,6 +492,52 @@ def test_a_server_that_only_says_it_is_alive_is_given_up(running):
         alive.shutdown()
 
 
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+PIECE = b'data: {"choices": [{"delta": {"%s": "a"}}]}\n\n'
+# What a server sends: at once, then again and again, so many seconds apart; and what is said of it.
+ENDLESS = {
+    "100 Continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001, "silent for 0.3 s"),
+    "a header byte by byte": (b"HTTP/1.1 200 OK\r\nX: ", b"a", 0.05, "silent for 0.3 s"),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X: a\r\n", 0.05, "silent for 0.3 s"),
+    "a reply byte by byte": (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n", b" ", 0.05, "silent for 0.3 s"),
+    "a refusal byte by byte": (b"HTTP/1.1 500 No\r\nContent-Length: 99999999\r\n\r\n", b" ", 0.05, "HTTP 500"),
+    "an event byte by byte": (STREAM + b"data: ", b" ", 0.05, "silent for 0.3 s"),
+    "events of nothing": (STREAM, b'data: {"choices": [{"delta": {}}]}\n\n', 0.05, "silent for 0.3 s"),
+    "text": (STREAM, PIECE % b"content", 0.1, "not whole after 3 s"),
+    "reasoning": (STREAM, PIECE % b"reasoning", 0.01, "not whole after 3 s"),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_never_ends_is_given_up(what):
+    first, again, every, words = ENDLESS[what]
+
+    def serve(listening):
+        with listening.accept()[0] as connection, contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(first)
+            while True:
+                connection.sendall(again)
+                time.sleep(every)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, args=(listening,), daemon=True).start()
+        start = time.monotonic()
+        with pytest.raises(NoAnswer, match=words):
+            Client(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.3).chat("m", [], None, max_tokens=4000)
+        assert time.monotonic() - start < 4
+
+
+def test_a_server_that_is_slow_and_busy_is_given_up(server, monkeypatch):
+    """Each refusal takes long, so it is the time that counts, not what is waited between."""
+    monkeypatch.setattr(server, "verify_request", lambda *_: time.sleep(0.4) or True)
+    server.behaviour.always, server.behaviour.headers = 503, {"Retry-After": "0"}
+    start = time.monotonic()
+    with pytest.raises(NoAnswer, match="stays busy"):
+        asked(server, timeout=1)
+    assert time.monotonic() - start < 3
+
+
 def test_a_server_that_ignores_the_limit_is_stopped(server):
     server.behaviour.garbage = b"data: " + json.dumps({"choices": [{"delta": {"content": "x" * 5000}}]}).encode() + b"\n\n"
     with pytest.raises(NoAnswer, match="long after max_tokens=4"):
@@ -549,6 +596,20 @@ def test_the_key_goes_to_the_server_and_nowhere_else(measure, server, monkeypatc
     assert "with the key in OPENAI_API_KEY (unencrypted, over http)" in done.stderr
     assert KEY not in done.stderr + done.stdout + everything_written(tmp_path)
     assert report(measure)["served"]["id"] == "model-***"
+
+
+def test_a_key_in_two_pieces_or_escaped_is_masked(measure, server, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    parts = [KEY[:5], f"{KEY[5:]} {''.join(f'{chr(92)}u{ord(c):04x}' for c in KEY)}"]
+    events = [{"choices": [{"delta": {"content": part}, "finish_reason": None}]} for part in parts]
+    server.behaviour.garbage = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in [*events, {"choices": [STOP]}])
+    done = measure(source=None)
+    assert done.returncode == 0, done.stderr
+    assert {row["answer"] for row in rows(measure)} == {"*** ***"}
+    assert KEY not in done.stderr + everything_written(tmp_path) and r"\u0073" not in everything_written(tmp_path)
+
+
+STOP = {"delta": {}, "finish_reason": "stop"}
 
 
 def test_a_wrong_key_is_told_without_showing_it(measure, server, monkeypatch, tmp_path):

@@ -120,6 +120,8 @@ EDITS = {
     "an ancestor's settings": lambda m: next(a for a in m["ancestors"].values() if a["stage"] == "data")["settings"]["data"].update(
         val=0.3
     ),
+    "an ancestor's kind": lambda m: next(a for a in m["ancestors"].values() if a["stage"] == "finetune").update(kind="model"),
+    "a parent's kind": lambda m: m["parents"][0].update(kind="quantized"),
     "an ancestor's record": lambda m: m["ancestors"].pop(m["parents"][0]["key"]),
     "an outside input's hash": lambda m: m["parents"][1]["files"]["config.json"].update(sha256="0" * 64),
 }
@@ -132,11 +134,64 @@ def test_an_edited_manifest_is_noticed(call, road, what, name):
     refused(call("lineage", road / "a" / name), Tampered, road / "a" / "merge" / "manifest.json")
 
 
-@pytest.mark.parametrize("what", [w for w in EDITS if w not in ("metrics", "packages", "kind")])
+@pytest.mark.parametrize("what", [w for w in EDITS if w not in ("metrics", "packages")])
 def test_a_manifest_edited_and_sealed_anew_contradicts_itself(call, road, what):
     """A seal anybody can write guards against accidents; keys follow from content, so lies about content still show."""
     edit(road / "a" / "merge" / "manifest.json", EDITS[what], reseal=True)
     refused(call("lineage", road / "a" / "merge", "--verify"), Tampered)
+
+
+def test_another_kind_sealed_anew_opens_no_door(call, road):
+    """The kind is under no key, but the stage and its settings are, and they say what it is."""
+    edit(road / "a" / "finetune" / "manifest.json", lambda m: m.update(kind="model"), reseal=True)
+    for argv in (["lineage", road / "a" / "finetune"], ["quantize", f"source={road / 'a' / 'finetune'}", "dry_run=true"]):
+        refused(call(*argv), Tampered, "its kind is 'model', and 'finetune' by these settings makes 'adapter'")
+
+
+@pytest.mark.parametrize("name", CHAIN)
+def test_the_kind_of_what_is_made_follows_from_its_stage_and_settings(finished, name):
+    manifest = json.loads((finished / "a" / name / "manifest.json").read_text())
+    assert artifact.kind_made(manifest["stage"], manifest["settings"]) == manifest["kind"]
+
+
+def test_every_stage_makes_the_kind_it_says():
+    import importlib
+
+    from conftest import VERBS
+
+    stages = [
+        m.STAGE
+        for v in VERBS
+        for m in [importlib.import_module(f"src.{v}.__main__" if v in ("distill", "deploy") else f"src.{v}")]
+        if hasattr(m, "STAGE")
+    ]
+    told = {s.verb: s.kind for s in stages if isinstance(s.kind, str)}
+    assert told == {stage: kind for stage, kind in artifact.MAKES.items() if stage in told} and len(stages) == len(artifact.MAKES) + 1
+    assert (
+        artifact.kind_made("finetune", {"tuner": {"kind": "full"}}) == "model"
+        and artifact.kind_made("finetune", {"tuner": {"kind": "qlora"}}) == "adapter"
+    )
+
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+
+
+def test_escape_codes_in_a_manifest_are_spelled_out(call, road, cli):
+    """Settings, paths and stages of others' manifests, as lineage, an error and the table of a run show them."""
+    for name in ("merge", "evaluate-quantize"):
+        edit(
+            road / "a" / name / "manifest.json",
+            lambda m: (m["settings"].update({f"x{ESCAPES}": ESCAPES}), m["parents"][0].update(path=ESCAPES)),
+            reseal=True,
+        )
+    commands = [["lineage", road / "a" / "merge"], ["lineage", road / "a" / "merge", "--verify"], ["summary", "run=a", f"outputs={road}"]]
+    commands += [["merge", "run=a", f"outputs={road}", f"source={road / 'a' / 'finetune'}"]]
+    said = ""
+    for command in commands:
+        done = call(*command)
+        said += done.stdout + done.stderr
+    assert not set("\x1b\x07\x9b\u202e") & set(said), said
+    assert r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202e" in said
 
 
 def test_a_bundle_alone_tells_its_chain(call, road, tmp_path):

@@ -683,20 +683,24 @@ def closed():
 
 @pytest.mark.parametrize("program", CLOSED, ids=lambda p: p.splitlines()[0][:40])
 def test_how_a_program_ends(program, closed):
-    assert asyncio.run(sandbox.run(program, closed)) == CLOSED[program]
+    """As tests, and as code, which ends its own process alone."""
+    assert asyncio.run(sandbox.run("", program, closed)) == CLOSED[program]
+    assert asyncio.run(sandbox.run(program, "", closed)) == CLOSED[program]
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_program_cannot_reach(what, closed):
     assert (
-        asyncio.run(sandbox.run(f"try:\n    {REFUSED[what]}\nexcept PermissionError:\n    pass\nelse:\n    raise SystemExit(3)", closed))
+        asyncio.run(
+            sandbox.run("", f"try:\n    {REFUSED[what]}\nexcept PermissionError:\n    pass\nelse:\n    raise SystemExit(3)", closed)
+        )
         == "passed"
     )
 
 
 def test_a_program_sees_no_environment_and_sets_in_one_order(closed):
-    assert asyncio.run(sandbox.run("import os; assert set(os.environ) <= {'PYTHONHASHSEED', 'LC_CTYPE'}", closed)) == "passed"
-    assert len({asyncio.run(sandbox.run(f"assert list({{'a', 'b', 'c', 'd', 'e'}})[0] == '{c}'", closed)) for c in "abcde"}) == 2
+    assert asyncio.run(sandbox.run("", "import os; assert set(os.environ) <= {'PYTHONHASHSEED', 'LC_CTYPE'}", closed)) == "passed"
+    assert len({asyncio.run(sandbox.run("", f"assert list({{'a', 'b', 'c', 'd', 'e'}})[0] == '{c}'", closed)) for c in "abcde"}) == 2
 
 
 @pytest.mark.parametrize("header, place", [("x86_64-linux-gnu/asm/unistd_64.h", 1), ("asm-generic/unistd.h", 2)])

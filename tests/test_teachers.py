@@ -154,6 +154,54 @@ def test_what_no_try_can_mend_and_the_key_is_never_told(monkeypatch):
         teacher()
 
 
+def escaped(key: str) -> str:
+    return "".join(f"\\u{ord(char):04x}" for char in key)
+
+
+SLASHED = "sk/se-cret"
+SPELLED = {
+    "as it is": json.dumps(SLASHED),
+    "every character escaped": f'"{escaped(SLASHED)}"',
+    "in capitals": f'"{escaped(SLASHED)}"'.replace("\\u002f", "\\u002F"),
+    "a slash escaped": r'"sk\/se-cret"',
+    "JSON within the text": json.dumps(f'{{"a": "{escaped(SLASHED)}"}}'),
+    "a slash escaped within the text": json.dumps(r'{"a": "sk\/se-cret"}'),
+    "in an address": '"?key=sk%2Fse-cret"',
+}
+
+
+@pytest.mark.parametrize("how", SPELLED)
+def test_the_key_is_masked_however_a_reply_spells_it(how, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", SLASHED)
+    server = teacher()
+    body = json.dumps(chat("KEY", reasoning_content="KEY")).replace('"KEY"', SPELLED[how]).encode()
+    reply = server.reply_of(200, body, 100)
+    assert "***" in reply.text and "***" in reply.reasoning
+    assert capsys.readouterr().err == "warning: the teacher repeats the key in OPENAI_API_KEY; *** stands in its place\n"
+    for error in (f'{{"error": {{"message": {SPELLED[how]}}}}}', f'{{"detail": [{SPELLED[how]}]}}', f"<p>{SPELLED[how]}</p>"):
+        with pytest.raises(Failed) as caught:
+            server.reply_of(400, error.encode(), 10)
+        assert "***" in caught.value.detail and "cret" not in caught.value.detail
+    value = value_of(server.reply_of(200, json.dumps(chat("KEY")).replace('"KEY"', json.dumps(SPELLED[how])).encode(), 99).text, {})
+    assert "cret" not in str(value)
+
+
+@pytest.mark.parametrize(
+    "extra, place",
+    [
+        ("{api_key: abc}", "extra.api_key"),
+        ("{headers: {Authorization: abc}}", "extra.headers.Authorization"),
+        ("{user: 'Bearer abcdefgh1'}", "extra.user"),
+        ("{list: [{a: sk-abcdefgh1}]}", "extra.list.0.a"),
+    ],
+)
+def test_a_key_is_no_setting(extra, place):
+    with pytest.raises(ConfigError, match=f"{place} looks like a key") as caught:
+        teacher(f"teacher.extra={extra}")
+    assert "abc" not in str(caught.value)
+    assert teacher("teacher.extra={stop_token_ids: [1], prompt_cache_key: a, token: 5}").settings.extra
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"score": {"type": "integer", "minimum": 1}},

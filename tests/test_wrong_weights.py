@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from src.core.artifact import open_any
 from src.core.errors import BadData, WrongKind
-from src.models.loading import load_any, load_model
+from src.models.loading import load_any, load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -37,7 +38,11 @@ WRONG = {
     "fewer layers in config.json": (dict, {"num_hidden_layers": 1}, "beyond what config.json describes, such as model.layers.1."),
     "more layers in config.json": (dict, {"num_hidden_layers": 3}, "missing, such as model.layers.2."),
     "another family": (dict, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "k_proj.bias"),
-    "another width": (lambda t: t | {"model.layers.0.mlp.up_proj.weight": torch.ones(64, 128)}, {}, "other shapes than config.json describes"),
+    "another width": (
+        lambda t: t | {"model.layers.0.mlp.up_proj.weight": torch.ones(64, 128)},
+        {},
+        "other shapes than config.json describes",
+    ),
     "no output layer": (lambda t: {name: v for name, v in t.items() if name != "lm_head.weight"}, {}, "lm_head.weight"),
 }
 
@@ -72,7 +77,10 @@ def adapter(model, tmp_path):
 
 LACKING = {
     "no tensors": (lambda t: {"x": torch.ones(1)}, "missing"),
-    "a matrix missing": (lambda t: {name: v for name, v in t.items() if "layers.1.self_attn.v_proj.lora_B" not in name}, "1 tensors are missing"),
+    "a matrix missing": (
+        lambda t: {name: v for name, v in t.items() if "layers.1.self_attn.v_proj.lora_B" not in name},
+        "1 tensors are missing",
+    ),
     "unknown modules": (lambda t: t | {"base_model.model.model.layers.0.moe.lora_A.weight": torch.ones(2, 4)}, "1 tensors are unknown"),
     "another prefix": (lambda t: {f"module.{name}": v for name, v in t.items()}, "unknown"),
 }
@@ -102,4 +110,39 @@ def test_an_index_that_names_anything_but_the_safetensors_beside_it_is_refused(m
 def test_a_pickled_adapter_is_never_opened(adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(WrongKind, match="are a pickle"):
+        load_any(open_any(adapter))
+
+
+HUGE = [
+    ("num_hidden_layers", 10**9, "no model has more than 1,000"),
+    ("num_hidden_layers", 900, "the weights are 21 tensors"),
+    ("num_attention_heads", 10**9, "no model has more than"),
+    ("max_position_embeddings", 10**12, "no model has more than"),
+    ("vocab_size", 10**11, "the weights are"),
+    ("hidden_size", 10**10, "the weights are"),
+    ("text_config", {"num_hidden_layers": 10**9}, "'num_hidden_layers' is 1,000,000,000"),
+    ("vision_config", {"stages": [{"num_layers": 1e9}]}, "'num_layers' is 1,000,000,000"),
+]
+
+
+@pytest.mark.parametrize("key, value, words", HUGE)
+def test_a_size_beyond_the_weights_is_refused_before_anything_is_made_of_it(model, key, value, words):
+    configure(model, **{key: value})
+    start = time.monotonic()
+    with pytest.raises(BadData, match=words):
+        load_model(model)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("where", [{"num_hidden_layers": 10**9}, {"text_config": {"num_layers": 10**9}}])
+def test_a_tokenizer_of_such_a_model_is_refused_too(model, where):
+    configure(model, **where)
+    with pytest.raises(BadData, match="is 1,000,000,000; no model has more than"):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize("changes", [{"r": 10**12}, {"rank_pattern": {"q_proj": 10**12}}])
+def test_an_adapter_s_rank_beyond_its_tensors_is_refused(adapter, changes):
+    configure(adapter, "adapter_config.json", **changes)
+    with pytest.raises(BadData, match="a rank of 1,000,000,000,000"):
         load_any(open_any(adapter))

@@ -82,11 +82,20 @@ def render(tokenizer, messages: Sequence[dict], tools=None, *, prompt: bool = Fa
     """
     from jinja2 import TemplateError
 
+    bound_templates()
     messages = [_with_objects(message) if message.get("tool_calls") else message for message in messages]
     try:
         return tokenizer.apply_chat_template(messages, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt)
     except TemplateError as error:
         raise BadData(f"the chat template refuses this conversation: {error}") from None
+
+
+@lru_cache
+def bound_templates() -> None:
+    """From here on no chat template loops without end (template_bounds)."""
+    from src.chat import template_bounds
+
+    template_bounds.install()
 
 
 def _with_objects(message: dict) -> dict:

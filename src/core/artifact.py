@@ -42,6 +42,24 @@ PACKAGES = (
 )
 
 
+MAKES = {
+    "data": "dataset",
+    "distill": "dataset",
+    "merge": "model",
+    "quantize": "quantized",
+    "evaluate": "report",
+    "deploy": "bundle",
+}
+"""stage -> the kind of all that it makes"""
+
+
+def kind_made(stage: str, settings: dict[str, Any]) -> str | None:
+    """The kind of artifact that a stage makes by these settings, both of which are under the key as the kind itself is not; None for an unknown stage."""
+    if stage == "finetune" and isinstance(tuner := settings.get("tuner"), dict):
+        return "model" if tuner.get("kind") == "full" else "adapter"
+    return MAKES.get(stage)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """One input or result: a finished artifact of this project, or an outside file or folder known by its hashes.
@@ -126,6 +144,8 @@ def open_artifact(path: Path) -> Artifact:
             where=str(path / MANIFEST),
             fix="make the artifact again with force=true",
         )
+    if fault := _other_kind(manifest):
+        raise Tampered(fault, where=str(path / MANIFEST), fix="make the artifact again with force=true")
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["size"]:
@@ -165,12 +185,23 @@ def verify(artifact: Artifact) -> list[str]:
     return sorted(faults)
 
 
+def _other_kind(m: dict[str, Any]) -> str | None:
+    """What is wrong with a manifest's kind, or an ancestor's, if anything."""
+    made = kind_made(m["stage"], m["settings"])
+    return None if made in (None, m["kind"]) else f"its kind is '{m['kind']}', and '{m['stage']}' by these settings makes '{made}'"
+
+
 def _contradictions(manifest: dict[str, Any]) -> Iterator[str]:
     """Where a manifest, sealed anew after a change, still contradicts itself: keys that do not follow from what they stand for."""
     for key, m in {**manifest["ancestors"], manifest["key"]: manifest}.items():
         if key_of(m["stage"], m["version"], m["settings"], {p["role"]: p["key"] for p in m["parents"]}) != key:
             yield f"the key of '{m['stage']}' does not follow from its stage, settings and parents"
+        if fault := _other_kind(m):
+            yield f"the record of '{m['stage']}': {fault}"
         for parent in m["parents"]:
+            record = manifest["ancestors"].get(parent["key"])
+            if record and (parent["kind"], parent["stage"]) != (record["kind"], record["stage"]):
+                yield f"'{parent['role']}' under '{m['stage']}' is another kind of artifact than its own record says"
             if "files" in parent and content_key(parent["files"]) != parent["key"]:
                 yield f"the key of '{parent['role']}' under '{m['stage']}' does not follow from its files"
             if "files" not in parent and parent["key"] not in manifest["ancestors"]:

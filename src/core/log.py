@@ -1,13 +1,24 @@
-"""What a person sees: plain lines on stderr from rank 0, colour and progress bars only on a terminal."""
+"""What a person sees: plain lines on stderr from rank 0, colour and progress bars only on a terminal.
+
+Much of it comes from elsewhere (manifests, configurations, a template's own words, a server's), so everything goes through `shown`.
+"""
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
+
+# What steers a terminal (C0 and C1 controls but tab and new line), turns the order of what is read around (Unicode's bidirectional controls), breaks lines
+# unseen, or cannot be written at all (surrogates).
+_STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+GREEN, YELLOW, RESET = "\ufdd0", "\ufdd1", "\ufdd2"
+"""colours within a line, as characters that Unicode keeps for a program's own use; an escape code would be shown as what it is"""
+_CODES = {GREEN: "\033[32m", YELLOW: "\033[33m", RESET: "\033[0m"}
 
 _unfinished = False
 """whether the terminal's cursor stands at the end of a status line"""
@@ -22,16 +33,38 @@ def on_terminal() -> bool:
     return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty() and "NO_COLOR" not in os.environ
 
 
+def shown(text: str) -> str:
+    """The text with each character that steers a terminal or the order of reading spelled out, such as \\x1b; new lines and tabs stay."""
+    return _STEERS.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
+
+
 def say(line: str) -> None:
     """One fact for the user. Silent on every rank but 0."""
     global _unfinished
     if rank() == 0:
-        tell(f"\n{line}\n" if _unfinished else f"{line}\n")
+        line = _coloured(shown(line))
+        _write(f"\n{line}\n" if _unfinished else f"{line}\n")
         _unfinished = False
 
 
 def tell(text: str) -> None:
-    """Text as it is onto stderr, from any rank. What cannot be said (stderr is closed, a full disk, a pipe without a reader) ends no work."""
+    """Text onto stderr, from any rank."""
+    _write(shown(text))
+
+
+def out(text: str) -> None:
+    """A result for stdout."""
+    print(shown(text))
+
+
+def _coloured(text: str) -> str:
+    for colour, code in _CODES.items():
+        text = text.replace(colour, code if on_terminal() else "")
+    return text
+
+
+def _write(text: str) -> None:
+    """What cannot be said (stderr is closed, a full disk, a pipe without a reader) ends no work."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -43,7 +76,7 @@ def status(line: str) -> None:
     if rank() != 0:
         return
     if on_terminal():
-        tell(f"\r\033[K{line}")
+        _write(f"\r\033[K{shown(line)}")
         _unfinished = True
     else:
         say(line)
@@ -53,7 +86,7 @@ def mark(text: str, marked: bool) -> str:
     """Text that stands out from what is around it: green on a terminal, in double brackets elsewhere."""
     if not marked:
         return text
-    return f"\033[32m{text}\033[0m" if on_terminal() else f"[[{text}]]"
+    return f"{GREEN}{text}{RESET}" if on_terminal() else f"[[{text}]]"
 
 
 def spark(values: list[float]) -> str:
@@ -68,7 +101,7 @@ def spark(values: list[float]) -> str:
 
 def warn(line: str) -> None:
     """Something the user should look at, though the run goes on."""
-    say(f"\033[33mwarning:\033[0m {line}" if on_terminal() else f"warning: {line}")
+    say(f"{YELLOW}warning:{RESET} {line}")
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
@@ -109,7 +142,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collecti
     for i, name in enumerate(head):
         made.add_column(name, justify="right" if i in right else "left", no_wrap=not terminal)
     for row in rows:
-        made.add_row(*map(Text, row))
+        made.add_row(*(Text(shown(cell)) for cell in row))
     console = Console(width=None if terminal else 1 << 14, color_system="auto" if terminal else None, force_terminal=terminal)
     with console.capture() as captured:
         console.print(made)

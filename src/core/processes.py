@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from src.core.errors import UserError
+from src.core.log import tell
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
@@ -93,7 +94,7 @@ def silenced() -> Iterator[None]:
         except BaseException:
             _restore(saved)
             held.seek(0)
-            sys.stderr.write(held.read().decode(errors="replace"))
+            tell(held.read().decode(errors="replace"))
             raise
         else:
             _restore(saved)

@@ -6,6 +6,7 @@ A stage is a function `run(cfg, inputs, out) -> metrics`. It does not parse, cho
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from src.core import artifact, compose
 from src.core.artifact import Artifact
-from src.core.errors import MissingInput, Moved, NoRoom, UserError, WrongKind
+from src.core.errors import ConfigError, MissingInput, Moved, NoRoom, UserError, WrongKind
 from src.core.files import HashCache
 from src.core.log import duration, rank, say, size, tell, warn
 from src.core.processes import Interrupted, end_with_parent, interrupted_by_signals
@@ -234,6 +235,7 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     name = stage.name(cfg, inputs) if stage.name else stage.verb
     path = run.folder / name
     settings = cfg.model_dump(mode="json")
+    refuse_secrets(settings)
     key = artifact.key_of(stage.verb, stage.version, settings, {role: a.key for role, a in inputs.items()})
     if artifact.is_finished(path) and not cfg.force:
         old = artifact.open_artifact(path)
@@ -288,6 +290,26 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     done = artifact.open_artifact(path)
     say(f"{name}: done in {duration(seconds)}, {size(sum(f['size'] for f in done.files.values()))} in {path}")
     return 0
+
+
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
+"""names of environment variables that hold what nobody else is to see"""
+SHORTEST_SECRET = 8
+"""characters: shorter ones (EMPTY, none) are what servers without a key are given"""
+
+
+def refuse_secrets(settings: dict[str, Any], variables: Iterable[str] = ()) -> None:
+    """Raises ConfigError where a setting holds what one of these environment variables, or one with the name of a secret, does: manifests keep settings."""
+    named = {*variables, *(name for name in os.environ if SECRET.search(name))}
+    secrets = {name: value for name in sorted(named) if len(value := os.environ.get(name, "")) >= SHORTEST_SECRET}
+    for setting, value in flatten(settings).items():
+        for name, secret in secrets.items():
+            if secret in f"{setting} {value}" or json.dumps(secret)[1:-1] in f"{value}":
+                shown = setting.replace(secret, "***")
+                raise ConfigError(
+                    f"{shown} holds what {name} does in the environment, and the manifest would keep it",
+                    fix=[f"leave {shown} out", "a server's key is sent from the variable that key_env names, OPENAI_API_KEY unless set"],
+                )
 
 
 def _other_run(stage: Stage[V], inputs: Inputs) -> str:

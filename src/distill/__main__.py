@@ -34,6 +34,7 @@ def find(cfg: DistillVerb, run: stage.Run) -> dict[str, Artifact]:
 
 def check(cfg: DistillVerb, inputs: dict[str, Artifact]) -> list[str]:
     """The plan; nothing is sent."""
+    stage.refuse_secrets(cfg.model_dump(mode="json"), {t.key_env for t in runner.teachers(cfg).values() if isinstance(t, EndpointTeacher)})
     lines = [f"{cfg.prompts.path or 'no file'} through {' > '.join(cfg.recipe.order)}"]
     for role, teacher in runner.teachers(cfg).items():
         if isinstance(teacher, LocalTeacher):

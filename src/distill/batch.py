@@ -26,6 +26,10 @@ METADATA = "boardwalk_batch"
 SETTLED_AT_ONCE = 500
 POLL = 60.0
 """seconds between two looks at a batch at most"""
+LONGEST_BATCH = 25 * 3600.0
+"""seconds a command waits for one; the API answers within a day, or says that the batch is expired"""
+MOST_PAGES = 1000
+"""of a hundred batches each, looked through for one"""
 Settle = Callable[[int, str, tuple[int, int], TeacherReply | Failed | NoAnswer], Awaitable[Known]]
 
 
@@ -162,7 +166,7 @@ class Batches:
     async def _find(self, name: str) -> str | None:
         """The id of the batch with this name in its metadata."""
         after = ""
-        while True:
+        for _ in range(MOST_PAGES):
             listed = await self._call("GET", f"/batches?limit=100{after}")
             batches = [batch for batch in listed.get("data") or [] if isinstance(batch, dict)]
             for batch in batches:
@@ -171,6 +175,11 @@ class Batches:
             if not listed.get("has_more") or not batches:
                 return None
             after = f"&after={_field(batches[-1], 'id')}"
+        raise NoAnswer(
+            f"the endpoint lists more than {MOST_PAGES * 100:,} batches",
+            where=self._endpoint.url,
+            fix="teacher.batch=false asks one by one",
+        )
 
     async def _resume(self, batch: OpenBatch) -> None:
         id = batch.id or await self._find(batch.name)
@@ -184,10 +193,16 @@ class Batches:
 
     async def _fetch(self, batch: OpenBatch) -> None:
         """Wait for a batch to end, and give each request its outcome."""
-        looks = 0
+        looks, began = 0, time.monotonic()
         while _field(state := await self._call("GET", f"/batches/{batch.id}"), "status") not in ENDED:
             looks += 1
-            await asyncio.sleep(min(POLL, self._limits.back_off * 1.5**looks))
+            if time.monotonic() - began > LONGEST_BATCH:
+                raise NoAnswer(
+                    f"batch {self._endpoint.plain(str(batch.id))} has not ended in {LONGEST_BATCH / 3600:g} hours",
+                    where=self._endpoint.url,
+                    fix=["the same command waits on", "look at the batch at the endpoint"],
+                )
+            await asyncio.sleep(min(POLL, self._limits.back_off * 1.5 ** min(looks, 99)))
         left = dict(batch.requests)
         for file in (state.get("output_file_id"), state.get("error_file_id")):
             if file:
@@ -263,9 +278,9 @@ class Batches:
         if status != 200:
             raise self._endpoint.refusal(status, self._endpoint.plain(body[:4096].decode(errors="replace")), wait)
         try:
-            found = json.loads(body)
+            found = self._endpoint.server.json(body)
             return found if isinstance(found, dict) else {}
-        except (ValueError, RecursionError):
+        except ValueError:
             raise Failed("reply is not JSON", self._endpoint.plain(body[:300].decode(errors="replace"))) from None
 
 

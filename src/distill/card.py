@@ -8,6 +8,7 @@ from pathlib import Path
 
 from src.core.artifact import Artifact
 from src.core.files import canonical
+from src.core.log import shown
 from src.distill.journal import Total
 from src.distill.pipeline import Record, Work
 from src.settings.teachers import EndpointTeacher, LocalTeacher
@@ -51,7 +52,7 @@ class Samples:
     def write(self, path: Path, title: str) -> None:
         lead = f"{len(self.records)} of {self._seen:,} records, drawn at random. Read them before you train on them."
         records = "\n".join(_article(record) for record in self.records)
-        path.write_text(PAGE.format(title=html.escape(title), lead=lead, records=records), encoding="utf-8", errors="replace")
+        path.write_text(shown(PAGE.format(title=html.escape(title), lead=lead, records=records)), encoding="utf-8", errors="replace")
 
 
 def _article(record: Record) -> str:
@@ -129,7 +130,7 @@ def write(
         "```",
         "",
     ]
-    path.write_text("\n".join(lines), encoding="utf-8", errors="replace")
+    path.write_text(shown("\n".join(lines)), encoding="utf-8", errors="replace")
 
 
 def _flows(work: Work, steps: list[str]):

@@ -19,7 +19,7 @@ LONGEST_BACK_OFF = 60.0
 
 def back_off(tries: int, first: float) -> float:
     """Seconds before the next try of a request that failed `tries` times: doubling from `first`, half of it drawn, so that many do not come back at once."""
-    longest = min(first * 2.0 ** (tries - 1), LONGEST_BACK_OFF)
+    longest = min(first * 2.0 ** min(tries - 1, 99), LONGEST_BACK_OFF)
     return random.uniform(longest / 2, longest)
 
 

@@ -1,10 +1,10 @@
-"""Runs a program that a teacher wrote in a process closed off by `jail`, and tells in a few words how it ended."""
+"""Runs code that a teacher wrote against its tests, in two processes that `sandbox_child` closes off, and tells in a few words how it ended."""
 
 import ast
 import asyncio
+import contextlib
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from src.core.errors import MissingTool
-from src.distill import sandbox_child
+from src.distill import sandbox_child, sandbox_program
 
 PASSED = "passed"
-TAIL = 4096
-"""bytes of a program's output that are kept"""
+TOO_LONG = "takes too long"
+OUTCOMES = (PASSED, "a test fails", "raises an error", "takes too much memory", "ends before its tests do")
+"""what sandbox_program says"""
 PATIENCE = 5
 """seconds on the clock for each of processor time, so that a busy machine fails no program"""
 
@@ -71,54 +72,89 @@ def hollow(code: str) -> str:
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
-async def run(program: str, limits: Limits) -> str:
-    """PASSED if the program reached its end, else how it failed."""
-    # The last line is said only where nothing before it ended the program, an exit with code 0 included.
-    end = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "program.py"
-        file.write_text(f'{program}\nprint("\\n{end}")\n', encoding="utf-8")
-        process = await asyncio.create_subprocess_exec(
-            *_argv(json.dumps(asdict(limits))),
-            file,
-            cwd=folder,
-            env={},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        assert process.stdout is not None  # a pipe
+async def run(code: str, tests: str, limits: Limits) -> str:
+    """PASSED if the tests reached their end, else how they failed.
+
+    Code and tests run in two closed processes (sandbox_program): the code's cannot reach what the tests', and through them this one, decide by.
+    """
+    given = json.dumps({"imports": imports(code), "tests": tests})
+    with contextlib.ExitStack() as fds, tempfile.TemporaryFile() as code_file, tempfile.TemporaryFile() as tests_file:
+        for file, text in ((code_file, code), (tests_file, given)):
+            file.write(text.encode("utf-8", "surrogatepass"))
+            file.seek(0)
+        calls, answers, verdict = (_Pipe(fds) for _ in range(3))
+        argv = [*_argv(json.dumps(asdict(limits))), sandbox_program.__file__]
+        processes = []
         try:
-            tail = await asyncio.wait_for(_tail(process.stdout), limits.seconds * PATIENCE + 5)
-            code = await asyncio.wait_for(process.wait(), 5)
+            for role, stdin, ends in (
+                ("code", code_file, (calls.reads, answers.writes)),
+                ("tests", tests_file, (answers.reads, calls.writes, verdict.writes)),
+            ):
+                process = await asyncio.create_subprocess_exec(
+                    *argv,
+                    role,
+                    *map(str, ends),
+                    cwd="/",
+                    env={},
+                    stdin=stdin,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=ends,
+                )
+                processes.append(process)
+            for pipe in (calls, answers):
+                pipe.close()
+            asked, judge = processes
+            await asyncio.wait_for(judge.wait(), limits.seconds * PATIENCE + 5)
+            with contextlib.suppress(TimeoutError):  # it ends with the tests, unless it is busy
+                await asyncio.wait_for(asked.wait(), 0.2)
+            return _outcome(verdict.read(), [process.returncode for process in processes])
         except TimeoutError:
-            return "takes too long"
+            return TOO_LONG
         finally:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
-    return _outcome(code, tail.decode(errors="replace"), end)
+            for process in processes:
+                if process.returncode is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    await process.wait()
+
+
+class _Pipe:
+    """reads, writes: its file descriptors, closed with `fds` at the latest."""
+
+    def __init__(self, fds: contextlib.ExitStack):
+        self.reads, self.writes = os.pipe()
+        self._open = [self.reads, self.writes]
+        fds.callback(self.close)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.pop())
+
+    def read(self) -> str:
+        """What is in it now."""
+        os.set_blocking(self.reads, False)
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self.reads, 100).decode(errors="replace")
+        return ""
+
+
+def imports(code: str) -> list[str]:
+    """The code's import statements as tests may use them: without those of objects that pass for anything."""
+    found = []
+    for node in sandbox_program.imports(code):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        if not {name.partition(".")[0] for name in modules} & {"unittest", "__main__", ""}:
+            found.append(ast.unparse(node))
+    return found
 
 
 def _argv(limits: str) -> list[str]:
     return [sys.executable, "-I", "-S", sandbox_child.__file__, limits]
 
 
-async def _tail(stream: asyncio.StreamReader) -> bytes:
-    """The last bytes of a stream; all is read, so that a program that says much is not held up."""
-    tail = b""
-    while piece := await stream.read(1 << 16):
-        tail = (tail + piece)[-TAIL:]
-    return tail
-
-
-def _outcome(code: int, tail: str, end: str) -> str:
-    if code == 0:
-        return PASSED if tail.rstrip().endswith(end) else "ends before its tests do"
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):
-        return "takes too long"
-    last = tail.rstrip().rsplit("\n", 1)[-1].partition(":")[0]
-    if last == "AssertionError":
-        return "a test fails"
-    return "takes too much memory" if last == "MemoryError" else "raises an error"
+def _outcome(verdict: str, codes: list[int | None]) -> str:
+    """The tests' own word, but where a process was ended for its time."""
+    if verdict != PASSED and {-signal.SIGXCPU, -signal.SIGKILL} & set(codes):
+        return TOO_LONG
+    return verdict if verdict in OUTCOMES else "ends before its tests do"

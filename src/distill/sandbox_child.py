@@ -1,6 +1,6 @@
 """Closes this process off, then becomes the Python interpreter on one program. A script for `sandbox`, with the standard library alone.
 
-    python -I -S jail.py '{"seconds": 5, "memory": 268435456, "closed": true}' PROGRAM.py
+    python -I -S sandbox_child.py '{"seconds": 5, "memory": 268435456, "closed": true}' PROGRAM.py ARGUMENTS
 
 Limits: processor time, memory, no file written, few open files, no core. Landlock (kernel 5.13 and later, docs.kernel.org/userspace-api/landlock.html)
 leaves nothing to read but the interpreter, the system's libraries and the program. A seccomp filter refuses system calls by which a program reaches
@@ -74,7 +74,7 @@ def main() -> None:
         print(" and ".join(lacking), flush=True)
         sys.exit(LACKING)
     # As -I, but for the one variable without which sets come in another order each time.
-    os.execve(python, [python, "-s", "-P", "-S", "-B", program], {"PYTHONHASHSEED": "0"})
+    os.execve(python, [python, "-s", "-P", "-S", "-B", program, *sys.argv[3:]], {"PYTHONHASHSEED": "0"})
 
 
 def closed_files(program: str) -> bool:

@@ -8,9 +8,12 @@ from src.core.errors import BadData, MissingInput, WrongKind
 from src.core.files import AGAIN, read_json
 from src.core.log import say
 from src.models import safetensors_io
+from src.sizing.config_reader import check_sizes
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+RANK = 4096
+"""of an adapter that its tensors need not show"""
 LFS = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -93,8 +96,9 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
                 raise MissingInput(
                     f"'{shard}' is a Git LFS pointer, not the weights", where=str(path), fix="run `git lfs pull` in that repository"
                 )
-    if files:
-        safetensors_io.entries(path)
+    entries = safetensors_io.entries(path) if files else {}
+    known = (len(entries), sum(entry.size for entry in entries.values() if entry.dtype in safetensors_io.ITEM)) if files else ()
+    check_sizes(config, str(path / "config.json"), *known)
     if config.get("auto_map") and not trust_remote_code:
         raise WrongKind(
             "the model brings Python code of its own",
@@ -110,15 +114,23 @@ def _is_beside(name: object) -> bool:
 
 
 def check_adapter_file(path: Path) -> None:
-    """Raises WrongKind for an adapter that is a pickle, which peft would take, MissingInput for one without weights."""
-    if (path / "adapter_model.safetensors").is_file():
-        return
+    """Raises WrongKind for an adapter that is a pickle, which peft would take, MissingInput for one without weights, BadData for a rank beyond them."""
     fix = "copy it again, or save it with safe_serialization=True"
-    if (path / "adapter_model.bin").is_file():
-        raise WrongKind(
-            "the adapter's weights are a pickle (adapter_model.bin), which can run any code when loaded", where=str(path), fix=fix
-        )
-    raise MissingInput("the adapter has no adapter_model.safetensors", where=str(path), fix=fix)
+    if not (path / "adapter_model.safetensors").is_file():
+        if (path / "adapter_model.bin").is_file():
+            raise WrongKind(
+                "the adapter's weights are a pickle (adapter_model.bin), which can run any code when loaded", where=str(path), fix=fix
+            )
+        raise MissingInput("the adapter has no adapter_model.safetensors", where=str(path), fix=fix)
+    config = read_json(path / "adapter_config.json")
+    pattern = config.get("rank_pattern")
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    largest = max((max(entry.shape, default=0) for entry in safetensors_io.entries(path, "adapter_model*.safetensors").values()), default=0)
+    for rank in ranks:
+        if isinstance(rank, int | float) and rank > max(largest, RANK):
+            raise BadData(
+                f"a rank of {rank:,}, and no tensor of the adapter is that large", where=str(path / "adapter_config.json"), fix=AGAIN
+            )
 
 
 def check_tokenizer(path: Path) -> None:
@@ -131,6 +143,12 @@ def check_tokenizer(path: Path) -> None:
             where=str(path),
             fix=f"python -m src.aux_files source=BASE_MODEL target={path} copies it from the base model",
         )
+
+
+def check_config(path: Path) -> None:
+    """Raises BadData where a folder has a config.json, which transformers reads for the tokenizer too, and no model could be built by it."""
+    if (path / "config.json").is_file():
+        check_sizes(read_json(path / "config.json"), str(path / "config.json"))
 
 
 def has_tokenizer(path: Path) -> bool:

@@ -6,21 +6,24 @@ import re
 from pathlib import Path
 from typing import Any
 
+from src.chat.encoding import bound_templates
 from src.core.artifact import Artifact
 from src.core.errors import BadData, MissingTool
 from src.core.log import warn
 from src.core.processes import import_quietly, silenced
 from src.models import adapter_files, safetensors_io
-from src.models.folder import _allowed, base_of, check_adapter_file, check_folder, check_tokenizer, has_tokenizer, trust_of
+from src.models.folder import _allowed, base_of, check_adapter_file, check_config, check_folder, check_tokenizer, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
     """The tokenizer of a folder, from local files only."""
     check_tokenizer(path)
+    check_config(path)
     from transformers import AutoTokenizer
 
     _quiet()
+    bound_templates()
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
 
 

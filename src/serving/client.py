@@ -6,6 +6,7 @@ HTML standard's server-sent events. No redirect is followed and no proxy asked, 
 
 import contextlib
 import http.client
+import io
 import json
 import socket
 import ssl
@@ -31,6 +32,8 @@ DOES_NOT_KNOW = (400, 415, 422, 501)
 """statuses that a server gives to settings it does not take"""
 LARGEST = 1 << 26
 """bytes of one reply at most"""
+WHOLE = 10
+"""times the timeout that a whole answer may take, while it goes on"""
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,65 @@ START = [
 ]
 
 
+class Deadline:
+    """When a request is given up: `timeout` seconds after it began or last went on, and WHOLE times as many after it began, however it goes on."""
+
+    def __init__(self, timeout: float, where: str):
+        self._timeout, self._where, self._began = timeout, where, time.monotonic()
+        self._silent_since = self._began
+
+    def went_on(self) -> None:
+        """A piece of the answer came. Nothing else is progress: no header, no comment, no byte of what may never be whole."""
+        self._silent_since = time.monotonic()
+
+    def left(self) -> float:
+        """Seconds, above 0. Raises NoAnswer where there are none."""
+        now, whole = time.monotonic(), self._timeout * WHOLE
+        if now >= self._began + whole:
+            raise self._over(f"the answer was not whole after {whole:g} s")
+        if now >= self._silent_since + self._timeout:
+            raise self.silent()
+        return min(self._began + whole, self._silent_since + self._timeout) - now
+
+    def silent(self) -> NoAnswer:
+        return self._over(f"the server was silent for {self._timeout:g} s")
+
+    def _over(self, what: str) -> NoAnswer:
+        return NoAnswer(what, where=self._where, fix=["endpoint.timeout=SECONDS waits longer", "look at the server's log"])
+
+
+class Timed(io.RawIOBase):
+    """What comes over a socket, read within a deadline, also where each byte comes in time and the line they make never ends."""
+
+    def __init__(self, sock: socket.socket, deadline: Deadline):
+        self._sock, self._deadline = sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self._sock.settimeout(self._deadline.left())
+        try:
+            return self._sock.recv_into(buffer)
+        except TimeoutError:
+            self._deadline.left()
+            raise self._deadline.silent() from None
+
+
+class TimedReply(http.client.HTTPResponse):
+    """A reply that is read within a deadline, its interim ones (100 Continue) too."""
+
+    def __init__(self, sock: socket.socket, deadline: Deadline, method: str):
+        super().__init__(sock, method=method)
+        self.fp.close()
+        self.fp = io.BufferedReader(Timed(sock, deadline))
+
+
 class Client:
     """Requests to one server, each over a connection of its own, with the time it took.
 
-    url: with or without /v1 at its end. timeout: seconds the server may be silent. A key comes from OPENAI_API_KEY.
+    url: with or without /v1 at its end. timeout: seconds the server may be silent; a whole answer may take WHOLE times as many. A key comes from
+    OPENAI_API_KEY.
     """
 
     def __init__(self, url: str, *, timeout: float):
@@ -91,7 +149,7 @@ class Client:
 
     def models(self) -> list[dict]:
         """What GET /models lists, each with an `id`; raises NoAnswer, Refused where the server has no such list."""
-        with self._asked("GET", "/models") as (response, _):
+        with self._asked("GET", "/models") as (response, *_):
             listed = self._json(self._read(response))
         with self._shaped(listed):
             return [entry for entry in listed["data"] if entry["id"].encode()]
@@ -121,7 +179,7 @@ class Client:
         max_tokens is 1, since 0 means "without limit" to some servers; what is generated stands behind the given tokens and is left out.
         """
         asked = {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
-        with self._asked("POST", "/completions", _completion(model, ids) | asked) as (response, _):
+        with self._asked("POST", "/completions", _completion(model, ids) | asked) as (response, *_):
             given = self._json(self._read(response))
         with self._shaped(given):
             found = given["choices"][0].get("logprobs") or {}
@@ -138,7 +196,7 @@ class Client:
 
         The server must have read as many tokens as it was given: one that puts a token of its own first is refused.
         """
-        with self._asked("POST", "/completions", _completion(model, ids) | {"logprobs": count}) as (response, _):
+        with self._asked("POST", "/completions", _completion(model, ids) | {"logprobs": count}) as (response, *_):
             given = self._json(self._read(response))
         with self._shaped(given):
             found = (given["choices"][0].get("logprobs") or {}).get("content") or []
@@ -160,9 +218,8 @@ class Client:
     def _chat(self, body: dict, max_tokens: int) -> Reply:
         text, length, finish, first, pieces, reasoned = [], 0, None, None, 0, False
         usage: dict = {}
-        with self._asked("POST", "/chat/completions", body) as (response, start):
+        with self._asked("POST", "/chat/completions", body) as (response, start, deadline):
             streamed = "event-stream" in response.headers.get("Content-Type", "")
-            progressed = start
             for event in self._events(response) if streamed else [self._json(self._read(response))]:
                 now = time.monotonic()
                 with self._shaped(event):
@@ -176,7 +233,8 @@ class Client:
                         finish = choice.get("finish_reason") or finish
                         thought = part.get("reasoning_content") or part.get("reasoning")
                         if part.get("content") or thought or part.get("tool_calls"):
-                            first, pieces, progressed = first or now, pieces + 1, now
+                            first, pieces = first or now, pieces + 1
+                            deadline.went_on()
                         text.append("".join(part.get("content") or ""))
                         length += len(text[-1])
                         reasoned = reasoned or bool(thought)
@@ -186,19 +244,20 @@ class Client:
                         raise NoAnswer(
                             f"the server goes on long after max_tokens={max_tokens}", where=self.url, fix="use a server that keeps it"
                         )
-                if now - progressed > self.timeout:
-                    raise TimeoutError
+                deadline.left()
             end = time.monotonic()
         if finish is None and streamed:
             raise NoAnswer(f"the stream was cut off after {pieces} pieces, before a finish_reason", where=self.url, fix=AGAIN)
         # An emoji may come as two halves of a surrogate pair, in two pieces; a half that stays alone cannot be written to a file.
-        whole = "".join(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # A key may come in two pieces as well.
+        whole = self.server.hidden("".join(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return Reply(whole, finish == "stop", end - start, first - start if first and streamed else None, pieces, *counts, cached, reasoned)
 
     @contextlib.contextmanager
-    def _asked(self, method: str, path: str, body: dict | None = None) -> Iterator[tuple[http.client.HTTPResponse, float]]:
-        """An open reply of status 200 and the moment its request began, the connection being made; waits for a busy server, within the timeout."""
-        waited, tries = 0.0, 0
+    def _asked(self, method: str, path: str, body: dict | None = None) -> Iterator[tuple[http.client.HTTPResponse, float, Deadline]]:
+        """An open reply of status 200, the moment its request began, the connection being made, and its deadline; waits for a busy server, within the
+        timeout."""
+        began, tries = time.monotonic(), 0
         headers = self.server.headers | {"Connection": "close"}
         while True:
             secure = self._parts.scheme == "https"
@@ -213,19 +272,17 @@ class Client:
                     self._open_now.add(sock)
                 start = time.monotonic()
                 connection.request(method, self._parts.path + path, json.dumps(body).encode() if body else None, headers)
-                response = connection.getresponse()
+                deadline = Deadline(self.timeout, self.url + path)
+                response = TimedReply(sock, deadline, method)
+                response.begin()
                 if response.status == 200:
                     with contextlib.closing(response):
-                        yield response, start
+                        yield response, start, deadline
                     return
                 refusal = self._refusal(response)
                 wait = seconds_to_wait(response.headers.get("Retry-After"), tries)
             except TimeoutError:
-                raise NoAnswer(
-                    f"the server was silent for {self.timeout:g} s",
-                    where=self.url + path,
-                    fix=["endpoint.timeout=SECONDS waits longer", "look at the server's log"],
-                ) from None
+                raise Deadline(self.timeout, self.url + path).silent() from None
             except ConnectionRefusedError:
                 raise NoAnswer("nothing listens there", where=self.url, fix=START) from None
             except ssl.SSLError as error:
@@ -239,11 +296,11 @@ class Client:
                 connection.close()
                 with self._lock:
                     self._open_now.discard(sock)
-            if refusal.status not in BUSY or waited + wait > self.timeout:
+            if refusal.status not in BUSY or time.monotonic() - began + wait > self.timeout:
                 raise refusal
             self._say_once(f"endpoint: busy (HTTP {refusal.status}), asked again in {wait:g} s, for up to {self.timeout:g} s a request")
             time.sleep(wait)
-            waited, tries = waited + wait, tries + 1
+            tries += 1
 
     def _refusal(self, response: http.client.HTTPResponse) -> Refused:
         """The error a status other than 200 means, with the server's own words."""
@@ -257,7 +314,7 @@ class Client:
                 f"the server answers HTTP {status}",
                 "look at the server's log, and whether endpoint.url is an OpenAI-compatible API",
             )
-        with contextlib.suppress(OSError, http.client.HTTPException):
+        with contextlib.suppress(OSError, http.client.HTTPException, NoAnswer):
             body = response.read(4096).decode(errors="replace").strip()
             what += f": {self.server.plain(message_of(body))}" if body else ""
         return Refused(what, status=status, where=self.url, fix=fix)
@@ -287,14 +344,12 @@ class Client:
             yield self._json("\n".join(data))
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
-        parts, size, start = [], 0, time.monotonic()
+        parts, size = [], 0
         while part := response.read1(1 << 16):
             parts.append(part)
             size += len(part)
             if size > LARGEST:
                 raise NoAnswer(f"the reply is larger than {LARGEST >> 20} MiB", where=self.url)
-            if time.monotonic() - start > self.timeout:
-                raise TimeoutError
         return b"".join(parts)
 
     def _json(self, data: str | bytes):

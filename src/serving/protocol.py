@@ -2,14 +2,17 @@
 
 import contextlib
 import email.utils
+import html
 import json
 import math
 import os
+import re
 from datetime import UTC, datetime
 from functools import partial
 from urllib.parse import urlsplit
 
 from src.core.errors import ConfigError, NoAnswer
+from src.core.log import warn
 
 BUSY = (429, 503)
 LONGEST_TOKEN = 256
@@ -38,6 +41,8 @@ class Server:
     def __init__(self, url: str, *, key_env: str, setting: str, name: str):
         self.url, self.key_env, self.setting, self.name = api_of(url), key_env, setting, name
         self._key = key_in(key_env)
+        self._spellings = re.compile("".join(map(_spellings, self._key))) if self._key else None
+        self._repeats_it = False
 
     @property
     def headers(self) -> dict[str, str]:
@@ -53,19 +58,32 @@ class Server:
         return f"with the key in {self.key_env}" + (" (unencrypted, over http)" if self.url.startswith("http://") else "")
 
     def hidden(self, text: str) -> str:
-        """The text without the key, where the server repeats it: what a server says goes into reports."""
-        return text.replace(self._key, "***") if self._key else text
+        """The text without the key, however the server spells it (JSON's escapes at any depth, a URL's, HTML's); that it does so is said once."""
+        if self._spellings is None:
+            return text
+        text, count = self._spellings.subn("***", text)
+        if count and not self._repeats_it:
+            self._repeats_it = True
+            warn(f"{self.name} repeats the key in {self.key_env}; *** stands in its place")
+        return text
 
     def plain(self, value: object) -> str:
         """A server's words for a person, and never the key; see `plain`."""
         return plain(self.hidden(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
 
     def json(self, data: str | bytes):
-        """A reply's JSON without the key. Raises ValueError where it is none."""
+        """A reply's JSON without the key, which is looked for in what the JSON's texts say. Raises ValueError where it is none."""
         try:
-            return json.loads(self.hidden(data if isinstance(data, str) else data.decode(errors="replace")))
+            return self._without_key(json.loads(data if isinstance(data, str) else data.decode(errors="replace")))
         except RecursionError:
             raise ValueError("nested too deeply") from None
+
+    def _without_key(self, value):
+        if isinstance(value, str):
+            return self.hidden(value)
+        if isinstance(value, dict):
+            return {self.hidden(name): self._without_key(inner) for name, inner in value.items()}
+        return [self._without_key(inner) for inner in value] if isinstance(value, list) else value
 
     def denied(self, status: int, location: str | None) -> tuple[str, str] | None:
         """(what, way out) of a status that no other request would change: a redirect, which is not followed, or a key refused. None for others."""
@@ -78,6 +96,12 @@ class Server:
             refused = f"the key in {self.key_env}" if self._key else "requests without a key"
             return f"{self.name} refuses {refused} (HTTP {status})", f"export {self.key_env}=... with the key it wants"
         return None
+
+
+def _spellings(char: str) -> str:
+    """A regular expression of the ways to write a character of a key: itself, escaped in JSON (within JSON's own strings too), in a URL, in HTML."""
+    code, itself = ord(char), rf"\\*{re.escape(char)}" if char in '"/\\' else re.escape(char)
+    return rf"(?:{itself}|{re.escape(html.escape(char))}|(?i:\\+u00{code:02x}|%{code:02x}|&\#0*{code};|&\#x0*{code:x};))"
 
 
 def key_in(variable: str) -> str | None:

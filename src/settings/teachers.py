@@ -1,5 +1,6 @@
 """Settings of distillation's teachers and judges: a server, a model on this machine, what they cost and how fast they may be asked."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -68,7 +69,33 @@ class EndpointTeacher(Settings):
         check_address(self.url, "url")
         if taken := sorted(self.extra.keys() & {"model", "messages", "prompt", "stream", "n"}):
             raise ValueError(f"extra sets {', '.join(taken)}, which the request itself does")
+        if found := _like_a_key(self.extra, "extra"):
+            raise ValueError(
+                f"{found} looks like a key, which the manifest would keep; give it in the environment variable that key_env names"
+            )
         return self
+
+
+NAME_OF_KEY = re.compile(
+    r"(x[-_])?api[-_]?key|(access|auth|bearer|id)[-_]?token|key|token|authorization|bearer|(client[-_]?)?secret|password", re.IGNORECASE
+)
+KEY = re.compile(r"(Bearer |Basic |sk-|hf_|gsk_|xai-|AIza)\S{8,}")
+"""how headers with keys, and the keys of common services, begin"""
+
+
+def _like_a_key(value: JsonValue, place: str) -> str | None:
+    """The place of what is named or begins as a key does, among further fields of a request; None where there is nothing of the kind."""
+    if isinstance(value, str) and KEY.match(value):
+        return place
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in inner:
+        if KEY.match(str(name)):
+            return place
+        if NAME_OF_KEY.fullmatch(str(name)) and isinstance(part, str):
+            return f"{place}.{name}"
+        if found := _like_a_key(part, f"{place}.{name}"):
+            return found
+    return None
 
 
 class LocalTeacher(Settings):

@@ -372,7 +372,7 @@ class Endpoint(Settings):
     model: str | None
     """name of the model to ask; null: the only one it serves"""
     timeout: Annotated[PositiveFloat, Unkeyed]
-    """seconds it may be silent or busy"""
+    """seconds it may be silent or busy; a whole answer may take ten times as many while it goes on"""
     concurrency: PositiveInt
     """requests at a time; boards serve one"""
 

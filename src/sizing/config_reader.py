@@ -1,10 +1,12 @@
 """A model's shape read from its config.json, whatever its family calls its sizes."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from src.core.errors import BadData, MissingInput, WrongKind
 from src.core.files import read_json
-from src.sizing.decoder import AGAIN, Family, Sizes, hybrid_layer, plain_layer
+from src.sizing.decoder import AGAIN, LARGEST, Family, Sizes, hybrid_layer, plain_layer
 from src.sizing.families import FAMILIES
 from src.sizing.shape import ModelShape, Quantization
 
@@ -24,6 +26,53 @@ def read_shape(path: str | Path) -> ModelShape:
             )
         raise MissingInput("no config.json there", where=str(path), fix="give a model folder, or the path of its config.json")
     return shape_of(read_json(file), str(file))
+
+
+LAYERS = 1000
+"""of a model at most; the deepest published ones have some 130"""
+EXPERTS_MOST = 4096
+POSITIONS = 1 << 24
+"""of a context at most, since some families hold a table of them; Llama 4 Scout has 10 million"""
+_LAYERS = re.compile(r"(?:.*_)?(?:n_)?(?:layers?|blocks|depth)")
+_EXPERTS = re.compile(r"(?:.*_)?(?:experts|heads?)")
+_POSITIONS = re.compile(r"(?:.*_)?(?:positions|position_embeddings|ctx)")
+_SIZES = re.compile(r"(?:.*_)?(?:size|dim|rank|embd|inner|d_model|d_ff|ffn|channels)(?:_per_layer_input)?")
+
+
+def check_sizes(config: dict, where: str, tensors: int | None = None, stored: int | None = None) -> None:
+    """Raises BadData for a number in config.json, or in a part of it, by which no model could be built, before anything loops over it or allots by it.
+
+    tensors: how many the model's weights are; each layer has one of its own. stored: their bytes; a size is that of some tensor, of 4 bits a value at least.
+    """
+    for key, value in _numbers(config):
+        most = (
+            LAYERS
+            if _LAYERS.fullmatch(key)
+            else EXPERTS_MOST
+            if _EXPERTS.fullmatch(key)
+            else POSITIONS
+            if _POSITIONS.fullmatch(key)
+            else None
+        )
+        said = f"'{key}' is {value:,}"
+        if most is not None and value > most:
+            raise BadData(f"{said}; no model has more than {most:,}", where=where, fix=AGAIN)
+        if tensors is not None and key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") and value > tensors:
+            raise BadData(f"{said}, and the weights are {tensors:,} tensors", where=where, fix=AGAIN)
+        if _SIZES.fullmatch(key) and value > (LARGEST if stored is None else max(2 * stored, 1 << 20)):
+            raise BadData(f"{said}" + ("" if stored is None else f", and the weights are {stored:,} bytes"), where=where, fix=AGAIN)
+
+
+def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
+    """(key, number) of every number in a configuration, those of its parts too."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
 
 
 NAMES = {
@@ -110,7 +159,7 @@ def _sizes(config: dict, family: Family, where: str) -> Sizes:
     names = NAMES | family.names
     read = Sizes(0, 0, 0, 0, 0, 0, 0, (), None, config, where).get
     layers, hidden, heads = (read(names[size]) for size in ("layers", "hidden", "heads"))
-    if not 0 < layers <= 1000 or not hidden or not heads:
+    if not 0 < layers <= LAYERS or not hidden or not heads:
         raise BadData(f"{layers} layers of width {hidden} with {heads} heads is no model", where=where, fix=AGAIN)
     head_dim = read(names["head_dim"], hidden // heads)
     window = read("sliding_window") if config.get("sliding_window") is not None else None

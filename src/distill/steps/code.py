@@ -56,10 +56,10 @@ async def run_code(records: Records, settings: RunCode, work: Work) -> Records:
         if fault := sandbox.unfit(code, tests):
             raise SetAside(fault)
         async with slots:
-            outcome = await sandbox.run(f"{code}\n\n{tests}\n", limits)
+            outcome = await sandbox.run(code, tests, limits)
             if outcome != sandbox.PASSED:
                 raise SetAside(f"code: {outcome}")
-            if await sandbox.run(f"{sandbox.hollow(code)}\n\n{tests}\n", limits) == sandbox.PASSED:
+            if await sandbox.run(sandbox.hollow(code), tests, limits) == sandbox.PASSED:
                 raise SetAside("tests that pass without the code")
         return record
 
