@@ -88,6 +88,8 @@ def render(tokenizer, messages: Sequence[dict], tools=None, *, prompt: bool = Fa
         return tokenizer.apply_chat_template(messages, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt)
     except TemplateError as error:
         raise BadData(f"the chat template refuses this conversation: {error}") from None
+    except Exception as error:  # whatever a template's own arithmetic, names and depth end in
+        raise BadData(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from None
 
 
 @lru_cache

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from src.core.errors import BadData, MissingInput, UserError
 Files = dict[str, dict[str, Any]]
 """{relative path: {"sha256": hex, "size": bytes}}"""
 AGAIN = "mend the file, or copy or download it again"
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 _one_spelling = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
@@ -102,11 +104,15 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; damaged content is the user's error, named with its place."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text := path.read_text(encoding="utf-8"))
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise MissingInput("no such file", where=str(path), fix="check the path") from None
     except UnicodeDecodeError as error:
         raise BadData(f"not UTF-8 at byte {error.start}", where=str(path), fix=AGAIN) from None
+    except UnicodeEncodeError:
+        raise BadData("half of a character (a lone surrogate), which is no text", where=str(path), fix=AGAIN) from None
     except (ValueError, RecursionError) as error:
         raise BadData(f"not valid JSON: {error}", where=str(path), fix=AGAIN) from None
     if not isinstance(value, dict):

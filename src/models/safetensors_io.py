@@ -59,6 +59,8 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
 
     The layout is that of the safetensors README: u64 header length, JSON header, data. Raises BadData where a file is cut off or not one.
     """
+    from safetensors import SafetensorError, safe_open
+
     found: dict[str, Entry] = {}
     for file in sorted(folder.glob(pattern)) or sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
@@ -81,12 +83,17 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
                     begin, stop = e["data_offsets"]
                     if begin < 0 or (e["dtype"] in ITEM and stop - begin != math.prod(e["shape"]) * ITEM[e["dtype"]]):
                         raise ValueError("a tensor's bytes do not fit its shape")
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError):
                 raise BadData("not a safetensors file: its header is damaged", where=str(file), fix="copy or download it again") from None
         if end != size:
             raise BadData(
                 "the safetensors file is cut off, or longer than its header says", where=str(file), fix="copy or download it again"
             )
+        try:
+            with safe_open(file, "np"):
+                pass
+        except SafetensorError as error:  # what the library that loads it does not take: tensors that overlap, other metadata
+            raise BadData(f"not a safetensors file: {error}", where=str(file), fix="copy or download it again") from None
     return found
 
 
