@@ -127,6 +127,12 @@ def layer_bytes(shape: ModelShape, form: Format) -> int:
     return round(sum(sum(m.size * form.weight(m) for m in layer.matrices) + layer.vectors * plain for layer in shape.stack))
 
 
+def four_bit(shape: ModelShape, form: Format) -> tuple[int, int]:
+    """(bytes, values) of the layers' matrices that are stored in 4 bit; scales of their groups included."""
+    found = [(m.size * form.weight(m), m.size) for layer in shape.stack for m in layer.matrices if form.weight(m) < 1]
+    return round(sum(size for size, _ in found)), sum(count for _, count in found)
+
+
 def head_bytes(shape: ModelShape, form: Format) -> int:
     """Bytes of the output layer. NPUs hold one of their own also where the model shares it with the embedding."""
     return round(shape.embedding * form.head) if form.apart or not shape.tied else 0
