@@ -11,7 +11,7 @@ from conftest import CHAT, go, make_base
 from src import data, finetune
 from src.core import artifact
 from src.core.errors import MissingTool, NoMemory, NoRoom, ProofFailed
-from src.training import batches, choices, layout, probe, reports, session
+from src.training import batches, choices, layout, probe, reports, rules, session
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 FAST = ["tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000", "train.samples=0"]
@@ -95,7 +95,7 @@ def test_activations_are_recomputed_only_where_memory_is_short(run, monkeypatch)
     assert code == 0, said
     assert "activations kept" in said
     need = (
-        3 * layout.LOGITS + 4e6
+        3 * rules.LOGITS + 4e6
     )  # more than the gradients and optimizer states of these adapters, less than a conversation's activations too
     machine(monkeypatch, 64e9, need / 0.8 + 5e6)
     code, said = run("short", "train.max_steps=2")

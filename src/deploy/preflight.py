@@ -9,7 +9,7 @@ from src.core.errors import BadData, ConfigError, NoRoom, WrongKind
 from src.core.files import read_json
 from src.core.log import size
 from src.models import safetensors_io
-from src.sizing import budget
+from src.sizing import budget, takes
 from src.sizing.shape import ModelShape
 
 OTHER_TOWERS = re.compile(r"vision|visual|audio|image|mtp")
@@ -67,22 +67,7 @@ def gptq_block(model_dir: Path) -> dict | None:
                 fix="python -m src.quantize quantizer=gptq_int4 on the unquantized model",
             )
         return None
-    method, bits, symmetric, ordered = (block.get(key) for key in ("quant_method", "bits", "sym", "desc_act"))
-    reasons = [f"it is {method}"] if method != "gptq" else []
-    reasons += [f"{bits} bits"] if method == "gptq" and bits not in (4, 8) else []
-    reasons += ["not symmetric"] if method == "gptq" and symmetric is not True else []
-    reasons += ["columns quantized out of order (desc_act)"] if method == "gptq" and ordered else []
-    reasons += ["its format is gptq_v2"] if block.get("checkpoint_format") == "gptq_v2" else []
-    if reasons:
-        raise WrongKind(
-            f"only symmetric GPTQ int4 and int8 models in column order can be compiled; this one: {', '.join(reasons)}",
-            where=str(model_dir / "config.json"),
-            fix=[
-                "python -m src.quantize quantizer=gptq_int4 on the unquantized model",
-                "source=UNQUANTIZED_MODEL: the compiler quantizes it",
-            ],
-        )
-    return {"bits": bits, "group_size": block.get("group_size")}
+    return takes.gptq_block({"quantization_config": block}, where=str(model_dir / "config.json"))
 
 
 def equal_layers(shape: ModelShape) -> bool:
