@@ -281,7 +281,13 @@ class Published:
 
 BOARDS = [
     Published(
-        "AX650", "ax650", AX650_DECODE, AX650_FIRST, ("layer_ms", "bandwidth", "kv_bandwidth"), ("prefill_layer_ms", *WITHOUT_EU), WITHOUT_EU
+        "AX650",
+        "ax650",
+        AX650_DECODE,
+        AX650_FIRST,
+        ("layer_ms", "bandwidth", "kv_bandwidth"),
+        ("prefill_layer_ms", *WITHOUT_EU),
+        WITHOUT_EU,
     ),
     Published("AX650 by its graphs alone", "ax650", HY_DECODE, HY_FIRST, change=HY_ALONE),
     Published(
@@ -294,7 +300,13 @@ BOARDS = [
     ),
     Published("AX8850 card in a ROCK 5B+", "ax_m1", AX_M1_DECODE, [], ("layer_ms",), change=WITHOUT_EU),
     Published(
-        "AX8850 card in a Raspberry Pi 5", "llm8850", LLM8850_DECODE, LLM8850_FIRST, ("layer_ms",), ("prefill_layer_ms", "kv_copy"), WITHOUT_EU
+        "AX8850 card in a Raspberry Pi 5",
+        "llm8850",
+        LLM8850_DECODE,
+        LLM8850_FIRST,
+        ("layer_ms",),
+        ("prefill_layer_ms", "kv_copy"),
+        WITHOUT_EU,
     ),
     Published("Mobilint ARIES", "mobilint_aries", ARIES_DECODE, ARIES_FIRST, ("layer_ms", "bandwidth"), ("prefill_layer_ms", "tera_ops")),
 ]
@@ -371,7 +383,9 @@ def solve(rows: list[tuple[float, Callable[[Board], float]]], names: tuple[str, 
 def fit_graphs() -> dict[str, float]:
     """ax650's rate of products and of attention by the prefill graphs of HY-MT1.5, whose times have no part of a runtime's."""
     shape = MODELS[HY]
-    ops = np.array([[2 * shape.matrix_params / shape.layers * 128, 4 * 128 * 128 * (i + 1) * shape.heads * shape.head_dim] for i in range(9)])
+    ops = np.array(
+        [[2 * shape.matrix_params / shape.layers * 128, 4 * 128 * 128 * (i + 1) * shape.heads * shape.head_dim] for i in range(9)]
+    )
     y = np.array(HY_GRAPHS)
     products, attention = np.linalg.lstsq(ops / 1e9 / y[:, None], np.ones(9), rcond=None)[0]
     return {"tera_ops": 1 / products, "attention_tera_ops": 1 / attention}

@@ -79,21 +79,16 @@ def check_fit(shape: ModelShape, target) -> list[str]:
     """Weights, KV cache and embedding against the board's memory, as lines. Raises ConfigError where the board is known and they do not fit."""
     fit = budget.board_fit(shape, target)
     if fit.fits is False:
-        ways = (
-            [f"target.context_len={fit.longest // 64 * 64} fits"]
-            if fit.available and fit.longest and fit.longest >= 64 and fit.needed > fit.available
-            else []
-        )
         raise ConfigError(
             "the model does not fit the board:\n" + "\n".join(f"  {line}" for line in fit.lines),
             where=f"configs/target/{target.name}.yaml",
-            fix=[
-                *ways,
-                "a smaller weight type or model (python -m src.plan compares)",
-                "target.board.npu_memory=GIB target.board.host_memory=GIB if your board has more",
-            ],
+            fix=way_words(budget.ways(shape, target)),
         )
     return fit.lines
+
+
+def way_words(ways: list[list[str]]) -> list[str]:
+    return [" ".join(way) + (" if your board has so much" if way[0].startswith("target.board.") else "") for way in ways]
 
 
 def check_room(folder: Path, shape: ModelShape, target, also: int = 0) -> list[str]:

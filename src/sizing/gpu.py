@@ -152,12 +152,9 @@ def memory_parts(shape: ModelShape, job: Job) -> list[Quantity]:
     away = " (in the host's memory)" if job.offload else ""
     twice = 2 if job.gpus > 1 and not job.stage else 1
     dense = max(layer.params for layer in shape.stack)
-    kept = tokens * kept_per_token(shape, job, checkpointing=job.checkpointing)
+    kept, widest = (tokens * part for part in kept_per_token(shape, job, checkpointing=job.checkpointing))
     each = max(layer_activations(layer, shape, job) for layer in shape.stack)
-    widest = tokens * each
     per_layer = f"{each:,} B (16 x width + 6 x q + 6 x kv + 8 x MLP{' + 3 x adapted inputs' if job.rank and job.dropout else ''})"
-    if not job.checkpointing:
-        widest = 0
     local = trained / share
     stepped = min(local, SUBGROUP) if job.stage == 3 else local
     buffers, buffered = buffer_bytes(shape, job, trained, dense)
@@ -202,11 +199,10 @@ def logits_of(shape: ModelShape, job: Job) -> Quantity:
     return Quantity("logits", job.logits, "B", "the loss a chunk at a time")
 
 
-def kept_per_token(shape: ModelShape, job: Job, *, checkpointing: bool) -> float:
-    """Bytes a token keeps for the backward pass, all layers together."""
-    if checkpointing:
-        return 2.0 * shape.hidden * shape.layers
-    return float(sum(layer_activations(layer, shape, job) for layer in shape.stack))
+def kept_per_token(shape: ModelShape, job: Job, *, checkpointing: bool) -> tuple[float, float]:
+    """Bytes a token keeps for the backward pass, all layers together, and those that one layer holds while it is recomputed."""
+    each = [layer_activations(layer, shape, job) for layer in shape.stack]
+    return (2.0 * shape.hidden * shape.layers, max(each)) if checkpointing else (sum(each), 0)
 
 
 def frozen_bytes(shape: ModelShape, job: Job) -> tuple[float, str]:

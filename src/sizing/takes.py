@@ -172,7 +172,7 @@ def llama2c(config: dict[str, Any], *, where: str) -> ModelShape:
     if kind != "llama":
         refuse(
             f"target=llama2c takes Llama-architecture models only; this one is '{kind}'",
-            "choose a target for this architecture; no target for it yet; the merged or quantized folder itself runs in transformers",
+            "target=openvino_cpu" if kind in OPENVINO else "the merged folder itself runs in transformers: python -m src.evaluate",
         )
     if config.get("quantization_config"):
         refuse("the model is already quantized", "deploy the merged model instead; format=int8_v2 quantizes it here")

@@ -207,7 +207,11 @@ def tokens_that_fit(cfg: FinetuneVerb, model, examples: Examples, layout: Layout
     example = examples[longest]
     short = Example(example.input_ids[:512], example.labels[:512])
     batch = micro_batch([short], [0], 0, packed=layout.packed)
-    kept = kept_bytes(model, batch)
+    kept: float = kept_bytes(model, batch)
+    if layout.checkpointing:  # a layer at a time is computed again, and held as if nothing were recomputed
+        model.gradient_checkpointing_disable()
+        kept += kept_bytes(model, batch) / getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     each = kept / len(short.input_ids)
     world = launch.world_size(cfg.launch) if cfg.deepspeed.stage else 1
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

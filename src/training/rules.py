@@ -64,7 +64,7 @@ def check_batch(batch: int, processes: int, *, fewer: str) -> None:
 def tokens_that_fit(left: float, kept: float, *, trained: float, shards: int, offload: bool) -> int:
     """Tokens of a forward pass whose activations fit into `left` bytes, beside gradients, Adam's states and the chunks of the loss.
 
-    kept: bytes a token keeps for the backward pass, which holds gradients of some of them too. trained: values; shards: processes that share their
+    kept: bytes a token keeps for the backward pass, which holds gradients of some of them too; of what is recomputed those of one layer. trained: values; shards: processes that share their
     gradients and states; offload: those are in the host's memory.
     """
     fixed = needed(0, kept, trained=0 if offload else trained, shards=shards)
