@@ -4,6 +4,7 @@ Models are public facts: the sizes in their config.json on the Hugging Face hub.
 Qwen3-0.6B's embedding file of 151,936 x 1,024 x 2 bytes as 297 MB.
 """
 
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from src.settings.verbs import Gpu, PlanVerb
 from src.sizing import budget, speed
 from src.sizing.budget import format_of
 from src.sizing.config_reader import shape_of
-from src.sizing.gpu import Job, Widths, training
+from src.sizing.gpu import ADAPTERS, Job, Widths, training
 from src.sizing.shape import ModelShape
 
 MIB = 2**20
@@ -501,6 +502,19 @@ def training_rows() -> list[tuple[str, str, int, Row, Row]]:
     return rows
 
 
+# LLaMA-Factory's wiki: Llama-2-7B, Q-LoRA of rank 8, batch 1, an A100 of 40 GB; whole GB. Its loader leaves the embedding and output layer in 16 bit.
+WIKI = {1024: 6, 2048: 7, 4096: 9, 8192: 12, 16384: 19, 32768: 32}
+
+
+def wiki_rows() -> list[Row]:
+    a100: Gpu = compose.compose("plan", ["model=x", "gpu=a100_40g"], PlanVerb).gpu
+    recipe = dataclasses.replace(
+        qwen1_job("Q-LoRA", 1, 0), rank=8, dropout=False, quantized=0.5 + 1 / 64 + 4 / 16384, stage=0, widths=ADAPTERS
+    )
+    planned = lambda length: training(MODELS["Llama-2-7B"], dataclasses.replace(recipe, length=length), a100).total.value / 1e9
+    return [Row(f"Llama-2-7B Q-LoRA, {length:,} tokens", gb, planned(length), "GB") for length, gb in WIKI.items()]
+
+
 # ---- tables, as docs/planner.md shows them
 
 
@@ -540,5 +554,6 @@ def tables() -> dict[str, str]:
     found["AX650: one layer of SmolLM2-135M"] = markdown(layer_rows())
     found["AXERA: files and device memory"] = markdown(size_rows())
     found["KV cache"] = markdown(kv_rows())
+    found["Training memory: LLaMA-Factory's wiki"] = markdown(wiki_rows())
     found["Training: the Qwen-1 README"] = training_markdown(training_rows())
     return found

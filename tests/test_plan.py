@@ -61,12 +61,13 @@ BOUNDS = {
     "AX650: one layer of SmolLM2-135M": (0.11, 0.22),
     "AXERA: files and device memory": (0.04, 0.10),
     "KV cache": (0.01, 0.01),
+    "Training memory: LLaMA-Factory's wiki": (0.05, 0.17),  # the first is published as 6 GB, which is 5.5 to 6.5
 }
 
 
 def test_errors_against_published_figures_stay_small():
     found = published.tables()
-    assert set(BOUNDS) == {heading for heading in found if not heading.startswith("Training")}
+    assert set(BOUNDS) == {heading for heading in found if heading != "Training: the Qwen-1 README"}
     for heading, table in found.items():
         print(f"\n{heading}\n{table}")
         if heading in BOUNDS:

@@ -102,6 +102,36 @@ def test_activations_are_recomputed_only_where_memory_is_short(run, monkeypatch)
     assert code == 0 and "activations recomputed" in said, said
 
 
+def test_a_layer_that_is_recomputed_counts_as_held(run, monkeypatch):
+    """Of what a pass keeps while activations are recomputed: the checkpoints, and one layer's activations, which are there again when their turn comes."""
+    asked, kept = [], layout.kept_bytes
+
+    def note(left, each, **more):
+        asked.append(each)
+        return 10**6
+
+    tokens = {}
+
+    def measured(model, batch):
+        found = kept(model, batch)
+        tokens[model.get_base_model().is_gradient_checkpointing] = found / batch["input_ids"].numel()
+        return found
+
+    monkeypatch.setattr(rules, "tokens_that_fit", note)
+    monkeypatch.setattr(layout, "kept_bytes", measured)
+    code, said = run("recomputed", "train.max_steps=2", "train.gradient_checkpointing=true")
+    assert code == 0 and "activations recomputed" in said, said
+    layers = json.loads((CHAT / "config.json").read_text())["num_hidden_layers"]
+    assert tokens[True] < tokens[False] and asked == [pytest.approx(tokens[True] + tokens[False] / layers)]
+
+
+def test_a_given_micro_batch_is_recomputed_too_where_it_does_not_fit(run, monkeypatch):
+    """A conversation fits while activations are kept, two do not."""
+    monkeypatch.setattr(rules, "tokens_that_fit", lambda left, each, **more: 60)
+    code, said = run("given", "train.max_steps=2", "train.micro_batch_size=8")
+    assert code == 0 and "activations recomputed" in said, said
+
+
 def test_a_machine_that_cannot_hold_one_conversation_says_so(run, monkeypatch):
     machine(monkeypatch, 1e8, 1e8)
     code, said = run("tiny", "train.max_steps=2", "train.gradient_checkpointing=false")

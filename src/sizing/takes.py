@@ -39,7 +39,7 @@ def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
     """The shape of a model that the target takes. Raises what `deploy` would: WrongKind for a model it does not take, ConfigError for settings that
     do not go with it, BadData for a config.json that is no model's."""
     shape = shape_of(config, where)
-    if shape.quantization and not isinstance(target, Axera):
+    if shape.quantization and isinstance(target, Mobilint | Openvino | Llama2c):
         raise WrongKind(
             f"target={target.name} takes a model, not a quantized one ({shape.quantization.method})",
             where=where,
