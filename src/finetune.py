@@ -53,7 +53,7 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
         if not cfg.deepspeed.stage:
             raise ConfigError("deepspeed.config is given, but deepspeed=none would ignore it", fix="deepspeed=zero2 or deepspeed=zero3")
     world, batch = launch.world_size(cfg.launch), cfg.train.global_batch_size
-    rules.check_batch(batch, world, fewer="launch.nproc_per_node")
+    rules.check_batch(batch, world, fewer="launch.nproc_per_node", machines=cfg.launch.nnodes)
     name = rules.zero_name(cfg.deepspeed.stage, cfg.deepspeed.offload)
     return [f"{cfg.tuner.kind} on {base.path}, {name}, {world} process{'es' * (world > 1)}, {batch} conversations a step"]
 

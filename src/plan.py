@@ -206,11 +206,8 @@ Tried = list[list[str]]
 
 def board_ways(cfg: PlanVerb, config: dict) -> list[Tried]:
     """Settings of the same board, then the boards with the least memory that take the model."""
-    there = {
-        name: yaml.safe_load((CONFIGS / "target" / f"{name}.yaml").read_text(encoding="utf-8")).get("board", {})
-        for name in options("target")
-    }
-    known = sorted((board["npu_memory"], name) for name, board in there.items() if board.get("npu_memory") and name != cfg.target.name)
+    boards = {name: option.get("board") or {} for name, option in options("target").items() if name != cfg.target.name}
+    known = sorted((board["npu_memory"], name) for name, board in boards.items() if board.get("npu_memory"))
     same = budget.ways(takes.check(config, cfg.target, where=cfg.model), cfg.target)
     others = [[f"target={name}", *weights] for weights in ([], ["target.weight_type=s4"]) for _, name in known]
     return [*([way] for way in same), others]
@@ -224,7 +221,7 @@ def gpu_ways(cfg: PlanVerb) -> list[Tried]:
     least = [*recomputed, *smallest]
     partitioned = ["deepspeed=zero2"] if cfg.deepspeed.stage == 3 else []  # a 4-bit base cannot be
     tuners = {"full": [["tuner=lora"], ["tuner=qlora", *partitioned]], "lora": [["tuner=qlora", *partitioned]]}.get(cfg.tuner.kind, [])
-    larger = sorted((memory, name) for name in options("gpu") if (memory := gpu_memory(name)) > cfg.gpu.memory)
+    larger = sorted((memory, name) for name, gpu in options("gpu").items() if (memory := gpu.get("memory") or 0) > cfg.gpu.memory)
     zero = ("zero2", "zero3") if cfg.gpus > 1 else ()
     return [
         [change for change in (recomputed, smallest, least) if change],
@@ -237,13 +234,12 @@ def gpu_ways(cfg: PlanVerb) -> list[Tried]:
     ]
 
 
-def options(group: str) -> list[str]:
-    """Names of what is in a folder of configs/."""
-    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+def options(group: str) -> dict[str, dict]:
+    """{name: what is in the file} of a folder of configs/."""
+    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) or {} for file in sorted((CONFIGS / group).glob("*.yaml"))}
 
 
-def gpu_memory(name: str) -> float:
-    return yaml.safe_load((CONFIGS / "gpu" / f"{name}.yaml").read_text(encoding="utf-8")).get("memory") or 0
+# ---- the model
 
 
 def model_lines(shape: ModelShape) -> list[str]:

@@ -396,6 +396,29 @@ def test_how_much_a_pass_holds_is_one_rule(given, kept, recomputed, chosen):
     assert rules.layout(**LAYOUT | given, fits=lambda on: recomputed if on else kept) == chosen
 
 
+@pytest.mark.parametrize(
+    "batch, processes, machines, fix",
+    [
+        (8, 3, 1, ["train.global_batch_size=9", "gpus=2"]),
+        (6, 8, 2, ["train.global_batch_size=8", "gpus=3"]),
+        (7, 4, 2, ["train.global_batch_size=8"]),
+    ],
+)
+def test_a_step_that_cannot_be_shared_is_refused_with_counts_that_can(batch, processes, machines, fix):
+    with pytest.raises(ConfigError) as caught:
+        rules.check_batch(batch, processes, fewer="gpus", machines=machines)
+    assert caught.value.fix == fix
+    rules.check_batch(int(fix[0].split("=")[1]), processes, fewer="gpus", machines=machines)
+
+
+def test_a_7b_at_the_defaults_fits_a_24_gb_card_as_finetune_would_have_it(seven, call):
+    """Planned as not fitting before: whole logits, nothing recomputed, though finetune does both at auto."""
+    said = call("plan", f"model={seven}", "gpu=rtx4090").stdout
+    assert said.startswith("fits rtx4090: 22.5 GB of 24.0 GB") and "activations recomputed (train.gradient_checkpointing=auto)" in said
+    kept = call("plan", f"model={seven}", "gpu=rtx4090", "train.gradient_checkpointing=false", "train.chunked_loss=false").stdout
+    assert kept.startswith("does NOT fit")
+
+
 def test_plan_and_finetune_go_by_that_rule(monkeypatch):
     """Both call it: another answer is another plan, and another layout in training."""
     from src.training import layout

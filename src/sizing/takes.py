@@ -5,6 +5,7 @@ from typing import Any
 from src.core.errors import BadData, ConfigError, WrongKind
 from src.settings.targets import Axera, Llama2c, Mobilint, Openvino, Target
 from src.sizing.config_reader import shape_of
+from src.sizing.decoder import AGAIN
 from src.sizing.shape import ModelShape
 
 # Families that Pulsar2's documents and AXERA's published models name (documents 3.2 to 7.0; model repositories to 2026-08).
@@ -92,8 +93,8 @@ def axera_faults(shape: ModelShape, target: Axera) -> list[str]:
 
 def gptq_block(config: dict[str, Any], *, where: str) -> dict[str, Any] | None:
     """{"bits", "group_size"} of a symmetric GPTQ int4 or int8 model; None for a plain one. Raises WrongKind for every other quantization."""
-    block = config.get("quantization_config")
-    if block is None:
+    block = part(config, "quantization_config", where)
+    if not block:
         return None
     method, bits, symmetric, ordered = (block.get(key) for key in ("quant_method", "bits", "sym", "desc_act"))
     reasons = [f"it is {method}"] if method != "gptq" else []
@@ -176,7 +177,7 @@ def llama2c(config: dict[str, Any], *, where: str) -> ModelShape:
         )
     if config.get("quantization_config"):
         refuse("the model is already quantized", "deploy the merged model instead; format=int8_v2 quantizes it here")
-    if (scaling := rope_type(config)) != "default":
+    if (scaling := rope_type(config, where)) != "default":
         refuse(f"rope scaling '{scaling}' is unknown to llama2.c", "take a model without rope scaling")
     if config.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act is '{config['hidden_act']}'; llama2.c has silu only", "take a model with silu")
@@ -186,7 +187,7 @@ def llama2c(config: dict[str, Any], *, where: str) -> ModelShape:
     if shape.max_positions is None:
         raise BadData("config.json does not say 'max_position_embeddings'", where=where)
     head = shape.hidden // shape.heads
-    if shape.hidden % shape.heads or shape.heads % shape.kv_heads or head % 2:
+    if not shape.kv_heads or shape.hidden % shape.heads or shape.heads % shape.kv_heads or head % 2:
         refuse(
             f"{shape.heads} heads, {shape.kv_heads} KV heads do not divide hidden_size {shape.hidden} into even heads", "take another model"
         )
@@ -195,7 +196,17 @@ def llama2c(config: dict[str, Any], *, where: str) -> ModelShape:
     return shape
 
 
-def rope_type(config: dict[str, Any]) -> str:
+def rope_type(config: dict[str, Any], where: str) -> str:
     """How the rotary embedding is scaled, under the keys of transformers 4 and 5; default: not at all."""
-    rope, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    rope, scaling = part(config, "rope_parameters", where), part(config, "rope_scaling", where)
     return scaling.get("rope_type") or scaling.get("type") or rope.get("rope_type") or "default"
+
+
+def part(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """A block of config.json; empty where it has none. Raises BadData for anything else."""
+    block = config.get(key)
+    if block is None:
+        return {}
+    if not isinstance(block, dict):
+        raise BadData(f"'{key}' should be a JSON object, not {str(block)[:100]!r}", where=where, fix=AGAIN)
+    return block

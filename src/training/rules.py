@@ -49,15 +49,13 @@ def check_length(max_length: int, reach: int | None, *, where: str) -> None:
         )
 
 
-def check_batch(batch: int, processes: int, *, fewer: str) -> None:
-    """Raises ConfigError for a step that cannot be shared equally. fewer: the setting that says how many processes there are."""
+def check_batch(batch: int, processes: int, *, fewer: str, machines: int = 1) -> None:
+    """Raises ConfigError for a step that cannot be shared equally. fewer: the setting that says how many processes each machine has."""
     if batch % processes:
+        dividing = [n for n in range(1, processes // machines) if batch % (n * machines) == 0]
         raise ConfigError(
             f"train.global_batch_size={batch} cannot be shared by {processes} processes",
-            fix=[
-                f"train.global_batch_size={-(-batch // processes) * processes}",
-                f"{fewer}={max(n for n in range(1, processes) if batch % n == 0)}",
-            ],
+            fix=[f"train.global_batch_size={-(-batch // processes) * processes}", *(f"{fewer}={n}" for n in dividing[-1:])],
         )
 
 

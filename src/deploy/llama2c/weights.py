@@ -73,7 +73,8 @@ def read_shape(model_dir: Path) -> Shape:
     """The model's sizes from config.json. Raises WrongKind where llama2.c's formats or run.c cannot express the model."""
     path = model_dir / "config.json"
     config = read_json(path)
-    rope, sizes = config.get("rope_parameters") or {}, takes.llama2c(config, where=str(path))
+    sizes = takes.llama2c(config, where=str(path))
+    rope = config.get("rope_parameters") or {}
     assert sizes.max_positions is not None
     heads = sizes.heads
     return Shape(
