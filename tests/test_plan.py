@@ -565,19 +565,35 @@ def test_what_deploy_takes_is_planned(tmp_path, call, config, overrides):
     assert call("plan", f"model={tmp_path}", *overrides).returncode == 0
 
 
-def test_deploy_asks_the_same_function(tiny_model, monkeypatch):
-    """Of each vendor's check the rules by config.json are those of src/sizing/takes.py, and none is left beside them."""
-    from src.deploy import axera, llama2c, mobilint, openvino, preflight
-
-    for module, names in (
-        (axera, ["takes.axera_faults"]),
-        (llama2c.weights, ["takes.llama2c"]),
-        (mobilint.plan, ["takes.mobilint"]),
-        (openvino, ["takes.openvino"]),
-        (preflight, ["takes.gptq_block"]),
-    ):
-        source = inspect.getsource(module)
-        assert all(f"{name}(" in source for name in names) and "FAMILIES" not in source, module.__name__
+@pytest.mark.parametrize(
+    "arch, config, overrides",
+    [
+        ("qwen2", {}, ["target=llama2c"]),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, ["target=llama2c"]),
+        ("llama", {}, ["target=ax650"]),
+        ("llama", {}, ["target=openvino_npu"]),
+        ("llama", {"model_type": "persimmonx"}, ["target=ax630c", "target.context_len=512", "target.prompt_len=256"]),
+        ("llama", {"model_type": "persimmonx"}, ["target=mobilint_aries"]),
+        ("llama", {"model_type": "persimmonx"}, ["target=openvino_cpu"]),
+        ("llama", {}, ["target=ax650", "target.context_len=512", "target.prompt_len=256", "target.board.npu_memory=0.0001"]),
+    ],
+)
+def test_deploy_and_plan_say_the_same(tiny_model, call, tmp_path, arch, config, overrides):
+    """The error of one is the other's, word by word; what does not fit has the same ways out."""
+    folder = tiny_model(arch)
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    languages = []
+    if overrides[0] == "target=mobilint_aries":  # without a dataset to calibrate on
+        (tmp_path / "en.txt").write_text("text")
+        languages = ["target.languages=[en]", f"target.texts={tmp_path}"]
+    theirs = call("deploy", f"source={folder}", *overrides, *languages, "dry_run=true")
+    ours = call("plan", f"model={folder}", *overrides, *languages)
+    assert theirs.returncode
+    if ours.returncode:
+        assert ours.returncode == theirs.returncode and ours.stderr.split("  where:")[0] in theirs.stderr, theirs.stderr
+    else:
+        way = ours.stdout.splitlines()[1].split("way out: ")[1].rsplit(": ", 1)[0]
+        assert "the model does not fit the board" in theirs.stderr and f"fix:   {way}" in theirs.stderr
 
 
 # ---- the verb
