@@ -77,8 +77,10 @@ class Answer:
 
 def plan(overrides: list[str]) -> int:
     """One plan in full, or several as a table."""
-    if asked := spread(overrides):
+    asked = spread(overrides)
+    if len(asked) > 1:
         return compare(asked)
+    overrides = next(iter(asked), overrides)
     cfg = compose.compose("plan", overrides, PlanVerb)
     if not cfg.gpu and (idle := [text for text in overrides if group_of(text) in TRAINING]):
         warn(f"{' '.join(idle)}: of training, and so without effect on {cfg.target.name}; gpu=NAME plans training")
@@ -115,15 +117,14 @@ def name_of(model: str) -> str:
 
 
 def spread(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each plan, where several are asked for: every model on every target, and on every GPU. Empty where one is."""
+    """The overrides of each plan that is asked for: of every model on every target, and on every GPU. Empty for an empty list."""
     named = {group_of(text) for text in overrides if text != "gpu=none"}
     kinds = [overrides]
     if {"target", "gpu"} <= named:
         kinds = [[text for text in overrides if group_of(text) != other] for other in ("gpu", "target")]
     every = [each for kind in kinds for each in compose.each(kind, *LISTS)]
-    if len(every) < 2:
-        return []
-    if plots := [text for text in overrides if group_of(text) == "plot"]:
+    plots = [text for text in overrides if group_of(text) == "plot"]
+    if plots and len(every) > 1:
         raise ConfigError(f"{plots[0]}: a picture is of one plan", fix="leave it out, or name one model and one target or GPU")
     return every
 

@@ -176,7 +176,7 @@ def llama2c(config: dict[str, Any], *, where: str) -> ModelShape:
             "target=openvino_cpu" if kind in OPENVINO else "the merged folder itself runs in transformers: python -m src.evaluate",
         )
     if config.get("quantization_config"):
-        refuse("the model is already quantized", "deploy the merged model instead; format=int8_v2 quantizes it here")
+        refuse("the model is already quantized", "deploy the merged model instead; target.format=int8_v2 quantizes it here")
     if (scaling := rope_type(config, where)) != "default":
         refuse(f"rope scaling '{scaling}' is unknown to llama2.c", "take a model without rope scaling")
     if config.get("hidden_act", "silu") != "silu":
