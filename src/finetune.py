@@ -45,13 +45,7 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
     base = inputs["model"]
     config = check_folder(base.path, allow_pickle=cfg.model.allow_pickle, trust_remote_code=cfg.model.trust_remote_code)
     check_tokenizer(base.path)
-    reach = config.get("max_position_embeddings")
-    if reach and cfg.train.max_length > reach:
-        raise ConfigError(
-            f"train.max_length={cfg.train.max_length} is beyond the {reach} positions the model knows",
-            where=str(base.path),
-            fix=f"train.max_length={reach}",
-        )
+    rules.check_length(cfg.train.max_length, config.get("max_position_embeddings"), where=str(base.path))
     method = (config.get("quantization_config") or {}).get("quant_method")
     rules.check(cfg.tuner, zero_stage=cfg.deepspeed.stage, quantization=method, where=str(base.path))
     if cfg.deepspeed.config:
@@ -59,11 +53,7 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
         if not cfg.deepspeed.stage:
             raise ConfigError("deepspeed.config is given, but deepspeed=none would ignore it", fix="deepspeed=zero2 or deepspeed=zero3")
     world, batch = launch.world_size(cfg.launch), cfg.train.global_batch_size
-    if batch % world:
-        raise ConfigError(
-            f"train.global_batch_size={batch} cannot be shared by {world} processes",
-            fix=[f"train.global_batch_size={-(-batch // world) * world}", "launch.nproc_per_node=N with N a divisor of it"],
-        )
+    rules.check_batch(batch, world, fewer="launch.nproc_per_node", machines=cfg.launch.nnodes)
     name = rules.zero_name(cfg.deepspeed.stage, cfg.deepspeed.offload)
     return [f"{cfg.tuner.kind} on {base.path}, {name}, {world} process{'es' * (world > 1)}, {batch} conversations a step"]
 

@@ -4,9 +4,12 @@ Models are public facts: the sizes in their config.json on the Hugging Face hub.
 Qwen3-0.6B's embedding file of 151,936 x 1,024 x 2 bytes as 297 MB.
 """
 
+import dataclasses
 import functools
 import statistics
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +19,7 @@ from src.settings.verbs import Gpu, PlanVerb
 from src.sizing import budget, speed
 from src.sizing.budget import format_of
 from src.sizing.config_reader import shape_of
-from src.sizing.gpu import Job, Widths, training
+from src.sizing.gpu import ADAPTERS, Job, Widths, training
 from src.sizing.shape import ModelShape
 
 MIB = 2**20
@@ -55,12 +58,17 @@ MODELS = {
     "Qwen2.5-0.5B-GPTQ-Int4": model(*QWEN2_05B, tied=True, **GPTQ4),
     "Qwen2.5-1.5B": model(*QWEN2_15B, tied=True),
     "Qwen2.5-1.5B-GPTQ-Int4": model(*QWEN2_15B, tied=True, **GPTQ4),
+    "DeepSeek-R1-1.5B": model(*QWEN2_15B, tied=False),
+    "DeepSeek-R1-1.5B-GPTQ-Int4": model(*QWEN2_15B, tied=False, **GPTQ4),
     "Qwen2.5-3B": model("qwen2", 2048, 11008, 36, 16, 2, 151936, tied=True),
+    "Qwen2.5-3B-GPTQ-Int4": model("qwen2", 2048, 11008, 36, 16, 2, 151936, tied=True, **GPTQ4),
     "Qwen2.5-7B": model("qwen2", 3584, 18944, 28, 28, 4, 152064, tied=False),
+    "Qwen2.5-7B-GPTQ-Int4": model("qwen2", 3584, 18944, 28, 28, 4, 152064, tied=False, **GPTQ4),
     "Qwen3-0.6B": model("qwen3", 1024, 3072, 28, 16, 8, 151936, tied=True, head_dim=128),
     "Qwen3-1.7B": model("qwen3", 2048, 6144, 28, 16, 8, 151936, tied=True, head_dim=128),
     "MiniCPM-1.2B": model("minicpm", 1536, 3840, 52, 24, 8, 73440, tied=True),
     "MiniCPM-2.4B": model("minicpm", 2304, 5760, 40, 36, 36, 122753, tied=True),
+    "MiniCPM4-0.5B": model("minicpm", 1024, 4096, 24, 16, 2, 73448, tied=True),
     "Phi-2": model("phi", 2560, 10240, 32, 32, 32, 51200, tied=False),
     "Phi-3-mini": model("phi3", 3072, 8192, 32, 32, 32, 32064, tied=False),
     "Llama-2-7B": model("llama", 4096, 11008, 32, 32, 32, 32000, tied=False),
@@ -70,6 +78,7 @@ MODELS = {
     "Llama-3.2-1B": model("llama", 2048, 8192, 16, 32, 8, 128256, tied=True, head_dim=64),
     "Llama-3.2-3B": model("llama", 3072, 8192, 28, 24, 8, 128256, tied=True, head_dim=128),
     "SmolLM2-135M": model("llama", 576, 1536, 30, 9, 3, 49152, tied=True, head_dim=64),
+    "SmolLM2-360M": model("llama", 960, 2560, 32, 15, 5, 49152, tied=True, head_dim=64),
     "HY-MT1.5-1.8B-GPTQ-Int4": model(*HUNYUAN_18B, tied=True, head_dim=128, **GPTQ4),
     "command-r7b": model("cohere2", 4096, 14336, 32, 32, 8, 256000, tied=True),
     "EXAONE-3.5-2.4B": model(*EXAONE_24B, tied=True, head_dim=80),
@@ -110,47 +119,127 @@ def target(*overrides: str) -> Target:
     return compose.compose("plan", ["model=x", *overrides], PlanVerb).target
 
 
-# ---- boards. (model, tokens per second), and (model, milliseconds to the first token) of a prompt of one chunk of 128.
+# ---- boards
+
+
+class Decode(NamedTuple):
+    """A speed: model, type of its weights, tokens the KV cache has room for, tokens per second."""
+
+    model: str
+    weight: str
+    context: int
+    rate: float
+
+
+class First(NamedTuple):
+    """A time to the first token: model, type of its weights, tokens of a chunk and of the prompt, tokens before it, milliseconds.
+
+    before: the chunk ran in a graph with room for so many, filled or not, after a system prompt.
+    """
+
+    model: str
+    weight: str
+    chunk: int
+    prompt: int
+    before: int
+    ms: float
+
+
+def first(rows: list[tuple[str, float]], weight: str = "s8") -> list[First]:
+    return [First(name, weight, 128, 128, 0, ms) for name, ms in rows]
+
 
 # ax-llm, benchmark/LLM_Benchmark_AX650N.md and ..._AX630C.md: Pulsar2 3.2, s8. Its documents build with --kv_cache_len 1023.
-AX650 = ("target=ax650", "target.weight_type=s8", "target.context_len=1024", "target.prompt_len=128")
+AX650_32 = {
+    "TinyLlama-1.1B": 16.5, "Qwen1.5-0.5B": 28, "Qwen1.5-1.8B": 9, "Qwen1.5-4B": 4.2, "Qwen2-0.5B": 29, "Qwen2-1.5B": 11.2, "Qwen2.5-0.5B": 32,
+    "Qwen2.5-1.5B": 11.5, "Qwen2.5-3B": 5.8, "MiniCPM-1.2B": 11.3, "MiniCPM-2.4B": 6, "Phi-2": 6.6, "Phi-3-mini": 4.5, "Llama-2-7B": 2.7,
+    "Llama-3-8B": 2.5, "Llama-3.2-1B": 14.2, "Llama-3.2-3B": 5.5,
+}  # fmt: skip
+AX650_32_FIRST = {
+    "Qwen2-0.5B": 122, "Qwen2.5-0.5B": 124, "Qwen2.5-1.5B": 230, "Qwen2.5-3B": 420, "Llama-3.2-1B": 183, "Llama-3.2-3B": 450, "Llama-3-8B": 880,
+    "Phi-3-mini": 580, "TinyLlama-1.1B": 200, "MiniCPM-1.2B": 350,
+}  # fmt: skip
+AX630C_32 = {"TinyLlama-1.1B": 5.4, "Qwen2-0.5B": 10.7, "Qwen2-1.5B": 3.7, "MiniCPM-1.2B": 3.9, "Llama-3.2-1B": 4.5}
+AX630C_32_FIRST = {"TinyLlama-1.1B": 880, "Qwen2-0.5B": 360, "Qwen2-1.5B": 1080, "MiniCPM-1.2B": 1100, "Llama-3.2-1B": 880}
 AX650_DECODE = [
-    ("TinyLlama-1.1B", 16.5),
-    ("Qwen1.5-0.5B", 28),
-    ("Qwen1.5-1.8B", 9),
-    ("Qwen1.5-4B", 4.2),
-    ("Qwen2-0.5B", 29),
-    ("Qwen2-1.5B", 11.2),
-    ("Qwen2.5-0.5B", 32),
-    ("Qwen2.5-1.5B", 11.5),
-    ("Qwen2.5-3B", 5.8),
-    ("MiniCPM-1.2B", 11.3),
-    ("MiniCPM-2.4B", 6),
-    ("Phi-2", 6.6),
-    ("Phi-3-mini", 4.5),
-    ("Llama-2-7B", 2.7),
-    ("Llama-3-8B", 2.5),
-    ("Llama-3.2-1B", 14.2),
-    ("Llama-3.2-3B", 5.5),
+    *(Decode(name, "s8", 1024, rate) for name, rate in AX650_32.items()),
+    # Pulsar2's documents 4.1 and 7.0; the card of AXERA-TECH/Qwen2.5-7B-Instruct-GPTQ-Int4.
+    Decode("Qwen2.5-0.5B-GPTQ-Int8", "s8", 1024, 34.04),
+    Decode("Qwen3-0.6B", "s8", 2560, 15.68),
+    Decode("Qwen2.5-7B", "s8", 1024, 2.6),
+    Decode("Qwen2.5-7B-GPTQ-Int4", "s4", 1024, 4.8),
+    # m5stack/StackFlow, benchmark results of llm v1.8: an AX650C box (Pyramid), a Sipeed AX650N board; docs.m5stack.com for 9.46.
+    Decode("Qwen2.5-0.5B-GPTQ-Int4", "s4", 1024, 40.01),
+    Decode("Qwen2.5-1.5B-GPTQ-Int4", "s4", 1024, 17.62),
+    Decode("Qwen2.5-3B-GPTQ-Int4", "s4", 1024, 9.79),
+    Decode("DeepSeek-R1-1.5B-GPTQ-Int4", "s4", 1024, 18.31),
+    Decode("Qwen2.5-3B-GPTQ-Int4", "s4", 1024, 9.46),
+    Decode("Qwen2.5-0.5B-GPTQ-Int4", "s4", 1024, 42.34),
+    Decode("Qwen2.5-1.5B-GPTQ-Int4", "s4", 1024, 18.31),
+    Decode("Qwen2.5-3B-GPTQ-Int4", "s4", 1024, 9.73),
+    Decode("Qwen2.5-7B-GPTQ-Int4", "s4", 1024, 4.54),
+    Decode("DeepSeek-R1-1.5B-GPTQ-Int4", "s4", 1024, 18.37),
 ]
 AX650_FIRST = [
-    ("Qwen2-0.5B", 122),
-    ("Qwen2.5-0.5B", 124),
-    ("Qwen2.5-1.5B", 230),
-    ("Qwen2.5-3B", 420),
-    ("Llama-3.2-1B", 183),
-    ("Llama-3.2-3B", 450),
-    ("Llama-3-8B", 880),
-    ("Phi-3-mini", 580),
-    ("TinyLlama-1.1B", 200),
-    ("MiniCPM-1.2B", 350),
+    *first(list(AX650_32_FIRST.items())),
+    *first([("Qwen2.5-0.5B-GPTQ-Int8", 135.7)]),
+    *first([("Qwen2.5-0.5B-GPTQ-Int4", 136.65), ("Qwen2.5-1.5B-GPTQ-Int4", 285.93), ("Qwen2.5-3B-GPTQ-Int4", 546.34)], "s4"),
+    *first([("DeepSeek-R1-1.5B-GPTQ-Int4", 281.88), ("Qwen2.5-3B-GPTQ-Int4", 550.3)], "s4"),
+    *first([("Qwen2.5-0.5B-GPTQ-Int4", 134.49), ("Qwen2.5-1.5B-GPTQ-Int4", 282.07), ("Qwen2.5-3B-GPTQ-Int4", 543.67)], "s4"),
+    *first([("Qwen2.5-7B-GPTQ-Int4", 1136.33), ("DeepSeek-R1-1.5B-GPTQ-Int4", 281.8)], "s4"),
 ]
-AX630C = ("target=ax630c", "target.weight_type=s8", "target.context_len=1024", "target.prompt_len=128")
-AX630C_DECODE = [("TinyLlama-1.1B", 5.4), ("Qwen2-0.5B", 10.7), ("Qwen2-1.5B", 3.7), ("MiniCPM-1.2B", 3.9), ("Llama-3.2-1B", 4.5)]
-AX630C_FIRST = [("TinyLlama-1.1B", 880), ("Qwen2-0.5B", 360), ("Qwen2-1.5B", 1080), ("MiniCPM-1.2B", 1100), ("Llama-3.2-1B", 880)]
+# Those builds were made without FLOAT_MATMUL_USE_CONV_EU=1, which Pulsar2's recipe has since 5.2 and deploy sets: products with weights ran at these
+# rates, fitted to them. The files in configs/target have the rates with it.
+WITHOUT_EU = {"tera_ops": 2.28, "tera_ops_4bit": 1.8}
+# AX630C: besides the benchmark above, docs.m5stack.com (stackflow/models) and StackFlow's results of llm v1.8: contexts of 1,024, prompts of one chunk.
+# The page's row for Qwen3-0.6B repeats Qwen2.5-0.5B's and is left out. HY-MT1.5: the README of AXERA-TECH/HY-MT1.5-1.8B.axera.
+AX630C_DECODE = [
+    *(Decode(name, "s8", 1024, rate) for name, rate in AX630C_32.items()),
+    Decode("Qwen2.5-0.5B", "s8", 1024, 10.32),
+    Decode("Qwen2.5-1.5B", "s8", 1024, 3.59),
+    Decode("DeepSeek-R1-1.5B", "s8", 1024, 3.57),
+    Decode("Llama-3.2-1B", "s8", 1024, 4.48),
+    Decode("Qwen2.5-0.5B-GPTQ-Int4", "s4", 1024, 12.52),
+    Decode("Qwen2.5-1.5B-GPTQ-Int4", "s4", 1024, 4.63),
+    Decode("HY-MT1.5-1.8B-GPTQ-Int4", "s4", 1024, 4.05),
+]
+AX630C_FIRST = [
+    *first(list(AX630C_32_FIRST.items())),
+    *first([("Qwen2.5-0.5B", 359.8), ("Qwen2.5-1.5B", 1029.41), ("DeepSeek-R1-1.5B", 1075.04), ("Llama-3.2-1B", 891)]),
+    First("Qwen2.5-0.5B", "s8", 256, 256, 0, 1126.19),
+    First("Qwen2.5-1.5B", "s8", 256, 256, 0, 3056.54),
+    First("DeepSeek-R1-1.5B", "s8", 256, 256, 0, 3056.86),
+    First("Llama-3.2-1B", "s8", 256, 256, 0, 2601.11),
+    *first([("Qwen2.5-0.5B-GPTQ-Int4", 442.95), ("Qwen2.5-1.5B-GPTQ-Int4", 1219.54)], "s4"),
+    # "Maximal TTFT" is the sum of all five prefill graphs: four chunks of history and one more.
+    First("HY-MT1.5-1.8B-GPTQ-Int4", "s4", 128, 640, 0, 11538.6),
+]
+# Radxa's pages on the AX-M1, an AX8850 card in a ROCK 5B+ (radxa-docs/docs, docs/aicore/ax-m1/LLM); contexts by their logs.
+AX_M1_DECODE = [
+    Decode("Qwen2.5-1.5B", "s8", 2048, 8.89),
+    Decode("Qwen2.5-1.5B-GPTQ-Int4", "s4", 2048, 11.27),
+    Decode("Qwen3-1.7B", "s8", 2560, 7.3),
+    Decode("MiniCPM4-0.5B", "s8", 1024, 17.86),
+    Decode("SmolLM2-360M", "s8", 1024, 18.02),
+    Decode("DeepSeek-R1-1.5B", "s8", 1024, 8.95),
+    Decode("DeepSeek-R1-1.5B-GPTQ-Int4", "s4", 1024, 12.65),
+    Decode("Qwen2.5-7B-GPTQ-Int4", "s4", 1024, 4.2),
+]
+# docs.m5stack.com on the LLM-8850, the same chip on a card in a Raspberry Pi 5. Qwen3's graphs have room for 512 tokens before a chunk.
+LLM8850_DECODE = [
+    Decode("Qwen3-0.6B", "s8", 2560, 12.88),
+    Decode("Qwen3-1.7B", "s8", 2560, 7.38),
+    Decode("MiniCPM4-0.5B", "s8", 1024, 21.05),
+    Decode("Qwen2.5-0.5B-GPTQ-Int4", "s4", 1024, 27.05),
+    Decode("Qwen2.5-1.5B-GPTQ-Int4", "s4", 1024, 15.06),
+    Decode("DeepSeek-R1-1.5B-GPTQ-Int4", "s4", 1024, 13.29),
+]
+LLM8850_FIRST = [
+    First("Qwen3-0.6B", "s8", 128, 128, 512, 670.51),
+    First("Qwen3-1.7B", "s8", 128, 128, 512, 796.38),
+    First("MiniCPM4-0.5B", "s8", 128, 128, 128, 212.91),
+]
 # Advantech-EdgeSync-Containers/Mobilint-NPU, PERFORMANCE_REPORT.md: 240 tokens in, 10 out. It does not say the weights' bits; w8 is assumed.
-ARIES = ("target=mobilint_aries", "target.weight_type=w8")
-ARIES_IN, ARIES_MEAN = 240, 245
 ARIES_ROWS = [
     ("command-r7b", 4667, 4.58),
     ("EXAONE-3.5-2.4B", 964, 14.23),
@@ -161,84 +250,146 @@ ARIES_ROWS = [
     ("Llama-3.2-1B", 431, 30.73),
     ("Llama-3.2-3B", 1218, 12.16),
 ]
-ARIES_DECODE = [(name, rate) for name, _, rate in ARIES_ROWS]
-ARIES_FIRST = [(name, ms) for name, ms, _ in ARIES_ROWS]
-FITTED = {
-    "ax650": (AX650, AX650_DECODE, 1024, AX650_FIRST, 128),
-    "ax630c": (AX630C, AX630C_DECODE, 1024, AX630C_FIRST, 128),
-    "mobilint_aries": (ARIES, ARIES_DECODE, ARIES_MEAN, ARIES_FIRST, ARIES_IN),
-}
-# Measurements the boards' figures were not fitted to: model, what the build was, tokens/s, then (prompt, ms to the first token) where it is known.
-# AXERA's documents and model cards; the M5Stack card is an AX8850 on PCIe. Where a build's context is not published the target's own is taken.
-LATER = [
-    ("Qwen2.5-0.5B-GPTQ-Int8", ("target=ax650", "target.context_len=1024", "target.prompt_len=512"), 34.04, (128, 135.7)),
-    ("Qwen3-0.6B", ("target=ax650", "target.context_len=2560"), 15.68, (128, 173.7)),
-    ("Qwen2.5-7B", ("target=ax650", "target.weight_type=s8"), 2.6, None),
-    ("Qwen2.5-7B", ("target=ax650", "target.weight_type=s4"), 4.8, None),
-    ("HY-MT1.5-1.8B-GPTQ-Int4", ("target=ax650",), 15.7, (1024, 1514)),
-    ("HY-MT1.5-1.8B-GPTQ-Int4", ("target=ax630c",), 4.05, (512, 11538)),
-    ("Qwen3-0.6B", ("target=ax650", "target.name=m5_llm8850"), 12.88, None),
-    ("Qwen3-1.7B", ("target=ax650", "target.name=m5_llm8850"), 7.38, None),
-    ("Qwen2.5-0.5B-GPTQ-Int4", ("target=ax650", "target.name=m5_llm8850"), 27.05, None),
-    ("Qwen2.5-1.5B-GPTQ-Int4", ("target=ax650", "target.name=m5_llm8850"), 15.06, None),
+ARIES_DECODE = [Decode(name, "w8", 245, rate) for name, _, rate in ARIES_ROWS]
+ARIES_FIRST = [First(name, "w8", 128, 240, 0, ms) for name, ms, _ in ARIES_ROWS]
+# Sums of the graphs' own times on the NPU, without what a runtime adds to each (README of AXERA-TECH/HY-MT1.5-1.8B.axera; built with the setting above).
+HY = "HY-MT1.5-1.8B-GPTQ-Int4"
+HY_ALONE = {"layer_ms": 0, "prefill_layer_ms": 0}
+HY_DECODE = [Decode(HY, "s4", 2048, 15.7)]
+HY_GRAPHS = (4.039, 4.263, 4.533, 4.909, 5.338, 5.527, 5.822, 6.126, 6.369)
+"""milliseconds a layer takes for a chunk of 128 tokens with 0, 128, ... 1,024 before it"""
+HY_FIRST = [First(HY, "s4", 128, 1152, 0, 1514.3)]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was published of one board. fitted_decode, fitted_first: the figures of its YAML that its rows give, in an order that is one of solving.
+
+    change: figures of its YAML that are others for these builds, by name.
+    """
+
+    title: str
+    target: str
+    decode: list[Decode]
+    first: list[First]
+    fitted_decode: tuple[str, ...] = ()
+    fitted_first: tuple[str, ...] = ()
+    change: dict[str, float] = field(default_factory=dict)
+
+    def board(self) -> Board:
+        return target(f"target={self.target}").board.model_copy(update=self.change)
+
+
+BOARDS = [
+    Published(
+        "AX650",
+        "ax650",
+        AX650_DECODE,
+        AX650_FIRST,
+        ("layer_ms", "bandwidth", "kv_bandwidth"),
+        ("prefill_layer_ms", *WITHOUT_EU),
+        WITHOUT_EU,
+    ),
+    Published("AX650 by its graphs alone", "ax650", HY_DECODE, HY_FIRST, change=HY_ALONE),
+    Published(
+        "AX630C",
+        "ax630c",
+        AX630C_DECODE,
+        AX630C_FIRST,
+        ("layer_ms", "bandwidth", "bandwidth_4bit"),
+        ("tera_ops", "tera_ops_4bit", "attention_tera_ops", "spilled_tera_ops"),
+    ),
+    Published("AX8850 card in a ROCK 5B+", "ax_m1", AX_M1_DECODE, [], ("layer_ms",), change=WITHOUT_EU),
+    Published(
+        "AX8850 card in a Raspberry Pi 5",
+        "llm8850",
+        LLM8850_DECODE,
+        LLM8850_FIRST,
+        ("layer_ms",),
+        ("prefill_layer_ms", "kv_copy"),
+        WITHOUT_EU,
+    ),
+    Published("Mobilint ARIES", "mobilint_aries", ARIES_DECODE, ARIES_FIRST, ("layer_ms", "bandwidth"), ("prefill_layer_ms", "tera_ops")),
 ]
 
 
-def decode_rate(name: str, build: Target, context: int, board: Board | None = None) -> float:
-    shape = MODELS[name]
-    return 1000 / speed.decode_ms(shape, format_of(shape, build), board or build.board, context)
+def built(of: Published, weight: str, context: int, chunk: int, prompt: int) -> Target:
+    lengths = [f"target.context_len={max(context, prompt + 1)}"]
+    if of.target != "mobilint_aries":
+        lengths += [f"target.prefill_chunk={chunk}", f"target.prompt_len={prompt}"]
+    return target(f"target={of.target}", f"target.weight_type={weight}", *lengths)
 
 
-def first_token(name: str, build: Target, prompt: int, board: Board | None = None) -> float:
-    shape = MODELS[name]
-    return speed.first_token_ms(shape, format_of(shape, build), board or build.board, prompt)
+def decode_time(of: Published, row: Decode, board: Board) -> float:
+    shape, build = MODELS[row.model], built(of, row.weight, row.context, 128, 128)
+    return speed.decode_ms(shape, format_of(shape, build), rates(board), row.context)
 
 
-def decode_rows(board: str) -> list[Row]:
-    overrides, rows, context, _, _ = FITTED[board]
-    return [Row(name, rate, decode_rate(name, target(*overrides), context), "tokens/s") for name, rate in rows]
+def first_time(of: Published, row: First, board: Board) -> float:
+    """A chunk after others is what a prompt takes longer with it than without; the output layer then comes once more."""
+    shape, build = MODELS[row.model], built(of, row.weight, 4096, row.chunk, row.chunk)
+    form, known = format_of(shape, build), rates(board)
+    ms = lambda prompt: speed.first_token_ms(shape, form, known, prompt)
+    if not row.before:
+        return ms(row.prompt)
+    return ms(row.before + row.prompt) - ms(row.before) + budget.head_bytes(shape, form) / known.bandwidth / 1e6
 
 
-def first_rows(board: str) -> list[Row]:
-    overrides, _, _, rows, prompt = FITTED[board]
-    return [Row(name, ms, first_token(name, target(*overrides), prompt), "ms") for name, ms in rows]
+def rates(board: Board) -> speed.Rates:
+    found = speed.rates_of(board)
+    assert found is not None
+    return found
 
 
-def later_rows() -> list[Row]:
-    rows = []
-    for name, overrides, rate, first in LATER:
-        build = target(*overrides)
-        what = f"{name} {format_of(MODELS[name], build).name}, {build.name}, context {build.context_len:,}"
-        rows.append(Row(what, rate, decode_rate(name, build, build.context_len), "tokens/s"))
-        if first:
-            rows.append(Row(f"{what}, prompt {first[0]:,}", first[1], first_token(name, build, first[0]), "ms"))
-    return rows
+def decode_rows(of: Published) -> list[Row]:
+    board = of.board()
+    named = lambda r: f"{r.model} {r.weight}, context {r.context:,}"
+    return [Row(named(r), r.rate, 1000 / decode_time(of, r, board), "tokens/s") for r in of.decode]
 
 
-def fit(board: str) -> dict[str, float]:
-    """The board's four figures by least squares of the relative errors of its rows: both times are linear in the figures or their inverses."""
-    overrides, decode, context, first, prompt = FITTED[board]
-    build = target(*overrides)
-    probe = lambda **values: Board(**{**dict.fromkeys(Board.model_fields), "tera_ops": 1e9, "bandwidth": 1e12, **values})
-    small = {"layer_ms": 0, "prefill_layer_ms": 0}
+def first_rows(of: Published) -> list[Row]:
+    board = of.board()
+    named = lambda r: f"{r.model} {r.weight}, {r.prompt:,} tokens" + (f" in chunks of {r.chunk}" if r.prompt > r.chunk else "")
+    after = lambda r: f" after room for {r.before}" if r.before else ""
+    return [Row(named(r) + after(r), r.ms, first_time(of, r, board), "ms") for r in of.first]
 
-    def solve(rows, time, *probes, less=0.0):
-        y = np.array([ms for _, ms in rows])
-        x = np.array([[time(name, probe(**{**small, **p})) for p in probes] for name, _ in rows])
-        fixed = np.array([less and time(name, probe(**small, bandwidth=less)) for name, _ in rows])
-        found = np.linalg.lstsq(x / y[:, None], (y - fixed) / y, rcond=None)[0]
-        if (found < 0).any():  # a cost below nothing is none
-            keep = found > 0
-            found = np.where(keep, 0, 0.0)
-            found[keep] = np.linalg.lstsq(x[:, keep] / y[:, None], (y - fixed) / y, rcond=None)[0]
-        return found
 
-    ms = [(name, 1000 / rate) for name, rate in decode]
-    layer, per_gb = solve(ms, lambda n, b: 1000 / decode_rate(n, build, context, b), {"layer_ms": 1}, {"bandwidth": 1})
-    prefill, per_top = solve(
-        first, lambda n, b: first_token(n, build, prompt, b), {"prefill_layer_ms": 1}, {"tera_ops": 1}, less=1 / per_gb
+def fit(of: Published) -> dict[str, float]:
+    """The board's figures as its rows give them. Both times are linear in milliseconds and in the inverses of rates; what is not fitted stands as it is."""
+    decode = [(1000 / r.rate, functools.partial(decode_time, of, r)) for r in of.decode]
+    first = [(r.ms, functools.partial(first_time, of, r)) for r in of.first]
+    found = solve(decode, of.fitted_decode, of.board().model_copy(update={"tera_ops": 1e9}))  # one sequence waits for memory alone
+    return found | solve(first, of.fitted_first, of.board().model_copy(update=found))
+
+
+def solve(rows: list[tuple[float, Callable[[Board], float]]], names: tuple[str, ...], board: Board) -> dict[str, float]:
+    """The figures called `names` by least squares of the rows' relative errors; none is below 0.
+
+    rows: (published milliseconds, planned ones of a board).
+    """
+    if not names:
+        return {}
+    free = {name: 0.0 if name.endswith("_ms") else 1e15 for name in names}
+    probe = lambda **values: board.model_copy(update={**free, **values})
+    y = np.array([ms for ms, _ in rows])
+    fixed = np.array([time(probe()) for _, time in rows])
+    x = np.array([[time(probe(**{name: 1.0})) for name in names] for _, time in rows]) - fixed[:, None]
+    x, z, keep = x / y[:, None], (y - fixed) / y, list(range(len(names)))
+    while ((part := np.linalg.lstsq(x[:, keep], z, rcond=None)[0]) < 0).any():
+        keep = [k for k, value in zip(keep, part) if value >= 0]  # a cost below nothing is none
+    costs = dict.fromkeys(names, 0.0) | {names[k]: float(value) for k, value in zip(keep, part)}
+    return {name: cost if name.endswith("_ms") else 1 / cost if cost else float("inf") for name, cost in costs.items()}
+
+
+def fit_graphs() -> dict[str, float]:
+    """ax650's rate of products and of attention by the prefill graphs of HY-MT1.5, whose times have no part of a runtime's."""
+    shape = MODELS[HY]
+    ops = np.array(
+        [[2 * shape.matrix_params / shape.layers * 128, 4 * 128 * 128 * (i + 1) * shape.heads * shape.head_dim] for i in range(9)]
     )
-    return {"bandwidth": 1 / per_gb, "layer_ms": layer, "prefill_layer_ms": prefill, "tera_ops": 1 / per_top}
+    y = np.array(HY_GRAPHS)
+    products, attention = np.linalg.lstsq(ops / 1e9 / y[:, None], np.ones(9), rcond=None)[0]
+    return {"tera_ops": 1 / products, "attention_tera_ops": 1 / attention}
 
 
 # ---- sizes: SmolLM2-135M and its layers (onnxsim PR #1240, built with 2 subgraphs a layer), Qwen3-0.6B's files and the memory of Qwen2.5-0.5B.
@@ -351,6 +502,19 @@ def training_rows() -> list[tuple[str, str, int, Row, Row]]:
     return rows
 
 
+# LLaMA-Factory's wiki: Llama-2-7B, Q-LoRA of rank 8, batch 1, an A100 of 40 GB; whole GB. Its loader leaves the embedding and output layer in 16 bit.
+WIKI = {1024: 6, 2048: 7, 4096: 9, 8192: 12, 16384: 19, 32768: 32}
+
+
+def wiki_rows() -> list[Row]:
+    a100: Gpu = compose.compose("plan", ["model=x", "gpu=a100_40g"], PlanVerb).gpu
+    recipe = dataclasses.replace(
+        qwen1_job("Q-LoRA", 1, 0), rank=8, dropout=False, quantized=0.5 + 1 / 64 + 4 / 16384, stage=0, widths=ADAPTERS
+    )
+    planned = lambda length: training(MODELS["Llama-2-7B"], dataclasses.replace(recipe, length=length), a100).total.value / 1e9
+    return [Row(f"Llama-2-7B Q-LoRA, {length:,} tokens", gb, planned(length), "GB") for length, gb in WIKI.items()]
+
+
 # ---- tables, as docs/planner.md shows them
 
 
@@ -365,7 +529,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    return f"Median error {median(rows):.1%}, worst {worst(rows):.0%}, {len(rows)} rows."
+    return f"Median error {median(rows):.1%}, worst {worst(rows):.1%}, {len(rows)} rows."
 
 
 def training_markdown(rows) -> str:
@@ -384,12 +548,12 @@ def training_markdown(rows) -> str:
 def tables() -> dict[str, str]:
     """{heading: markdown} of everything compared."""
     found = {}
-    for board, name in (("ax650", "AX650N"), ("ax630c", "AX630C"), ("mobilint_aries", "Mobilint ARIES")):
-        found[f"{name}: decoding"] = markdown(decode_rows(board))
-        found[f"{name}: time to first token"] = markdown(first_rows(board))
-    found["AXERA, builds the figures were not fitted to"] = markdown(later_rows())
+    for board in BOARDS:
+        found |= {f"{board.title}: decoding": markdown(decode_rows(board))} if board.decode else {}
+        found |= {f"{board.title}: time to first token": markdown(first_rows(board))} if board.first else {}
     found["AX650: one layer of SmolLM2-135M"] = markdown(layer_rows())
     found["AXERA: files and device memory"] = markdown(size_rows())
     found["KV cache"] = markdown(kv_rows())
+    found["Training memory: LLaMA-Factory's wiki"] = markdown(wiki_rows())
     found["Training: the Qwen-1 README"] = training_markdown(training_rows())
     return found

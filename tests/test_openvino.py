@@ -13,6 +13,7 @@ from conftest import CHAT, ROOT, in_process, refused, write_model
 
 from src.core.errors import ConfigError, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
 from src.deploy.openvino import exporter, proof, recipe
+from src.sizing import takes
 from src.sizing.config_reader import read_shape
 
 sys.path.insert(0, str(ROOT / "tests" / "stand_ins"))
@@ -90,10 +91,10 @@ def test_a_group_that_does_not_divide_is_refused_with_one_that_does(tmp_path):
     found = shape(tmp_path, hidden_size=192, head_dim=48, intermediate_size=320)
     for device, group in (("CPU", 64), ("NPU", -1)):
         with pytest.raises(ConfigError, match=r"group_size=128 does not divide the model's rows of 192, 320") as error:
-            recipe.check_settings(found, target(group_size=128, device=device), tmp_path)
+            takes.openvino(found, target(group_size=128, device=device), where="here")
         assert error.value.fix == [f"target.group_size={group}"]
-    recipe.check_settings(found, target(group_size=64), tmp_path)
-    recipe.check_settings(found, target(group_size=128, weight_type="int8"), tmp_path)
+    takes.openvino(found, target(group_size=64), where="here")
+    takes.openvino(found, target(group_size=128, weight_type="int8"), where="here")
 
 
 def argv(model: Path, environment: Path, *, weights: list[str]) -> str:
@@ -351,8 +352,8 @@ class TestExporter:
             f"print(json.dumps([k for k, v in known.items() if {recipe.TASK!r} in v.get('openvino', ())]))\n"
         )
         known = set(json.loads(inside(tmp_path, str(program)).splitlines()[-1]))
-        assert known >= recipe.FAMILIES
-        print("registered, not taken:", sorted(known - recipe.FAMILIES))
+        assert known >= takes.OPENVINO
+        print("registered, not taken:", sorted(known - takes.OPENVINO))
 
     def test_a_tokenizer_with_pieces_that_no_merge_makes_is_mended(self, shared, call, monkeypatch):
         model = shared / "models" / "stories260K-w256-qwen2-chatml-hf"

@@ -11,7 +11,7 @@ from conftest import CHAT, go, make_base
 from src import data, finetune
 from src.core import artifact
 from src.core.errors import MissingTool, NoMemory, NoRoom, ProofFailed
-from src.training import batches, choices, layout, probe, reports, session
+from src.training import batches, choices, layout, probe, reports, rules, session
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 FAST = ["tuner.learning_rate=3e-3", "train.log_steps=1", "train.eval_steps=1000", "train.samples=0"]
@@ -96,10 +96,40 @@ def test_activations_are_recomputed_only_where_memory_is_short(run, monkeypatch)
     assert code == 0, said
     assert "activations kept" in said
     need = (
-        3 * layout.LOGITS + 4e6
+        3 * rules.LOGITS + 4e6
     )  # more than the gradients and optimizer states of these adapters, less than a conversation's activations too
     machine(monkeypatch, 64e9, need / 0.8 + 5e6)
     code, said = run("short", "train.max_steps=2")
+    assert code == 0 and "activations recomputed" in said, said
+
+
+def test_a_layer_that_is_recomputed_counts_as_held(run, monkeypatch):
+    """Of what a pass keeps while activations are recomputed: the checkpoints, and one layer's activations, which are there again when their turn comes."""
+    asked, kept = [], layout.kept_bytes
+
+    def note(left, each, **more):
+        asked.append(each)
+        return 10**6
+
+    tokens = {}
+
+    def measured(model, batch):
+        found = kept(model, batch)
+        tokens[model.get_base_model().is_gradient_checkpointing] = found / batch["input_ids"].numel()
+        return found
+
+    monkeypatch.setattr(rules, "tokens_that_fit", note)
+    monkeypatch.setattr(layout, "kept_bytes", measured)
+    code, said = run("recomputed", "train.max_steps=2", "train.gradient_checkpointing=true")
+    assert code == 0 and "activations recomputed" in said, said
+    layers = json.loads((CHAT / "config.json").read_text())["num_hidden_layers"]
+    assert tokens[True] < tokens[False] and asked == [pytest.approx(tokens[True] + tokens[False] / layers)]
+
+
+def test_a_given_micro_batch_is_recomputed_too_where_it_does_not_fit(run, monkeypatch):
+    """A conversation fits while activations are kept, two do not."""
+    monkeypatch.setattr(rules, "tokens_that_fit", lambda left, each, **more: 60)
+    code, said = run("given", "train.max_steps=2", "train.micro_batch_size=8")
     assert code == 0 and "activations recomputed" in said, said
 
 

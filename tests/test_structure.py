@@ -141,7 +141,12 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
         "quantize": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],
         "evaluate": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],
         "deploy": [f"source={a / 'merge'}"],
-        "plan": [f"model={finished / 'inputs' / 'base'}", f"plot={tmp_path / 'plan.png'}"],
+        "plan": [
+            f"model={finished / 'inputs' / 'base'}",
+            f"plot={tmp_path / 'plan.png'}",
+            "target.context_len=512",
+            "target.prompt_len=256",
+        ],
         "aux_files": [f"source={finished / 'inputs' / 'base'}", f"target={write_model(tmp_path / 'made')}"],
         "summary": ["run=a", f"outputs={finished}"],
         "lineage": [a / "deploy-llama2c"],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
+import itertools
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -63,6 +67,12 @@ def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
     for override in list(chosen):
         value, options = override.value(), groups[override.key_or_group]
         names = [str(name) for name in (value if isinstance(value, list) else [value])]
+        if isinstance(value, list) and not _takes_several(schema, override.key_or_group):
+            faults.append(
+                f"{override.input_line}: one {override.key_or_group} at a time; write {override.key_or_group}={names[0] if names else 'NAME'}"
+            )
+            chosen.remove(override)
+            continue
         for name in names:
             if name not in options:
                 faults.append(
@@ -100,6 +110,23 @@ def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
     return found[0]
 
 
+def each(overrides: list[str], *names: str) -> list[list[str]]:
+    """The overrides once for each combination of what is given as a list, as in target=[ax650,ax630c], to one of `names`, in the order of `names`."""
+    lists: dict[str, list[str]] = {}
+    for override in _parse(overrides)[0]:
+        key, value = override.key_or_group, override.value()
+        if key in names and isinstance(value, list):
+            lists[key] = [f"{key}={one}" for one in value]
+    rest = [text for text in overrides if text.partition("=")[0] not in lists]
+    return [[*rest, *chosen] for chosen in itertools.product(*(lists[name] for name in names if name in lists))]
+
+
+def _takes_several(schema: type[BaseModel], group: str) -> bool:
+    """Whether several options of a group go together, each under a name of its own, as trackers do."""
+    field = schema.model_fields.get(group)
+    return field is not None and typing.get_origin(field.annotation) is dict
+
+
 def _hydra_error() -> tuple[type[Exception], type[Exception]]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -109,10 +136,15 @@ def _hydra_error() -> tuple[type[Exception], type[Exception]]:
 
 def _hydra(verb: str, options: list[str]) -> DictConfig:
     """configs/<verb>.yaml with these options of its groups, as OmegaConf holds it."""
+    return copy.deepcopy(_read(CONFIGS, verb, tuple(options)))
+
+
+@functools.cache
+def _read(configs: Path, verb: str, options: tuple[str, ...]) -> DictConfig:
     import hydra
 
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra.compose(verb, options)
+    with hydra.initialize_config_dir(str(configs), version_base="1.3"):
+        return hydra.compose(verb, list(options))
 
 
 def _plain(tree: DictConfig, changes: Iterable[Override] = ()) -> dict[str, Any]:

@@ -153,12 +153,17 @@ def main(stage: Stage[V]) -> None:
 
 def main_plain(verb: str, doc: str, schema: type[V], work: Callable[[V], int]) -> None:
     """Run a verb that makes no artifact: `work(cfg)` returns the exit code."""
+    main_uncomposed(verb, doc, schema, lambda overrides: work(compose.compose(verb, overrides, schema)))
+
+
+def main_uncomposed(verb: str, doc: str, schema: type[V], work: Callable[[list[str]], int]) -> None:
+    """Run a verb that makes no artifact and composes its settings itself: `work(overrides)` returns the exit code."""
 
     def run() -> int:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(compose.help_text(verb, doc, schema))
             return 0
-        return work(compose.compose(verb, sys.argv[1:], schema))
+        return work(sys.argv[1:])
 
     sys.exit(guarded(run))
 

@@ -9,7 +9,7 @@ from src.core.errors import BadData, ConfigError, NoRoom, WrongKind
 from src.core.files import read_json
 from src.core.log import size
 from src.models import safetensors_io
-from src.sizing import budget
+from src.sizing import budget, takes
 from src.sizing.shape import ModelShape
 
 OTHER_TOWERS = re.compile(r"vision|visual|audio|image|mtp")
@@ -67,22 +67,7 @@ def gptq_block(model_dir: Path) -> dict | None:
                 fix="python -m src.quantize quantizer=gptq_int4 on the unquantized model",
             )
         return None
-    method, bits, symmetric, ordered = (block.get(key) for key in ("quant_method", "bits", "sym", "desc_act"))
-    reasons = [f"it is {method}"] if method != "gptq" else []
-    reasons += [f"{bits} bits"] if method == "gptq" and bits not in (4, 8) else []
-    reasons += ["not symmetric"] if method == "gptq" and symmetric is not True else []
-    reasons += ["columns quantized out of order (desc_act)"] if method == "gptq" and ordered else []
-    reasons += ["its format is gptq_v2"] if block.get("checkpoint_format") == "gptq_v2" else []
-    if reasons:
-        raise WrongKind(
-            f"only symmetric GPTQ int4 and int8 models in column order can be compiled; this one: {', '.join(reasons)}",
-            where=str(model_dir / "config.json"),
-            fix=[
-                "python -m src.quantize quantizer=gptq_int4 on the unquantized model",
-                "source=UNQUANTIZED_MODEL: the compiler quantizes it",
-            ],
-        )
-    return {"bits": bits, "group_size": block.get("group_size")}
+    return takes.gptq_block({"quantization_config": block}, where=str(model_dir / "config.json"))
 
 
 def equal_layers(shape: ModelShape) -> bool:
@@ -94,21 +79,16 @@ def check_fit(shape: ModelShape, target) -> list[str]:
     """Weights, KV cache and embedding against the board's memory, as lines. Raises ConfigError where the board is known and they do not fit."""
     fit = budget.board_fit(shape, target)
     if fit.fits is False:
-        ways = (
-            [f"target.context_len={fit.longest // 64 * 64} fits"]
-            if fit.available and fit.longest and fit.longest >= 64 and fit.needed > fit.available
-            else []
-        )
         raise ConfigError(
             "the model does not fit the board:\n" + "\n".join(f"  {line}" for line in fit.lines),
             where=f"configs/target/{target.name}.yaml",
-            fix=[
-                *ways,
-                "a smaller weight type or model (python -m src.plan compares)",
-                "target.board.npu_memory=GIB target.board.host_memory=GIB if your board has more",
-            ],
+            fix=way_words(budget.ways(shape, target)),
         )
     return fit.lines
+
+
+def way_words(ways: list[list[str]]) -> list[str]:
+    return [" ".join(way) + (" if your board has so much" if way[0].startswith("target.board.") else "") for way in ways]
 
 
 def check_room(folder: Path, shape: ModelShape, target, also: int = 0) -> list[str]:

@@ -1,6 +1,7 @@
 """A model's folder: where it is, whether it is whole and safe to load, what it says of itself. Nothing is loaded."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from src.core.artifact import Artifact
@@ -14,6 +15,8 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 RANK = 4096
 """of an adapter that its tensors need not show"""
+WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.cu", "*.cpp", "*.tiktoken")
+"""what of a model on the hub is downloaded"""
 LFS = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -25,25 +28,37 @@ def locate(path: str, revision: str | None = None, *, download: bool = True, all
     folder = Path(path)
     if folder.is_dir():
         return folder
+
+    def get() -> str:
+        from huggingface_hub import snapshot_download
+
+        wanted = [*WANTED, *(["*.bin"] if allow_pickle else [])]
+        return snapshot_download(path, revision=revision, allow_patterns=wanted, local_files_only=not download)
+
+    return Path(_from_hub(path, download, get))
+
+
+def locate_config(path: str, revision: str | None = None, *, download: bool = True) -> Path:
+    """The same of a model's config.json alone: a file, a folder that holds one, or of a hub id the file, downloaded once."""
+    if Path(path).exists():
+        return Path(path)
+
+    def get() -> str:
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(path, "config.json", revision=revision, local_files_only=not download)
+
+    return Path(_from_hub(path, download, get))
+
+
+def _from_hub(path: str, download: bool, get: Callable[[], str]) -> str:
+    """What `get` downloads of the hub's model `path`. Raises MissingInput for a name that cannot be a hub id, and where the hub does not give it."""
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise MissingInput(
             "no such model folder", where=path, fix="give a folder that holds config.json, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
         )
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [
-        "*.json",
-        "*.safetensors",
-        "*.model",
-        "*.txt",
-        "*.jinja",
-        "*.py",
-        "*.cu",
-        "*.cpp",
-        "*.tiktoken",
-        *(["*.bin"] if allow_pickle else []),
-    ]
     if not download:
         say(f"looks for {path} among the models downloaded before, since a dry run downloads nothing")
     with _user_fault(
@@ -51,7 +66,7 @@ def locate(path: str, revision: str | None = None, *, download: bool = True, all
         f"no folder '{path}' here, and the hub did not give a model of that name",
         path,
     ):
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, local_files_only=not download))
+        return get()
 
 
 @contextlib.contextmanager

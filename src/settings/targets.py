@@ -15,13 +15,27 @@ class Board(Settings):
     host_memory: PositiveFloat | None
     """GiB left to programs on the board's own processor, where the embedding table lives; null: not known"""
     bandwidth: PositiveFloat | None
-    """GB/s at which weights and KV cache stream while decoding, fitted to published speeds; null: not known"""
+    """GB/s at which weights stream while decoding, fitted to published speeds; null: not known"""
+    bandwidth_4bit: PositiveFloat | None
+    """GB/s at which weights of 4 bit stream, where unpacking them takes longer than reading them; null: as bandwidth"""
+    kv_bandwidth: PositiveFloat | None
+    """GB/s at which the KV cache is read; null: as bandwidth"""
     layer_ms: NonNegativeFloat | None
     """milliseconds a decoder layer costs per token beside its weights; null: not known"""
     prefill_layer_ms: NonNegativeFloat | None
     """milliseconds a decoder layer costs per chunk of the prompt beside its arithmetic; null: not known"""
     tera_ops: PositiveFloat | None
-    """tera operations per second reached in prefill, fitted to published times; null: not known"""
+    """tera operations per second that products with weights reach in prefill, fitted to published times; null: not known"""
+    tera_ops_4bit: PositiveFloat | None
+    """the same with weights of 4 bit, which are unpacked first; null: as tera_ops"""
+    attention_tera_ops: PositiveFloat | None
+    """the same of attention, each chunk of the prompt against itself and all before it; null: as tera_ops"""
+    onchip_tokens: PositiveInt | None
+    """tokens of a chunk whose activations fit into the NPU's own memory; null: any chunk"""
+    spilled_tera_ops: PositiveFloat | None
+    """tera operations per second for the tokens of a chunk beyond those; null: as tera_ops"""
+    kv_copy: PositiveFloat | None
+    """GB/s at which a host copies keys and values in prefill, where the NPU is a card on PCIe; null: nothing is copied"""
 
 
 class Target(Settings):

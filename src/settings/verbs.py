@@ -420,23 +420,31 @@ class Gpu(Settings):
 
 
 class PlanTrain(Settings):
+    """What of finetune's settings its memory and time follow from; the same words, values and defaults."""
+
     max_length: PositiveInt
-    """tokens per conversation"""
-    micro_batch_size: PositiveInt
-    """conversations per forward pass and GPU"""
+    """tokens per conversation; all are taken to have so many"""
     global_batch_size: PositiveInt
     """conversations per optimizer step over all GPUs"""
-    gradient_checkpointing: bool
-    """recompute activations in the backward pass: less memory, about a third more time"""
+    micro_batch_size: PositiveInt | Literal["auto"]
+    """conversations per forward pass and GPU; auto: as many as fit in memory"""
+    gradient_checkpointing: Literal["auto"] | bool
+    """recompute activations in the backward pass: less memory, about a third more time; auto: only where a conversation needs it"""
+    chunked_loss: Literal["auto"] | bool
+    """compute the output layer a chunk of tokens at a time; auto: where config.json scales no logits behind it"""
+    optimizer: Literal["auto", "adamw", "adamw_8bit"]
+    """adamw_8bit: states in 8 bit"""
 
 
 class PlanVerb(Verb):
     model: str
-    """model folder, or a config.json alone"""
+    """model folder, a config.json alone, or the id of a model on the hub; several, as [a,b], are compared in a table"""
+    revision: str | None
+    """commit, tag or branch on the hub; null: its default"""
     target: AnyTarget
-    """what to plan for, unless a GPU is named"""
+    """what to plan for, unless a GPU is named; target=[a,b] compares several"""
     gpu: Gpu | None
-    """GPU to plan training on; null: plan for the target"""
+    """GPU to plan training on; null: plan for the target; gpu=[a,b] compares several"""
     gpus: PositiveInt
     """GPUs that train together"""
     tuner: Tuner

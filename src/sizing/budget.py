@@ -6,7 +6,7 @@ Every figure that is known comes as a `Quantity`: a value with the equation it i
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, get_args
 
 from src.core.log import size
 from src.settings.targets import Axera, Board, Llama2c, Mobilint, Openvino, Target
@@ -127,6 +127,12 @@ def layer_bytes(shape: ModelShape, form: Format) -> int:
     return round(sum(sum(m.size * form.weight(m) for m in layer.matrices) + layer.vectors * plain for layer in shape.stack))
 
 
+def four_bit(shape: ModelShape, form: Format) -> tuple[int, int]:
+    """(bytes, values) of the layers' matrices that are stored in 4 bit; scales of their groups included."""
+    found = [(m.size * form.weight(m), m.size) for layer in shape.stack for m in layer.matrices if form.weight(m) < 1]
+    return round(sum(size for size, _ in found)), sum(count for _, count in found)
+
+
 def head_bytes(shape: ModelShape, form: Format) -> int:
     """Bytes of the output layer. NPUs hold one of their own also where the model shares it with the embedding."""
     return round(shape.embedding * form.head) if form.apart or not shape.tied else 0
@@ -214,14 +220,56 @@ def board_fit(shape: ModelShape, target: Target) -> Fit:
         lines.append(
             f"embedding table {size(host_needed)}: {verdict} in the host's {size(host_available)} (target.board.host_memory={board.host_memory:g})"
         )
-    if shape.max_positions and context > shape.max_positions and not isinstance(target, Llama2c):
-        lines.append(f"context {context:,} is beyond the {shape.max_positions:,} tokens the model is made for")
     longest = longest_prompt = None
     if available is not None:
         longest = longest_context(shape, target, form, available, prompt)
         longest_prompt = longest_chunks(shape, target, form, available, longest)
     fits = None if available is None else needed <= available and host_fits
     return Fit(parts, available, host_parts, host_available, fits, longest, longest_prompt, lines)
+
+
+def ways(shape: ModelShape, target: Target) -> list[list[str]]:
+    """Settings with which a model fits that does not, each a list of overrides: narrower weights, the widest first; lengths that leave the weights room;
+    last, memory that the board would have to have. Empty where it fits, or where the board's memory is not known."""
+    fit = board_fit(shape, target)
+    if fit.fits is not False:
+        return []
+    weights = [{}, *_narrower(shape, target)]
+    found = [change for change in weights[1:] if board_fit(shape, target.model_copy(update=change)).fits]
+    shorter = (
+        {**change, **lengths}
+        for change in weights
+        if change not in found and (lengths := _shorter(shape, target.model_copy(update=change)))
+    )
+    found += [change for change in [next(shorter, None)] if change]
+    more = {}
+    if fit.available is not None and fit.needed > fit.available:
+        more["npu_memory"] = fit.needed
+    if fit.host_available is not None and fit.host_needed > fit.host_available:
+        more["host_memory"] = fit.host_needed
+    overrides = [[f"target.{key}={value}" for key, value in change.items()] for change in found]
+    return [*overrides, [f"target.board.{key}={ceil(10 * count / GIB) / 10:g}" for key, count in more.items()]]
+
+
+def _narrower(shape: ModelShape, target: Target) -> list[dict[str, Any]]:
+    """Types of weights that take less than the target's own, the widest first and one of each width; none where the model is quantized already."""
+    field = type(target).model_fields.get("weight_type")
+    if field is None or shape.quantization:
+        return []
+    width = lambda change: layer_bytes(shape, format_of(shape, target.model_copy(update=change)))
+    types = [{"weight_type": name} for name in get_args(field.annotation) if name != "auto"]
+    found = {width(change): change for change in reversed(types) if width(change) < width({})}
+    return [found[count] for count in sorted(found, reverse=True)]
+
+
+def _shorter(shape: ModelShape, target: Target) -> dict[str, Any]:
+    """A prompt of one chunk, and the longest context that then fits; empty where that leaves no answer, or the target has no such lengths."""
+    if not isinstance(target, Axera):
+        return {}
+    lengths = {"prompt_len": target.prefill_chunk}
+    longest = board_fit(shape, target.model_copy(update=lengths)).longest or 0
+    context = min(longest // target.prefill_chunk * target.prefill_chunk, target.context_len)
+    return {**lengths, "context_len": context} if context > target.prefill_chunk else {}
 
 
 def longest_context(shape: ModelShape, target: Target, form: Format, available: int, prompt: int) -> int:

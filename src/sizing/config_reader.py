@@ -17,6 +17,12 @@ def read_shape(path: str | Path) -> ModelShape:
     Raises MissingInput where there is no config.json, BadData where it is damaged or lacks a size, WrongKind for what is not a dense
     decoder-only language model.
     """
+    config, file = read_config(path)
+    return shape_of(config, str(file))
+
+
+def read_config(path: str | Path) -> tuple[dict, Path]:
+    """(config.json of a folder, or the one given, its path). Raises MissingInput, BadData, and WrongKind for an adapter's folder."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
@@ -25,7 +31,7 @@ def read_shape(path: str | Path) -> ModelShape:
                 "an adapter has no shape of its own", where=str(path), fix="give the model it was trained on, or the merged one"
             )
         raise MissingInput("no config.json there", where=str(path), fix="give a model folder, or the path of its config.json")
-    return shape_of(read_json(file), str(file))
+    return read_json(file), file
 
 
 LAYERS = 1000
@@ -88,6 +94,7 @@ NAMES = {
 INNER = ("text_config", "llm_config", "language_config")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 ENCODERS = ("is_encoder_decoder", "encoder_layers", "num_encoder_layers")
+LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 KINDS = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
 
 
@@ -117,6 +124,7 @@ def shape_of(config: dict, where: str) -> ModelShape:
         max_positions=sizes.get(longest) if config.get(longest) is not None else None,
         qkv_bias=sizes.flag(family.qkv_bias),
         qk_norm=family.qk_norm,
+        scales_logits=any(config.get(key) not in (None, False, 1) for key in LOGIT_SCALES),
         dtype=_dtype(config),
         quantization=_quantization(outer),
         stack=tuple(build(family, sizes, index) for index in range(sizes.layers)),

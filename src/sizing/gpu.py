@@ -45,7 +45,7 @@ ZERO = Widths(2, 2, 12, 4, 14)
 AUTOCAST = Widths(6, 4, 8, 4, 14)
 # Adapters in fp32 on a frozen 16-bit base.
 ADAPTERS = Widths(4, 4, 8, 4, 14)
-# A loss of transformers keeps, per logit: 16-bit 2, fp32 copy 4, fp32 log-softmax 4, fp32 gradient 4.
+# Where the loss is not computed in chunks: per logit 16-bit 2, fp32 4, a copy of it that becomes the gradient 4, its gradient 4.
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Job:
     """One training set-up. base: width in bytes of frozen weights' type before quantization; bits: 4 where the base is quantized, else None.
 
     quantized: bytes per weight of the quantized matrices. upcast: embedding and output layer stand in fp32, as peft prepares NF4 models.
+    logits: bytes the loss may take at the output layer where it is computed in chunks; None: the logits of a whole pass, each `widths.logit` bytes.
     rank, targets: LoRA's, targets None for every linear layer; rank 0: full training. dropout: adapters' inputs are dropped out.
     token_tables: the embedding and output layer are trained whole beside the adapters.
     """
@@ -74,6 +75,7 @@ class Job:
     length: int
     checkpointing: bool
     widths: Widths
+    logits: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -150,12 +152,9 @@ def memory_parts(shape: ModelShape, job: Job) -> list[Quantity]:
     away = " (in the host's memory)" if job.offload else ""
     twice = 2 if job.gpus > 1 and not job.stage else 1
     dense = max(layer.params for layer in shape.stack)
-    kept = tokens * 2 * shape.hidden * shape.layers
+    kept, widest = (tokens * part for part in kept_per_token(shape, job, checkpointing=job.checkpointing))
     each = max(layer_activations(layer, shape, job) for layer in shape.stack)
-    widest = tokens * each
     per_layer = f"{each:,} B (16 x width + 6 x q + 6 x kv + 8 x MLP{' + 3 x adapted inputs' if job.rank and job.dropout else ''})"
-    if not job.checkpointing:
-        kept, widest = tokens * sum(layer_activations(layer, shape, job) for layer in shape.stack), 0
     local = trained / share
     stepped = min(local, SUBGROUP) if job.stage == 3 else local
     buffers, buffered = buffer_bytes(shape, job, trained, dense)
@@ -182,7 +181,7 @@ def memory_parts(shape: ModelShape, job: Job) -> list[Quantity]:
             f"{tokens:,} tokens x {shape.layers} layers x " + (f"2 x {shape.hidden:,} B (checkpoints)" if job.checkpointing else per_layer),
         ),
         Quantity("widest layer", widest, "B", f"{tokens:,} tokens x {per_layer}" if job.checkpointing else "kept already"),
-        Quantity("logits", tokens * shape.vocab * w.logit, "B", f"{tokens:,} tokens x {shape.vocab:,} x {w.logit:g} B"),
+        logits_of(shape, job),
         Quantity(
             "step",
             device * w.step * stepped,
@@ -190,6 +189,20 @@ def memory_parts(shape: ModelShape, job: Job) -> list[Quantity]:
             f"temporaries of the optimizer, {w.step:g} B x {stepped:,.0f}{away}",
         ),
     ]
+
+
+def logits_of(shape: ModelShape, job: Job) -> Quantity:
+    """What the loss holds at the output layer."""
+    whole, each = job.tokens * shape.vocab * job.widths.logit, f"{job.tokens:,} tokens x {shape.vocab:,} x {job.widths.logit:g} B"
+    if job.logits is None or job.logits >= whole:
+        return Quantity("logits", whole, "B", each)
+    return Quantity("logits", job.logits, "B", "the loss a chunk at a time")
+
+
+def kept_per_token(shape: ModelShape, job: Job, *, checkpointing: bool) -> tuple[float, float]:
+    """Bytes a token keeps for the backward pass, all layers together, and those that one layer holds while it is recomputed."""
+    each = [layer_activations(layer, shape, job) for layer in shape.stack]
+    return (2.0 * shape.hidden * shape.layers, max(each)) if checkpointing else (sum(each), 0)
 
 
 def frozen_bytes(shape: ModelShape, job: Job) -> tuple[float, str]:

@@ -67,6 +67,7 @@ class ModelShape:
     intermediate: width of the MLP. kv_heads, head_dim: of full-attention layers.
     vocab: rows of the embedding table by config.json; a checkpoint may hold more.
     max_positions: longest context by the model's own word; None: not said.
+    scales_logits: logits are scaled or capped behind the output layer.
     extra_embedding: values in further token tables (Gemma 4's per-layer embeddings).
     outside: values outside layers and token tables: final norm, head bias, projections.
     notes: what was assumed or left out, one sentence each.
@@ -83,6 +84,7 @@ class ModelShape:
     max_positions: int | None
     qkv_bias: bool
     qk_norm: bool
+    scales_logits: bool
     dtype: str | None
     quantization: Quantization | None
     stack: tuple[Layer, ...]

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-LOGITS = 128 << 20
-"""bytes of fp32 logits a chunk may have"""
+from src.training.rules import LOGITS
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from src.core.files import read_json, write_json
 from src.core.log import rank, say, size
 from src.core.memory import available
 from src.settings.verbs import FinetuneVerb
-from src.training import attention, launch
+from src.training import attention, launch, rules
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
 from src.training.examples import Example, Examples
-from src.training.head import LOGITS, HeadLoss, Targets, token_results
+from src.training.head import HeadLoss, Targets, token_results
 
 EQUAL = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """largest difference of a token's loss (nats) that a precision explains"""
@@ -81,18 +81,24 @@ def new_layout(cfg: FinetuneVerb, model, examples: Examples, precision: str) -> 
         if asked is True and not holds:
             raise ProofFailed(f"train.{name}=true, but on this model it changes the loss", fix=f"train.{name}=auto")
     layout = Layout(packed, share * longest, fused, t.gradient_checkpointing is True)
+
+    def fits(checkpointing: bool) -> int:
+        tried = replace(layout, checkpointing=checkpointing)
+        set_up(model, tried, t.attention)
+        return tokens_that_fit(cfg, model, examples, tried)
+
+    capacity, checkpointing = rules.layout(
+        share=share,
+        longest=longest,
+        micro_batch=t.micro_batch_size,
+        checkpointing=t.gradient_checkpointing,
+        partitioned=partitioned,
+        useful=share * longest if torch.cuda.is_available() else BUSY,
+        fits=fits,
+    )
+    layout = replace(layout, capacity=capacity, checkpointing=checkpointing)
     set_up(model, layout, t.attention)
-    if t.micro_batch_size != "auto":
-        return replace(layout, capacity=min(share, t.micro_batch_size) * longest)
-    if partitioned:
-        return replace(layout, capacity=min(share, 4) * longest)
-    fits = tokens_that_fit(cfg, model, examples, layout)
-    if fits < longest and t.gradient_checkpointing == "auto":
-        layout = replace(layout, checkpointing=True)
-        set_up(model, layout, t.attention)
-        fits = tokens_that_fit(cfg, model, examples, layout)
-    useful = share * longest if torch.cuda.is_available() else BUSY
-    return replace(layout, capacity=max(longest, min(fits, share * longest, useful)))
+    return layout
 
 
 def set_up(model, layout: Layout, asked: str) -> None:
@@ -237,24 +243,27 @@ def tokens_that_fit(cfg: FinetuneVerb, model, examples: Examples, layout: Layout
     example = examples[longest]
     short = Example(example.input_ids[:512], example.labels[:512])
     batch = micro_batch([short], [0], 0, packed=layout.packed)
-    kept = kept_bytes(model, batch)
-    each = 1.3 * kept / len(short.input_ids)  # a backward pass holds gradients of some of them too
+    kept: float = kept_bytes(model, batch)
+    if layout.checkpointing:  # a layer at a time is computed again, and held as if nothing were recomputed
+        model.gradient_checkpointing_disable()
+        kept += kept_bytes(model, batch) / getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    each = kept / len(short.input_ids)
     world = launch.world_size(cfg.launch) if cfg.deepspeed.stage else 1
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed: float = 12 * trained / world + 3 * LOGITS
+    offload = cfg.deepspeed.offload and torch.cuda.is_available()
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         left: float = free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        fixed = 3 * LOGITS if cfg.deepspeed.offload else fixed
     else:
         left = available() / launch.per_node(cfg.launch)
         if layout.checkpointing or cfg.train.gradient_checkpointing is False:
-            need, there = fixed + each * examples.lengths[longest], psutil.virtual_memory().total
+            need, there = rules.needed(examples.lengths[longest], each, trained=trained, shards=world), psutil.virtual_memory().total
             if need > there:
                 raise NoMemory(
                     f"the longest conversation needs about {size(need)} beside the weights, this machine has {size(there)}", fix=SMALLER
                 )
-    return int((0.8 * left - fixed) / each)
+    return rules.tokens_that_fit(left, each, trained=trained, shards=world, offload=offload)
 
 
 SMALLER = [

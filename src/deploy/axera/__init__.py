@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from src.core.artifact import Artifact
-from src.core.errors import ConfigError, Unfinished
+from src.core.errors import Unfinished
 from src.core.log import say, size, warn
 from src.deploy import contract, preflight
 from src.deploy.axera import chat, runtime, tokenizer_txt, toolchain
@@ -25,16 +25,11 @@ from src.models.folder import trust_of
 from src.models.generation import stop_ids
 from src.models.loading import load_tokenizer
 from src.settings.targets import Axera
+from src.sizing import takes
 from src.sizing.config_reader import read_shape
 from src.sizing.shape import ModelShape
 
 TAKES = {"model", "quantized"}
-# Families that Pulsar2's documents and AXERA's published models name (documents 3.2 to 7.0; model repositories to 2026-08).
-FAMILIES = {
-    *("llama", "qwen2", "qwen3", "qwen3_5_text", "phi", "phi3", "minicpm", "chatglm", "gemma2", "gemma3_text", "gemma4_text"),
-    *("smollm3", "hunyuan_v1_dense"),
-}
-AX650_ONLY = {"smollm3"}
 
 
 def wants_dataset(target: Axera) -> bool:
@@ -46,12 +41,7 @@ def check(inputs: dict[str, Artifact], target: Axera, out: Path) -> list[str]:
     WrongKind for a model that cannot be compiled; in seconds, without torch."""
     model = inputs["model"].path
     shape, quantization, embedding = read_shape(model), preflight.gptq_block(model), find_embedding(model)
-    if faults := settings_against(shape, quantization, target):
-        raise ConfigError(
-            "\n".join(["the settings do not go with this model:", *(f"  - {fault}" for fault in faults)]),
-            where=str(model),
-            fix="change them as said",
-        )
+    takes.refuse(settings_against(shape, target), str(model))
     notes = preflight.check_headers(model, shape, embedding)
     tool = toolchain.find(target)
     planned, work, start = tool or toolchain.documented(), out / WORK, exact_sum.folder(inputs, out / exact_sum.FOLDER)
@@ -71,29 +61,9 @@ def check(inputs: dict[str, Artifact], target: Axera, out: Path) -> list[str]:
     ]
 
 
-def settings_against(shape: ModelShape, quantization: dict | None, target: Axera) -> list[str]:
+def settings_against(shape: ModelShape, target: Axera) -> list[str]:
     """What of the target's settings this model contradicts, each with its way out."""
-    faults, family = [], target.model_type or shape.model_type
-    limit = shape.max_positions
-    if limit and target.context_len > limit:
-        chunk = next((c for c in (target.prefill_chunk, 64, 32) if c < limit), 32)
-        prompt = max(chunk, limit // 2 // chunk * chunk)
-        faults.append(
-            f"target.context_len={target.context_len} is above the model's own limit of {limit}; write target.context_len={limit} "
-            f"target.prompt_len={prompt} target.prefill_chunk={chunk}"
-        )
-    if quantization and target.weight_type not in ("auto", f"s{quantization['bits']}"):
-        faults.append(
-            f"target.weight_type={target.weight_type}: the model is GPTQ int{quantization['bits']} already; leave it at auto, or give the "
-            "unquantized model with source="
-        )
-    if target.model_type is None and shape.model_type not in FAMILIES:
-        faults.append(
-            f"model family '{shape.model_type}' is not known to Pulsar2; target.model_type=llama if it is a Llama in all but name, "
-            f"target.model_type={shape.model_type} tries it all the same"
-        )
-    if family in AX650_ONLY and target.chip != "AX650":
-        faults.append(f"model family '{family}' runs on AX650 only; target=ax650")
+    faults = takes.axera_faults(shape, target)
     known = (*chat.CHATML_TYPES, *chat.OTHER_TYPES)
     if target.tokenizer_type != "auto" and target.tokenizer_type not in known:
         faults.append(f"target.tokenizer_type={target.tokenizer_type}: axllm has {', '.join(known)}")

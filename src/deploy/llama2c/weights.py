@@ -13,7 +13,7 @@ from pathlib import Path
 from src.core.errors import BadData, MissingInput, WrongKind
 from src.core.files import read_json
 from src.models.safetensors_io import entries
-from src.sizing.config_reader import shape_of
+from src.sizing import takes
 
 MAGIC = 0x616B3432
 VERSIONS = {"fp32_v0": 0, "fp32_v1": 1, "int8_v2": 2}
@@ -73,30 +73,11 @@ def read_shape(model_dir: Path) -> Shape:
     """The model's sizes from config.json. Raises WrongKind where llama2.c's formats or run.c cannot express the model."""
     path = model_dir / "config.json"
     config = read_json(path)
-
-    def refuse(what: str, fix: str) -> None:
-        raise WrongKind(what, where=str(path), fix=fix)
-
-    kind = config.get("model_type")
-    if kind != "llama":
-        refuse(
-            f"target=llama2c takes Llama-architecture models only; this one is '{kind}'",
-            "choose a target for this architecture; no target for it yet; the merged or quantized folder itself runs in transformers",
-        )
-    if config.get("quantization_config"):
-        refuse("the model is already quantized", "deploy the merged model instead; target.format=int8_v2 quantizes it here")
+    sizes = takes.llama2c(config, where=str(path))
     rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    rope_type = scaling.get("rope_type") or scaling.get("type") or rope.get("rope_type") or "default"
-    if rope_type != "default":
-        refuse(f"rope scaling '{rope_type}' is unknown to llama2.c", "take a model without rope scaling")
-    if config.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act is '{config['hidden_act']}'; llama2.c has silu only", "take a model with silu")
-    sizes = shape_of(config, str(path))
-    if sizes.max_positions is None:
-        raise BadData("config.json does not say 'max_position_embeddings'", where=str(path))
+    assert sizes.max_positions is not None
     heads = sizes.heads
-    shape = Shape(
+    return Shape(
         dim=sizes.hidden,
         hidden=sizes.intermediate,
         layers=sizes.layers,
@@ -108,13 +89,6 @@ def read_shape(model_dir: Path) -> Shape:
         eps=float(config.get("rms_norm_eps", 1e-6)),
         shared=sizes.tied,
     )
-    if shape.dim % heads or heads % shape.kv_heads or shape.head % 2:
-        refuse(f"{heads} heads, {shape.kv_heads} KV heads do not divide hidden_size {shape.dim} into even heads", "take another model")
-    if sizes.head_dim != shape.head:
-        refuse(
-            f"head_dim {sizes.head_dim} is not hidden_size / num_attention_heads = {shape.head}, as llama2.c has it", "take another model"
-        )
-    return shape
 
 
 def check_tensors(model_dir: Path, shape: Shape) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.core.artifact import Artifact
-from src.core.errors import BadData, ConfigError, MissingInput, WrongKind
+from src.core.errors import BadData, ConfigError, MissingInput
 from src.core.files import read_json
 from src.core.log import size
 from src.deploy import preflight
@@ -15,18 +15,10 @@ from src.deploy.mobilint.toolchain import FOUR_BIT, Compiler
 from src.models import safetensors_io
 from src.models.folder import trust_of
 from src.settings.targets import Mobilint
+from src.sizing import takes
 from src.sizing.config_reader import read_shape
 from src.sizing.shape import ModelShape
 
-FAMILIES = {
-    "llama": "MobilintLlamaForCausalLM",
-    "qwen2": "MobilintQwen2ForCausalLM",
-    "qwen3": "MobilintQwen3ForCausalLM",
-    "exaone": "MobilintExaoneForCausalLM",
-    "exaone4": "MobilintExaone4ForCausalLM",
-    "cohere2": "MobilintCohere2ForCausalLM",
-}
-"""model_type -> class of mblt-model-zoo that runs it: the text models of the zoo's hf_transformers"""
 FLOAT = 4
 """bytes of an fp32 value"""
 
@@ -110,21 +102,10 @@ def make(inputs: dict[str, Artifact], target: Mobilint) -> CompilePlan:
         )
     model = inputs["model"].path
     config = read_json(model / "config.json")
-    if config.get("model_type") not in FAMILIES:
-        raise WrongKind(
-            f"Mobilint's runtime has no language model of type '{config.get('model_type')}'; it has {', '.join(FAMILIES)}",
-            where=str(model / "config.json"),
-            fix="a model of one of these types, or another board: target=ax650",
-        )
-    shape, table = read_shape(model), find_embedding(model)
+    shape = read_shape(model)
+    takes.mobilint(config, shape, target, where=str(model / "config.json"))
+    table = find_embedding(model)
     notes = preflight.check_headers(model, shape, table)
-    limit = shape.max_positions
-    if limit and target.context_len > limit:
-        raise ConfigError(
-            f"target.context_len={target.context_len} is above the model's own limit of {limit} tokens",
-            where=str(model / "config.json"),
-            fix=f"target.context_len={limit}",
-        )
     if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise MissingInput(
             "the model folder has no tokenizer", where=str(model), fix=f"python -m src.aux_files source=BASE_MODEL target={model}"

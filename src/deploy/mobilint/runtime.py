@@ -11,9 +11,10 @@ from src.core.errors import ToolFailed, WrongKind
 from src.core.files import read_json, write_json
 from src.core.log import say
 from src.deploy.mobilint import transformers4
-from src.deploy.mobilint.plan import FAMILIES, CompilePlan
+from src.deploy.mobilint.plan import CompilePlan
 from src.deploy.vendor import whole
 from src.models import complete, safetensors_io
+from src.sizing.takes import MOBILINT
 
 EMBEDDING = "model.embed_tokens.weight"
 ROWS = 4096
@@ -59,7 +60,7 @@ def write_config(plan: CompilePlan, out: Path) -> None:
     ours = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
     ours |= {
         "model_type": f"mobilint-{config['model_type']}",
-        "architectures": [FAMILIES[config["model_type"]]],
+        "architectures": [MOBILINT[config["model_type"]]],
         "tie_word_embeddings": plan.shape.tied,
         "dtype": "float32",  # what the NPU takes as input
         "mxq_path": plan.mxq,

@@ -22,6 +22,7 @@ from src.models import exact_sum, fidelity, safetensors_io
 from src.models.folder import check_tokenizer, trust_of
 from src.models.loading import load_model, load_tokenizer
 from src.settings.targets import Openvino
+from src.sizing import takes
 from src.sizing.config_reader import read_shape
 
 TAKES = {"model"}
@@ -36,7 +37,7 @@ def check(inputs: dict[str, Artifact], target: Openvino, out: Path) -> list[str]
     ConfigError for settings that do not go with it, NoRoom for too small a disk; in milliseconds, without torch."""
     model = inputs["model"]
     shape = read_shape(model.path)
-    recipe.check_settings(shape, target, model.path)
+    takes.openvino(shape, target, where=str(model.path / "config.json"))
     check_tokenizer(model.path)
     start = replace(model, path=exact_sum.folder(inputs, out / exact_sum.FOLDER))
     stored = sum(entry.size for entry in safetensors_io.entries(model.path).values())

@@ -1,0 +1,212 @@
+"""What each kind of target takes, by a model's config.json and the target's settings alone: the rules `deploy` goes by, and `plan` foretells. No weights."""
+
+from typing import Any
+
+from src.core.errors import BadData, ConfigError, WrongKind
+from src.settings.targets import Axera, Llama2c, Mobilint, Openvino, Target
+from src.sizing.config_reader import shape_of
+from src.sizing.decoder import AGAIN
+from src.sizing.shape import ModelShape
+
+# Families that Pulsar2's documents and AXERA's published models name (documents 3.2 to 7.0; model repositories to 2026-08).
+AXERA = {
+    *("llama", "qwen2", "qwen3", "qwen3_5_text", "phi", "phi3", "minicpm", "chatglm", "gemma2", "gemma3_text", "gemma4_text"),
+    *("smollm3", "hunyuan_v1_dense"),
+}
+AX650_ONLY = {"smollm3"}
+MOBILINT = {
+    "llama": "MobilintLlamaForCausalLM",
+    "qwen2": "MobilintQwen2ForCausalLM",
+    "qwen3": "MobilintQwen3ForCausalLM",
+    "exaone": "MobilintExaoneForCausalLM",
+    "exaone4": "MobilintExaone4ForCausalLM",
+    "cohere2": "MobilintCohere2ForCausalLM",
+}
+"""model_type -> class of mblt-model-zoo that runs it: the text models of the zoo's hf_transformers"""
+# config.json's model_type of every decoder-only family that optimum-intel 2.2.0 registers for TASK.
+OPENVINO = {
+    "afmoe", "aquila", "arcee", "arctic", "baichuan", "biogpt", "bitnet", "bloom", "chatglm", "codegen", "cohere", "cohere2", "dbrx",
+    "deci", "deepseek", "deepseek_v2", "deepseek_v3", "exaone", "exaone4", "falcon", "falcon_mamba", "gemma", "gemma2", "gemma3_text",
+    "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox",
+    "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid", "hunyuan_v1_dense", "internlm", "internlm2",
+    "jais", "lfm2", "lfm2_moe", "llama", "llama4", "llama4_text", "mamba", "minicpm", "minicpm3", "mistral", "mixtral", "mpt",
+    "muse_glimmer_text", "olmo", "olmo2", "opt", "orion", "ouro", "persimmon", "phi", "phi3", "phimoe", "qwen", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_text", "smollm3", "stablelm", "starcoder2",
+    "xglm", "xverse", "zamba2",
+}  # fmt: skip
+
+
+def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
+    """The shape of a model that the target takes. Raises what `deploy` would: WrongKind for a model it does not take, ConfigError for settings that
+    do not go with it, BadData for a config.json that is no model's."""
+    shape = shape_of(config, where)
+    if shape.quantization and isinstance(target, Mobilint | Openvino | Llama2c):
+        raise WrongKind(
+            f"target={target.name} takes a model, not a quantized one ({shape.quantization.method})",
+            where=where,
+            fix="give the model it was quantized from",
+        )
+    if isinstance(target, Axera):
+        gptq_block(config, where=where)
+        refuse(axera_faults(shape, target), where)
+    elif isinstance(target, Mobilint):
+        mobilint(config, shape, target, where=where)
+    elif isinstance(target, Openvino):
+        openvino(shape, target, where=where)
+    elif isinstance(target, Llama2c):
+        llama2c(config, where=where)
+    return shape
+
+
+def refuse(faults: list[str], where: str) -> None:
+    """Raises ConfigError with settings that contradict a model, each with its way out; none: nothing."""
+    if faults:
+        what = "\n".join(["the settings do not go with this model:", *(f"  - {fault}" for fault in faults)])
+        raise ConfigError(what, where=where, fix="change them as said")
+
+
+def axera_faults(shape: ModelShape, target: Axera) -> list[str]:
+    """What of the target's settings this model contradicts, each with its way out."""
+    faults, family = [], target.model_type or shape.model_type
+    limit, quantization = shape.max_positions, shape.quantization
+    if limit and target.context_len > limit:
+        chunk = next((c for c in (target.prefill_chunk, 64, 32) if c < limit), 32)
+        prompt = max(chunk, limit // 2 // chunk * chunk)
+        faults.append(
+            f"target.context_len={target.context_len} is above the model's own limit of {limit}; write target.context_len={limit} "
+            f"target.prompt_len={prompt} target.prefill_chunk={chunk}"
+        )
+    if quantization and target.weight_type not in ("auto", f"s{quantization.bits}"):
+        faults.append(
+            f"target.weight_type={target.weight_type}: the model is GPTQ int{quantization.bits} already; leave it at auto, or give the "
+            "unquantized model"
+        )
+    if target.model_type is None and shape.model_type not in AXERA:
+        faults.append(
+            f"model family '{shape.model_type}' is not known to Pulsar2; target.model_type=llama if it is a Llama in all but name, "
+            f"target.model_type={shape.model_type} tries it all the same"
+        )
+    if family in AX650_ONLY and target.chip != "AX650":
+        faults.append(f"model family '{family}' runs on AX650 only; target=ax650")
+    return faults
+
+
+def gptq_block(config: dict[str, Any], *, where: str) -> dict[str, Any] | None:
+    """{"bits", "group_size"} of a symmetric GPTQ int4 or int8 model; None for a plain one. Raises WrongKind for every other quantization."""
+    block = part(config, "quantization_config", where)
+    if not block:
+        return None
+    method, bits, symmetric, ordered = (block.get(key) for key in ("quant_method", "bits", "sym", "desc_act"))
+    reasons = [f"it is {method}"] if method != "gptq" else []
+    reasons += [f"{bits} bits"] if method == "gptq" and bits not in (4, 8) else []
+    reasons += ["not symmetric"] if method == "gptq" and symmetric is not True else []
+    reasons += ["columns quantized out of order (desc_act)"] if method == "gptq" and ordered else []
+    reasons += ["its format is gptq_v2"] if block.get("checkpoint_format") == "gptq_v2" else []
+    if reasons:
+        raise WrongKind(
+            f"only symmetric GPTQ int4 and int8 models in column order can be compiled; this one: {', '.join(reasons)}",
+            where=where,
+            fix=[
+                "python -m src.quantize quantizer=gptq_int4 on the unquantized model",
+                "source=UNQUANTIZED_MODEL: the compiler quantizes it",
+            ],
+        )
+    return {"bits": bits, "group_size": block.get("group_size")}
+
+
+def mobilint(config: dict[str, Any], shape: ModelShape, target: Mobilint, *, where: str) -> None:
+    """Raises WrongKind for a family Mobilint's runtime has no class for, ConfigError for a context beyond the model's own."""
+    if config.get("model_type") not in MOBILINT:
+        raise WrongKind(
+            f"Mobilint's runtime has no language model of type '{config.get('model_type')}'; it has {', '.join(MOBILINT)}",
+            where=where,
+            fix="a model of one of these types, or another board: target=ax650",
+        )
+    limit = shape.max_positions
+    if limit and target.context_len > limit:
+        raise ConfigError(
+            f"target.context_len={target.context_len} is above the model's own limit of {limit} tokens",
+            where=where,
+            fix=f"target.context_len={limit}",
+        )
+
+
+def openvino(shape: ModelShape, target: Openvino, *, where: str) -> None:
+    """Raises WrongKind for a family the exporter does not know, ConfigError with every setting that this model contradicts."""
+    if shape.model_type not in OPENVINO:
+        raise WrongKind(
+            f"OpenVINO's exporter (optimum-intel 2.2.0) does not know the model family '{shape.model_type}'",
+            where=where,
+            fix=["a model of one of its families: llama, mistral, qwen2, qwen3, phi3, gemma2, ...", "another target"],
+        )
+    faults, ways = [], []
+    limit = shape.max_positions
+    if limit and target.context_len > limit:
+        faults.append(f"target.context_len={target.context_len} is above the model's own limit of {limit}")
+        ways.append(f"target.context_len={limit} target.prompt_len={min(target.prompt_len, limit // 2)}")
+    if (
+        target.weight_type == "int4"
+        and target.group_size != "auto"
+        and target.group_size > 0
+        and (odd := undivided(shape, target.group_size))
+    ):
+        fitting = next((g for g in (128, 64, 32) if not undivided(shape, g)), -1)
+        faults.append(f"target.group_size={target.group_size} does not divide the model's rows of {', '.join(map(str, odd))}")
+        ways.append(f"target.group_size={fitting if target.device == 'CPU' or fitting == 128 else -1}")
+    if faults:
+        what = "\n".join(["the settings do not go with this model:", *(f"  - {fault}" for fault in faults)])
+        raise ConfigError(what, where=where, fix=" ".join(ways))
+
+
+def undivided(shape: ModelShape, group: int) -> list[int]:
+    """Row lengths of the layers' matrices that `group` does not divide."""
+    return sorted({m.columns for layer in shape.stack for m in layer.matrices if m.columns % group})
+
+
+def llama2c(config: dict[str, Any], *, where: str) -> ModelShape:
+    """The shape of a Llama that llama2.c's formats and run.c can express. Raises WrongKind for every other model, BadData where its length is not said."""
+
+    def refuse(what: str, fix: str) -> None:
+        raise WrongKind(what, where=where, fix=fix)
+
+    kind = config.get("model_type")
+    if kind != "llama":
+        refuse(
+            f"target=llama2c takes Llama-architecture models only; this one is '{kind}'",
+            "target=openvino_cpu" if kind in OPENVINO else "the merged folder itself runs in transformers: python -m src.evaluate",
+        )
+    if config.get("quantization_config"):
+        refuse("the model is already quantized", "deploy the merged model instead; target.format=int8_v2 quantizes it here")
+    if (scaling := rope_type(config, where)) != "default":
+        refuse(f"rope scaling '{scaling}' is unknown to llama2.c", "take a model without rope scaling")
+    if config.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act is '{config['hidden_act']}'; llama2.c has silu only", "take a model with silu")
+    if biases := [key for key in ("attention_bias", "mlp_bias") if config.get(key)]:
+        refuse(f"the model has biases ({biases[0]}); llama2.c has none", "take a model without attention_bias and mlp_bias")
+    shape = shape_of(config, where)
+    if shape.max_positions is None:
+        raise BadData("config.json does not say 'max_position_embeddings'", where=where)
+    head = shape.hidden // shape.heads
+    if not shape.kv_heads or shape.hidden % shape.heads or shape.heads % shape.kv_heads or head % 2:
+        refuse(
+            f"{shape.heads} heads, {shape.kv_heads} KV heads do not divide hidden_size {shape.hidden} into even heads", "take another model"
+        )
+    if shape.head_dim != head:
+        refuse(f"head_dim {shape.head_dim} is not hidden_size / num_attention_heads = {head}, as llama2.c has it", "take another model")
+    return shape
+
+
+def rope_type(config: dict[str, Any], where: str) -> str:
+    """How the rotary embedding is scaled, under the keys of transformers 4 and 5; default: not at all."""
+    rope, scaling = part(config, "rope_parameters", where), part(config, "rope_scaling", where)
+    return scaling.get("rope_type") or scaling.get("type") or rope.get("rope_type") or "default"
+
+
+def part(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """A block of config.json; empty where it has none. Raises BadData for anything else."""
+    block = config.get(key)
+    if block is None:
+        return {}
+    if not isinstance(block, dict):
+        raise BadData(f"'{key}' should be a JSON object, not {str(block)[:100]!r}", where=where, fix=AGAIN)
+    return block
