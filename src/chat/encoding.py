@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from src.core.errors import BadData, WrongKind
+from src.core.errors import BadData, WrongKind, using
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
@@ -84,12 +84,14 @@ def render(tokenizer, messages: Sequence[dict], tools=None, *, prompt: bool = Fa
 
     bound_templates()
     messages = [_with_objects(message) if message.get("tool_calls") else message for message in messages]
-    try:
-        return tokenizer.apply_chat_template(messages, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt)
-    except TemplateError as error:
-        raise BadData(f"the chat template refuses this conversation: {error}") from None
-    except Exception as error:  # whatever a template's own arithmetic, names and depth end in
-        raise BadData(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from None
+    given = {"tools": list(tools) if tools else None, "tokenize": False, "add_generation_prompt": prompt}
+    with using(
+        "the chat template", tokenizer.name_or_path, "mend chat_template in tokenizer_config.json, or remove it to train with ChatML"
+    ):
+        try:
+            return tokenizer.apply_chat_template(messages, **given)
+        except TemplateError as error:
+            raise BadData(f"the chat template refuses this conversation: {error}") from None
 
 
 @lru_cache

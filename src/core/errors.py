@@ -22,7 +22,8 @@
 code 1.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -161,3 +162,20 @@ class BudgetSpent(UserError):
 
     exit_code = 16
     title = "budget spent"
+
+
+@contextlib.contextmanager
+def using(what: str, where: object, fix: str = "copy or download it again") -> Iterator[None]:
+    """For a library at work on a user's files, which fails at damaged ones in ways of its own: raises BadData with its words, or MissingTool where
+    it lacks another library. Lack of memory or disk stays what it is.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except ImportError as error:
+        raise MissingTool(f"{what} needs a library that is not here: {error}", where=str(where), fix="pip install it") from error
+    except Exception as error:
+        if getattr(error, "errno", None) or "out of memory" in str(error).lower():
+            raise
+        raise BadData(f"{what} cannot be used: {type(error).__name__}: {str(error)[:500]}", where=str(where), fix=fix) from error

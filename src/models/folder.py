@@ -186,7 +186,8 @@ def base_of(adapter: Artifact) -> Path:
     if parent := adapter.parent("model"):
         path = adapter.path_of(parent)
     else:
-        path = Path(read_json(adapter.path / "adapter_config.json").get("base_model_name_or_path") or "?")
+        named = read_json(adapter.path / "adapter_config.json").get("base_model_name_or_path")
+        path = Path(named if isinstance(named, str) and named and "\0" not in named else "?")
     if not path.is_dir():
         raise MissingInput("the adapter's base model is not where it was", where=str(path), fix="base=FOLDER names its new place")
     return path

@@ -3,13 +3,12 @@
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from src.chat.encoding import bound_templates
 from src.core.artifact import Artifact
-from src.core.errors import BadData, MissingTool, UserError
+from src.core.errors import BadData, MissingTool, using
 from src.core.log import warn
 from src.core.processes import import_quietly, silenced
 from src.models import adapter_files, safetensors_io
@@ -25,25 +24,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
 
     _quiet()
     bound_templates()
-    with reading("the tokenizer", path):
+    with using("the tokenizer", path):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-
-
-@contextlib.contextmanager
-def reading(what: str, path: Path) -> Iterator[None]:
-    """Raises BadData where a library fails at a user's files, in whatever way its own, MissingTool where it lacks another library for them."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except ImportError as error:
-        raise MissingTool(f"{what} needs a library that is not here: {error}", where=str(path), fix="pip install it") from error
-    except Exception as error:
-        if getattr(error, "errno", None) or "out of memory" in str(error).lower():
-            raise
-        raise BadData(
-            f"{what} cannot be loaded: {type(error).__name__}: {str(error)[:500]}", where=str(path), fix="copy or download it again"
-        ) from error
 
 
 def load_model(
@@ -64,7 +46,7 @@ def load_model(
         prepare_gptq()
     given = {"quantization_config": quantization, "device_map": device_map}
     try:
-        with reading("the model", path), silenced() if gptq else contextlib.nullcontext():
+        with using("the model", path), silenced() if gptq else contextlib.nullcontext():
             found: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
@@ -132,7 +114,7 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
         model.resize_token_embeddings(rows, mean_resizing=False)  # peft loads the tables of an adapter into as many rows only
     else:
         grow_vocabulary(model, len(tokenizer))
-    with reading("the adapter", artifact.path):
+    with using("the adapter", artifact.path):
         model = PeftModel.from_pretrained(model, artifact.path)
     check_adapter(artifact.path, model)
     return model.to(device).eval(), tokenizer

@@ -145,10 +145,11 @@ def untie(stored: dict[str, safetensors_io.Entry], changes: dict[str, dict], *, 
 
 def _one_table(embedding: dict, head: dict) -> bool:
     """Whether both ends were saved whole and are equal, as peft saves the two of a tied model whose vocabulary was resized."""
+    if not ("whole" in embedding and "whole" in head):
+        return False
     import torch
 
-    both = [safetensors_io.load(end["whole"]) for end in (embedding, head) if "whole" in end]
-    return len(both) == 2 and torch.equal(*both)
+    return torch.equal(safetensors_io.load(embedding["whole"]), safetensors_io.load(head["whole"]))
 
 
 def load_vocabulary(folder: Path) -> dict:

@@ -148,7 +148,8 @@ def packs(model, asked: str, precision: str) -> bool:
                 wrong = "packing changes the losses of this model"
             else:
                 wrong = "in this model a packed conversation sees the one before it" if leaks(model, EQUAL[precision]) else ""
-        except Exception as error:  # a class that takes no packed rows says so in ways of its own
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+            # A class that takes no packed rows says so in ways of its own.
             wrong = f"this model takes no packed conversations ({type(error).__name__})"
     if wrong:
         model.set_attn_implementation(before)
