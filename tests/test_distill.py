@@ -527,6 +527,15 @@ def test_a_plan_asks_nothing(call, teacher, prompts, tmp_path):
 # ---- other teachers
 
 
+@pytest.mark.parametrize("batched", ["false", "true"])
+def test_a_count_that_no_context_holds_is_not_taken_into_the_accounts(call, teacher, prompts, tmp_path, batched):
+    """10^30 tokens would not fit into the journal; what was reserved is counted instead, as where a teacher counts nothing."""
+    done = call(*argv(teacher(tokens_per_byte=1e30), prompts(3), f"teacher.batch={batched}"))
+    assert done.returncode == 0, done.stderr
+    ((tokens,),) = journal(tmp_path, "SELECT tokens FROM totals")
+    assert 3 * 1024 < tokens < 3 * 5000
+
+
 def test_a_batch_that_never_ends_is_given_up(call, teacher, prompts, monkeypatch):
     monkeypatch.setattr(batch, "LONGEST_BATCH", 0.3)
     server = teacher(batch_seconds=1e9)

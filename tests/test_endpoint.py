@@ -538,6 +538,24 @@ def test_a_server_that_is_slow_and_busy_is_given_up(server, monkeypatch):
     assert time.monotonic() - start < 3
 
 
+@pytest.mark.parametrize("count", [-5, True, 10**30, 10**400, 1.5, "7"])
+def test_what_is_no_count_of_tokens_is_none(server, count):
+    usage = {"prompt_tokens": count, "completion_tokens": count, "prompt_tokens_details": {"cached_tokens": count}}
+    events = [{"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}, {"choices": [], "usage": usage}]
+    server.behaviour.garbage = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
+    reply = asked(server)
+    assert (reply.text, reply.prompt_tokens, reply.tokens, reply.cached) == ("a", None, None, 0)
+
+
+def test_a_log_probability_beyond_numbers_is_told(server, monkeypatch):
+    monkeypatch.setattr(
+        server, "echoed", lambda ids: {"tokens": ["x"] * 2, "token_logprobs": [None, -(10**400)], "top_logprobs": [None, {"x": 0}]}
+    )
+    server.behaviour.echo = "ids"
+    with pytest.raises(NoAnswer, match="OpenAI's form"):
+        client(server).echo("m", [5, 5])
+
+
 def test_a_server_that_ignores_the_limit_is_stopped(server):
     server.behaviour.garbage = b"data: " + json.dumps({"choices": [{"delta": {"content": "x" * 5000}}]}).encode() + b"\n\n"
     with pytest.raises(NoAnswer, match="long after max_tokens=4"):

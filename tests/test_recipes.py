@@ -640,6 +640,15 @@ def test_a_classifier_learns_from_the_sample_what_the_teacher_likes():
         one(chosen, "educational", rows, Answers(lambda request: {"reasoning": "so", "score": 0}))
 
 
+def test_a_mark_of_more_digits_than_a_number_may_have_is_text():
+    from src.distill.steps import translate
+
+    long = "⟦" + "1" * 5000 + "⟧"
+    assert translate.restore(long, long, []) == long
+    with pytest.raises(SetAside, match="lost or doubled"):
+        translate.restore(long, "a ⟦1⟧", ["x"])
+
+
 # ---- programs of the teacher
 
 

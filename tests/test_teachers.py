@@ -109,6 +109,20 @@ def test_a_reply_that_is_fine():
     assert teacher().reply_of(200, json.dumps({"choices": [{"text": "more", "finish_reason": "stop"}]}).encode(), 10).text == "more"
 
 
+@pytest.mark.parametrize("count", [-5, True, False, 10**30, 2**63, 2**31, 5.0, 1e300, "5", [5], None])
+def test_what_is_no_count_of_tokens_is_none(count):
+    for usage in ({"prompt_tokens": count, "completion_tokens": 2}, {"prompt_tokens": 5, "completion_tokens": count}):
+        reply = teacher().reply_of(200, json.dumps(chat() | {"usage": usage}).encode(), 10)
+        assert reply.paid is None
+        with pytest.raises(Failed) as caught:
+            teacher().reply_of(200, json.dumps(chat("") | {"usage": usage}).encode(), 10)
+        assert caught.value.paid is None
+    assert (
+        teacher().reply_of(200, json.dumps(chat() | {"usage": {"prompt_tokens": 0, "completion_tokens": 2**31 - 1}}).encode(), 10).tokens
+        == 2**31 - 1
+    )
+
+
 def test_replies_of_any_shape_never_crash():
     draw, server = random.Random(1), teacher()
     whole = json.dumps(chat("An answer.", reasoning_content="hm"))

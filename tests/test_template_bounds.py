@@ -35,6 +35,8 @@ ENDLESS = (
         f"{{{{ {made} }}}}"
         for made in ("'%9999999999d' % 1", "'%*d' % (10 ** 9, 1)", "'{:>9999999999}'.format(1)", "'{0:{1}}'.format(1, 10 ** 9)")
     ),
+    "{% set s = 'a b ' * 99999 %}{% for i in range(40000) %}{{ s | wordcount }}{% endfor %}",
+    "{% set s = 'a b ' * 99999 %}{% for i in range(40000) %}{{ s.count('b a') }}{% endfor %}",
     "{{ ('x' | center(60000)) | replace(' ', 'x' | center(60000)) }}",
 )
 TALK = [{"role": "user", "content": "Good morning to you all."}, {"role": "assistant", "content": "Hi"}]

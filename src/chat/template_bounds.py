@@ -20,7 +20,7 @@ STEPS = 50_000
 """of any rendering; further ones for its texts, one a character, and for its messages: gpt-oss's template looks at all others for each of them"""
 A_MESSAGE_AND_ANOTHER = 4
 CHARACTERS = 16
-"""of text made, that count as a step"""
+"""of text made or gone through, that count as a step"""
 LITERAL = 256
 """characters of a loop's own text that count as a further step each time"""
 LARGEST = 1 << 16
@@ -116,6 +116,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         spend(1)
         if isinstance(text := getattr(function, "__self__", None), str):
+            _made(text)  # going through it costs as making it did
             _check_numbers(args, kwargs)
             _check_growth(function.__name__, text, args)
         return _made(super().call(context, function, *args, **kwargs))
@@ -163,7 +164,7 @@ def _bounded(work: Callable) -> Callable:
 
     @functools.wraps(work)
     def filter(*args: Any, **kwargs: Any) -> Any:
-        value, own = args[given - 1], args[given:]
+        value, own = _made(args[given - 1]), args[given:]
         if any(name in work.__name__ for name in WITH_A_WIDTH):
             _check_numbers(own, kwargs)
         if isinstance(value, str):

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from src.core.errors import NoAnswer
 from src.core.log import say
-from src.serving.protocol import BUSY, LONGEST_TOKEN, Refused, Server, message_of, seconds_to_wait, tokens_used
+from src.serving.protocol import BUSY, LONGEST_TOKEN, Refused, Server, count_of, message_of, seconds_to_wait, tokens_used
 
 # Ways to ask for an answer, richest first; a server that refuses one gets the next. vLLM would otherwise take sampling defaults, such as
 # repetition_penalty 1.05, from the model's generation_config.json (vLLM's --generation-config auto). llama.cpp would otherwise keep the prompts of
@@ -201,7 +201,7 @@ class Client:
         with self._shaped(given):
             found = (given["choices"][0].get("logprobs") or {}).get("content") or []
             likeliest = {entry["id"]: float(entry["logprob"]) for entry in (found[0]["top_logprobs"] if found else []) if "id" in entry}
-            read = (given.get("usage") or {}).get("prompt_tokens")
+            read = tokens_used(given.get("usage"))[0]
         if not likeliest:
             raise NoAnswer("it gives none of the next token's by id", where=self.url)
         if read != len(ids):
@@ -239,7 +239,7 @@ class Client:
                         length += len(text[-1])
                         reasoned = reasoned or bool(thought)
                     counts = tokens_used(usage)
-                    cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+                    cached = count_of((usage.get("prompt_tokens_details") or {}).get("cached_tokens")) or 0
                     if length > LONGEST_TOKEN * max_tokens:
                         raise NoAnswer(
                             f"the server goes on long after max_tokens={max_tokens}", where=self.url, fix="use a server that keeps it"
@@ -364,7 +364,7 @@ class Client:
         """Reads a reply that may be of any shape."""
         try:
             yield
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
             raise NoAnswer("the reply is not of OpenAI's form", where=f"{self.url}: {self.server.plain(value)}", fix=NOT_OPENAI) from None
 
     def _say_once(self, line: str) -> None:

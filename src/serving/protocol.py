@@ -15,6 +15,8 @@ from src.core.errors import ConfigError, NoAnswer
 from src.core.log import warn
 
 BUSY = (429, 503)
+MOST_TOKENS = 1 << 31
+"""of one request: a journal's sums stay within SQLite's 64 bits for four billion of them"""
 LONGEST_TOKEN = 256
 """characters per token at most: an answer longer than its token limit explains comes from a server that ignores the limit"""
 
@@ -119,9 +121,13 @@ def plain(text: str) -> str:
 
 def tokens_used(usage: dict | None) -> tuple[int | None, int | None]:
     """(prompt tokens, tokens of the answer) as a reply's "usage" counts them; None where it does not say, or says what is no count."""
-    counts = [(usage or {}).get(name) for name in ("prompt_tokens", "completion_tokens")]
-    prompt_tokens, tokens = (count if type(count) is int and count >= 0 else None for count in counts)
+    prompt_tokens, tokens = (count_of((usage or {}).get(name)) for name in ("prompt_tokens", "completion_tokens"))
     return prompt_tokens, tokens
+
+
+def count_of(value: object) -> int | None:
+    """A number of tokens as a server counts it; None for what is no count: below 0, a truth value, or more than any context holds."""
+    return value if isinstance(value, int) and type(value) is int and 0 <= value < MOST_TOKENS else None
 
 
 def _place(location: str) -> str:

@@ -47,7 +47,7 @@ class Sampling(Settings):
     """0: the likeliest token each time"""
     top_p: Annotated[float, Field(gt=0, le=1)]
     """sample from the likeliest tokens that together hold this probability"""
-    max_tokens: PositiveInt
+    max_tokens: Annotated[PositiveInt, Field(lt=1 << 31)]
     """tokens of an answer at most; a record whose answer is cut off there is set aside, unless allow_cut_off=true"""
 
 

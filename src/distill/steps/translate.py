@@ -14,7 +14,7 @@ _FIXED = re.compile(
     r"```.*?```|`[^`\n]+`|https?://[^\s)\]]+|\b[\w.+-]+@[\w-]+\.[\w.]+|<[^<>\n]{1,200}>|\$\$.+?\$\$|\{\{?\w+\}?\}|%\(\w+\)[sd]|%[sd]\b",
     re.DOTALL,
 )
-_MARK = re.compile(r"⟦(\d+)⟧")
+_MARK = re.compile(r"⟦(\d{1,9})⟧")
 _NUMBER = re.compile(r"\d[\d,.]*\d|\d")
 
 
