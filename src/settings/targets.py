@@ -82,25 +82,25 @@ class Mobilint(Target):
     kind: Literal["mobilint"]
     """a Mobilint NPU, through qbcompiler (0.11 and 0.12: qubee)"""
     chip: Literal["aries", "regulus"]
-    """the NPU; Mobilint's compiler makes LLMs for ARIES only, so REGULUS is refused"""
+    """the NPU; language models for REGULUS take qbcompiler 1.3"""
     weight_type: Literal["w8", "w4v8", "w4"]
-    """bits of the weights: 8, 4 with 8 for the value projection, or 4"""
+    """bits of the weights: 8, 4 with 8 for the value projection, or 4 (not with qbcompiler 1.3)"""
     context_len: PositiveInt
     """prompt and answer together in tokens, within the model's own limit"""
     languages: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]], Field(min_length=1)] | None
     """calibrate on text in these languages, from `texts`; null: on the dataset's calib split through the training template"""
     texts: Annotated[str | None, Unkeyed]
-    """folder of plain text, a file <language>.txt for each of `languages`"""
+    """folder with a file for each of `languages`: <language>.jsonl, a text a record, or <language>.txt, texts two blank lines apart"""
     samples: PositiveInt
     """calibration sequences in all, shared evenly by the languages"""
     min_tokens: Literal["auto"] | PositiveInt
-    """shortest calibration sequence; shorter texts are joined; auto: an eighth of context_len, at most 512"""
+    """shortest calibration sequence; shorter texts are left out, shorter conversations joined; auto: an eighth of context_len, at most 512"""
     max_tokens: Literal["auto"] | PositiveInt
     """longest calibration sequence; longer ones are cut, and counted; auto: half of context_len, at most 2048"""
     device: Annotated[Literal["auto", "gpu", "cpu"], Unkeyed]
     """where the compiler calibrates; auto: gpu where there is one"""
-    sdk: Annotated[Literal["auto", "0.11", "0.12", "1.0", "1.1"], Unkeyed]
-    """generation of the compiler's API (1.1 and newer are one); auto: by the version installed"""
+    sdk: Annotated[Literal["auto", "0.11", "0.12", "1.0", "1.1", "1.2", "1.3"], Unkeyed]
+    """generation of the compiler's API; auto: by the version installed"""
     python: Annotated[str | None, Unkeyed]
     """Python interpreter that has the compiler; null: python3 on PATH"""
     image: Annotated[str | None, Unkeyed]

@@ -164,7 +164,7 @@ def _reason(plan: CompilePlan, done: Done) -> tuple[str, list[str]]:
                 for api in reversed(toolchain.PACKAGES)
                 if api != plan.compiler.api and toolchain.PACKAGES[api] == package
             ),
-            "a version whose keywords are known: 0.11, 0.12, 1.0, 1.1 or 1.2",
+            f"a version whose keywords are known: {', '.join(toolchain.PACKAGES)}",
         ]
     if "does not recognize this architecture" in tail:
         return f"the transformers beside the compiler is too old for '{plan.config['model_type']}'", [
