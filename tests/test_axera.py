@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, each_kind, hear_ctrl_c, in_process, refused, save, write_model
+import conftest
+from conftest import ROOT, SHARED, each_kind, hear_ctrl_c, in_process, save, write_model
 from makers import KINDS, tokenizer_folder
 from safetensors.numpy import load_file
 
 from src.core.errors import BadData, ConfigError, MissingInput, MissingTool, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
-from src.deploy.axera import compile, runtime, tokenizer_txt, toolchain
+from src.deploy.axera import chat, compile, differences, runtime, tokenizer_txt, toolchain
 from src.deploy.embedding import KEYS, bf16_truncated, find_embedding, write_bf16
 
 STAND_IN = ROOT / "tests" / "stand_ins" / "pulsar2.py"
@@ -31,9 +32,10 @@ END = 336
 SHA256SUM = shutil.which("sha256sum")
 
 
-def write_tokenizer(folder: Path, template: str = CHATML, **special: str) -> None:
-    """A small byte-level BPE that cuts words as Qwen2 does, with ChatML's tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def write_tokenizer(folder: Path, template: str = CHATML, *, bos: bool = False, digits: bool = False, whole: bool = False, **special: str) -> None:
+    """A small byte-level BPE that cuts words as Qwen2 does, with ChatML's tokens. bos: it puts <s> before a text. digits: it cuts digits one by one
+    and words as GPT-2 does, as SmolLM2's. whole: it takes a word that is a piece whole, and has one that its rules do not make."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     from src.deploy.byte_level import SPLITS
@@ -42,6 +44,8 @@ def write_tokenizer(folder: Path, template: str = CHATML, **special: str) -> Non
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        if not digits
+        else [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     made.decoder = decoders.ByteLevel()
     corpus = [
@@ -52,6 +56,14 @@ def write_tokenizer(folder: Path, template: str = CHATML, **special: str) -> Non
     trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     made.train_from_iterator(corpus, trainer)
     made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    if whole:
+        spec = json.loads(made.to_str())
+        spec["model"] |= {"ignore_merges": True, "vocab": {**spec["model"]["vocab"], "xyzzy": 340}}
+        made = Tokenizer.from_str(json.dumps(spec))
+    if bos:
+        made.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
+        made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+        special["bos_token"] = "<s>"
     wrapped = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>", **special)
     wrapped.chat_template = template
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -134,6 +146,12 @@ def deploy(tmp_path, monkeypatch):
 @pytest.fixture
 def where(tmp_path):
     return lambda name="deploy-ax650": tmp_path / "out" / "default" / name
+
+
+def refused(done: subprocess.CompletedProcess, error: type, *words: str) -> None:
+    """As conftest's, of what comes after the plan and the progress, which are long where a deploy fails late."""
+    at = max(0, done.stderr.rfind(f"{error.title}:"))
+    conftest.refused(subprocess.CompletedProcess(done.args, done.returncode, done.stdout, done.stderr[at:]), error, *words)
 
 
 def compiles(asked: list[list[str]]) -> list[list[str]]:
@@ -243,6 +261,8 @@ def test_a_local_install_comes_first_and_can_be_passed_over(tools, deploy, qwen)
         ("wrong_chunk", ToolFailed, ["chunks of 128", "target.prefill_chunk=64"]),
         ("empty_layer", ToolFailed, ["qwen2_p64_l1_together.axmodel is empty"]),
         ("short_layer", ToolFailed, ["qwen2_p64_l1_together.axmodel", "cut off"]),
+        ("hollow_layers", ToolFailed, ["qwen2_p64_l0_together.axmodel has 317 B; the weights it holds are 147 kB in s8"]),
+        ("hollow_post", ToolFailed, ["qwen2_post.axmodel has 511 B; the weights it holds are 65.5 kB in s8"]),
         ("not_onnx", ToolFailed, ["not an ONNX file by Pulsar2"]),
         ("other_producer", ToolFailed, ["'pytorch'"]),
         ("two_posts", ToolFailed, ["one post model is needed, 2 are there"]),
@@ -507,7 +527,7 @@ def test_truncation_is_the_vendors():
 def test_the_tokenizer_file_line_by_line(qwen, tmp_path):
     from src.models.loading import load_tokenizer
 
-    tokenizer_txt.write(load_tokenizer(qwen), [END - 2, END], tmp_path / "t.txt")
+    tokenizer_txt.write(load_tokenizer(qwen), [END - 2, END], [], tmp_path / "t.txt")
     spec = json.loads((qwen / "tokenizer.json").read_text())
     lines = (tmp_path / "t.txt").read_text().split("\n")
     assert lines[:3] == ["430 3", "3 2 0", f"{END - 2} {END - 1} {END} {END - 2} {END} "]
@@ -520,7 +540,7 @@ def test_the_reader_reads_as_transformers_does(qwen, tmp_path):
     from src.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(qwen)
-    tokenizer_txt.write(tokenizer, [END], tmp_path / "t.txt")
+    tokenizer_txt.write(tokenizer, [END], [], tmp_path / "t.txt")
     reader = tokenizer_txt.Reader(tmp_path / "t.txt")
     draw, alphabet = np.random.default_rng(1), list("aàbcéZ  \n\t'1239_-.!?안녕你🙂\u00a0") + ["<|im_end|>", "'s", "  ", "\r\n"]
     for _ in range(300):
@@ -529,20 +549,20 @@ def test_the_reader_reads_as_transformers_does(qwen, tmp_path):
 
 
 @each_kind(["made-qwen2.5"], ["qwen2.5"])
-def test_older_axllm_differs_on_accents_and_that_is_said(name, tmp_path):
+def test_older_axllm_cuts_words_otherwise(name, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(name) if name in KINDS else SHARED / "tokenizers" / name)
-    tokenizer_txt.write(tokenizer, [tokenizer.eos_token_id], tmp_path / "t.txt")
+    tokenizer_txt.write(tokenizer, [tokenizer.eos_token_id], [], tmp_path / "t.txt")
     reader = tokenizer_txt.Reader(tmp_path / "t.txt")
-    for text, same in (("Hello, world! 12345\n\nNext.", True), ("안녕하세요, 오늘", True), ("Où est le café?", False)):
+    for text, same in (("Hello there", True), ("x_1 = 2", False), ("It  is", False), ("Où est le café?", False)):
         ids = tokenizer(text).input_ids
         assert reader.encode(text) == ids and (reader.encode(text, knows_family=False) == ids) is same
 
 
 def test_a_damaged_tokenizer_file_is_noticed(tools, deploy, where, qwen, monkeypatch):
-    def broken(tokenizer, stops, path):
-        written(tokenizer, stops, path)
+    def broken(tokenizer, stops, prefix, path):
+        written(tokenizer, stops, prefix, path)
         text = path.read_text().split("\n")
         h, e = (text.index(piece, 4) for piece in "he")
         text[h], text[e] = text[e], text[h]
@@ -551,7 +571,7 @@ def test_a_damaged_tokenizer_file_is_noticed(tools, deploy, where, qwen, monkeyp
     written = tokenizer_txt.write
     monkeypatch.setattr(tokenizer_txt, "write", broken)
     tools("pulsar2")
-    refused(deploy(qwen), ProofFailed, "the board's tokenizer file has")
+    refused(deploy(qwen, "target.runtime=axllm"), ProofFailed, "the board's tokenizer file has")
     assert not where().exists()
 
 
@@ -560,7 +580,8 @@ def test_a_template_the_board_does_not_have_is_refused(tools, deploy, where, mod
         model, CHATML.replace("<|im_start|>{{", "<|im_start|>### {{").replace("<|im_start|>assistant", "<|im_start|>### assistant")
     )
     tools("pulsar2")
-    refused(deploy(model), WrongKind, "axllm's chat template (type Qwen2_5) is not the model's", "target.tokenizer_type=")
+    done = deploy(model, "target.runtime=axllm")
+    refused(done, WrongKind, "axllm's chat template (type Qwen2_5) is not the model's", "target.tokenizer_type=")
     assert not where().exists()
 
 
@@ -571,9 +592,89 @@ def test_the_default_system_text_of_a_template_becomes_the_boards(tools, deploy,
     assert json.loads((where() / "config.json").read_text())["system_prompt"] == "You are kind."
 
 
-def test_a_tokenizer_that_is_not_byte_level_is_refused(tools, deploy, tiny_model):
+def test_bos_before_chatml_is_what_axllm_begins_with(tools, deploy, where, model):
+    """A Llama 3 that was tuned with our ChatML: axllm puts the prefix before the text, so the template's BOS is its, not the text's."""
+    write_tokenizer(model, "{{ bos_token }}" + CHATML, bos=True)
     tools("pulsar2")
-    refused(deploy(tiny_model("llama"), "target.model_type=llama"), WrongKind, "without byte-level pieces", "Qwen")
+    done = deploy(model, "target.runtime=axllm")
+    assert done.returncode == 0, done.stderr
+    reader = tokenizer_txt.Reader(where() / "qwen2_tokenizer.txt")
+    assert reader.prefix == [reader.pieces.index("<s>")]
+    for talk in json.loads((where() / "contract.json").read_text())["conversations"]:
+        assert talk["ids"][0] == reader.prefix[0]
+        if not talk["tools"]:
+            assert reader.begin(chat.board_text(talk["messages"], None)) == talk["ids"]
+
+
+def test_no_bos_is_put_before_a_template_that_has_none(tools, deploy, where, model):
+    """The tokenizer adds one to plain text; before this template's text it would be a token that no training row has."""
+    write_tokenizer(model, bos=True)
+    tools("pulsar2")
+    assert deploy(model).returncode == 0
+    reader = tokenizer_txt.Reader(where() / "qwen2_tokenizer.txt")
+    talk = json.loads((where() / "contract.json").read_text())["conversations"][0]
+    assert reader.prefix == [] and reader.begin(chat.board_text(talk["messages"], None)) == talk["ids"]
+
+
+@pytest.mark.parametrize("kind, why", [("digits", "the board's tokenizer file has"), ("pieces", "without byte-level pieces"), ("template", "is not the model's")])
+def test_what_axllm_cannot_read_gets_a_bundle_for_the_older_main(kind, why, tools, deploy, where, model, tiny_model, call):
+    tools("pulsar2")
+    if kind == "digits":
+        write_tokenizer(change(model, model_type="llama"), digits=True)
+    elif kind == "template":
+        write_tokenizer(model, CHATML.replace("<|im_start|>", "<|im_start|>### "))
+    source = tiny_model("llama") if kind == "pieces" else model
+    refused(deploy(source, "target.runtime=axllm"), ProofFailed if kind == "digits" else WrongKind, why)
+    done = deploy(source)
+    assert done.returncode == 0 and "warning: not for axllm: " in done.stderr and why in done.stderr
+    bundle = where()
+    names = {p.name for p in bundle.iterdir()}
+    assert not {"config.json", "qwen2_tokenizer.txt", "llama_tokenizer.txt"} & names and {"run.sh", "tokenizer_server.py", "post_config.json"} <= names
+    assert "Not for axllm: " in (text := (bundle / "README.md").read_text()) and "./run.sh main" in text and "./run.sh serve" not in text
+    ran = subprocess.run(["sh", bundle / "run.sh", "serve"], capture_output=True, text=True)
+    assert ran.returncode == 7 and "not for axllm" in ran.stderr
+    assert "for the older main alone" in call("summary", f"outputs={bundle.parent.parent}", "run=default").stdout
+
+
+def test_a_server_that_renders_otherwise_is_noticed(tools, deploy, where, qwen, monkeypatch):
+    def with_other_words(out):
+        server = written(out)
+        rendered = server.Tokens.render
+        monkeypatch.setattr(server.Tokens, "render", lambda self, messages: rendered(self, messages) + " ")
+        return server
+
+    written = runtime.write_server
+    monkeypatch.setattr(runtime, "write_server", with_other_words)
+    tools("pulsar2")
+    refused(deploy(qwen, "target.runtime=main"), ProofFailed, "the tokenizer server renders 'plain' otherwise")
+    assert not where().exists()
+
+
+def test_pieces_that_are_taken_whole_are_counted(tools, deploy, where, model):
+    write_tokenizer(change(model, model_type="llama"), whole=True)
+    tools("pulsar2")
+    done = deploy(model)
+    assert done.returncode == 0 and "whole (ignore_merges), axllm by its merge rules: 1 of " in done.stderr and "'xyzzy'" in done.stderr
+    assert "'xyzzy'" in (where() / "README.md").read_text().partition("## Where it differs")[2]
+
+
+@each_kind(["made-qwen3"], ["qwen3"])
+def test_what_differs_on_the_board_is_said(name, tmp_path):
+    from transformers import AutoTokenizer
+
+    from src.deploy import contract
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(name) if name in KINDS else SHARED / "tokenizers" / name)
+    tokenizer_txt.write(tokenizer, [tokenizer.eos_token_id], [], tmp_path / "t.txt")
+    reader = tokenizer_txt.Reader(tmp_path / "t.txt")
+    contract.prove(tokenizer, tmp_path, lambda texts: [reader.encode(text) for text in texts])
+    lines = differences.of_the_reader(tokenizer, reader, list(contract.entries(tmp_path)))
+    assert any("form NFC" in line for line in lines)
+    nfd = "\u1112\u1161\u11ab"
+    assert reader.encode(nfd) != tokenizer(nfd, add_special_tokens=False).input_ids, "what is said is so"
+    (older,) = [line for line in lines if "before 2026" in line]
+    assert all(text in older for text in ("code", "accents", "def f(x)"))
+    assert "thoughts" in differences.of_history(tokenizer, "Qwen3")[0] and not differences.of_history(tokenizer, "Gemma4")
 
 
 # ---- what runs on the board
