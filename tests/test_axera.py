@@ -452,6 +452,10 @@ def test_settings_that_do_not_go_with_the_model_are_told_at_once(tools, deploy, 
     "override, words",
     [
         ("target.prompt_len=100", ["not a multiple of prefill_chunk 64", "target.prompt_len=64"]),
+        ("target.last_kv_cache_len=[64,100,256]", ["ascending multiples of prefill_chunk 64"]),
+        ("target.last_kv_cache_len=[256,64]", ["ascending multiples"]),
+        ("target.last_kv_cache_len=[64,512]", ["prompt_len is 256", "target.prompt_len=512"]),
+        ("target.check_prompt=Hi", ["target.check_level=2"]),
         ("target.context_len=256", ["leaves no room"]),
         ("target.prefill_chunk=100", ["prefill_chunk=100"]),
         ("target.weight_type=int8", ["target.weight_type=int8", "'s8'"]),
@@ -675,6 +679,108 @@ def test_what_differs_on_the_board_is_said(name, tmp_path):
     (older,) = [line for line in lines if "before 2026" in line]
     assert all(text in older for text in ("code", "accents", "def f(x)"))
     assert "thoughts" in differences.of_history(tokenizer, "Qwen3")[0] and not differences.of_history(tokenizer, "Gemma4")
+
+
+# ---- what is prepared, and compiled elsewhere
+
+
+def test_a_partial_bundle_says_what_it_is_and_how_to_go_on(tools, deploy, where, qwen, call):
+    tools()
+    refused(deploy(qwen), Unfinished, "compile.sh", "beside it as `model`")
+    partial = where("deploy-ax650.partial")
+    names = {p.name for p in partial.iterdir()}
+    assert {"README.md", "run.sh", "config.json", "post_config.json", "tokenizer_server.py", "contract.json"} <= names
+    config = json.loads((partial / "config.json").read_text())
+    assert config["template_filename_axmodel"] == "qwen2_p64_l%d_together.axmodel" and config["axmodel_num"] == LAYERS
+    assert "**Not compiled yet**" in (partial / "README.md").read_text()
+    ran = subprocess.run(["sh", partial / "run.sh", "serve"], capture_output=True, text=True)
+    assert ran.returncode == 7 and "not compiled yet" in ran.stderr
+    listed = call("summary", f"outputs={partial.parent.parent}", "run=default")
+    assert listed.returncode == 0 and f"prepared: {partial}, not finished" in listed.stdout
+
+
+@pytest.mark.parametrize("version", ["4.1", "7.0"])
+def test_a_compile_on_another_machine_is_brought_back(version, tools, deploy, where, qwen, tmp_path):
+    tools()
+    refused(deploy(qwen), Unfinished)
+    work, elsewhere = where("deploy-ax650.partial") / ".work", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(work / "compile.sh", elsewhere)
+    asked = tools("pulsar2", version=version)
+    env = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/bin:/bin"}
+    assert subprocess.run(["sh", "compile.sh"], cwd=elsewhere, env=env, capture_output=True).returncode == 3, "without the model"
+    shutil.copytree(qwen, elsewhere / "model")
+    done = subprocess.run(["sh", "compile.sh"], cwd=elsewhere, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ((_, command, *words),) = compiles(asked())
+    assert command == ("llm_build" if version < "7" else "llm_build2") and words[words.index("--chip") + 1] == "AX650"
+    for name in ("build", "compile.log", "by_hand.txt"):
+        shutil.move(elsewhere / name, work / name)
+    tools()
+    done = deploy(qwen)
+    assert done.returncode == 0 and "brought back from another machine" in done.stderr
+    record = json.loads((where() / "compile.json").read_text())
+    assert (record["pulsar2"], record["argv"]) == (version, ["compile.sh"]) and (where() / "qwen2_p64_l2_together.axmodel").is_file()
+    assert f"compiled by Pulsar2 ({version})" in (where() / "README.md").read_text()
+
+
+def test_what_is_brought_back_is_judged_too(tools, deploy, where, qwen):
+    tools()
+    refused(deploy(qwen), Unfinished)
+    work = where("deploy-ax650.partial") / ".work"
+    (work / "by_hand.txt").write_text("version: 7.0\n")
+    refused(deploy(qwen), ToolFailed, "the compile by hand is not all here", "compile.log")
+    (work / "compile.log").write_text("build llm model done!\n")
+    (work / "build").mkdir()
+    for index in range(LAYERS):
+        (work / "build" / f"qwen2_p64_l{index}_together.axmodel").write_bytes(b"\x08\x0a\x12\x07Pulsar2" + bytes(300))
+    (work / "build" / "qwen2_post.axmodel").write_bytes(b"\x08\x0a\x12\x07Pulsar2" + bytes(70_000))
+    refused(deploy(qwen), ToolFailed, "qwen2_p64_l0_together.axmodel has 311 B; the weights it holds are 147 kB in s8")
+
+
+@pytest.mark.parametrize(
+    "version, overrides, given",
+    [
+        ("4.1", ["target.last_kv_cache_len=[64,192,256]"], {"--last_kv_cache_len": ["64", "192", "256"], "--prefill_len": ["64"]}),
+        ("7.0", ["target.decode_step_size=256"], {"--decode_step_size": ["256"]}),
+        (
+            "5.2",
+            ["target.post_topk=8", "target.post_weight_type=bf16", "target.npu_mode=NPU3", "target.tensor_parallel_size=2"],
+            {"--post_topk": ["8"], "--post_weight_type": ["bf16"], "--npu_mode": ["NPU3"], "--tensor_parallel_size": ["2"]},
+        ),
+        ("5.2", ["target.check_level=2", "target.check_prompt=Hi you"], {"--check_level": ["2"], "--prompt": ["Hi you"]}),
+        ("5.2", [], {option: [] for option in ("--post_topk", "--npu_mode", "--check_level", "--prompt", "--post_weight_type")}),
+    ],
+)
+def test_every_option_of_the_compiler_can_be_reached(version, overrides, given, tools, deploy, qwen):
+    asked = tools("pulsar2", version=version)
+    done = deploy(qwen, *overrides)
+    assert done.returncode == 0, done.stderr
+    ((_, _, *words),) = compiles(asked())
+    pairs = list(zip(words[::2], words[1::2]))
+    assert {option: [value for o, value in pairs if o == option] for option in given} == given
+
+
+def test_groups_of_llm_build_are_built_by_it_where_both_commands_are(tools, deploy, qwen):
+    asked = tools("pulsar2", version="7.0", commands=["llm_build2", "llm_build"])
+    assert deploy(qwen, "target.last_kv_cache_len=[64,256]").returncode == 0
+    assert [command for _, command, *_ in compiles(asked())] == ["llm_build"]
+    tools("pulsar2", version="7.0")
+    refused(deploy(qwen, "target.last_kv_cache_len=[64,256]", "force=true"), ConfigError, "target.last_kv_cache_len is an option of llm_build")
+
+
+def test_m5stacks_published_build_can_be_had(tools, deploy, tmp_path):
+    """mode_qwen2.5-HA-0.5B-ctx-ax630c: chunks of 128, groups of 128, 512 and 1,024, a KV cache of 1,280 (Pulsar2 4.1)."""
+    model = write_model(tmp_path / "m", "qwen2", num_hidden_layers=1, vocab_size=512, max_position_embeddings=2048, eos_token_id=END)
+    write_tokenizer(model)
+    asked = tools("pulsar2", version="4.1")
+    lengths = ["target.prefill_chunk=128", "target.prompt_len=1024", "target.context_len=1281", "target.last_kv_cache_len=[128,512,1024]"]
+    done = deploy(model, *lengths, target="ax630c")
+    assert done.returncode == 0, done.stderr
+    ((_, command, *words),) = compiles(asked())
+    wanted = "--prefill_len 128 --kv_cache_len 1280 --last_kv_cache_len 128 --last_kv_cache_len 512 --last_kv_cache_len 1024".split()
+    pairs = list(zip(words[::2], words[1::2]))
+    assert command == "llm_build" and set(zip(wanted[::2], wanted[1::2])) <= set(pairs) and len([o for o, _ in pairs if "last" in o]) == 3
 
 
 # ---- what runs on the board

@@ -13,7 +13,7 @@ def of_the_reader(tokenizer, reader: Reader, entries: list[tuple[str, str, list[
     """Texts that axllm's tokenizer, of this year or an older one, cuts otherwise. entries: (name, text, ids) of the bundle's contract."""
     spec, lines = spec_of(tokenizer), []
     if spec["model"].get("ignore_merges"):
-        split, whole = reader.split_pieces()
+        split, whole = reader.split_pieces(spec["model"]["vocab"])
         if split:
             lines.append(
                 f"the tokenizer takes a word that is a piece whole (ignore_merges), axllm by its merge rules: {len(split):,} of {whole:,} pieces, such as "

@@ -113,9 +113,10 @@ class Reader:
         words = (_split(text, self.family) if self.family else _found(_NO_FAMILY, text)) if knows_family else _found(_OLD, text)
         return [id for word in words for id in self._word(word)]
 
-    def split_pieces(self) -> tuple[list[str], int]:
-        """(words that are a piece whole, and that the merge rules make otherwise; how many pieces are whole text): those that `ignore_merges` takes whole."""
-        texts = {id: word for id, piece in enumerate(self.pieces) if id not in self.texts and (word := _whole_text(piece))}
+    def split_pieces(self, vocab: dict[str, int]) -> tuple[list[str], int]:
+        """(words that are a piece whole, and that the merge rules make otherwise; how many pieces are whole text): what `ignore_merges` takes whole.
+        vocab: of the tokenizer.json."""
+        texts = {id: word for piece, id in vocab.items() if id not in self.texts and (word := _whole_text(piece))}
         return [word for id, word in texts.items() if self._word(word.encode()) != [id]], len(texts)
 
     def _word(self, word: bytes) -> list[int]:
