@@ -9,9 +9,9 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
-import conftest
 from conftest import ROOT, SHARED, each_kind, hear_ctrl_c, in_process, save, write_model
 from makers import KINDS, tokenizer_folder
 from safetensors.numpy import load_file
@@ -32,7 +32,9 @@ END = 336
 SHA256SUM = shutil.which("sha256sum")
 
 
-def write_tokenizer(folder: Path, template: str = CHATML, *, bos: bool = False, digits: bool = False, whole: bool = False, **special: str) -> None:
+def write_tokenizer(
+    folder: Path, template: str = CHATML, *, bos: bool = False, digits: bool = False, whole: bool = False, **special: str
+) -> None:
     """A small byte-level BPE that cuts words as Qwen2 does, with ChatML's tokens. bos: it puts <s> before a text. digits: it cuts digits one by one
     and words as GPT-2 does, as SmolLM2's. whole: it takes a word that is a piece whole, and has one that its rules do not make."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -620,7 +622,9 @@ def test_no_bos_is_put_before_a_template_that_has_none(tools, deploy, where, mod
     assert reader.prefix == [] and reader.begin(chat.board_text(talk["messages"], None)) == talk["ids"]
 
 
-@pytest.mark.parametrize("kind, why", [("digits", "the board's tokenizer file has"), ("pieces", "without byte-level pieces"), ("template", "is not the model's")])
+@pytest.mark.parametrize(
+    "kind, why", [("digits", "the board's tokenizer file has"), ("pieces", "without byte-level pieces"), ("template", "is not the model's")]
+)
 def test_what_axllm_cannot_read_gets_a_bundle_for_the_older_main(kind, why, tools, deploy, where, model, tiny_model, call):
     tools("pulsar2")
     if kind == "digits":
@@ -633,7 +637,10 @@ def test_what_axllm_cannot_read_gets_a_bundle_for_the_older_main(kind, why, tool
     assert done.returncode == 0 and "warning: not for axllm: " in done.stderr and why in done.stderr
     bundle = where()
     names = {p.name for p in bundle.iterdir()}
-    assert not {"config.json", "qwen2_tokenizer.txt", "llama_tokenizer.txt"} & names and {"run.sh", "tokenizer_server.py", "post_config.json"} <= names
+    assert (
+        not {"config.json", "qwen2_tokenizer.txt", "llama_tokenizer.txt"} & names
+        and {"run.sh", "tokenizer_server.py", "post_config.json"} <= names
+    )
     assert "Not for axllm: " in (text := (bundle / "README.md").read_text()) and "./run.sh main" in text and "./run.sh serve" not in text
     ran = subprocess.run(["sh", bundle / "run.sh", "serve"], capture_output=True, text=True)
     assert ran.returncode == 7 and "not for axllm" in ran.stderr
@@ -752,13 +759,16 @@ def test_what_is_brought_back_is_judged_too(tools, deploy, where, qwen):
         ("5.2", [], {option: [] for option in ("--post_topk", "--npu_mode", "--check_level", "--prompt", "--post_weight_type")}),
     ],
 )
-def test_every_option_of_the_compiler_can_be_reached(version, overrides, given, tools, deploy, qwen):
+def test_every_option_of_the_compiler_can_be_reached(version, overrides, given, tools, deploy, where, qwen):
     asked = tools("pulsar2", version=version)
     done = deploy(qwen, *overrides)
     assert done.returncode == 0, done.stderr
     ((_, _, *words),) = compiles(asked())
     pairs = list(zip(words[::2], words[1::2]))
     assert {option: [value for o, value in pairs if o == option] for option in given} == given
+    if given.get("--post_topk"):
+        assert "8 candidates instead of logits" in done.stderr and "--use_topk 1" in (where() / "run.sh").read_text()
+        assert json.loads((where() / "config.json").read_text())["devices"] == [0, 1]
 
 
 def test_groups_of_llm_build_are_built_by_it_where_both_commands_are(tools, deploy, qwen):
@@ -766,7 +776,9 @@ def test_groups_of_llm_build_are_built_by_it_where_both_commands_are(tools, depl
     assert deploy(qwen, "target.last_kv_cache_len=[64,256]").returncode == 0
     assert [command for _, command, *_ in compiles(asked())] == ["llm_build"]
     tools("pulsar2", version="7.0")
-    refused(deploy(qwen, "target.last_kv_cache_len=[64,256]", "force=true"), ConfigError, "target.last_kv_cache_len is an option of llm_build")
+    refused(
+        deploy(qwen, "target.last_kv_cache_len=[64,256]", "force=true"), ConfigError, "target.last_kv_cache_len is an option of llm_build"
+    )
 
 
 def test_m5stacks_published_build_can_be_had(tools, deploy, tmp_path):
@@ -778,7 +790,18 @@ def test_m5stacks_published_build_can_be_had(tools, deploy, tmp_path):
     done = deploy(model, *lengths, target="ax630c")
     assert done.returncode == 0, done.stderr
     ((_, command, *words),) = compiles(asked())
-    wanted = "--prefill_len 128 --kv_cache_len 1280 --last_kv_cache_len 128 --last_kv_cache_len 512 --last_kv_cache_len 1024".split()
+    wanted = [
+        "--prefill_len",
+        "128",
+        "--kv_cache_len",
+        "1280",
+        "--last_kv_cache_len",
+        "128",
+        "--last_kv_cache_len",
+        "512",
+        "--last_kv_cache_len",
+        "1024",
+    ]
     pairs = list(zip(words[::2], words[1::2]))
     assert command == "llm_build" and set(zip(wanted[::2], wanted[1::2])) <= set(pairs) and len([o for o, _ in pairs if "last" in o]) == 3
 
@@ -814,8 +837,98 @@ def test_the_run_script_starts_axllm_and_the_older_runtime(bundle, tmp_path, mon
     assert given["--template_filename_axmodel"] == "qwen2_p64_l%d_together.axmodel" and given["--prompt"] == "Hi 'there' $x"
     assert (given["--axmodel_num"], given["--tokens_embed_num"], given["--tokens_embed_size"]) == (str(LAYERS), "512", "128")
     assert given["--filename_tokenizer_model"] == "http://127.0.0.1:23871" and given["--tokenizer_type"] == "2"
+    assert not {"--post_config_path", "--devices", "--use_topk"} & given.keys(), "its help lists none of them"
     wrong = subprocess.run(["sh", bundle / "run.sh"], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and "./run.sh serve" in wrong.stderr
+
+
+# What builds list at --help, and what each must be given: 2024's, 2025's of the chip, 2025's on PCIe (ax-llm src/main.cpp of those years).
+OLD = "-p, --prompt prompt (string)\n--filename_tokenizer_model x\n--use_topk (bool)\n--live_print"
+NEW = "--system_prompt x\n--url_tokenizer_model x\n--post_config_path x\n--live_print"
+PCIE = "--system_prompt x\n--url_tokenizer_model x\n--devices x\n--live_print"
+
+
+@pytest.mark.parametrize(
+    "name, help, has, lacks",
+    [
+        (
+            "main_prefill",
+            OLD,
+            ["--prompt", "--filename_tokenizer_model", "--use_topk"],
+            ["--post_config_path", "--devices", "--system_prompt"],
+        ),
+        ("main_ax650", NEW, ["--post_config_path", "--url_tokenizer_model", "--system_prompt"], ["--prompt", "--devices", "--bos"]),
+        ("main_axcl_aarch64", PCIE, ["--devices", "--url_tokenizer_model"], ["--post_config_path", "--prompt"]),
+        ("main_axcl_x86", PCIE, ["--devices"], ["--post_config_path"]),
+    ],
+)
+def test_each_build_of_main_gets_the_options_it_has(name, help, has, lacks, bundle, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    board, port = tmp_path / "boardbin", 23880 + ["main_prefill", "main_ax650", "main_axcl_aarch64", "main_axcl_x86"].index(name)
+    board.mkdir()
+    (board / "help").write_text(help + "\n")
+    (board / name).write_text(
+        f'#!/bin/sh\nif [ "$1" = --help ]; then cat {board}/help; exit 1; fi\nfor w in "$@"; do printf "%s\\n" "$w"; done > {tmp_path}/argv\n'
+        f'case "$*" in *--prompt*) ;; *) cat > {tmp_path}/asked ;; esac\n'
+    )
+    (board / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{board}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PORT": str(port)}
+    assert subprocess.run(["sh", bundle / "run.sh", "main", "Hi 'there' $x"], env=env, timeout=60).returncode == 0
+    argv = (tmp_path / "argv").read_text().split("\n")[:-1]
+    assert set(has) <= set(argv) and not set(lacks) & set(argv), argv
+    if "--prompt" not in argv:
+        assert (tmp_path / "asked").read_text() == "Hi 'there' $x\nq\n"
+
+
+@pytest.fixture
+def server(bundle, monkeypatch):
+    """ask(path, body=None) of a bundle's tokenizer server: (status, answer)."""
+    monkeypatch.undo()
+    process = subprocess.Popen([sys.executable, bundle / "tokenizer_server.py", "--port", "23872", "--system", "Be kind."])
+    assert subprocess.run([sys.executable, bundle / "tokenizer_server.py", "--port", "23872", "--wait"], timeout=60).returncode == 0
+
+    def ask(path: str, body: dict | None = None) -> tuple[int, dict]:
+        request = urllib.request.Request(f"http://127.0.0.1:23872{path}", json.dumps(body).encode() if body is not None else None)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    yield ask
+    process.kill()
+    process.wait()
+
+
+def test_the_tokenizer_server_keeps_a_conversation_as_the_main_of_2025_asks(server, qwen):
+    """The client's own order (ax-llm, src/runner/Tokenizer/Tokenizer.cpp of 2025): get_uid, bos_id, eos_id, reset, then encode and decode."""
+    from src.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(qwen)
+
+    def ids(*turns: tuple[str, str], opened: bool = True) -> list[int]:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=opened, tokenize=True, return_dict=True)["input_ids"])
+
+    uid = server("/get_uid?tokenizer_type=2")[1]["uid"]
+    assert server(f"/bos_id?uid={uid}") == (200, {"bos_id": -1}) and server(f"/eos_id?uid={uid}") == (200, {"eos_id": END})
+    system = ("system", "Be terse.")
+    assert server("/reset", {"uid": uid, "system_prompt": "Be terse."}) == (200, {"token_ids": ids(system, opened=False)})
+    first = server("/encode", {"uid": uid, "text": "Hi", "img_prompt": False})[1]
+    assert first["token_ids"] == ids(system, ("user", "Hi")) == ids(system, opened=False) + first["diff"]
+    whole = [system, ("user", "Hi"), ("assistant", "Hello."), ("user", "And?")]
+    second = server("/encode", {"uid": uid, "text": "And?", "last_reply": "Hello.", "img_prompt": False})[1]
+    assert second["token_ids"] == ids(*whole) == ids(*whole[:3], opened=False) + second["diff"]
+    assert second["text"] == tokenizer.decode(second["token_ids"])
+    assert server("/decode", {"uid": uid, "token_ids": second["diff"]})[1]["text"] == tokenizer.decode(second["diff"])
+    other = server("/get_uid")[1]["uid"]
+    assert server("/encode", {"uid": other, "text": "Hi"})[1]["token_ids"] == ids(("system", "Be kind."), ("user", "Hi")), (
+        "a talk of its own"
+    )
+    assert server(f"/reset?uid={uid}")[1]["success"] is True
+    assert server("/encode", {"uid": uid, "text": "Hi"})[1]["token_ids"] == ids(("system", "Be kind."), ("user", "Hi"))
+    for asked in (("/encode", {"uid": "gone", "text": "Hi"}), ("/reset", {"uid": "gone"}), ("/bos_id?uid=gone",), ("/reset?uid=gone",)):
+        assert server(*asked) == (400, {"error": "Invalid uid"}), "which the client takes as a reason to ask for a new one"
 
 
 def test_the_tokenizer_server_gives_the_contracts_ids(bundle, monkeypatch):
@@ -862,6 +975,19 @@ def test_sampling_is_the_models_own(model, generation, enabled):
         *("enable_temperature", "temperature", "enable_repetition_penalty", "repetition_penalty", "penalty_window"),
         *("enable_top_p_sampling", "top_p", "enable_top_k_sampling", "top_k"),
     }
+    said = differences.of_sampling(config, 0)
+    assert [("only top_p acts" in line, "square root" in line) for line in said] == (
+        [(True, False), (False, True)] if len(enabled) == 4 else []
+    )
+
+
+def test_sampling_that_axllm_does_otherwise_is_said(tools, deploy, where, model):
+    asked = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "eos_token_id": END}
+    (model / "generation_config.json").write_text(json.dumps(asked))
+    tools("pulsar2")
+    done = deploy(model)
+    words = "top_p 0.8 and top_k 20 together; in axllm only top_p acts"
+    assert done.returncode == 0 and words in done.stderr and words in (where() / "README.md").read_text()
 
 
 # ---- small parts

@@ -55,7 +55,8 @@ case "${1:-}" in
     fi
     ! offers post_config_path || set -- "$@" --post_config_path post_config.json
     ! offers use_topk || set -- "$@" --use_topk @TOPK@
-    ! offers devices || set -- "$@" --devices "${DEVICES:-0}"
+    devices=@DEVICES@
+    ! offers devices || set -- "$@" --devices "${DEVICES:-$devices}"
     set -- "$@" --template_filename_axmodel @LAYERS@ --axmodel_num @COUNT@ --tokenizer_type 2 \
       --filename_post_axmodel @POST@ --filename_tokens_embed @EMBEDDING@ --tokens_embed_num @ROWS@ --tokens_embed_size @WIDTH@ \
       --use_mmap_load_embed 1 --live_print 1

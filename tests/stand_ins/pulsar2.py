@@ -124,7 +124,8 @@ def build(command: str, words: list[str], mounts: dict[str, str]) -> int:
         (out / f"{family}_p{named}_l{i}_together.axmodel").write_bytes(content)
     print("\rbuilding llm post layer   ━━━━━━━━ 1/1 0:00:01")
     (out / f"{family}_post.axmodel").write_bytes(
-        onnx("Pulsar2") + bytes(500 if FAULT == "hollow_post" else sizes["head"] * (2 if getattr(o, "post_weight_type", "s8") == "bf16" else 1))
+        onnx("Pulsar2")
+        + bytes(500 if FAULT == "hollow_post" else sizes["head"] * (2 if getattr(o, "post_weight_type", "s8") == "bf16" else 1))
     )
     if FAULT == "two_posts":
         (out / "other_post.axmodel").write_bytes(onnx("Pulsar2"))

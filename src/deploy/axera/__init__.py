@@ -119,7 +119,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Axera) -> dict:
         if not made.why_not:
             runtime.write_json(out / "config.json", config)
         runtime.write_json(out / "post_config.json", made.post_config)
-        runtime.write_run_script(out, config, made.why_not, target.post_topk)
+        runtime.write_run_script(out, config, made.why_not, target)
         text = runtime.readme(target, config, pulsar2, preflight.check_fit(shape, target), made.why_not, made.differs)
         (out / "README.md").write_text(text, encoding="utf-8")
 
@@ -206,7 +206,7 @@ def prepare(model: Artifact, shape: ModelShape, target: Axera, out: Path) -> Pre
         why_not = "target.runtime=main was asked for"
     else:
         try:
-            return _for_axllm(model, tokenizer, type, file, out, post_config, {"rows": rows, "hidden": hidden})
+            return _for_axllm(model, tokenizer, type, file, out, post_config, target.post_topk, {"rows": rows, "hidden": hidden})
         except (WrongKind, ProofFailed) as error:
             if target.runtime == "axllm":
                 raise
@@ -227,7 +227,7 @@ def prepare(model: Artifact, shape: ModelShape, target: Axera, out: Path) -> Pre
     return Prepared(axllm, {**metrics, "runtime": "main"}, post_config, why_not, [])
 
 
-def _for_axllm(model: Artifact, tokenizer, type: str, file: Path, out: Path, post_config: dict, sizes: dict) -> Prepared:
+def _for_axllm(model: Artifact, tokenizer, type: str, file: Path, out: Path, post_config: dict, topk: int, sizes: dict) -> Prepared:
     type, system_prompt = chat.choose(tokenizer, type)
     tokenizer_txt.write(tokenizer, stop_ids(model.path, tokenizer), chat.prefix(tokenizer, type), file)
     reader = tokenizer_txt.Reader(file)
@@ -241,7 +241,7 @@ def _for_axllm(model: Artifact, tokenizer, type: str, file: Path, out: Path, pos
     differs = [
         *differences.of_the_reader(tokenizer, reader, list(contract.entries(out))),
         *differences.of_history(tokenizer, type),
-        *differences.of_sampling(post_config),
+        *differences.of_sampling(post_config, topk),
     ]
     for line in differs:
         warn(line)

@@ -13,6 +13,7 @@ SCRIPT = "compile.sh"
 
 def write(target: Axera, quantization: dict | None, work: Path) -> Path:
     """Write the script into the folder its results are looked for in; it takes the one of Pulsar2's two commands that is there."""
+    lent = "".join(f" -e {key}={value}" for key, value in toolchain.environment(target).items())
     exports = "".join(f"export {key}={value}\n" for key, value in toolchain.environment(target).items())
     ways = [(command, _argv(command, target, quantization)) for command in ("llm_build2", "llm_build")]
     known = [(command, words) for command, words in ways if words]
@@ -24,7 +25,7 @@ def write(target: Axera, quantization: dict | None, work: Path) -> Path:
 # Compiles the model with AXERA's Pulsar2, on a machine that has it:
 #   1. copy this script there, and the model's folder beside it as `model`
 #   2. ./compile.sh                                    with pulsar2 on PATH, or
-#      PULSAR2="docker run --rm -v $PWD:/data -w /data pulsar2:VERSION pulsar2" ./compile.sh
+#      PULSAR2="docker run --rm{lent} -v $PWD:/data -w /data pulsar2:VERSION pulsar2" ./compile.sh
 #   3. copy build/, compile.log and {BY_HAND} back to where the script came from, and run the deploy again: it goes on from there
 set -eu
 cd "$(dirname "$0")"

@@ -39,11 +39,14 @@ def board_type(wanted: str, model_type: str) -> str:
 
 def prefix(tokenizer, type: str) -> list[int]:
     """The ids axllm is to put before every text: BOS where the model's template begins with it, and nothing where it does not, whatever the tokenizer
-    adds by itself. For a type whose rendering is not known here, and for a model without template, what the tokenizer adds."""
-    if type in CHATML_TYPES and tokenizer.chat_template:
-        return [tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else []
+    adds by itself. Of a template that begins with BOS, under a type whose rendering is not known here, and without template: what the tokenizer adds."""
     first, *rest = tokenizer("A").input_ids
-    return [first] if rest and first in tokenizer.added_tokens_decoder else []
+    added = [first] if rest and first in tokenizer.added_tokens_decoder else []
+    if not tokenizer.chat_template:
+        return added
+    if not _begins_with_bos(tokenizer):
+        return []
+    return [tokenizer.bos_token_id] if type in CHATML_TYPES else added
 
 
 def _begins_with_bos(tokenizer) -> bool:

@@ -50,9 +50,13 @@ def of_history(tokenizer, type: str) -> list[str]:
     ]
 
 
-def of_sampling(post_config: dict) -> list[str]:
-    """What axllm makes of post_config.json's settings."""
+def of_sampling(post_config: dict, topk: int) -> list[str]:
+    """What axllm makes of post_config.json's settings. topk: candidates that the output layer gives instead of logits, 0: all logits."""
     lines = []
+    if topk:
+        lines.append(
+            f"the output layer gives {topk} candidates instead of logits (target.post_topk): the older main reads them; whether axllm does is not known"
+        )
     if post_config["enable_top_p_sampling"] and post_config["enable_top_k_sampling"]:
         lines.append(
             f"the model asks for top_p {post_config['top_p']} and top_k {post_config['top_k']} together; in axllm only top_p acts then. "

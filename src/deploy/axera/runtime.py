@@ -50,7 +50,7 @@ def axllm_config(
         "tokens_embed_size": hidden,
         "post_config_path": "post_config.json",
         "use_mmap_load_embed": True,
-        "devices": [0],
+        "devices": list(range(max(1, target.tensor_parallel_size))),
     }
     if target.chip == "AX650":
         config["use_mmap_load_layer"] = True
@@ -84,8 +84,8 @@ def write_json(path: Path, value: dict) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_run_script(out: Path, config: dict, why_not: str, topk: int) -> None:
-    """run.sh, which starts axllm or the old `main`. why_not: why axllm cannot run it, empty where it can. topk: of the compiled output layer."""
+def write_run_script(out: Path, config: dict, why_not: str, target: Axera) -> None:
+    """run.sh, which starts axllm or the old `main`. why_not: why axllm cannot run it, empty where it can."""
     text = (ASSETS / "run.sh").read_text()
     values = {
         "LAYERS": config["template_filename_axmodel"],
@@ -96,7 +96,8 @@ def write_run_script(out: Path, config: dict, why_not: str, topk: int) -> None:
         "WIDTH": config["tokens_embed_size"],
         "SYSTEM": config.get("system_prompt", ""),
         "WHY_NOT": why_not,
-        "TOPK": int(topk > 0),
+        "TOPK": int(target.post_topk > 0),
+        "DEVICES": ",".join(map(str, config["devices"])),
     }
     for key, value in values.items():
         text = text.replace(f"@{key}@", shlex.quote(str(value)))

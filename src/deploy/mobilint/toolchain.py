@@ -34,11 +34,16 @@ for name in ("qbcompiler", "qubee"):
             found = [name, str(getattr(importlib.import_module(name), "__version__", ""))]
 print(json.dumps(found))
 """
-INSTALL = (
-    "install the wheel of qbcompiler for ARIES from https://dl.mobilint.com (free login) into a Python of 3.10 to 3.12, and name it: target.python=ENV/bin/python",
-    "start a container of mobilint/qbcompiler:1.0-cuda12.8.1-ubuntu22.04 (or 1.0-cpu-ubuntu22.04), pip install the wheel in it, keep it with "
-    "`docker commit`, and name the image: target.image=NAME",
-)
+
+
+def install(chip: str) -> list[str]:
+    """Ways to get the compiler; each chip has a wheel of its own."""
+    return [
+        f"install the wheel of qbcompiler for {chip.upper()} from https://dl.mobilint.com (free login) into a Python of 3.10 to 3.12, and name it: "
+        "target.python=ENV/bin/python",
+        "start a container of mobilint/qbcompiler:1.0-cuda12.8.1-ubuntu22.04 (or 1.0-cpu-ubuntu22.04), pip install the wheel in it, keep it with "
+        "`docker commit`, and name the image: target.image=NAME",
+    ]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mobilint_compiler as stand_in
 from mobilint_compiler import equal, same, typed
+
 from qbcompiler._api_1_1 import (
     BitConfig,
     Calibration,
