@@ -817,11 +817,11 @@ def test_short_texts_are_left_out_and_none_is_joined(tmp_path, capsys):
     (records / "en.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in stories.values()))
     tokenizer = load_tokenizer(CHAT)
     for folder in (apart, records):
-        found, counts = calibration.from_texts(folder, ("en",), tokenizer, 64, 128, 9)
+        found, counts = calibration.from_texts(folder, ("en",), tokenizer, 64, 128, 12)
         marks = [{letter for letter in stories if letter * 3 in tokenizer.decode(sequence.ids)} for sequence in found]
         assert all(len(mark) == 1 for mark in marks) and set().union(*marks) == set("XYZ")
         assert all(64 <= len(sequence.ids) <= 128 for sequence in found)
-        assert counts == {"cut": 0, "en": 9, "en, too short": 2}
+        assert counts == {"cut": 0, "en": 12, "en, too short": 2}
         assert "left out 2 texts of 'en' that are shorter than 64 tokens" in capsys.readouterr().err
 
 
