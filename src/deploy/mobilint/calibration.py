@@ -22,8 +22,8 @@ from src.models.safetensors_io import Entry
 
 BARREN = 8
 """drawings in a row that gave no new sequence, after which the split is taken to hold no more"""
-LINE = 1 << 16
-"""characters of a line read at once; text without line breaks is taken in pieces of it"""
+LINE = 1 << 10
+"""characters taken together at most; a line that is longer is taken in pieces of it, so that it too gives several sequences"""
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,8 @@ def _pieces(path: Path) -> Iterator[tuple[str, bool]]:
             if path.suffix == ".jsonl":
                 for number, line in enumerate(file, 1):
                     text = _text_of(line, f"{path}, line {number}") if line.strip() else ""
-                    for start in range(0, len(text), LINE):
-                        yield text[start : start + LINE], start + LINE >= len(text)
+                    parts = [line[k : k + LINE] for line in text.splitlines(keepends=True) for k in range(0, len(line), LINE)]
+                    yield from ((part, place == len(parts)) for place, part in enumerate(parts, 1))
                 return
             before, blank = "", 0
             while line := file.readline(LINE):
