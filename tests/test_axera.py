@@ -612,6 +612,17 @@ def test_bos_before_chatml_is_what_axllm_begins_with(tools, deploy, where, model
             assert reader.begin(chat.board_text(talk["messages"], None)) == talk["ids"]
 
 
+def test_a_bos_that_is_chatmls_own_opening_is_not_put_before_it_again(tools, deploy, where, model):
+    """SmolLM2's bos_token is <|im_start|>."""
+    write_tokenizer(model, bos_token="<|im_start|>")
+    tools("pulsar2")
+    done = deploy(model, "target.runtime=axllm")
+    assert done.returncode == 0, done.stderr
+    reader = tokenizer_txt.Reader(where() / "qwen2_tokenizer.txt")
+    talk = json.loads((where() / "contract.json").read_text())["conversations"][0]
+    assert reader.prefix == [] and reader.begin(chat.board_text(talk["messages"], None)) == talk["ids"]
+
+
 def test_no_bos_is_put_before_a_template_that_has_none(tools, deploy, where, model):
     """The tokenizer adds one to plain text; before this template's text it would be a token that no training row has."""
     write_tokenizer(model, bos=True)
@@ -724,6 +735,7 @@ def test_a_compile_on_another_machine_is_brought_back(version, tools, deploy, wh
     for name in ("build", "compile.log", "by_hand.txt"):
         shutil.move(elsewhere / name, work / name)
     tools()
+    refused(deploy(qwen, "target.prompt_len=128"), Moved, "target.prompt_len 256 -> 128")
     done = deploy(qwen)
     assert done.returncode == 0 and "brought back from another machine" in done.stderr
     record = json.loads((where() / "compile.json").read_text())

@@ -21,9 +21,9 @@ from src.core.errors import BadData, ConfigError, ProofFailed, ToolFailed, Unfin
 from src.core.log import say, size, warn
 from src.deploy import contract, preflight
 from src.deploy.axera import by_hand, chat, differences, runtime, tokenizer_txt, toolchain
-from src.deploy.axera.compile import BY_HAND, Weights, bring_back, compile_layers, container
+from src.deploy.axera.compile import Weights, bring_back, compile_layers, container
 from src.deploy.embedding import find_embedding, write_bf16
-from src.deploy.vendor import COMPILED, WORK, finish, whole, work_folder
+from src.deploy.vendor import BY_HAND, COMPILED, WORK, finish, whole, work_folder
 from src.models import complete, exact_sum
 from src.models.folder import trust_of
 from src.models.generation import stop_ids

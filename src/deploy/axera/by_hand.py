@@ -4,8 +4,8 @@ import shlex
 from pathlib import Path
 
 from src.deploy.axera import toolchain
-from src.deploy.axera.compile import BUILT, BY_HAND
-from src.deploy.vendor import whole
+from src.deploy.axera.compile import BUILT
+from src.deploy.vendor import BY_HAND, whole
 from src.settings.targets import Axera
 
 SCRIPT = "compile.sh"

@@ -44,14 +44,15 @@ def prefix(tokenizer, type: str) -> list[int]:
     added = [first] if rest and first in tokenizer.added_tokens_decoder else []
     if not tokenizer.chat_template:
         return added
-    if not _begins_with_bos(tokenizer):
+    if not _bos_before(tokenizer):
         return []
     return [tokenizer.bos_token_id] if type in CHATML_TYPES else added
 
 
-def _begins_with_bos(tokenizer) -> bool:
-    opened = encoding.render(tokenizer, [{"role": "user", "content": "Q"}], prompt=True)
-    return bool(tokenizer.bos_token) and opened.startswith(tokenizer.bos_token)
+def _bos_before(tokenizer) -> str:
+    """BOS, where the template begins with it; empty where it does not, or where BOS is ChatML's own opening, as SmolLM2's is, which axllm writes itself."""
+    opened, bos = encoding.render(tokenizer, [{"role": "user", "content": "Q"}], prompt=True), tokenizer.bos_token or ""
+    return bos if opened.startswith(bos) and bos != encoding.START else ""
 
 
 def choose(tokenizer, type: str) -> tuple[str, str | None]:
@@ -65,7 +66,7 @@ def choose(tokenizer, type: str) -> tuple[str, str | None]:
     if not tokenizer.chat_template:
         warn(f"the model has no chat template; axllm puts ChatML around every prompt (type {type})")
         return type, None
-    system_prompt, bos = default_system(tokenizer), tokenizer.bos_token if _begins_with_bos(tokenizer) else ""
+    system_prompt, bos = default_system(tokenizer), _bos_before(tokenizer)
     for name, (messages, tools) in contract.conversations().items():
         if tools:
             continue  # axllm renders tools in a way of its own (docs/tool_calling.md), which is not known here to the letter
@@ -93,6 +94,6 @@ def choose(tokenizer, type: str) -> tuple[str, str | None]:
 
 def default_system(tokenizer) -> str | None:
     """The system text a ChatML template puts in where a conversation has none; None where it puts in none."""
-    text = encoding.render(tokenizer, [{"role": "user", "content": "Q"}], prompt=True).removeprefix(tokenizer.bos_token or "")
+    text = encoding.render(tokenizer, [{"role": "user", "content": "Q"}], prompt=True).removeprefix(_bos_before(tokenizer))
     opening = f"{encoding.START}system\n"
     return text[len(opening) :].partition(encoding.END)[0] if text.startswith(opening) else None

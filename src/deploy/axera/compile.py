@@ -13,7 +13,7 @@ from src.core.log import duration, say, size, status, warn
 from src.deploy import preflight
 from src.deploy.axera import toolchain
 from src.deploy.axera.toolchain import Toolchain
-from src.deploy.vendor import Done, hand_back, run, stop_container
+from src.deploy.vendor import BY_HAND, Done, hand_back, run, stop_container
 from src.settings.targets import Axera
 from src.sizing import budget
 from src.sizing.shape import ModelShape
@@ -25,8 +25,6 @@ SPREAD = 0.05
 """relative difference of layer sizes that equal layers show at most"""
 PLAUSIBLE = 0.8
 """least share of its weights' own bytes that a compiled file has; published ones have 1 and more (Qwen3-0.6B in s8: 26 MiB a layer of 15.7 M weights)"""
-BY_HAND = "by_hand.txt"
-"""what the script for another machine leaves when it is done: Pulsar2's version"""
 
 
 @dataclass(frozen=True)
