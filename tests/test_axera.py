@@ -643,7 +643,7 @@ def test_what_axllm_cannot_read_gets_a_bundle_for_the_older_main(kind, why, tool
     elif kind == "template":
         write_tokenizer(model, CHATML.replace("<|im_start|>", "<|im_start|>### "))
     source = tiny_model("llama") if kind == "pieces" else model
-    refused(deploy(source, "target.runtime=axllm"), ProofFailed if kind == "digits" else WrongKind, why)
+    refused(deploy(source, "target.runtime=axllm"), ProofFailed if kind == "digits" else WrongKind, why, "target.runtime=auto")
     done = deploy(source)
     assert done.returncode == 0 and "warning: not for axllm: " in done.stderr and why in done.stderr
     bundle = where()
@@ -668,8 +668,19 @@ def test_a_server_that_renders_otherwise_is_noticed(tools, deploy, where, qwen, 
     written = runtime.write_server
     monkeypatch.setattr(runtime, "write_server", with_other_words)
     tools("pulsar2")
-    refused(deploy(qwen, "target.runtime=main"), ProofFailed, "the tokenizer server renders 'plain' otherwise")
+    refused(deploy(qwen, "target.runtime=main"), ProofFailed, "its tokenizer server renders 'plain' otherwise")
     assert not where().exists()
+    done = deploy(qwen)
+    assert done.returncode == 0 and "warning: `./run.sh main` will not do: its tokenizer server renders 'plain' otherwise" in done.stderr
+    assert "`./run.sh main` will not do" in (where() / "README.md").read_text()
+
+
+def test_a_template_that_the_server_cannot_read_is_said(tools, deploy, where, model):
+    """transformers knows a tag that Jinja2 alone does not."""
+    write_tokenizer(model, CHATML.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}"))
+    tools("pulsar2")
+    refused(deploy(model, "target.runtime=main"), ProofFailed, "cannot use the model's template", "unknown tag 'generation'")
+    assert deploy(model).returncode == 0 and "cannot use the model's template" in (where() / "README.md").read_text()
 
 
 def test_pieces_that_are_taken_whole_are_counted(tools, deploy, where, model):

@@ -206,9 +206,14 @@ def prepare(model: Artifact, shape: ModelShape, target: Axera, out: Path) -> Pre
         why_not = "target.runtime=main was asked for"
     else:
         try:
-            return _for_axllm(model, tokenizer, type, file, out, post_config, target.post_topk, {"rows": rows, "hidden": hidden})
+            made = _for_axllm(model, tokenizer, type, file, out, post_config, target.post_topk, {"rows": rows, "hidden": hidden})
+            if fault := server_fault(server, tokenizer):
+                warn(f"`./run.sh main` will not do: {fault}")
+                made.differs.append(f"`./run.sh main` will not do: {fault}")
+            return made
         except (WrongKind, ProofFailed) as error:
             if target.runtime == "axllm":
+                error.fix.append("target.runtime=auto makes a bundle for the older main, with the model's own tokenizer and template")
                 raise
             why_not = error.what
             warn(
@@ -216,7 +221,17 @@ def prepare(model: Artifact, shape: ModelShape, target: Axera, out: Path) -> Pre
             )
     for stale in (file, out / "config.json"):
         stale.unlink(missing_ok=True)
-    metrics = _prove_server(server, tokenizer, out)
+    if fault := server_fault(server, tokenizer):
+        raise ProofFailed(
+            f"the older `main` would not get the model's own tokens: {fault}",
+            where=str(model.path),
+            fix=[
+                "fine-tune a base without chat template, which gives it ChatML: remove chat_template from tokenizer_config.json (and chat_template.jinja)",
+                "a version of the model that has a tokenizer.json and a chat template of plain Jinja2",
+            ],
+        )
+    ids = server.Tokens().ids
+    metrics = contract.prove(tokenizer, out, lambda texts: [ids(text) for text in texts])
     axllm = {
         "tokenizer_file": None,
         "tokenizer_type": None,
@@ -249,27 +264,24 @@ def _for_axllm(model: Artifact, tokenizer, type: str, file: Path, out: Path, pos
     return Prepared(axllm, {**metrics, "runtime": "axllm", "differs": len(differs), "tokenizer_type": type}, post_config, "", differs)
 
 
-def _prove_server(server: ModuleType, tokenizer, out: Path) -> dict:
-    """Compare the bundle's tokenizer server with the model's own tokenizer and template; returns the contract's counts. Raises WrongKind or ProofFailed."""
+def server_fault(server: ModuleType, tokenizer) -> str:
+    """Why the bundle's tokenizer server does not render conversations as in training; empty where it does."""
+    from jinja2 import TemplateError
+
     if not tokenizer.is_fast or not tokenizer.chat_template:
-        raise WrongKind(
-            "the older `main` runtime's tokenizer server reads tokenizer.json and a chat template, and the model lacks one",
-            where=str(tokenizer.name_or_path),
-            fix="fine-tune it first, which gives it ChatML, or take a version of the model that has both",
-        )
-    tokens = server.Tokens()
-    for name, (messages, tools) in contract.conversations().items():
-        try:
-            ours = "" if tools else encoding.render(tokenizer, messages, prompt=True)
-        except BadData:
-            continue
-        if ours and tokens.render(messages) != ours:
-            raise ProofFailed(
-                f"the tokenizer server renders '{name}' otherwise than the model's template does in training",
-                where=str(tokenizer.name_or_path),
-                fix="a model with a plainer chat template: what it takes from transformers beyond Jinja2 is not there on the board",
-            )
-    return contract.prove(tokenizer, out, lambda texts: [tokens.ids(text) for text in texts])
+        return f"its tokenizer server needs a {'chat template' if tokenizer.is_fast else 'tokenizer.json'}, and the model has none"
+    try:
+        tokens = server.Tokens()
+        for name, (messages, tools) in contract.conversations().items():
+            try:
+                ours = "" if tools else encoding.render(tokenizer, messages, prompt=True)
+            except BadData:
+                continue
+            if ours and tokens.render(messages) != ours:
+                return f"its tokenizer server renders '{name}' otherwise than the model's template does in training"
+    except (TemplateError, ValueError, TypeError) as error:
+        return f"its tokenizer server cannot use the model's template: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+    return ""
 
 
 def arguments_of(tool: toolchain.Toolchain, target: Axera, quantization: dict | None, model: Path, work: Path) -> list[str]:
