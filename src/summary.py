@@ -54,6 +54,12 @@ def artifacts(folder: Path) -> list[tuple[Artifact, str]]:
     return [(artifact.open_artifact(folder / name), name) for name in names]
 
 
+def prepared(folder: Path) -> list[Path]:
+    """Bundles that wait for something: their vendor's compiler, or the same command again."""
+    begun = (artifact.unfinished(path.with_suffix("")) for path in sorted(folder.glob("deploy-*.partial")))
+    return [found.path for found in begun if found]
+
+
 def summary(cfg: Verb) -> int:
     folder = Path(cfg.outputs) / cfg.run
     if not folder.is_dir():
@@ -69,6 +75,8 @@ def summary(cfg: Verb) -> int:
     out(f"{len(lines)} artifact{'s' * (len(lines) != 1)}, {duration(total)}")
     for bundle in bundles:
         out(f"bundle: {bundle}")
+    for partial in prepared(folder):
+        out(f"prepared: {partial}, not finished; the same deploy goes on from there")
     return 0
 
 

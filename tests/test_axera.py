@@ -9,14 +9,15 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, each_kind, hear_ctrl_c, in_process, refused, save, write_model
+from conftest import ROOT, SHARED, each_kind, hear_ctrl_c, in_process, save, write_model
 from makers import KINDS, tokenizer_folder
 from safetensors.numpy import load_file
 
 from src.core.errors import BadData, ConfigError, MissingInput, MissingTool, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
-from src.deploy.axera import compile, runtime, tokenizer_txt, toolchain
+from src.deploy.axera import chat, compile, differences, runtime, tokenizer_txt, toolchain
 from src.deploy.embedding import KEYS, bf16_truncated, find_embedding, write_bf16
 
 STAND_IN = ROOT / "tests" / "stand_ins" / "pulsar2.py"
@@ -31,9 +32,12 @@ END = 336
 SHA256SUM = shutil.which("sha256sum")
 
 
-def write_tokenizer(folder: Path, template: str = CHATML, **special: str) -> None:
-    """A small byte-level BPE that cuts words as Qwen2 does, with ChatML's tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def write_tokenizer(
+    folder: Path, template: str = CHATML, *, bos: bool = False, digits: bool = False, whole: bool = False, **special: str
+) -> None:
+    """A small byte-level BPE that cuts words as Qwen2 does, with ChatML's tokens. bos: it puts <s> before a text. digits: it cuts digits one by one
+    and words as GPT-2 does, as SmolLM2's. whole: it takes a word that is a piece whole, and has one that its rules do not make."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     from src.deploy.byte_level import SPLITS
@@ -42,6 +46,8 @@ def write_tokenizer(folder: Path, template: str = CHATML, **special: str) -> Non
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        if not digits
+        else [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     made.decoder = decoders.ByteLevel()
     corpus = [
@@ -52,6 +58,14 @@ def write_tokenizer(folder: Path, template: str = CHATML, **special: str) -> Non
     trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     made.train_from_iterator(corpus, trainer)
     made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    if whole:
+        spec = json.loads(made.to_str())
+        spec["model"] |= {"ignore_merges": True, "vocab": {**spec["model"]["vocab"], "xyzzy": 340}}
+        made = Tokenizer.from_str(json.dumps(spec))
+    if bos:
+        made.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
+        made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+        special["bos_token"] = "<s>"
     wrapped = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>", **special)
     wrapped.chat_template = template
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -134,6 +148,12 @@ def deploy(tmp_path, monkeypatch):
 @pytest.fixture
 def where(tmp_path):
     return lambda name="deploy-ax650": tmp_path / "out" / "default" / name
+
+
+def refused(done: subprocess.CompletedProcess, error: type, *words: str) -> None:
+    """As conftest's, of what comes after the plan and the progress, which are long where a deploy fails late."""
+    at = max(0, done.stderr.rfind(f"{error.title}:"))
+    conftest.refused(subprocess.CompletedProcess(done.args, done.returncode, done.stdout, done.stderr[at:]), error, *words)
 
 
 def compiles(asked: list[list[str]]) -> list[list[str]]:
@@ -243,6 +263,8 @@ def test_a_local_install_comes_first_and_can_be_passed_over(tools, deploy, qwen)
         ("wrong_chunk", ToolFailed, ["chunks of 128", "target.prefill_chunk=64"]),
         ("empty_layer", ToolFailed, ["qwen2_p64_l1_together.axmodel is empty"]),
         ("short_layer", ToolFailed, ["qwen2_p64_l1_together.axmodel", "cut off"]),
+        ("hollow_layers", ToolFailed, ["qwen2_p64_l0_together.axmodel has 317 B; the weights it holds are 147 kB in s8"]),
+        ("hollow_post", ToolFailed, ["qwen2_post.axmodel has 511 B; the weights it holds are 65.5 kB in s8"]),
         ("not_onnx", ToolFailed, ["not an ONNX file by Pulsar2"]),
         ("other_producer", ToolFailed, ["'pytorch'"]),
         ("two_posts", ToolFailed, ["one post model is needed, 2 are there"]),
@@ -432,6 +454,10 @@ def test_settings_that_do_not_go_with_the_model_are_told_at_once(tools, deploy, 
     "override, words",
     [
         ("target.prompt_len=100", ["not a multiple of prefill_chunk 64", "target.prompt_len=64"]),
+        ("target.last_kv_cache_len=[64,100,256]", ["ascending multiples of prefill_chunk 64"]),
+        ("target.last_kv_cache_len=[256,64]", ["ascending multiples"]),
+        ("target.last_kv_cache_len=[64,512]", ["prompt_len is 256", "target.prompt_len=512"]),
+        ("target.check_prompt=Hi", ["target.check_level=2"]),
         ("target.context_len=256", ["leaves no room"]),
         ("target.prefill_chunk=100", ["prefill_chunk=100"]),
         ("target.weight_type=int8", ["target.weight_type=int8", "'s8'"]),
@@ -507,7 +533,7 @@ def test_truncation_is_the_vendors():
 def test_the_tokenizer_file_line_by_line(qwen, tmp_path):
     from src.models.loading import load_tokenizer
 
-    tokenizer_txt.write(load_tokenizer(qwen), [END - 2, END], tmp_path / "t.txt")
+    tokenizer_txt.write(load_tokenizer(qwen), [END - 2, END], [], tmp_path / "t.txt")
     spec = json.loads((qwen / "tokenizer.json").read_text())
     lines = (tmp_path / "t.txt").read_text().split("\n")
     assert lines[:3] == ["430 3", "3 2 0", f"{END - 2} {END - 1} {END} {END - 2} {END} "]
@@ -520,7 +546,7 @@ def test_the_reader_reads_as_transformers_does(qwen, tmp_path):
     from src.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(qwen)
-    tokenizer_txt.write(tokenizer, [END], tmp_path / "t.txt")
+    tokenizer_txt.write(tokenizer, [END], [], tmp_path / "t.txt")
     reader = tokenizer_txt.Reader(tmp_path / "t.txt")
     draw, alphabet = np.random.default_rng(1), list("aàbcéZ  \n\t'1239_-.!?안녕你🙂\u00a0") + ["<|im_end|>", "'s", "  ", "\r\n"]
     for _ in range(300):
@@ -529,20 +555,20 @@ def test_the_reader_reads_as_transformers_does(qwen, tmp_path):
 
 
 @each_kind(["made-qwen2.5"], ["qwen2.5"])
-def test_older_axllm_differs_on_accents_and_that_is_said(name, tmp_path):
+def test_older_axllm_cuts_words_otherwise(name, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(name) if name in KINDS else SHARED / "tokenizers" / name)
-    tokenizer_txt.write(tokenizer, [tokenizer.eos_token_id], tmp_path / "t.txt")
+    tokenizer_txt.write(tokenizer, [tokenizer.eos_token_id], [], tmp_path / "t.txt")
     reader = tokenizer_txt.Reader(tmp_path / "t.txt")
-    for text, same in (("Hello, world! 12345\n\nNext.", True), ("안녕하세요, 오늘", True), ("Où est le café?", False)):
+    for text, same in (("Hello there", True), ("x_1 = 2", False), ("It  is", False), ("Où est le café?", False)):
         ids = tokenizer(text).input_ids
         assert reader.encode(text) == ids and (reader.encode(text, knows_family=False) == ids) is same
 
 
 def test_a_damaged_tokenizer_file_is_noticed(tools, deploy, where, qwen, monkeypatch):
-    def broken(tokenizer, stops, path):
-        written(tokenizer, stops, path)
+    def broken(tokenizer, stops, prefix, path):
+        written(tokenizer, stops, prefix, path)
         text = path.read_text().split("\n")
         h, e = (text.index(piece, 4) for piece in "he")
         text[h], text[e] = text[e], text[h]
@@ -551,7 +577,7 @@ def test_a_damaged_tokenizer_file_is_noticed(tools, deploy, where, qwen, monkeyp
     written = tokenizer_txt.write
     monkeypatch.setattr(tokenizer_txt, "write", broken)
     tools("pulsar2")
-    refused(deploy(qwen), ProofFailed, "the board's tokenizer file has")
+    refused(deploy(qwen, "target.runtime=axllm"), ProofFailed, "the board's tokenizer file has")
     assert not where().exists()
 
 
@@ -560,7 +586,8 @@ def test_a_template_the_board_does_not_have_is_refused(tools, deploy, where, mod
         model, CHATML.replace("<|im_start|>{{", "<|im_start|>### {{").replace("<|im_start|>assistant", "<|im_start|>### assistant")
     )
     tools("pulsar2")
-    refused(deploy(model), WrongKind, "axllm's chat template (type Qwen2_5) is not the model's", "target.tokenizer_type=")
+    done = deploy(model, "target.runtime=axllm")
+    refused(done, WrongKind, "axllm's chat template (type Qwen2_5) is not the model's", "target.tokenizer_type=")
     assert not where().exists()
 
 
@@ -571,9 +598,235 @@ def test_the_default_system_text_of_a_template_becomes_the_boards(tools, deploy,
     assert json.loads((where() / "config.json").read_text())["system_prompt"] == "You are kind."
 
 
-def test_a_tokenizer_that_is_not_byte_level_is_refused(tools, deploy, tiny_model):
+def test_bos_before_chatml_is_what_axllm_begins_with(tools, deploy, where, model):
+    """A Llama 3 that was tuned with our ChatML: axllm puts the prefix before the text, so the template's BOS is its, not the text's."""
+    write_tokenizer(model, "{{ bos_token }}" + CHATML, bos=True)
     tools("pulsar2")
-    refused(deploy(tiny_model("llama"), "target.model_type=llama"), WrongKind, "without byte-level pieces", "Qwen")
+    done = deploy(model, "target.runtime=axllm")
+    assert done.returncode == 0, done.stderr
+    reader = tokenizer_txt.Reader(where() / "qwen2_tokenizer.txt")
+    assert reader.prefix == [reader.pieces.index("<s>")]
+    for talk in json.loads((where() / "contract.json").read_text())["conversations"]:
+        assert talk["ids"][0] == reader.prefix[0]
+        if not talk["tools"]:
+            assert reader.begin(chat.board_text(talk["messages"], None)) == talk["ids"]
+
+
+def test_a_bos_that_is_chatmls_own_opening_is_not_put_before_it_again(tools, deploy, where, model):
+    """SmolLM2's bos_token is <|im_start|>."""
+    write_tokenizer(model, bos_token="<|im_start|>")
+    tools("pulsar2")
+    done = deploy(model, "target.runtime=axllm")
+    assert done.returncode == 0, done.stderr
+    reader = tokenizer_txt.Reader(where() / "qwen2_tokenizer.txt")
+    talk = json.loads((where() / "contract.json").read_text())["conversations"][0]
+    assert reader.prefix == [] and reader.begin(chat.board_text(talk["messages"], None)) == talk["ids"]
+
+
+def test_no_bos_is_put_before_a_template_that_has_none(tools, deploy, where, model):
+    """The tokenizer adds one to plain text; before this template's text it would be a token that no training row has."""
+    write_tokenizer(model, bos=True)
+    tools("pulsar2")
+    assert deploy(model).returncode == 0
+    reader = tokenizer_txt.Reader(where() / "qwen2_tokenizer.txt")
+    talk = json.loads((where() / "contract.json").read_text())["conversations"][0]
+    assert reader.prefix == [] and reader.begin(chat.board_text(talk["messages"], None)) == talk["ids"]
+
+
+@pytest.mark.parametrize(
+    "kind, why", [("digits", "the board's tokenizer file has"), ("pieces", "without byte-level pieces"), ("template", "is not the model's")]
+)
+def test_what_axllm_cannot_read_gets_a_bundle_for_the_older_main(kind, why, tools, deploy, where, model, tiny_model, call):
+    tools("pulsar2")
+    if kind == "digits":
+        write_tokenizer(change(model, model_type="llama"), digits=True)
+    elif kind == "template":
+        write_tokenizer(model, CHATML.replace("<|im_start|>", "<|im_start|>### "))
+    source = tiny_model("llama") if kind == "pieces" else model
+    refused(deploy(source, "target.runtime=axllm"), ProofFailed if kind == "digits" else WrongKind, why, "target.runtime=auto")
+    done = deploy(source)
+    assert done.returncode == 0 and "warning: not for axllm: " in done.stderr and why in done.stderr
+    bundle = where()
+    names = {p.name for p in bundle.iterdir()}
+    assert (
+        not {"config.json", "qwen2_tokenizer.txt", "llama_tokenizer.txt"} & names
+        and {"run.sh", "tokenizer_server.py", "post_config.json"} <= names
+    )
+    assert "Not for axllm: " in (text := (bundle / "README.md").read_text()) and "./run.sh main" in text and "./run.sh serve" not in text
+    ran = subprocess.run(["sh", bundle / "run.sh", "serve"], capture_output=True, text=True)
+    assert ran.returncode == 7 and "not for axllm" in ran.stderr
+    assert "for the older main alone" in call("summary", f"outputs={bundle.parent.parent}", "run=default").stdout
+
+
+def test_a_server_that_renders_otherwise_is_noticed(tools, deploy, where, qwen, monkeypatch):
+    def with_other_words(out):
+        server = written(out)
+        rendered = server.Tokens.render
+        monkeypatch.setattr(server.Tokens, "render", lambda self, messages: rendered(self, messages) + " ")
+        return server
+
+    written = runtime.write_server
+    monkeypatch.setattr(runtime, "write_server", with_other_words)
+    tools("pulsar2")
+    refused(deploy(qwen, "target.runtime=main"), ProofFailed, "its tokenizer server renders 'plain' otherwise")
+    assert not where().exists()
+    done = deploy(qwen)
+    assert done.returncode == 0 and "warning: `./run.sh main` will not do: its tokenizer server renders 'plain' otherwise" in done.stderr
+    assert "`./run.sh main` will not do" in (where() / "README.md").read_text()
+
+
+def test_a_template_that_the_server_cannot_read_is_said(tools, deploy, where, model):
+    """transformers knows a tag that Jinja2 alone does not."""
+    write_tokenizer(model, CHATML.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}"))
+    tools("pulsar2")
+    refused(deploy(model, "target.runtime=main"), ProofFailed, "cannot use the model's template", "unknown tag 'generation'")
+    assert deploy(model).returncode == 0 and "cannot use the model's template" in (where() / "README.md").read_text()
+
+
+def test_pieces_that_are_taken_whole_are_counted(tools, deploy, where, model):
+    write_tokenizer(change(model, model_type="llama"), whole=True)
+    tools("pulsar2")
+    done = deploy(model)
+    assert done.returncode == 0 and "whole (ignore_merges), axllm by its merge rules: 1 of " in done.stderr and "'xyzzy'" in done.stderr
+    assert "'xyzzy'" in (where() / "README.md").read_text().partition("## Where it differs")[2]
+
+
+@each_kind(["made-qwen3"], ["qwen3"])
+def test_what_differs_on_the_board_is_said(name, tmp_path):
+    from transformers import AutoTokenizer
+
+    from src.deploy import contract
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(name) if name in KINDS else SHARED / "tokenizers" / name)
+    tokenizer_txt.write(tokenizer, [tokenizer.eos_token_id], [], tmp_path / "t.txt")
+    reader = tokenizer_txt.Reader(tmp_path / "t.txt")
+    contract.prove(tokenizer, tmp_path, lambda texts: [reader.encode(text) for text in texts])
+    lines = differences.of_the_reader(tokenizer, reader, list(contract.entries(tmp_path)))
+    assert any("form NFC" in line for line in lines)
+    nfd = "\u1112\u1161\u11ab"
+    assert reader.encode(nfd) != tokenizer(nfd, add_special_tokens=False).input_ids, "what is said is so"
+    (older,) = [line for line in lines if "before 2026" in line]
+    assert all(text in older for text in ("code", "accents", "def f(x)"))
+    assert "thoughts" in differences.of_history(tokenizer, "Qwen3")[0] and not differences.of_history(tokenizer, "Gemma4")
+
+
+# ---- what is prepared, and compiled elsewhere
+
+
+def test_a_partial_bundle_says_what_it_is_and_how_to_go_on(tools, deploy, where, qwen, call):
+    tools()
+    refused(deploy(qwen), Unfinished, "compile.sh", "beside it as `model`")
+    partial = where("deploy-ax650.partial")
+    names = {p.name for p in partial.iterdir()}
+    assert {"README.md", "run.sh", "config.json", "post_config.json", "tokenizer_server.py", "contract.json"} <= names
+    config = json.loads((partial / "config.json").read_text())
+    assert config["template_filename_axmodel"] == "qwen2_p64_l%d_together.axmodel" and config["axmodel_num"] == LAYERS
+    assert "**Not compiled yet**" in (partial / "README.md").read_text()
+    ran = subprocess.run(["sh", partial / "run.sh", "serve"], capture_output=True, text=True)
+    assert ran.returncode == 7 and "not compiled yet" in ran.stderr
+    listed = call("summary", f"outputs={partial.parent.parent}", "run=default")
+    assert listed.returncode == 0 and f"prepared: {partial}, not finished" in listed.stdout
+
+
+@pytest.mark.parametrize("version", ["4.1", "7.0"])
+def test_a_compile_on_another_machine_is_brought_back(version, tools, deploy, where, qwen, tmp_path):
+    tools()
+    refused(deploy(qwen), Unfinished)
+    work, elsewhere = where("deploy-ax650.partial") / ".work", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(work / "compile.sh", elsewhere)
+    asked = tools("pulsar2", version=version)
+    env = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/bin:/bin"}
+    assert subprocess.run(["sh", "compile.sh"], cwd=elsewhere, env=env, capture_output=True).returncode == 3, "without the model"
+    shutil.copytree(qwen, elsewhere / "model")
+    done = subprocess.run(["sh", "compile.sh"], cwd=elsewhere, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ((_, command, *words),) = compiles(asked())
+    assert command == ("llm_build" if version < "7" else "llm_build2") and words[words.index("--chip") + 1] == "AX650"
+    for name in ("build", "compile.log", "by_hand.txt"):
+        shutil.move(elsewhere / name, work / name)
+    tools()
+    refused(deploy(qwen, "target.prompt_len=128"), Moved, "target.prompt_len 256 -> 128")
+    done = deploy(qwen)
+    assert done.returncode == 0 and "brought back from another machine" in done.stderr
+    record = json.loads((where() / "compile.json").read_text())
+    assert (record["pulsar2"], record["argv"]) == (version, ["compile.sh"]) and (where() / "qwen2_p64_l2_together.axmodel").is_file()
+    assert f"compiled by Pulsar2 ({version})" in (where() / "README.md").read_text()
+
+
+def test_what_is_brought_back_is_judged_too(tools, deploy, where, qwen):
+    tools()
+    refused(deploy(qwen), Unfinished)
+    work = where("deploy-ax650.partial") / ".work"
+    (work / "by_hand.txt").write_text("version: 7.0\n")
+    refused(deploy(qwen), ToolFailed, "the compile by hand is not all here", "compile.log")
+    (work / "compile.log").write_text("build llm model done!\n")
+    (work / "build").mkdir()
+    for index in range(LAYERS):
+        (work / "build" / f"qwen2_p64_l{index}_together.axmodel").write_bytes(b"\x08\x0a\x12\x07Pulsar2" + bytes(300))
+    (work / "build" / "qwen2_post.axmodel").write_bytes(b"\x08\x0a\x12\x07Pulsar2" + bytes(70_000))
+    refused(deploy(qwen), ToolFailed, "qwen2_p64_l0_together.axmodel has 311 B; the weights it holds are 147 kB in s8")
+
+
+@pytest.mark.parametrize(
+    "version, overrides, given",
+    [
+        ("4.1", ["target.last_kv_cache_len=[64,192,256]"], {"--last_kv_cache_len": ["64", "192", "256"], "--prefill_len": ["64"]}),
+        ("7.0", ["target.decode_step_size=256"], {"--decode_step_size": ["256"]}),
+        (
+            "5.2",
+            ["target.post_topk=8", "target.post_weight_type=bf16", "target.npu_mode=NPU3", "target.tensor_parallel_size=2"],
+            {"--post_topk": ["8"], "--post_weight_type": ["bf16"], "--npu_mode": ["NPU3"], "--tensor_parallel_size": ["2"]},
+        ),
+        ("5.2", ["target.check_level=2", "target.check_prompt=Hi you"], {"--check_level": ["2"], "--prompt": ["Hi you"]}),
+        ("5.2", [], {option: [] for option in ("--post_topk", "--npu_mode", "--check_level", "--prompt", "--post_weight_type")}),
+    ],
+)
+def test_every_option_of_the_compiler_can_be_reached(version, overrides, given, tools, deploy, where, qwen):
+    asked = tools("pulsar2", version=version)
+    done = deploy(qwen, *overrides)
+    assert done.returncode == 0, done.stderr
+    ((_, _, *words),) = compiles(asked())
+    pairs = list(zip(words[::2], words[1::2]))
+    assert {option: [value for o, value in pairs if o == option] for option in given} == given
+    if given.get("--post_topk"):
+        assert "8 candidates instead of logits" in done.stderr and "--use_topk 1" in (where() / "run.sh").read_text()
+        assert json.loads((where() / "config.json").read_text())["devices"] == [0, 1]
+
+
+def test_groups_of_llm_build_are_built_by_it_where_both_commands_are(tools, deploy, qwen):
+    asked = tools("pulsar2", version="7.0", commands=["llm_build2", "llm_build"])
+    assert deploy(qwen, "target.last_kv_cache_len=[64,256]").returncode == 0
+    assert [command for _, command, *_ in compiles(asked())] == ["llm_build"]
+    tools("pulsar2", version="7.0")
+    refused(
+        deploy(qwen, "target.last_kv_cache_len=[64,256]", "force=true"), ConfigError, "target.last_kv_cache_len is an option of llm_build"
+    )
+
+
+def test_m5stacks_published_build_can_be_had(tools, deploy, tmp_path):
+    """mode_qwen2.5-HA-0.5B-ctx-ax630c: chunks of 128, groups of 128, 512 and 1,024, a KV cache of 1,280 (Pulsar2 4.1)."""
+    model = write_model(tmp_path / "m", "qwen2", num_hidden_layers=1, vocab_size=512, max_position_embeddings=2048, eos_token_id=END)
+    write_tokenizer(model)
+    asked = tools("pulsar2", version="4.1")
+    lengths = ["target.prefill_chunk=128", "target.prompt_len=1024", "target.context_len=1281", "target.last_kv_cache_len=[128,512,1024]"]
+    done = deploy(model, *lengths, target="ax630c")
+    assert done.returncode == 0, done.stderr
+    ((_, command, *words),) = compiles(asked())
+    wanted = [
+        "--prefill_len",
+        "128",
+        "--kv_cache_len",
+        "1280",
+        "--last_kv_cache_len",
+        "128",
+        "--last_kv_cache_len",
+        "512",
+        "--last_kv_cache_len",
+        "1024",
+    ]
+    pairs = list(zip(words[::2], words[1::2]))
+    assert command == "llm_build" and set(zip(wanted[::2], wanted[1::2])) <= set(pairs) and len([o for o, _ in pairs if "last" in o]) == 3
 
 
 # ---- what runs on the board
@@ -607,8 +860,98 @@ def test_the_run_script_starts_axllm_and_the_older_runtime(bundle, tmp_path, mon
     assert given["--template_filename_axmodel"] == "qwen2_p64_l%d_together.axmodel" and given["--prompt"] == "Hi 'there' $x"
     assert (given["--axmodel_num"], given["--tokens_embed_num"], given["--tokens_embed_size"]) == (str(LAYERS), "512", "128")
     assert given["--filename_tokenizer_model"] == "http://127.0.0.1:23871" and given["--tokenizer_type"] == "2"
+    assert not {"--post_config_path", "--devices", "--use_topk"} & given.keys(), "its help lists none of them"
     wrong = subprocess.run(["sh", bundle / "run.sh"], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and "./run.sh serve" in wrong.stderr
+
+
+# What builds list at --help, and what each must be given: 2024's, 2025's of the chip, 2025's on PCIe (ax-llm src/main.cpp of those years).
+OLD = "-p, --prompt prompt (string)\n--filename_tokenizer_model x\n--use_topk (bool)\n--live_print"
+NEW = "--system_prompt x\n--url_tokenizer_model x\n--post_config_path x\n--live_print"
+PCIE = "--system_prompt x\n--url_tokenizer_model x\n--devices x\n--live_print"
+
+
+@pytest.mark.parametrize(
+    "name, help, has, lacks",
+    [
+        (
+            "main_prefill",
+            OLD,
+            ["--prompt", "--filename_tokenizer_model", "--use_topk"],
+            ["--post_config_path", "--devices", "--system_prompt"],
+        ),
+        ("main_ax650", NEW, ["--post_config_path", "--url_tokenizer_model", "--system_prompt"], ["--prompt", "--devices", "--bos"]),
+        ("main_axcl_aarch64", PCIE, ["--devices", "--url_tokenizer_model"], ["--post_config_path", "--prompt"]),
+        ("main_axcl_x86", PCIE, ["--devices"], ["--post_config_path"]),
+    ],
+)
+def test_each_build_of_main_gets_the_options_it_has(name, help, has, lacks, bundle, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    board, port = tmp_path / "boardbin", 23880 + ["main_prefill", "main_ax650", "main_axcl_aarch64", "main_axcl_x86"].index(name)
+    board.mkdir()
+    (board / "help").write_text(help + "\n")
+    (board / name).write_text(
+        f'#!/bin/sh\nif [ "$1" = --help ]; then cat {board}/help; exit 1; fi\nfor w in "$@"; do printf "%s\\n" "$w"; done > {tmp_path}/argv\n'
+        f'case "$*" in *--prompt*) ;; *) cat > {tmp_path}/asked ;; esac\n'
+    )
+    (board / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{board}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PORT": str(port)}
+    assert subprocess.run(["sh", bundle / "run.sh", "main", "Hi 'there' $x"], env=env, timeout=60).returncode == 0
+    argv = (tmp_path / "argv").read_text().split("\n")[:-1]
+    assert set(has) <= set(argv) and not set(lacks) & set(argv), argv
+    if "--prompt" not in argv:
+        assert (tmp_path / "asked").read_text() == "Hi 'there' $x\nq\n"
+
+
+@pytest.fixture
+def server(bundle, monkeypatch):
+    """ask(path, body=None) of a bundle's tokenizer server: (status, answer)."""
+    monkeypatch.undo()
+    process = subprocess.Popen([sys.executable, bundle / "tokenizer_server.py", "--port", "23872", "--system", "Be kind."])
+    assert subprocess.run([sys.executable, bundle / "tokenizer_server.py", "--port", "23872", "--wait"], timeout=60).returncode == 0
+
+    def ask(path: str, body: dict | None = None) -> tuple[int, dict]:
+        request = urllib.request.Request(f"http://127.0.0.1:23872{path}", json.dumps(body).encode() if body is not None else None)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    yield ask
+    process.kill()
+    process.wait()
+
+
+def test_the_tokenizer_server_keeps_a_conversation_as_the_main_of_2025_asks(server, qwen):
+    """The client's own order (ax-llm, src/runner/Tokenizer/Tokenizer.cpp of 2025): get_uid, bos_id, eos_id, reset, then encode and decode."""
+    from src.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(qwen)
+
+    def ids(*turns: tuple[str, str], opened: bool = True) -> list[int]:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=opened, tokenize=True, return_dict=True)["input_ids"])
+
+    uid = server("/get_uid?tokenizer_type=2")[1]["uid"]
+    assert server(f"/bos_id?uid={uid}") == (200, {"bos_id": -1}) and server(f"/eos_id?uid={uid}") == (200, {"eos_id": END})
+    system = ("system", "Be terse.")
+    assert server("/reset", {"uid": uid, "system_prompt": "Be terse."}) == (200, {"token_ids": ids(system, opened=False)})
+    first = server("/encode", {"uid": uid, "text": "Hi", "img_prompt": False})[1]
+    assert first["token_ids"] == ids(system, ("user", "Hi")) == ids(system, opened=False) + first["diff"]
+    whole = [system, ("user", "Hi"), ("assistant", "Hello."), ("user", "And?")]
+    second = server("/encode", {"uid": uid, "text": "And?", "last_reply": "Hello.", "img_prompt": False})[1]
+    assert second["token_ids"] == ids(*whole) == ids(*whole[:3], opened=False) + second["diff"]
+    assert second["text"] == tokenizer.decode(second["token_ids"])
+    assert server("/decode", {"uid": uid, "token_ids": second["diff"]})[1]["text"] == tokenizer.decode(second["diff"])
+    other = server("/get_uid")[1]["uid"]
+    assert server("/encode", {"uid": other, "text": "Hi"})[1]["token_ids"] == ids(("system", "Be kind."), ("user", "Hi")), (
+        "a talk of its own"
+    )
+    assert server(f"/reset?uid={uid}")[1]["success"] is True
+    assert server("/encode", {"uid": uid, "text": "Hi"})[1]["token_ids"] == ids(("system", "Be kind."), ("user", "Hi"))
+    for asked in (("/encode", {"uid": "gone", "text": "Hi"}), ("/reset", {"uid": "gone"}), ("/bos_id?uid=gone",), ("/reset?uid=gone",)):
+        assert server(*asked) == (400, {"error": "Invalid uid"}), "which the client takes as a reason to ask for a new one"
 
 
 def test_the_tokenizer_server_gives_the_contracts_ids(bundle, monkeypatch):
@@ -655,6 +998,19 @@ def test_sampling_is_the_models_own(model, generation, enabled):
         *("enable_temperature", "temperature", "enable_repetition_penalty", "repetition_penalty", "penalty_window"),
         *("enable_top_p_sampling", "top_p", "enable_top_k_sampling", "top_k"),
     }
+    said = differences.of_sampling(config, 0)
+    assert [("only top_p acts" in line, "square root" in line) for line in said] == (
+        [(True, False), (False, True)] if len(enabled) == 4 else []
+    )
+
+
+def test_sampling_that_axllm_does_otherwise_is_said(tools, deploy, where, model):
+    asked = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "eos_token_id": END}
+    (model / "generation_config.json").write_text(json.dumps(asked))
+    tools("pulsar2")
+    done = deploy(model)
+    words = "top_p 0.8 and top_k 20 together; in axllm only top_p acts"
+    assert done.returncode == 0 and words in done.stderr and words in (where() / "README.md").read_text()
 
 
 # ---- small parts

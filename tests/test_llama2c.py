@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -390,6 +391,14 @@ def test_cut_and_padded_files_are_refused(copy, name):
     assert name in run(copy, "-i", "Hi", program="run-debug", code=1)
     (copy / name).write_bytes(bytes(random.Random(1).randbytes(len(whole))))
     assert name in run(copy, "-i", "Hi", program="run-debug", code=1)
+
+
+def test_a_damaged_count_of_merges_asks_for_no_more_than_its_file_holds(copy):
+    """16 million of them would be half a gigabyte on a board, for a file of some kilobytes."""
+    text = (copy / "runtime.cfg").read_text()
+    line = text[: text.index("\nmerges ") + 1].count("\n") + 1
+    (copy / "runtime.cfg").write_text(re.sub(r"^merges \d+$", "merges 16777216", text, flags=re.MULTILINE))
+    assert f"runtime.cfg is damaged at line {line}" in run(copy, "-i", "Hi", program="run-debug", code=1)
 
 
 @pytest.mark.parametrize("name", ["model.bin", "tokenizer.bin", "runtime.cfg"])

@@ -24,10 +24,10 @@ from src.deploy.vendor import COMPILED
 from src.models.loading import load_tokenizer
 
 STAND_INS = ROOT / "tests" / "stand_ins"
-VERSIONS = {"0.11": "0.11.0.1", "0.12": "0.12.0.0", "1.0": "1.0.0", "1.1": "1.1.2"}
+VERSIONS = {"0.11": "0.11.0.1", "0.12": "0.12.0.0", "1.0": "1.0.0", "1.1": "1.1.2", "1.2": "1.2.0", "1.3": "1.3.0"}
 FILES = {
     "config.json", "hf/config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "generation_config.json", "contract.json", "calibration.json", "compile.json", "compile.log", "compile_job.py", "README.md",
+    "generation_config.json", "contract.json", "proxy_llama.py", "calibration.json", "compile.json", "compile.log", "compile_job.py", "README.md",
 }  # fmt: skip
 SETTINGS = ["run=a", "target=mobilint_aries", "target.context_len=512", "target.samples=6", "target.device=cpu"]
 
@@ -91,29 +91,38 @@ def tensors(file: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("version", "weight_type"),
-    [("0.11.0.1", "w8"), ("0.12.0.0", "w8"), ("1.0.0", "w8"), ("1.0.0", "w4v8"), ("1.1.2", "w8"), ("1.1.2", "w4"), ("1.2.0", "w8")],
+    ("version", "weight_type", "chip"),
+    [
+        ("0.11.0.1", "w8", "aries"),
+        ("0.12.0.0", "w8", "aries"),
+        ("1.0.0", "w8", "aries"),
+        ("1.0.0", "w4v8", "aries"),
+        ("1.1.2", "w4", "aries"),
+        ("1.2.0", "w8", "aries"),
+        ("1.3.0", "w8", "aries"),
+        ("1.3.0", "w4v8", "regulus"),
+    ],
 )
-def test_each_generation_gives_a_whole_verified_bundle(version, weight_type, road, python, call, tmp_path):
+def test_each_generation_gives_a_whole_verified_bundle(version, weight_type, chip, road, python, call, tmp_path):
     import torch
 
-    done = call("deploy", *SETTINGS, f"target.python={python(version)}", f"target.weight_type={weight_type}")
+    done = call("deploy", *SETTINGS, f"target=mobilint_{chip}", f"target.python={python(version)}", f"target.weight_type={weight_type}")
     assert done.returncode == 0, done.stderr
-    bundle, mxq = bundle_of(road), f"llama-{weight_type}.mxq"
+    bundle, mxq = road / "a" / f"deploy-mobilint_{chip}", f"llama-{weight_type}.mxq"
     assert files(bundle) == FILES | {mxq, "manifest.json"}
     config = json.loads((bundle / "config.json").read_text())
     wanted = {
         "model_type": "mobilint-llama", "architectures": ["MobilintLlamaForCausalLM"], "mxq_path": mxq, "core_mode": "single",
-        "target_cores": ["0:0"], "tie_word_embeddings": True, "hidden_size": 128,
+        "target_cores": ["0:0"], "tie_word_embeddings": True, "hidden_size": 128, "target_device": f"{chip}-rb",
     }  # fmt: skip
     assert {key: config[key] for key in wanted} == wanted
     assert json.loads((bundle / "hf" / "config.json").read_text())["model_type"] == "llama"
     table = tensors(road / "a" / "merge" / "model.safetensors")[runtime.EMBEDDING]
     made = tensors(bundle / "model.safetensors")
     assert list(made) == [runtime.EMBEDDING]
-    if weight_type != "w8":
+    if weight_type != "w8" or version == "1.3.0":
         rotation = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(1)))[0]
-        table = (table.double() @ rotation.double()).bfloat16()
+        table = (table.double() @ rotation.double()).to(torch.bfloat16 if weight_type != "w8" else torch.float32)
     assert torch.equal(made[runtime.EMBEDDING], table)
     record = json.loads((bundle / "compile.json").read_text())
     assert record["version"] == version and record["argv"][1:] == ["compile_job.py"]
@@ -130,6 +139,115 @@ def test_a_second_run_skips(road, python, call):
     assert call("deploy", *settings).returncode == 0
     again = call("deploy", *settings)
     assert again.returncode == 0 and "up to date" in again.stderr
+
+
+# ---- the vendor's own runtime
+
+LOAD = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch, transformers_mblt
+from mblt_npu import MobilintNPUBackend
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+folder, trust = sys.argv[1], sys.argv[2] == "trust"
+if not trust:  # what the README says; otherwise as vLLM loads it
+    transformers_mblt.register()
+given = {"trust_remote_code": True} if trust else {}
+config = AutoConfig.from_pretrained(folder, **given)
+said = {"class": type(config).__name__, "device": config.npu_backend.target_device, "backend": type(config.npu_backend).__name__,
+        "mxq": config.mxq_path, "mode": config.core_mode}
+try:
+    AutoModelForCausalLM.from_pretrained(folder, **given)
+    said["stopped"] = "nowhere"
+except Exception as error:
+    import traceback
+    said["stopped"] = f"{type(error).__name__}: {error}"
+    said["in"] = traceback.extract_tb(error.__traceback__)[-1].line
+MobilintNPUBackend.create = MobilintNPUBackend.launch = lambda self: None
+model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **given)
+torch.save(model.get_input_embeddings().weight.detach().clone(), sys.argv[3])
+said |= {"missing": sorted(loading["missing_keys"]), "unexpected": sorted(loading["unexpected_keys"])}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+talks = json.load(open(folder + "/contract.json"))["conversations"]
+said["ids"] = [list(tokenizer.apply_chat_template(talk["messages"], tools=talk["tools"], add_generation_prompt=True, tokenize=True, return_dict=True)
+               ["input_ids"]) == talk["ids"] for talk in talks]
+print("SAID " + json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="session")
+def transformers_mblt(tmp_path_factory) -> Path:
+    """The Python of an environment with transformers-mblt and Mobilint's runtime from the registry. torch and transformers are this project's, lent by a .pth file."""
+    import sysconfig
+
+    place = tmp_path_factory.mktemp("mblt") / "env"
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    python = place / "bin" / "python"
+    packages = ["transformers-mblt==0.6.1", "mblt-npu-python==0.1.0", "mobilint-qb-runtime==1.5.0"]
+    got = subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *packages], capture_output=True, text=True)
+    if got.returncode:
+        pytest.skip(f"no transformers-mblt from the registry: {got.stderr.strip().splitlines()[-1][:200]}")
+    (site,) = (place / "lib").glob("python*/site-packages")
+    (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch, chip",
+    [("llama", "aries"), ("qwen2", "regulus"), ("qwen3", "aries"), ("exaone", "aries"), ("exaone4", "aries"), ("cohere2", "aries")],
+)
+@pytest.mark.parametrize("way", ["registered", "trust"])
+def test_the_runtime_folder_loads_in_transformers_mblt_up_to_the_driver(way, arch, chip, transformers_mblt, road, python, call, tmp_path):
+    import torch
+
+    model = mobilint_model(tmp_path / "m", arch)
+    compiler = python("1.3.0" if arch in ("llama", "qwen2") else "1.1.2")  # that of 1.3 loads the model, which transformers must know
+    done = call("deploy", *SETTINGS, f"target=mobilint_{chip}", f"source={model}", f"target.python={compiler}")
+    assert done.returncode == 0, done.stderr
+    bundle = road / "a" / f"deploy-mobilint_{chip}"
+    argv = [transformers_mblt, "-c", LOAD, bundle, way, tmp_path / "table.pt"]
+    ran = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"})
+    assert "SAID " in ran.stdout, ran.stderr[-3000:]
+    said = json.loads(ran.stdout.partition("SAID ")[2])
+    assert said["device"] == f"{chip}-rb" and said["backend"] == f"Mobilint{chip.title()}Backend" and said["mode"] == "single"
+    assert said["mxq"] == f"{arch}-w8.mxq" and said["class"].startswith("Mobilint")
+    assert "Accelerator(" in said["in"], said  # qbruntime looked for the device, and there is none
+    assert said["missing"] == said["unexpected"] == [] and all(said["ids"]) and said["ids"]
+    (made,) = tensors(bundle / "model.safetensors").values()
+    assert torch.equal(torch.load(tmp_path / "table.pt"), made)
+
+
+def mobilint_model(folder: Path, arch: str) -> Path:
+    """A tiny model of one of the runtime's families; of EXAONE 3, whose code is no part of transformers, the tensors' names and the config."""
+    if arch in ("llama", "qwen2"):
+        return write_model(folder, arch)
+    if arch == "exaone":
+        import re
+
+        from safetensors.numpy import load_file
+
+        made = load_file(write_model(folder) / "model.safetensors")
+        renamed = {
+            re.sub(r"model\.(?:embed_tokens|layers)", lambda m: "transformer." + ("h" if "layers" in m[0] else "wte"), name): t
+            for name, t in made.items()
+        }
+        conftest.save(folder / "model.safetensors", renamed)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "exaone", "architectures": ["ExaoneForCausalLM"], "num_layers": config.pop("num_hidden_layers")}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": 1024, "max_position_embeddings": 512, "eos_token_id": 1023, "pad_token_id": 1021, "bos_token_id": None}
+    config = AutoConfig.for_model(arch, head_dim=32, tie_word_embeddings=True, **sizes, **tokens)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(CHAT / name, folder)
+    return folder
 
 
 # ---- the job
@@ -155,6 +273,7 @@ def job_of(api: str, *, guarded: bool = True) -> str:
     package = job.PACKAGES[api]
     return job.text(
         S(
+            chip="aries",
             compiler=S(api=api, package=package),
             guarded=guarded,
             bits=8,
@@ -173,8 +292,11 @@ def run_job(text: str, prepared: Path, folder: Path, python: Path) -> subprocess
     return subprocess.run([python, job.JOB], cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("installed", VERSIONS)
-@pytest.mark.parametrize("api", VERSIONS)
+PAIRS = [(a, b) for a in VERSIONS for b in VERSIONS if job.PACKAGES[a] == job.PACKAGES[b]]
+PAIRS.remove(("1.3", "1.3"))  # which loads the model, for seconds; whole deploys do it above
+
+
+@pytest.mark.parametrize("api, installed", PAIRS)
 def test_a_job_passes_under_its_own_generation_alone(api, installed, prepared, python, tmp_path):
     """Without its guard, so that the stand-ins show that they tell every wrong keyword."""
     done = run_job(job_of(api, guarded=False), prepared, tmp_path / "work", python(VERSIONS[installed]))
@@ -182,7 +304,7 @@ def test_a_job_passes_under_its_own_generation_alone(api, installed, prepared, p
     assert (job.DONE in done.stdout) == (api == installed)
 
 
-@pytest.mark.parametrize("api, installed", [("1.1", "1.0"), ("1.0", "1.1"), ("0.11", "0.12"), ("0.12", "0.11")])
+@pytest.mark.parametrize("api, installed", [("1.1", "1.0"), ("1.1", "1.2"), ("1.2", "1.3"), ("1.3", "1.2"), ("0.12", "0.11")])
 def test_a_job_refuses_another_version_of_its_package(api, installed, prepared, python, tmp_path):
     done = run_job(job_of(api), prepared, tmp_path / "work", python(VERSIONS[installed]))
     assert done.returncode == 1 and done.stderr.startswith(job.OTHER_API)
@@ -249,10 +371,11 @@ def test_without_the_compiler_everything_else_is_made_and_gone_on_with(road, pyt
 
 
 def test_a_job_run_by_hand_elsewhere_is_taken(road, python, no_compiler, call):
-    assert call("deploy", *SETTINGS, no_compiler).returncode == Unfinished.exit_code
-    subprocess.run([python("1.2.0"), "compile_job.py"], cwd=work_of(road), check=True, capture_output=True)
-    done = call("deploy", *SETTINGS, no_compiler)
-    assert done.returncode == 0 and "is there from an earlier run, by qbcompiler 1.2.0" in done.stderr
+    given = [*SETTINGS, no_compiler, "target.sdk=1.1"]
+    assert call("deploy", *given).returncode == Unfinished.exit_code
+    subprocess.run([python("1.1.2"), "compile_job.py"], cwd=work_of(road), check=True, capture_output=True)
+    done = call("deploy", *given)
+    assert done.returncode == 0 and "is there from an earlier run, by qbcompiler 1.1.2" in done.stderr
     assert "compile.log" not in files(bundle_of(road))
 
 
@@ -373,7 +496,7 @@ def test_a_table_is_rotated_some_rows_at_a_time_as_it_would_be_at_once(monkeypat
 
     table, matrix = torch.randn(100, 16), torch.linalg.qr(torch.randn(16, 16))[0]
     monkeypatch.setattr(runtime, "ROWS", 7)
-    assert torch.equal(runtime.rotate(table, matrix), (table.double() @ matrix.double()).bfloat16())
+    assert torch.equal(runtime.rotate(table, matrix, 4), (table.double() @ matrix.double()).bfloat16())
 
 
 def test_a_rotation_that_is_none_stops_the_deploy(road, python, call):
@@ -432,7 +555,6 @@ def test_a_plan_says_everything_and_makes_nothing(road, python, call):
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        (["target=mobilint_regulus"], ConfigError, ["REGULUS runs no language models yet", "target=mobilint_aries"]),
         (["target.context_len=1024"], ConfigError, ["the model's own limit of 512", "target.context_len=512"]),
         (["target.min_tokens=300"], ConfigError, ["min_tokens 300 is above max_tokens 256"]),
         (["target.max_tokens=600"], ConfigError, ["max_tokens 600 is above context_len 512"]),
@@ -451,8 +573,16 @@ def test_wrong_settings_are_refused(settings, error, words, road, call):
 @pytest.mark.parametrize(
     ("version", "settings", "words"),
     [
-        ("0.12.0.0", ["target.weight_type=w4"], ["4-bit weights take API 1.0 or 1.1", "target.weight_type=w8"]),
+        ("0.12.0.0", ["target.weight_type=w4"], ["target.weight_type=w4 takes API 1.0 or 1.1 or 1.2, not 0.12", "target.weight_type=w8"]),
         ("0.9.1", [], ["qubee 0.9.1 has no API known here", "target.sdk=0.12"]),
+        (
+            "1.4.0",
+            [],
+            ["qbcompiler 1.4.0 is newer than any whose keywords are known here (1.3)", "qbcompiler 1.3 or older", "target.sdk=1.3"],
+        ),
+        ("2.0.1", ["dry_run=true"], ["newer than any whose keywords are known"]),
+        ("1.3.0", ["target.weight_type=w4"], ["not 1.3", "target.weight_type=w4v8"]),
+        ("1.2.0", ["target=mobilint_regulus"], ["language models for REGULUS take API 1.3, not 1.2", "the wheel for REGULUS"]),
         ("1.1.2", ["target.sdk=0.12"], ["API 0.12 is that of qubee, but qbcompiler 1.1.2 is installed"]),
     ],
 )
@@ -466,9 +596,15 @@ def test_another_api_than_the_version_has_can_be_asked_for(road, python, call):
     refused(done, ToolFailed, "does not know what its API has")
 
 
-def test_a_version_newer_than_the_documents_is_said(road, python, call):
-    done = call("deploy", *SETTINGS, f"target.python={python('1.4.0')}", "dry_run=true")
-    assert "API 1.1" in done.stderr and "1.4.0 is newer than the documents" in done.stderr
+def test_a_newer_version_can_be_taken_for_the_newest_known_and_that_is_said(road, python, call):
+    done = call("deploy", *SETTINGS, f"target.python={python('1.4.0')}", "target.sdk=1.3", "dry_run=true")
+    assert done.returncode == 0 and "warning: target.sdk=1.3 was asked for, though 1.4.0 has another API" in done.stderr
+
+
+def test_a_context_beyond_the_vendors_own_scripts_is_said(road, call, tmp_path, no_compiler):
+    model = write_model(tmp_path / "m", max_position_embeddings=4096)
+    long = ["target=mobilint_regulus", "target.context_len=2048", f"source={model}", "dry_run=true"]
+    assert "more than the 1024 of Mobilint's own scripts for REGULUS" in call("deploy", *SETTINGS, *long, no_compiler).stderr
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3"])
@@ -643,7 +779,10 @@ def test_calibration_on_texts_of_several_languages(road, python, call, tmp_path)
     done = call("deploy", *SETTINGS, f"dataset={tmp_path / 'none'}", *given, f"target.python={python('1.1.2')}")
     assert done.returncode == 0, done.stderr
     record = json.loads((bundle_of(road) / "calibration.json").read_text())
-    assert [(f["file"], f["language"]) for f in record["files"]] == [(f"inputs_embeds_{k}.npy", "en" if k < 3 else "ko") for k in range(5)]
+    languages = ["en"] * 3 + ["ko"] * 2
+    assert [(f["file"], f["language"]) for f in record["files"]] == [
+        (f"{name}_inputs_embeds_{k}.npy", name) for k, name in enumerate(languages)
+    ]
     assert record["counts"] == {"cut": 0, "en": 3, "ko": 2} and all(64 <= f["tokens"] <= 256 for f in record["files"])
     (folder / "ko.txt").write_text("안녕")
     changed = call("deploy", *SETTINGS, *given, f"target.python={python('1.1.2')}")
@@ -670,6 +809,42 @@ def test_texts_are_taken_as_the_tokenizer_takes_them(tmp_path):
 def test_texts_that_will_not_do_are_refused(content, error, words, road, no_compiler, call, tmp_path):
     folder = texts(tmp_path / "texts", **content)
     refused(call("deploy", *SETTINGS, "target.languages=[en]", f"target.texts={folder}", no_compiler), error, *words)
+
+
+SENTENCE = "The cat sat on the mat, and it was warm there.\n"
+
+
+def test_short_texts_are_left_out_and_none_is_joined(tmp_path, capsys):
+    """Each text is marked by a letter of its own; a sequence has one letter alone, and those of the short texts nowhere."""
+    stories = {letter: SENTENCE.replace("cat", letter * 3) * (30 if letter in "XYZ" else 1) for letter in "XaYbZ"}
+    apart = texts(tmp_path / "txt", en="\n\n\n".join(stories.values()))
+    records = texts(tmp_path / "jsonl")
+    (records / "en.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in stories.values()))
+    tokenizer = load_tokenizer(CHAT)
+    for folder in (apart, records):
+        found, counts = calibration.from_texts(folder, ("en",), tokenizer, 64, 128, 12)
+        marks = [{letter for letter in stories if letter * 3 in tokenizer.decode(sequence.ids)} for sequence in found]
+        assert all(len(mark) == 1 for mark in marks) and set().union(*marks) == set("XYZ")
+        assert all(64 <= len(sequence.ids) <= 128 for sequence in found)
+        assert counts == {"cut": 0, "en": 12, "en, too short": 2}
+        assert "left out 2 texts of 'en' that are shorter than 64 tokens" in capsys.readouterr().err
+
+
+def test_a_language_with_little_text_gives_its_even_share_in_shorter_sequences(tmp_path):
+    folder = texts(tmp_path / "texts", en=SENTENCE * 400, de=SENTENCE * 40)
+    found, counts = calibration.from_texts(folder, ("en", "de"), load_tokenizer(CHAT), 64, 512, 10)
+    lengths = {name: [len(s.ids) for s in found if s.language == name] for name in ("en", "de")}
+    assert counts["en"] == counts["de"] == 5 and min(lengths["en"]) > 400 and all(64 <= n <= 512 for n in lengths["de"])
+
+
+def test_a_records_file_that_is_none_is_refused(tmp_path):
+    folder = texts(tmp_path / "texts")
+    (folder / "en.jsonl").write_text('{"text": "a"}\n{"words": 1}\n')
+    with pytest.raises(BadData, match="not a JSON object with a 'text'"):
+        calibration.from_texts(folder, ("en",), load_tokenizer(CHAT), 16, 64, 2)
+    (folder / "en.txt").write_text("x")
+    with pytest.raises(BadData, match=r"two texts for 'en', en\.jsonl and en\.txt"):
+        calibration.from_texts(folder, ("en",), load_tokenizer(CHAT), 16, 64, 2)
 
 
 def test_text_that_is_not_utf8(tmp_path):

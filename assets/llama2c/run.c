@@ -883,6 +883,7 @@ typedef struct {
     const char *path;
     int line;
     char *value;
+    size_t file_size;
 } Entry;
 
 __attribute__((noreturn)) static void bad_entry(const Entry *e) { die("%s is damaged at line %d", e->path, e->line); }
@@ -980,7 +981,8 @@ static void read_entry(Entry *e, const char *key, Model *m, Tokenizer *t, Chat *
     else if (strcmp(key, "numbers") == 0) entry_ranges(e, &t->numbers);
     else if (strcmp(key, "chat_unavailable") == 0) entry_text(e, &chat->reason);
     else if (strcmp(key, "merges") == 0 && !t->merges) {
-        t->merge_slots = 2 * (size_t)entry_int(e, 0, 1 << 24) + 3;
+        /* a merge takes a line of "merge 0 0 0" at least, so a damaged count cannot ask for more memory than its file accounts for */
+        t->merge_slots = 2 * (size_t)entry_int(e, 0, (long)(e->file_size / 12)) + 3;
         t->merges = resize(NULL, t->merge_slots, sizeof(Merge));
         for (size_t i = 0; i < t->merge_slots; i++) t->merges[i].id = -1;
     } else if (strcmp(key, "special") == 0) {
@@ -1003,7 +1005,7 @@ static bool load_runtime(const char *path, Model *m, Tokenizer *t, Chat *chat) {
     munmap((void *)data, size);
     text[size] = 0;
     if (memchr(text, 0, size)) die("%s is damaged: it holds a zero byte", path);
-    Entry e = {path, 0, NULL};
+    Entry e = {path, 0, NULL, size};
     for (char *line = text, *next; *line; line = next) {
         next = strchr(line, '\n');
         e.line++;

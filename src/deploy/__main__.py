@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 from src.core import artifact, stage
 from src.core.artifact import Artifact
-from src.deploy.vendor import COMPILED, WORK
+from src.deploy.vendor import BY_HAND, COMPILED, WORK
 from src.models import exact_sum
 from src.models.folder import check_folder, trust_of
 from src.settings.verbs import DeployVerb
@@ -86,7 +86,7 @@ def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:
 
 STAGE = stage.Stage(
     verb="deploy",
-    version=2,
+    version=3,
     schema=DeployVerb,
     kind="bundle",
     find=find,
@@ -95,7 +95,7 @@ STAGE = stage.Stage(
     run=deploy,
     doc=__doc__,
     resumes=lambda partial: (partial / WORK).is_dir(),
-    guards=lambda partial: (partial / WORK / COMPILED).is_file(),
+    guards=lambda partial: any((partial / WORK / name).is_file() for name in (COMPILED, BY_HAND)),
 )
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ WORK = ".work"
 """Folder inside an unfinished bundle with what the vendor's tool needs and makes. Hidden, so it is no content; gone when the bundle is finished."""
 COMPILED = "compiled.json"
 """The record in WORK of a compile that ended well, which is not repeated; written last."""
+BY_HAND = "by_hand.txt"
+"""The mark in WORK of a compile that was run by a script on another machine and brought back."""
 
 
 def work_folder(out: Path) -> Path:

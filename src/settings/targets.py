@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from src.settings.base import Settings, Unkeyed
 
@@ -67,8 +67,26 @@ class Axera(Target):
     """longest prompt in tokens, a multiple of prefill_chunk"""
     context_len: PositiveInt
     """prompt and answer together in tokens, above prompt_len and within the model's own limit"""
+    last_kv_cache_len: Annotated[list[PositiveInt], Field(min_length=1)] | None
+    """histories in tokens that llm_build makes prefill graphs for, ascending to prompt_len; null: each multiple of prefill_chunk"""
+    decode_step_size: PositiveInt | None
+    """tokens of history in each decode graph of llm_build2; null: its own choice"""
+    post_weight_type: Literal["s8", "bf16", "fp8_e4m3", "fp8_e5m2"]
+    """type of the output layer's weights"""
+    post_topk: NonNegativeInt
+    """candidates the output layer gives instead of all logits, for a runtime that reads them; 0: all logits"""
+    npu_mode: Literal["NPU1", "NPU2", "NPU3"] | None
+    """how many of the NPU's cores a graph is for; null: Pulsar2's own choice"""
+    tensor_parallel_size: NonNegativeInt
+    """PCIe cards that share each layer; 0: one"""
+    check_level: Annotated[Literal[0, 1, 2], Unkeyed]
+    """what Pulsar2 checks after the build: 0 that a layer runs, 1 a layer's values, 2 an answer to check_prompt"""
+    check_prompt: Annotated[str | None, Unkeyed]
+    """what check_level 2 asks the model; null: Pulsar2's own"""
     parallel: Annotated[PositiveInt, Unkeyed]
     """layers compiled at once; each takes host memory"""
+    runtime: Literal["auto", "axllm", "main"]
+    """what runs it on the board: axllm, the older main with a tokenizer server, or auto: axllm where it reads the tokenizer and template right"""
     model_type: str | None
     """model family to tell Pulsar2 (5.2 and newer) instead of config.json's, such as llama for a Llama-like model; null: config.json's"""
     tokenizer_type: str
@@ -89,6 +107,16 @@ class Axera(Target):
             )
         if self.context_len <= self.prompt_len:
             raise ValueError(f"context_len {self.context_len} leaves no room for an answer after a prompt of prompt_len {self.prompt_len}")
+        if lengths := self.last_kv_cache_len:
+            if lengths != sorted(set(lengths)) or any(length % self.prefill_chunk for length in lengths):
+                raise ValueError(f"last_kv_cache_len {lengths}: ascending multiples of prefill_chunk {self.prefill_chunk} are wanted")
+            if lengths[-1] != self.prompt_len:
+                raise ValueError(
+                    f"last_kv_cache_len ends with {lengths[-1]}, the longest prompt, and prompt_len is {self.prompt_len}; "
+                    f"write target.prompt_len={lengths[-1]}, with a target.context_len above it"
+                )
+        if self.check_prompt is not None and self.check_level != 2:
+            raise ValueError("check_prompt is asked at check_level 2 only; write target.check_level=2")
         return self
 
 
@@ -96,25 +124,25 @@ class Mobilint(Target):
     kind: Literal["mobilint"]
     """a Mobilint NPU, through qbcompiler (0.11 and 0.12: qubee)"""
     chip: Literal["aries", "regulus"]
-    """the NPU; Mobilint's compiler makes LLMs for ARIES only, so REGULUS is refused"""
+    """the NPU; language models for REGULUS take qbcompiler 1.3"""
     weight_type: Literal["w8", "w4v8", "w4"]
-    """bits of the weights: 8, 4 with 8 for the value projection, or 4"""
+    """bits of the weights: 8, 4 with 8 for the value projection, or 4 (not with qbcompiler 1.3)"""
     context_len: PositiveInt
     """prompt and answer together in tokens, within the model's own limit"""
     languages: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]], Field(min_length=1)] | None
     """calibrate on text in these languages, from `texts`; null: on the dataset's calib split through the training template"""
     texts: Annotated[str | None, Unkeyed]
-    """folder of plain text, a file <language>.txt for each of `languages`"""
+    """folder with a file for each of `languages`: <language>.jsonl, a text a record, or <language>.txt, texts two blank lines apart"""
     samples: PositiveInt
     """calibration sequences in all, shared evenly by the languages"""
     min_tokens: Literal["auto"] | PositiveInt
-    """shortest calibration sequence; shorter texts are joined; auto: an eighth of context_len, at most 512"""
+    """shortest calibration sequence; shorter texts are left out, shorter conversations joined; auto: an eighth of context_len, at most 512"""
     max_tokens: Literal["auto"] | PositiveInt
     """longest calibration sequence; longer ones are cut, and counted; auto: half of context_len, at most 2048"""
     device: Annotated[Literal["auto", "gpu", "cpu"], Unkeyed]
     """where the compiler calibrates; auto: gpu where there is one"""
-    sdk: Annotated[Literal["auto", "0.11", "0.12", "1.0", "1.1"], Unkeyed]
-    """generation of the compiler's API (1.1 and newer are one); auto: by the version installed"""
+    sdk: Annotated[Literal["auto", "0.11", "0.12", "1.0", "1.1", "1.2", "1.3"], Unkeyed]
+    """generation of the compiler's API; auto: by the version installed"""
     python: Annotated[str | None, Unkeyed]
     """Python interpreter that has the compiler; null: python3 on PATH"""
     image: Annotated[str | None, Unkeyed]

@@ -74,12 +74,13 @@ def _sixteen_bit(shape: ModelShape, target: Target) -> Format:
 
 
 def _axera(shape: ModelShape, target: Axera) -> Format:
-    """Weights of the type asked for, output layer in s8 (llm_build's default), activations and KV cache 16 bit, embedding in bf16 on the host."""
+    """Weights and output layer of the types asked for, activations and KV cache 16 bit, embedding in bf16 on the host."""
     name = axera_weights(shape, target.weight_type)
     group = shape.quantization.group_size if shape.quantization else None
     width = FLOATS.get(name) or quantized(int(name[1:]), group)
     kv = 4 if target.hidden_type == "fp32" else 2
-    return Format(name, lambda m: width, 1.0, kv, 2.0, True, True, target.context_len, target.prompt_len, target.prefill_chunk)
+    head = FLOATS.get(target.post_weight_type, 1.0)
+    return Format(name, lambda m: width, head, kv, 2.0, True, True, target.context_len, target.prompt_len, target.prefill_chunk)
 
 
 def _mobilint(shape: ModelShape, target: Mobilint) -> Format:

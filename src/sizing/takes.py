@@ -22,7 +22,7 @@ MOBILINT = {
     "exaone4": "MobilintExaone4ForCausalLM",
     "cohere2": "MobilintCohere2ForCausalLM",
 }
-"""model_type -> class of mblt-model-zoo that runs it: the text models of the zoo's hf_transformers"""
+"""model_type -> class that runs it: the text models of transformers-mblt 0.6.1"""
 # config.json's model_type of every decoder-only family that optimum-intel 2.2.0 registers for TASK.
 OPENVINO = {
     "afmoe", "aquila", "arcee", "arctic", "baichuan", "biogpt", "bitnet", "bloom", "chatglm", "codegen", "cohere", "cohere2", "dbrx",

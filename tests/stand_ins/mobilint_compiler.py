@@ -63,22 +63,28 @@ def headers(model: Path) -> dict[str, list[int]]:
 
 def compile_model(model, calib_data_path, save_path, backend, device, bits: int, longest: int) -> None:
     """Check the model folder and every calibration file, then write filler. longest: tokens a sequence may have."""
-    for name, value in (("model", model), ("calib_data_path", calib_data_path), ("save_path", save_path)):
-        same(name, value, str)
+    same("model", model, str)
     equal("backend", backend, "torch")
+    config, shapes = check_model(Path(model))
+    rest = sum(int(np.prod(shape)) for name, shape in shapes.items() if name != "model.embed_tokens.weight")
+    finish(calib_data_path, save_path, device, config["hidden_size"], rest, bits, longest, "model", rotated=bits == 4)
+
+
+def finish(calib_data_path, save_path, device, hidden: int, values: int, bits: int, longest: int, stem: str, rotated: bool = True) -> None:
+    """Check every calibration file and write filler for so many weights' values; rotated: a rotation in spinWeight/<stem> too."""
+    for name, value in (("calib_data_path", calib_data_path), ("save_path", save_path)):
+        same(name, value, str)
     if device not in ("gpu", "cpu"):
         raise ValueError(f"device is {device!r}, not gpu or cpu")
     if device == "gpu" and not os.environ.get("STAND_IN_GPU"):
         raise RuntimeError("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver")
-    config, shapes = check_model(Path(model))
-    check_calibration(Path(calib_data_path), config["hidden_size"], longest)
+    check_calibration(Path(calib_data_path), hidden, longest)
     fault(Path(save_path))
-    rest = sum(int(np.prod(shape)) for name, shape in shapes.items() if name != "model.embed_tokens.weight")
     with open(save_path, "wb") as file:
         file.write(b"stand-in for an MXQ file\n")
-        file.truncate(1000 if FAULT == "small" else rest * bits // 8 + 4096)
-    if bits == 4 and FAULT != "no_rotation":
-        write_rotation(Path("spinWeight/model/R1/global_rotation.pth"), config["hidden_size"])
+        file.truncate(1000 if FAULT == "small" else values * bits // 8 + 4096)
+    if rotated and FAULT != "no_rotation":
+        write_rotation(Path(f"spinWeight/{stem}/R1/global_rotation.pth"), hidden)
     if FAULT == "no_file":
         os.remove(save_path)
 
@@ -99,8 +105,9 @@ def check_model(model: Path) -> tuple[dict, dict]:
 
 
 def check_calibration(folder: Path, hidden: int, longest: int) -> None:
-    names = sorted((file.name for file in folder.iterdir()), key=lambda name: int(re.fullmatch(r"inputs_embeds_(\d+)\.npy", name)[1]))
-    equal("calibration files", names, [f"inputs_embeds_{k}.npy" for k in range(len(names))])
+    numbered = {int(re.fullmatch(r"(?:[A-Za-z][\w-]*_)?inputs_embeds_(\d+)\.npy", file.name)[1]): file.name for file in folder.iterdir()}
+    equal("calibration files", sorted(numbered), list(range(len(list(folder.iterdir())))))
+    names = list(numbered.values())
     if not names:
         raise ValueError("no calibration files")
     for name in names:

@@ -1,5 +1,5 @@
 """A stand-in for AXERA's Pulsar2 and for the docker client around it, made after npu-contracts.md (A1, A2, A7, C1). It compiles nothing: its layer
-files are the top of an ONNX file and filler. Started as `pulsar2.py pulsar2|docker ARG ...`.
+files are the top of an ONNX file and filler of the size that their weights would have. Started as `pulsar2.py pulsar2|docker ARG ...`.
 
 STAND_IN: a JSON object: version, commands ({"llm_build", "llm_build2"}), fault (see FAULTS), log (file that gets each argv), state (folder for containers).
 """
@@ -27,6 +27,8 @@ FAULTS = (
     "wrong_chunk",
     "empty_layer",
     "short_layer",
+    "hollow_layers",
+    "hollow_post",
     "not_onnx",
     "other_producer",
     "silent",
@@ -60,8 +62,14 @@ def parser(command: str) -> argparse.ArgumentParser:
     if VERSION >= "3.1":
         p.add_argument("--chip", default="AX650", choices=["AX620E", "AX650"] + (["LAMBERT"] if VERSION >= "4" else []))
         p.add_argument("--post_topk", type=int, default=0)
+        p.add_argument("--post_weight_type", default="s8", choices=["bf16", "s8"] + (["fp8_e5m2", "fp8_e4m3"] if VERSION >= "4" else []))
+    if VERSION >= "3.2":
+        p.add_argument("--prompt", default="1+1=")
+    if VERSION >= "4":
+        p.add_argument("--tensor_parallel_size", type=int, default=0)
     if VERSION >= "5":
         p.add_argument("--model_type", default="")
+        p.add_argument("--npu_mode", default=None, choices=["NPU1", "NPU2", "NPU3"])
     return p
 
 
@@ -77,7 +85,7 @@ def build(command: str, words: list[str], mounts: dict[str, str]) -> int:
     if command == "llm_build2":
         assert o.prefill_len % chunk == 0 and o.max_context > o.prefill_len
     elif VERSION >= "4":
-        assert o.last_kv_cache_len == list(range(chunk, max(o.last_kv_cache_len) + 1, chunk)) and o.kv_cache_len > max(o.last_kv_cache_len)
+        assert all(length % chunk == 0 for length in o.last_kv_cache_len) and o.kv_cache_len >= max(o.last_kv_cache_len)
     family = getattr(o, "model_type", "") or config["model_type"]
     print("Config(")
     if family not in KNOWN:
@@ -96,6 +104,9 @@ def build(command: str, words: list[str], mounts: dict[str, str]) -> int:
     if FAULT == "silent":
         return 0
     layers = config["num_hidden_layers"]
+    gptq = config.get("quantization_config")
+    width = gptq["bits"] / 8 if gptq else {"s4": 0.5, "s8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "bf16": 2, "fp16": 2, "fp32": 4}[o.weight_type]
+    sizes = values(source)
     named = chunk * 2 if FAULT == "wrong_chunk" else chunk
     for i in range(layers):
         if FAULT == "slow":
@@ -104,14 +115,18 @@ def build(command: str, words: list[str], mounts: dict[str, str]) -> int:
         sys.stdout.flush()
         if FAULT == "missing_layer" and i == layers - 1:
             continue
-        content = onnx("pytorch" if FAULT == "other_producer" else "Pulsar2") + b"\x1a\x04none" + bytes(2000)
+        filler = 300 if FAULT == "hollow_layers" else int(sizes[i] * width) + 2000
+        content = onnx("pytorch" if FAULT == "other_producer" else "Pulsar2") + b"\x1a\x04none" + bytes(filler)
         if FAULT == "not_onnx":
             content = b"version https://git-lfs.github.com/spec/v1\n" + content
         if i == 1:
-            content = b"" if FAULT == "empty_layer" else content[:1000] if FAULT == "short_layer" else content
+            content = b"" if FAULT == "empty_layer" else content[: len(content) * 9 // 10] if FAULT == "short_layer" else content
         (out / f"{family}_p{named}_l{i}_together.axmodel").write_bytes(content)
     print("\rbuilding llm post layer   ━━━━━━━━ 1/1 0:00:01")
-    (out / f"{family}_post.axmodel").write_bytes(onnx("Pulsar2") + bytes(500))
+    (out / f"{family}_post.axmodel").write_bytes(
+        onnx("Pulsar2")
+        + bytes(500 if FAULT == "hollow_post" else sizes["head"] * (2 if getattr(o, "post_weight_type", "s8") == "bf16" else 1))
+    )
     if FAULT == "two_posts":
         (out / "other_post.axmodel").write_bytes(onnx("Pulsar2"))
     print("2026-05-01 10:05:00.000 | SUCCESS  | yamain.command.llm_build:llm_build:232 - build llm model done!", flush=True)
@@ -120,6 +135,20 @@ def build(command: str, words: list[str], mounts: dict[str, str]) -> int:
         return 1
     print("decode layer0_gt layer0_got cos_sim is: 0.9999\ncheck llm model done!")
     return 0
+
+
+def values(source: Path) -> dict:
+    """{index: weights in that layer's matrices, "head": in the output layer}, by the safetensors headers."""
+    found: dict = {}
+    for file in source.glob("*.safetensors"):
+        with open(file, "rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            shape = entry.get("shape", [])
+            key = int(m[1]) if (m := re.search(r"layers\.(\d+)\.", name)) else "head" if "embed_tokens" in name else None
+            if len(shape) == 2 and key is not None:
+                found[key] = found.get(key, 0) + shape[0] * shape[1]
+    return found
 
 
 def onnx(producer: str) -> bytes:

@@ -32,24 +32,46 @@ def board_text(messages: list[dict], system_prompt: str | None) -> str:
     return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
 
 
-def choose(tokenizer, wanted: str, model_type: str) -> tuple[str, str | None]:
+def board_type(wanted: str, model_type: str) -> str:
+    """axllm's type for a model: the user's, or with auto that of its family, or for a family without one ChatML's."""
+    return FAMILY_TYPE.get(model_type, CHATML_TYPES[-1]) if wanted == "auto" else wanted
+
+
+def prefix(tokenizer, type: str) -> list[int]:
+    """The ids axllm is to put before every text: BOS where the model's template begins with it, and nothing where it does not, whatever the tokenizer
+    adds by itself. Of a template that begins with BOS, under a type whose rendering is not known here, and without template: what the tokenizer adds."""
+    first, *rest = tokenizer("A").input_ids
+    added = [first] if rest and first in tokenizer.added_tokens_decoder else []
+    if not tokenizer.chat_template:
+        return added
+    if not _bos_before(tokenizer):
+        return []
+    return [tokenizer.bos_token_id] if type in CHATML_TYPES else added
+
+
+def _bos_before(tokenizer) -> str:
+    """BOS, where the template begins with it; empty where it does not, or where BOS is ChatML's own opening, as SmolLM2's is, which axllm writes itself."""
+    opened, bos = encoding.render(tokenizer, [{"role": "user", "content": "Q"}], prompt=True), tokenizer.bos_token or ""
+    return bos if opened.startswith(bos) and bos != encoding.START else ""
+
+
+def choose(tokenizer, type: str) -> tuple[str, str | None]:
     """(tokenizer_type, system_prompt) for axllm's config.json. Raises WrongKind where the type renders conversations otherwise than the model's template.
 
-    wanted: the user's type, or auto: by the family, or, for a family without one, any type that renders as the template does.
+    type: of `board_type`.
     """
-    type = FAMILY_TYPE.get(model_type, CHATML_TYPES[-1]) if wanted == "auto" else wanted
     if type not in CHATML_TYPES:
         warn(f"how axllm's type {type} renders a conversation is not known here, so only the token ids of rendered texts are compared")
         return type, None
     if not tokenizer.chat_template:
         warn(f"the model has no chat template; axllm puts ChatML around every prompt (type {type})")
         return type, None
-    system_prompt = default_system(tokenizer)
+    system_prompt, bos = default_system(tokenizer), _bos_before(tokenizer)
     for name, (messages, tools) in contract.conversations().items():
         if tools:
             continue  # axllm renders tools in a way of its own (docs/tool_calling.md), which is not known here to the letter
         try:
-            ours = encoding.render(tokenizer, messages, prompt=True)
+            ours = encoding.render(tokenizer, messages, prompt=True).removeprefix(bos)  # axllm puts BOS before the text, as an id
         except BadData:
             continue
         theirs = board_text(messages, system_prompt)
@@ -72,6 +94,6 @@ def choose(tokenizer, wanted: str, model_type: str) -> tuple[str, str | None]:
 
 def default_system(tokenizer) -> str | None:
     """The system text a ChatML template puts in where a conversation has none; None where it puts in none."""
-    text = encoding.render(tokenizer, [{"role": "user", "content": "Q"}], prompt=True)
+    text = encoding.render(tokenizer, [{"role": "user", "content": "Q"}], prompt=True).removeprefix(_bos_before(tokenizer))
     opening = f"{encoding.START}system\n"
     return text[len(opening) :].partition(encoding.END)[0] if text.startswith(opening) else None

@@ -5,29 +5,49 @@ import re
 import shutil
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from src.core.errors import ToolFailed, WrongKind
 from src.core.log import duration, say, size, status, warn
+from src.deploy import preflight
 from src.deploy.axera import toolchain
 from src.deploy.axera.toolchain import Toolchain
-from src.deploy.vendor import Done, hand_back, run, stop_container
+from src.deploy.vendor import BY_HAND, Done, hand_back, run, stop_container
 from src.settings.targets import Axera
+from src.sizing import budget
+from src.sizing.shape import ModelShape
 
 BUILT = "build llm model done!"
 LAYER = re.compile(r"(?P<prefix>.+)_p(?P<chunk>\d+)_l(?P<index>\d+)_together\.axmodel")
 POST = re.compile(r"(?P<prefix>.+)_post\.axmodel")
 SPREAD = 0.05
 """relative difference of layer sizes that equal layers show at most"""
+PLAUSIBLE = 0.8
+"""least share of its weights' own bytes that a compiled file has; published ones have 1 and more (Qwen3-0.6B in s8: 26 MiB a layer of 15.7 M weights)"""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the compiled files must hold. layers: bytes of each layer's weights in `type`, in order. post: of the output layer's.
+    equal: whether all layers have the same shapes."""
+
+    layers: tuple[int, ...]
+    post: int
+    type: str
+    equal: bool
+
+    @classmethod
+    def of(cls, shape: ModelShape, target: Axera) -> "Weights":
+        form = budget.format_of(shape, target)
+        layers = tuple(round(sum(m.size * form.weight(m) for m in layer.matrices)) for layer in shape.stack)
+        return cls(layers, budget.head_bytes(shape, form), form.name, preflight.equal_layers(shape))
 
 
 def compile_layers(
-    tool: Toolchain, target: Axera, arguments: list[str], model: Path, work: Path, layers: int, equal_layers: bool
+    tool: Toolchain, target: Axera, arguments: list[str], model: Path, work: Path, weights: Weights
 ) -> tuple[list[str], str]:
-    """(layer files in order, post file), names in work/build, of a compile logged in work/compile.log. Raises ToolFailed or WrongKind with what went wrong.
-
-    layers: decoder layers the model has. equal_layers: whether all have the same shapes.
-    """
+    """(layer files in order, post file), names in work/build, of a compile logged in work/compile.log. Raises ToolFailed or WrongKind with what went wrong."""
     build, log = work / "build", work / "compile.log"
     name = container(work)
     if tool.image:
@@ -35,6 +55,7 @@ def compile_layers(
         hand_back(tool.image, work)
     if build.exists():
         shutil.rmtree(build)
+    (work / BY_HAND).unlink(missing_ok=True)
     build.mkdir()
     command = toolchain.command_line(tool, target, arguments, work, model, name)
     try:
@@ -52,11 +73,24 @@ def compile_layers(
             hand_back(tool.image, work)
     if BUILT not in done.seen:
         raise failure(done, log)
-    files, post = judge(build, layers, target.prefill_chunk, equal_layers, log)
+    files, post = judge(build, target.prefill_chunk, weights, log)
     if done.code:
         warn(
             f"Pulsar2 ended with exit code {done.code} after it had built everything: its own check failed, which the build does not depend on; see {log.name}"
         )
+    return _gather(build, files, post)
+
+
+def bring_back(target: Axera, work: Path, weights: Weights) -> tuple[list[str], str] | None:
+    """(layer files in order, post file) of a compile by by_hand.py's script on another machine, brought back into work/build; None where there is
+    none. Raises ToolFailed where its files are not as they must be."""
+    log = work / "compile.log"
+    if not (work / BY_HAND).is_file() or not log.is_file() or BUILT not in log.read_text(errors="replace"):
+        return None
+    return _gather(work / "build", *judge(work / "build", target.prefill_chunk, weights, log))
+
+
+def _gather(build: Path, files: list[Path], post: Path) -> tuple[list[str], str]:
     for file in (*files, post):
         if file.parent != build:
             file.rename(build / file.name)
@@ -88,12 +122,13 @@ class CompileProgress:
             status(text + (f", {duration(left)} left" if 0 < done < total else ""))
 
 
-def judge(build: Path, layers: int, chunk: int, equal_layers: bool, log: Path) -> tuple[list[Path], Path]:
+def judge(build: Path, chunk: int, weights: Weights, log: Path) -> tuple[list[Path], Path]:
     """(layer files by index, post file) in a build folder, each one checked. Raises ToolFailed at the first that is not as it must be."""
 
     def wrong(what: str, fix: str = "run it again; if it stays, report it to AXERA with the log") -> ToolFailed:
         return ToolFailed(what, where=f"{build}, log {log}", fix=fix)
 
+    layers = len(weights.layers)
     found: dict[tuple[str, int], dict[int, Path]] = {}
     for file in sorted(build.rglob("*_together.axmodel")):
         if match := LAYER.fullmatch(file.name):
@@ -121,14 +156,19 @@ def judge(build: Path, layers: int, chunk: int, equal_layers: bool, log: Path) -
     if len(posts) != 1:
         raise wrong(f"one post model is needed, {len(posts)} are there")
     files = [by_index[index] for index in range(layers)]
-    for file in (*files, posts[0]):
+    for file, least in zip((*files, posts[0]), (*weights.layers, weights.post)):
         if not file.stat().st_size:
             raise wrong(f"{file.name} is empty", "free disk space and run the same command again")
         if (producer := onnx_producer(file)) != "Pulsar2":
             raise wrong(f"{file.name} is not an ONNX file by Pulsar2" + (f" but by {producer!r}" if producer else ""))
+        if file.stat().st_size < PLAUSIBLE * least:
+            raise wrong(
+                f"{file.name} has {size(file.stat().st_size)}; the weights it holds are {size(least)} in {weights.type}, so it is cut off or empty",
+                "free disk space and run the same command again",
+            )
     sizes = [file.stat().st_size for file in files]
     middle = statistics.median(sizes)
-    if equal_layers and (odd := next((f for f, s in zip(files, sizes) if abs(s - middle) > SPREAD * middle), None)):
+    if weights.equal and (odd := next((f for f, s in zip(files, sizes) if abs(s - middle) > SPREAD * middle), None)):
         raise wrong(
             f"{odd.name} has {size(odd.stat().st_size)}, the layers' median is {size(middle)}: one of equal layers is cut off or broken"
         )

@@ -3,10 +3,13 @@
 Sources: ax-llm docs/configuration.md, src/main.cpp (the old runtime's flags), src/runner/LLMPostprocess.hpp (post_config.json).
 """
 
+import importlib.util
 import json
 import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 from src import ROOT
 from src.core.files import hash_files, read_json
@@ -17,6 +20,7 @@ from src.settings.targets import Axera
 ASSETS = ROOT / "assets" / "axera"
 EMBEDDING = "model.embed_tokens.weight.bfloat16.bin"
 SUMS = "SHA256SUMS"
+SERVER = "tokenizer_server.py"
 HF = "hf"
 """Folder in the bundle with the Hugging Face files. Apart from axllm's, whose config.json has the same name and which would read theirs."""
 
@@ -24,15 +28,16 @@ HF = "hf"
 def axllm_config(
     target: Axera,
     model_name: str,
-    tokenizer_file: str,
-    tokenizer_type: str,
+    tokenizer_file: str | None,
+    tokenizer_type: str | None,
     system_prompt: str | None,
     layers: list[str],
     post: str,
     rows: int,
     hidden: int,
 ) -> dict:
-    """config.json as axllm reads it. layers: file names by index; rows, hidden: of the embedding table."""
+    """config.json as axllm reads it. tokenizer_file, tokenizer_type: None where axllm is not to run it. layers: file names by index; rows, hidden: of the
+    embedding table."""
     config = {
         "model_name": model_name,
         "tokenizer_type": tokenizer_type,
@@ -45,7 +50,7 @@ def axllm_config(
         "tokens_embed_size": hidden,
         "post_config_path": "post_config.json",
         "use_mmap_load_embed": True,
-        "devices": [0],
+        "devices": list(range(max(1, target.tensor_parallel_size))),
     }
     if target.chip == "AX650":
         config["use_mmap_load_layer"] = True
@@ -79,8 +84,8 @@ def write_json(path: Path, value: dict) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_run_script(out: Path, config: dict) -> None:
-    """run.sh, which starts axllm or the old `main`, and the tokenizer server the latter needs."""
+def write_run_script(out: Path, config: dict, why_not: str, target: Axera) -> None:
+    """run.sh, which starts axllm or the old `main`. why_not: why axllm cannot run it, empty where it can."""
     text = (ASSETS / "run.sh").read_text()
     values = {
         "LAYERS": config["template_filename_axmodel"],
@@ -90,13 +95,29 @@ def write_run_script(out: Path, config: dict) -> None:
         "ROWS": config["tokens_embed_num"],
         "WIDTH": config["tokens_embed_size"],
         "SYSTEM": config.get("system_prompt", ""),
+        "WHY_NOT": why_not,
+        "TOPK": int(target.post_topk > 0),
+        "DEVICES": ",".join(map(str, config["devices"])),
     }
     for key, value in values.items():
         text = text.replace(f"@{key}@", shlex.quote(str(value)))
     with whole(out / "run.sh") as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         partial.chmod(0o755)
-    shutil.copyfile(ASSETS / "tokenizer_server.py", out / "tokenizer_server.py")
+
+
+def write_server(out: Path) -> ModuleType:
+    """tokenizer_server.py, which the old `main` asks for token ids, beside the folder HF; returns it as a module, to prove it by."""
+    shutil.copyfile(ASSETS / SERVER, out / SERVER)
+    spec = importlib.util.spec_from_file_location("boardwalk_tokenizer_server", out / SERVER)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
+    return module
 
 
 def write_sums(out: Path) -> None:
@@ -105,12 +126,39 @@ def write_sums(out: Path) -> None:
         partial.write_text("".join(f"{entry['sha256']}  {name}\n" for name, entry in hash_files(out).items() if name != partial.name))
 
 
-def readme(target: Axera, config: dict, tool: str, fit: list[str]) -> str:
+def expected_names(family: str, target: Axera, layers: int) -> tuple[list[str], str]:
+    """(layer files, post file) as Pulsar2 will call them, for what is written before a compile."""
+    return [f"{family}_p{target.prefill_chunk}_l{index}_together.axmodel" for index in range(layers)], f"{family}_post.axmodel"
+
+
+def readme(target: Axera, config: dict, tool: str | None, fit: list[str], why_not: str, differs: list[str]) -> str:
+    """README.md. tool: Pulsar2's version, None before the compile. why_not: as for `write_run_script`. differs: see differences.py."""
     sdk = "AX650 SDK 3.6.2" if target.chip == "AX650" else "AX630C SDK 3.0.0"
     estimate = "\n".join(f"    {line}" for line in fit)
+    axllm = f"""    ./run.sh run            # talk to it in the terminal
+    ./run.sh serve          # an OpenAI-compatible server on port 8000; it asks for no key, so keep the board in a network you trust
+
+`run.sh` needs axllm on the board (branch axllm of AXERA-TECH/ax-llm, {sdk} or newer). For an image that has only the older `main` runtime beside it:
+"""
+    main = f"""
+Not for axllm: {why_not}. The older `main` runtime (`main`, `main_prefill`, `main_ax650`; on PCIe `main_axcl_aarch64`, `main_axcl_x86`) runs it with this
+model's own tokenizer and template:
+"""
+    compiled = (
+        f"{config['axmodel_num']} layers compiled by Pulsar2 ({tool}) for {target.chip}"
+        if tool
+        else f"**Not compiled yet**: its {config['axmodel_num']} layers for {target.chip} are missing. The deploy said how to go on; the files here are ready for them"
+    )
+    reading = (
+        f"""| {config["url_tokenizer_model"]} | tokenizer, as axllm reads it (type {config["tokenizer_type"]}) |
+| config.json, post_config.json | settings of axllm; sampling |"""
+        if not why_not
+        else "| post_config.json | sampling |"
+    )
+    said = "".join(f"- {line}\n" for line in differs)
     return f"""# {config["model_name"]} for {target.name}
 
-{config["axmodel_num"]} layers compiled by Pulsar2 ({tool}) for {target.chip}: prompts of up to {target.prompt_len} tokens, taken {target.prefill_chunk} at a time,
+{compiled}: prompts of up to {target.prompt_len} tokens, taken {target.prefill_chunk} at a time,
 {target.context_len} tokens of prompt and answer together.
 
 ## Copy and start
@@ -118,11 +166,7 @@ def readme(target: Axera, config: dict, tool: str, fit: list[str]) -> str:
     rsync -a --info=progress2 . root@BOARD:{target.name}/
     ssh root@BOARD
     cd {target.name} && sha256sum -c --quiet {SUMS}
-    ./run.sh run            # talk to it in the terminal
-    ./run.sh serve          # an OpenAI-compatible server on port 8000; it asks for no key, so keep the board in a network you trust
-
-`run.sh` needs axllm on the board (branch axllm of AXERA-TECH/ax-llm, {sdk} or newer). For an image that has only the older `main` runtime beside it:
-
+{main if why_not else axllm}
     python3 -m pip install tokenizers jinja2       # its tokenizer is a small server, on loopback
     ./run.sh main "What is the capital of Sweden?"
 
@@ -133,16 +177,16 @@ def readme(target: Axera, config: dict, tool: str, fit: list[str]) -> str:
 | {config["template_filename_axmodel"].replace("%d", "0")} ... | decoder layers, one file each |
 | {config["filename_post_axmodel"]} | final norm and output layer |
 | {EMBEDDING} | embedding table, bf16, {config["tokens_embed_num"]} x {config["tokens_embed_size"]} |
-| {config["url_tokenizer_model"]} | tokenizer, as axllm reads it (type {config["tokenizer_type"]}) |
-| config.json, post_config.json | settings of axllm; sampling |
+{reading}
+| run.sh, {SERVER} | start it; the tokenizer of `main` |
 | contract.json | conversations with the token ids they must have here |
 | hf/ | the Hugging Face config and tokenizer, apart, since axllm's config.json has the same name |
 | compile.json, compile.log | how it was compiled |
 | manifest.json | the chain from your conversations to this folder: `python -m src.lineage FOLDER --verify` |
-
+{f"{chr(10)}## Where it differs from the model as trained{chr(10)}{chr(10)}{said}" if said else ""}
 ## What to expect
 
 {estimate}
 
-Measure it from the project: `python -m src.evaluate run=RUN endpoint.url=http://BOARD:8000`
+{"" if why_not else "Measure it from the project: `python -m src.evaluate run=RUN endpoint.url=http://BOARD:8000`"}
 """

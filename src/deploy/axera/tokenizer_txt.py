@@ -47,13 +47,16 @@ def pieces_and_merges(spec: dict, where: str) -> tuple[list[str], list[tuple[str
     return pieces, merges, FAMILIES.get(patterns[0], 0) if len(patterns) == 1 else 0
 
 
-def write(tokenizer, stops: list[int], path: Path) -> int:
-    """Write the file of a fast Hugging Face tokenizer; returns how many pieces it holds. stops: ids that end an answer."""
-    # transformers may rebuild the pipeline by the tokenizer's class, so what it runs counts, not tokenizer.json.
-    pieces, merges, family = pieces_and_merges(json.loads(tokenizer.backend_tokenizer.to_str()), str(tokenizer.name_or_path))
+def spec_of(tokenizer) -> dict:
+    """tokenizer.json of a fast Hugging Face tokenizer as it runs: transformers may rebuild the pipeline by the tokenizer's class, whatever the file says."""
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def write(tokenizer, stops: list[int], prefix: list[int], path: Path) -> int:
+    """Write the file of a fast Hugging Face tokenizer; returns how many pieces it holds. stops: ids that end an answer. prefix: ids that axllm puts
+    before every text. Raises WrongKind where the format cannot hold the tokenizer."""
+    pieces, merges, family = pieces_and_merges(spec_of(tokenizer), str(tokenizer.name_or_path))
     special = sorted(tokenizer.added_tokens_decoder)
-    first, *rest = tokenizer("A").input_ids
-    prefix = [first] if rest and first in special else []
     with whole(path) as partial, open(partial, "w", encoding="utf-8", newline="\n") as file:
         file.write(f"{MAGIC} {HUGGINGFACE}\n{len(special)} {len(stops)} {len(prefix)}\n")
         file.write("".join(f"{id} " for id in (*special, *stops, *prefix)) + "\n")
@@ -90,8 +93,12 @@ class Reader:
         self.texts = {id: _text_of(self.pieces[id]) for id in self.special}
         self._known: dict[str, list[int]] = {}
 
+    def begin(self, text: str, *, knows_family: bool = True) -> list[int]:
+        """Token ids of a text as axllm encodes it: prefix ids first, whatever the text begins with."""
+        return [*self.prefix, *self.encode(text, knows_family=knows_family)]
+
     def encode(self, text: str, *, knows_family: bool = True) -> list[int]:
-        """Token ids without prefix. knows_family: as axllm of 2026; False: as older ones, which cut all words by an ASCII expression."""
+        """Token ids without prefix. knows_family: as axllm of 2026; False: as older ones, which cut all words by an ASCII expression and drop "_"."""
         found, start, at = [], 0, 0
         while at < len(text):
             id = next((id for id, content in self.texts.items() if content and text.startswith(content, at)), None)
@@ -105,6 +112,12 @@ class Reader:
     def _plain(self, text: str, knows_family: bool) -> list[int]:
         words = (_split(text, self.family) if self.family else _found(_NO_FAMILY, text)) if knows_family else _found(_OLD, text)
         return [id for word in words for id in self._word(word)]
+
+    def split_pieces(self, vocab: dict[str, int]) -> tuple[list[str], int]:
+        """(words that are a piece whole, and that the merge rules make otherwise; how many pieces are whole text): what `ignore_merges` takes whole.
+        vocab: of the tokenizer.json."""
+        texts = {id: word for piece, id in vocab.items() if id not in self.texts and (word := _whole_text(piece))}
+        return [word for id, word in texts.items() if self._word(word.encode()) != [id]], len(texts)
 
     def _word(self, word: bytes) -> list[int]:
         symbols = "".join(BYTE_SYMBOLS[byte] for byte in word)
@@ -128,10 +141,8 @@ def _split(text: str, family: int) -> Iterator[bytes]:
     return (word.encode() for word, _ in Split(Regex(pattern), "isolated").pre_tokenize_str(text))
 
 
-# std::regex over bytes in the C locale, ignoring case: no byte above 0x7f is a letter, a digit or white space.
-_OLD = re.compile(
-    rb"('s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", re.IGNORECASE
-)
+# std::regex over bytes in the C locale: no byte above 0x7f is a letter, a digit or white space; "_" is none of the four kinds, so it falls away.
+_OLD = re.compile(rb"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\s\w]+|\s+")
 
 
 # What axllm of 2026 does where the file names no family.
@@ -140,6 +151,14 @@ _NO_FAMILY = re.compile(rb"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\s\w]+
 
 def _found(expression: re.Pattern, text: str) -> Iterator[bytes]:
     return (match[0] for match in expression.finditer(text.encode()))
+
+
+def _whole_text(piece: str) -> str:
+    """The text of a piece of byte symbols; empty where its bytes are no whole UTF-8."""
+    try:
+        return bytes(SYMBOL_BYTES[symbol] for symbol in piece).decode()
+    except (KeyError, UnicodeDecodeError):
+        return ""
 
 
 def _text_of(piece: str) -> str:

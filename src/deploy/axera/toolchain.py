@@ -5,7 +5,7 @@
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from src.core.errors import ConfigError, MissingTool, ToolFailed
@@ -13,9 +13,13 @@ from src.deploy.vendor import ask, image_id
 from src.settings.targets import Axera
 
 DOCUMENTED = {
-    # The options and choices of the 7.0 documents, for plans made where no Pulsar2 is.
+    # The options and choices of the 7.0 documents, and of those of 5.2 for llm_build, for plans made where no Pulsar2 is.
     "llm_build2": """--input_path --output_path --prefill_len --prefill_step_size --max_context --decode_step_size --parallel
-        --hidden_state_type {fp16,bf16,fp32} --weight_type {fp16,bf16,fp32,s8,s4,fp8_e5m2,fp8_e4m3} --chip {AX620E,AX650,LAMBERT} --model_type""",
+        --hidden_state_type {fp16,bf16,fp32} --weight_type {fp16,bf16,fp32,s8,s4,fp8_e5m2,fp8_e4m3} --chip {AX620E,AX650,LAMBERT} --model_type
+        --post_weight_type {bf16,s8,fp8_e5m2,fp8_e4m3} --post_topk --npu_mode {NPU1,NPU2,NPU3} --tensor_parallel_size --check_level --prompt""",
+    "llm_build": """--input_path --output_path --prefill_len --kv_cache_len --last_kv_cache_len --parallel
+        --hidden_state_type {fp16,bf16,fp32} --weight_type {fp16,bf16,fp32,s8,s4,fp8_e5m2,fp8_e4m3} --chip {AX620E,AX650,LAMBERT} --model_type
+        --post_weight_type {bf16,s8,fp8_e5m2,fp8_e4m3} --post_topk --npu_mode {NPU1,NPU2,NPU3} --tensor_parallel_size --check_level --prompt""",
 }
 EASIER = ("install Pulsar2 so that `pulsar2` is on PATH", "docker load -i ax_pulsar2_VERSION.tar.gz (AXERA-TECH/Pulsar2 on the hub has it)")
 
@@ -57,6 +61,13 @@ def find(target: Axera) -> Toolchain | None:
     return None
 
 
+def _chosen(tool: Toolchain, target: Axera) -> Toolchain:
+    """The toolchain with the one command that can do what the target asks for, where it has both: llm_build2, unless it is asked for llm_build's groups."""
+    if "llm_build" in tool.help and (target.last_kv_cache_len or "llm_build2" not in tool.help):
+        return replace(tool, help={"llm_build": tool.help["llm_build"]})
+    return tool
+
+
 def _image(target: Axera) -> tuple[str, str] | None:
     """(name, id) of the image asked for, or of the newest one called pulsar2."""
     if target.image is None:
@@ -88,9 +99,9 @@ def _probe(prefix: tuple[str, ...], version: str, image: str | None = None, imag
     return Toolchain(prefix, found[1] if found else "unknown", helps, image, image_id)
 
 
-def documented() -> Toolchain:
-    """Pulsar2 as its 7.0 documents describe it, to plan with where none is installed."""
-    return Toolchain(("pulsar2",), "7.0, as documented", DOCUMENTED, here=False)
+def documented(*commands: str) -> Toolchain:
+    """Pulsar2 as its documents describe it, to plan with where none is installed. commands: those it has; none: both."""
+    return Toolchain(("pulsar2",), "7.0, as documented", {name: DOCUMENTED[name] for name in commands or DOCUMENTED}, here=False)
 
 
 def weight_type(target: Axera, quantization: dict | None) -> str | None:
@@ -102,6 +113,7 @@ def weight_type(target: Axera, quantization: dict | None) -> str | None:
 
 def argv(tool: Toolchain, target: Axera, quantization: dict | None, input_path: str, output_path: str) -> list[str]:
     """Arguments after `pulsar2`, from what this version's help lists. Raises ConfigError where it lacks what the target asks for; every lack at once."""
+    tool = _chosen(tool, target)
     weight, faults = weight_type(target, quantization), []
     options: dict[str, list[str]] = {
         "--input_path": [input_path],
@@ -113,22 +125,37 @@ def argv(tool: Toolchain, target: Axera, quantization: dict | None, input_path: 
     chunk, prompt, context = target.prefill_chunk, target.prompt_len, target.context_len
     if tool.command == "llm_build2":
         options |= {"--prefill_len": [str(prompt)], "--prefill_step_size": [str(chunk)], "--max_context": [str(context)]}
+        if target.decode_step_size:
+            options["--decode_step_size"] = [str(target.decode_step_size)]
+        if target.last_kv_cache_len:
+            faults.append("target.last_kv_cache_len is an option of llm_build: leave it null, or install a version that has that command")
     else:
         options |= {"--prefill_len": [str(chunk)], "--kv_cache_len": [str(context - 1)]}
+        if target.decode_step_size:
+            faults.append("target.decode_step_size is an option of llm_build2: leave it null, or install a version that has that command")
         if tool.offers("--last_kv_cache_len"):
-            options["--last_kv_cache_len"] = [str(length) for length in range(chunk, prompt + 1, chunk)]
+            options["--last_kv_cache_len"] = [str(length) for length in target.last_kv_cache_len or range(chunk, prompt + 1, chunk)]
         elif prompt != chunk:
             faults.append(f"it takes prompts of one chunk only: target.prompt_len={chunk}, or Pulsar2 4.0 and newer")
     options |= {"--parallel": [str(target.parallel)]}
     if tool.offers("--chip") or target.chip != "AX650":
         options["--chip"] = [target.chip]
-    if target.model_type:
-        options["--model_type"] = [target.model_type]
+    asked = {
+        "--model_type": target.model_type,
+        "--post_weight_type": target.post_weight_type if target.post_weight_type != "s8" else None,
+        "--post_topk": target.post_topk or None,
+        "--npu_mode": target.npu_mode,
+        "--tensor_parallel_size": target.tensor_parallel_size or None,
+        "--check_level": target.check_level or None,
+        "--prompt": target.check_prompt,
+    }
+    options |= {option: [str(value)] for option, value in asked.items() if value is not None}
     settings = {
         "--weight_type": "target.weight_type",
         "--hidden_state_type": "target.hidden_type",
         "--chip": "target.chip",
-        "--model_type": "target.model_type",
+        "--prompt": "target.check_prompt",
+        **{option: f"target.{option.removeprefix('--')}" for option in asked if option != "--prompt"},
     }
     for option, values in options.items():
         if not tool.offers(option):

@@ -1,4 +1,4 @@
-"""deploy target=mobilint_aries: a model folder becomes the folder that Mobilint's runtime loads, through the vendor's own compiler.
+"""deploy target=mobilint_aries and mobilint_regulus: a model folder becomes the folder that Mobilint's runtime loads, through the vendor's own compiler.
 
 Around the compiler, which is closed and not in any package registry, everything is written here: the embedding table, calibration data from the
 run's own conversations or from texts, the compile job for the installed version, the rotated table of 4-bit weights, the runtime folder.
@@ -33,7 +33,10 @@ def check(inputs: dict[str, Artifact], target: Mobilint, out: Path) -> list[str]
         *made.lines(out / WORK / job.JOB, shlex.join(argv)),
         *preflight.check_fit(made.shape, target),
         *preflight.check_room(
-            out, exact_sum.shape(made.shape, inputs), target, also=exact_sum.size_to_write(inputs, out / exact_sum.FOLDER)
+            out,
+            exact_sum.shape(made.shape, inputs),
+            target,
+            also=exact_sum.size_to_write(inputs, out / exact_sum.FOLDER) + made.mblt_bytes,
         ),
     ]
 

@@ -16,14 +16,14 @@ from src.chat import encoding
 from src.core.errors import BadData, ToolFailed, WrongKind
 from src.core.log import progress, say, size, warn
 from src.deploy.embedding import chunks
-from src.deploy.mobilint.plan import CompilePlan
+from src.deploy.mobilint.plan import CompilePlan, text_file
 from src.deploy.vendor import whole
 from src.models.safetensors_io import Entry
 
 BARREN = 8
 """drawings in a row that gave no new sequence, after which the split is taken to hold no more"""
-LINE = 1 << 16
-"""characters of a line read at once; text without line breaks is taken in pieces of it"""
+LINE = 1 << 10
+"""characters taken together at most; a line that is longer is taken in pieces of it, so that it too gives several sequences"""
 
 
 @dataclass(frozen=True)
@@ -169,42 +169,93 @@ def _conversations(path: Path, tokenizer) -> Iterator[tuple[str, list[int] | Non
 
 
 def from_texts(folder: Path, languages: tuple[str, ...], tokenizer, low: int, high: int, samples: int) -> tuple[list[Sequence], dict]:
-    """(`samples` sequences, counts), as many of each language, of <language>.txt: running text, as the tokenizer takes it by itself.
+    """(`samples` sequences, counts), as many of each language, of texts as the tokenizer takes them by themselves.
 
-    Lines are taken together until they are at least `low` tokens, and cut at `high`. Raises BadData where a text is too short.
+    A text shorter than `low` tokens is left out, and counted; none is joined to another. A long one gives several sequences of up to `high` tokens, or of
+    fewer where there would be too few sequences. Raises BadData where the texts do not make enough.
     """
     found, counts = [], {"cut": 0}
     for number, language in enumerate(languages):
-        wanted = samples // len(languages) + (number < samples % len(languages))
-        made = []
-        for ids in _texts(folder / f"{language}.txt", tokenizer, low):
-            made.append(Sequence(ids[:high], language=language))
-            counts["cut"] += len(ids) > high
-            if len(made) == wanted:
-                break
-        if len(made) < wanted:
+        path, wanted = text_file(folder, language), samples // len(languages) + (number < samples % len(languages))
+        length = high
+        while len((made := _cut_up(path, tokenizer, low, length, high, wanted))[0]) < wanted and length > low:
+            length = max(low, length // 2)
+        sequences, short, cut = made
+        if len(sequences) < wanted:
             raise BadData(
-                f"the text makes {len(made)} sequences of at least {low} tokens; {wanted} are wanted of '{language}'",
-                where=str(folder / f"{language}.txt"),
-                fix=["more text", f"target.samples={max(1, len(made)) * len(languages)}", f"target.min_tokens={max(1, low // 4)}"],
+                f"the text makes {len(sequences)} sequences of at least {low} tokens; {wanted} are wanted of '{language}'"
+                + (f"; {short} texts are shorter than that" if short else ""),
+                where=str(path),
+                fix=["more text", f"target.samples={max(1, len(sequences)) * len(languages)}", f"target.min_tokens={max(1, low // 4)}"],
             )
-        counts[language] = len(made)
-        found += made
+        if short:
+            say(f"calibration: left out {short} texts of '{language}' that are shorter than {low} tokens")
+        counts |= {"cut": counts["cut"] + cut, language: len(sequences)} | ({f"{language}, too short": short} if short else {})
+        found += [Sequence(ids, language=language) for ids in sequences]
     return found, counts
 
 
-def _texts(path: Path, tokenizer, low: int) -> Iterator[list[int]]:
-    pieces, tokens = [], 0
-    with open(path, encoding="utf-8") as file:
-        try:
+def _cut_up(path: Path, tokenizer, low: int, length: int, high: int, wanted: int) -> tuple[list[list[int]], int, int]:
+    """(`wanted` sequences or fewer, texts that were too short, sequences cut at `high`) of a file's texts in pieces of about `length` tokens."""
+    found: list[list[int]] = []
+    short = before = 0
+    pieces: list[str] = []
+    tokens = 0
+
+    def take() -> None:
+        nonlocal pieces, tokens
+        if tokens >= low and len(ids := tokenizer("".join(pieces)).input_ids) >= low:
+            found.append(ids)
+            pieces, tokens = [], 0
+
+    for piece, ends in _pieces(path):
+        more = len(tokenizer(piece, add_special_tokens=False).input_ids)
+        if tokens + more > length:
+            take()
+        pieces, tokens = [*pieces, piece], tokens + more
+        if ends or tokens >= length:
+            take()
+        if ends:
+            short += len(found) == before and any(map(str.strip, pieces))
+            pieces, tokens, before = [], 0, len(found)
+        if len(found) >= wanted:
+            break
+    found = found[:wanted]
+    return [ids[:high] for ids in found], short, sum(len(ids) > high for ids in found)
+
+
+def _pieces(path: Path) -> Iterator[tuple[str, bool]]:
+    """(some of a text, whether the text ends with it) of a file: a record of .jsonl is a text; in .txt two blank lines or more lie between texts."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    text = _text_of(line, f"{path}, line {number}") if line.strip() else ""
+                    parts = [line[k : k + LINE] for line in text.splitlines(keepends=True) for k in range(0, len(line), LINE)]
+                    yield from ((part, place == len(parts)) for place, part in enumerate(parts, 1))
+                return
+            before, blank = "", 0
             while line := file.readline(LINE):
-                pieces.append(line)
-                tokens += len(tokenizer(line, add_special_tokens=False).input_ids)
-                if tokens >= low and len(ids := tokenizer("".join(pieces)).input_ids) >= low:
-                    yield ids
-                    pieces, tokens = [], 0
-        except UnicodeDecodeError as error:
-            raise BadData(f"not UTF-8 near byte {error.start} of a block", where=str(path), fix="save it as UTF-8") from None
+                if line.strip():
+                    if before:
+                        yield before, blank > 1
+                    before, blank = line, 0
+                else:
+                    before, blank = (before + line if before else ""), blank + 1
+            if before:
+                yield before, True
+    except UnicodeDecodeError as error:
+        raise BadData(f"not UTF-8 near byte {error.start} of a block", where=str(path), fix="save it as UTF-8") from None
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise BadData("not a JSON object with a 'text'", where=where, fix='one record a line: {"text": "..."}')
+    return record["text"]
 
 
 # ---- files
@@ -218,7 +269,8 @@ def sequences(plan: CompilePlan, tokenizer) -> tuple[list[Sequence], dict]:
 
 
 def write(found: list[Sequence], table, folder: Path) -> list[dict]:
-    """Write inputs_embeds_<k>.npy for each sequence; whole ones of an earlier run are kept, anything else in the folder goes.
+    """Write inputs_embeds_<k>.npy for each sequence, with its language in front where it has one, as Mobilint's generate_calib.py of 1.3 does; whole ones
+    of an earlier run are kept, anything else in the folder goes.
 
     table: fp32 (vocabulary, hidden). Returns a record per file: its name, tokens, language, conversations and a hash of the ids.
     Raises WrongKind where a token id has no row.
@@ -231,7 +283,9 @@ def write(found: list[Sequence], table, folder: Path) -> list[dict]:
             where=str(folder),
             fix="a model whose tokenizer and weights belong together",
         )
-    names = [f"inputs_embeds_{k}.npy" for k in range(len(found))]
+    names = [
+        f"{sequence.language}_inputs_embeds_{k}.npy" if sequence.language else f"inputs_embeds_{k}.npy" for k, sequence in enumerate(found)
+    ]
     for stray in set(folder.iterdir()) - {folder / name for name in names}:
         stray.unlink()
     records, kept = [], 0

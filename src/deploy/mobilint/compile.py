@@ -25,7 +25,7 @@ def prepared(plan: CompilePlan, work: Path) -> Unfinished:
         f"all but the compile is made and kept; Mobilint's compiler is {plan.compiler}",
         where=str(work),
         fix=[
-            *toolchain.INSTALL,
+            *toolchain.install(plan.chip),
             f"run it where the compiler is: copy that folder there, `python {job.JOB}` in it, copy the folder back here",
             "then run the same command again: it goes on from here",
         ],
@@ -152,7 +152,7 @@ def _reason(plan: CompilePlan, done: Done) -> tuple[str, list[str]]:
         ]
     if missing := _between(tail, "No module named '", "'"):
         return f"the package '{missing}' is missing where the compiler runs", [
-            f"pip install {missing.split('.')[0]} in that environment" if missing != package else toolchain.INSTALL[0],
+            f"pip install {missing.split('.')[0]} in that environment" if missing != package else toolchain.install(plan.chip)[0],
             "target.python or target.image names another one",
         ]
     if any(text in tail for text in ("unexpected keyword argument", "missing 1 required", "cannot import name")) or (
@@ -164,7 +164,7 @@ def _reason(plan: CompilePlan, done: Done) -> tuple[str, list[str]]:
                 for api in reversed(toolchain.PACKAGES)
                 if api != plan.compiler.api and toolchain.PACKAGES[api] == package
             ),
-            "a version whose keywords are known: 0.11, 0.12, 1.0, 1.1 or 1.2",
+            f"a version whose keywords are known: {', '.join(toolchain.PACKAGES)}",
         ]
     if "does not recognize this architecture" in tail:
         return f"the transformers beside the compiler is too old for '{plan.config['model_type']}'", [

@@ -1,13 +1,14 @@
 """The compile job: a Python file that calls Mobilint's `mxq_compile` with the keywords of one API generation.
 
-Keywords and values are those of Mobilint's tutorial scripts at v0.11.0.1, v0.12.0.0, v1.0.0 and v1.1.2 (docs/mobilint.md). The job refuses to run
-under another version than it was written for, since the compiler ignores keywords it does not know.
+Keywords and values are those of Mobilint's tutorial scripts at v0.11.0.1, v0.12.0.0, v1.0.0, v1.1.2 and v1.3.0, and for 1.2 those of 1.1 with the two
+that its model zoo gives 1.2 (docs/mobilint.md). The job refuses to run under another version than it was written for, since the compiler ignores
+keywords it does not know.
 """
 
 import hashlib
 from pathlib import Path
 
-from src.deploy.mobilint.plan import CompilePlan
+from src.deploy.mobilint.plan import DEVICES, SCHEMES, CompilePlan
 from src.deploy.mobilint.toolchain import PACKAGES
 from src.deploy.vendor import COMPILED, whole
 
@@ -49,15 +50,9 @@ except importlib.metadata.PackageNotFoundError:
 print(f"{{PACKAGE}} {{version}}, API {api}", flush=True)
 {guard}
 '''
-GUARD = """if not ({fits}):
+GUARD = """if not version.startswith("{api}."):
     raise SystemExit(f"{other}: this job is for API {api}; {{PACKAGE}} {{version}} has another and would ignore its keywords without a word")
 """
-FITS = {
-    "0.11": 'version.startswith("0.11.")',
-    "0.12": 'version.startswith("0.12.")',
-    "1.0": 'version.startswith("1.0.")',
-    "1.1": 'version.split(".")[0] != "0" and not version.startswith("1.0.")',
-}
 SAYS = """
 count = len(list(Path(CALIBRATION).glob("*.npy")))
 print(f"compiling {MODEL} on {DEVICE}: {BITS}-bit weights, value projection {VALUE_BITS}, context {CONTEXT}, {count} calibration files", flush=True)
@@ -193,9 +188,60 @@ mxq_compile(
         "model_kwargs": {{"trust_remote_code": TRUST_REMOTE_CODE}},
         "tokenizer_args": (),
         "tokenizer_kwargs": {{"trust_remote_code": TRUST_REMOTE_CODE}},
-    }},{four_bit}
+    }},{chip}{four_bit}
 )
 """
+CHIP_12 = """
+    target_device="{device}",
+    inference_scheme="{scheme}","""
+QBCOMPILER_13 = """
+from qbcompiler import BitConfig, CalibrationConfig, EquivalentTransformationConfig, LlmConfig{last}, mblt_compile, mxq_compile
+from qbcompiler.model_dict.parser.backend.torch.input_capture import capture_forward_inputs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+{says}
+DEVICE_NAME = "{device}"
+MBLT = str(HERE / "model.mblt")
+model = AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=TRUST_REMOTE_CODE).eval()
+tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=TRUST_REMOTE_CODE)
+with capture_forward_inputs(model) as feed:
+    model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=1, do_sample=False)
+feed["inputs_embeds"] = model.get_input_embeddings()(feed["input_ids"]).detach()
+feed["input_ids"] = feed["attention_mask"] = None
+mblt_compile(
+    model=model,
+    backend="torch",
+    target_device=DEVICE_NAME,
+    mblt_save_path=MBLT,
+    feed_dict=dict(feed),
+    dynamic_axes={{"inputs_embeds": [-2]}},
+)
+del model, feed
+Weight, Attributes = BitConfig.Transformer.Weight, LlmConfig.Attributes
+mxq_compile(
+    model=MBLT,
+    target_device=DEVICE_NAME,
+    calib_data_path=CALIBRATION,
+    save_path=str(MXQ),
+    device=DEVICE,
+    inference_scheme="{scheme}",
+    calibration_config=CalibrationConfig(method=1, output=0, mode=1),
+    bit_config=BitConfig(
+        transformer=BitConfig.Transformer(weight=Weight(query=BITS, key=BITS, value=VALUE_BITS, output=BITS, ffn=BITS, head=BITS))
+    ),
+    llm_config=LlmConfig(
+        apply=True,
+        attributes=Attributes(
+            max_sequence_length=CONTEXT,
+            max_cache_length=CONTEXT,
+            max_core_data_length=CORE_TOKENS,
+            calibration=Attributes.Calibration(use_full_seq_length=True),
+            runtime=Attributes.Runtime(batch_size=1, npu_core_ids=[0]),
+        ),
+    ),{transformation}
+)
+"""
+EIGHT_BIT_13 = """
+    equivalent_transformation_config=EquivalentTransformationConfig(spin_r1=EquivalentTransformationConfig.SpinR1(apply=True)),"""
 FOUR_BIT_11 = """
     search_weight_scale_config=SearchWeightScaleConfig(
         apply=True,
@@ -231,8 +277,8 @@ print("{DONE}")
 def text(plan: CompilePlan) -> str:
     """The job's Python source for a plan's API generation."""
     api, package = plan.compiler.api, plan.compiler.package
-    guard = GUARD.format(fits=FITS[api], api=api, other=OTHER_API) if plan.guarded else ""
-    gpu = 'os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")\n' if plan.device == "gpu" and api != "1.1" else ""
+    guard = GUARD.format(api=api, other=OTHER_API) if plan.guarded else ""
+    gpu = 'os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")\n' if plan.device == "gpu" and api in ("0.11", "0.12", "1.0") else ""
     head = HEAD.format(
         package=package,
         api=api,
@@ -248,17 +294,20 @@ def text(plan: CompilePlan) -> str:
         gpu=gpu,
         guard=guard,
     )
-    return head + _call(api, four_bit=plan.bits == 4) + TAIL
+    return head + _call(api, plan.chip, four_bit=plan.bits == 4) + TAIL
 
 
-def _call(api: str, *, four_bit: bool) -> str:
+def _call(api: str, chip: str, *, four_bit: bool) -> str:
     if PACKAGES[api] == "qubee":
         return QUBEE.format(says=SAYS, output='quant_output="layer"' if api == "0.11" else "quantization_output=0")
     if api == "1.0":
         return QBCOMPILER_10.format(says=SAYS, advanced=FOUR_BIT_10 if four_bit else EIGHT_BIT_10)
+    last, board = ", SearchWeightScaleConfig" if four_bit else "", {"device": DEVICES[chip], "scheme": SCHEMES[chip]}
+    if api == "1.3":
+        return QBCOMPILER_13.format(says=SAYS, last=last, transformation=FOUR_BIT_11 if four_bit else EIGHT_BIT_13, **board)
     more = "EquivalentTransformationConfig, " if four_bit else ""
-    last = ", SearchWeightScaleConfig" if four_bit else ""
-    return QBCOMPILER_11.format(says=SAYS, more=more, last=last, four_bit=FOUR_BIT_11 if four_bit else "")
+    named = CHIP_12.format(**board) if api == "1.2" else ""
+    return QBCOMPILER_11.format(says=SAYS, more=more, last=last, chip=named, four_bit=FOUR_BIT_11 if four_bit else "")
 
 
 def container(out: Path) -> str:

@@ -12,13 +12,17 @@ from src.core.errors import ConfigError, MissingTool
 from src.deploy.vendor import ask
 from src.settings.targets import Mobilint
 
-PACKAGES = {"0.11": "qubee", "0.12": "qubee", "1.0": "qbcompiler", "1.1": "qbcompiler"}
-"""API generation -> the package that has it; 1.1 stands for all that follow"""
-NEWEST = "1.1"
-FOUR_BIT = ("1.0", "1.1")
-"""generations that compile 4-bit weights; 0.11.0.1 says that it does not"""
-READ_UP_TO = (1, 2)
-"""newest version whose documents and scripts the keywords were read in"""
+PACKAGES = {"0.11": "qubee", "0.12": "qubee", "1.0": "qbcompiler", "1.1": "qbcompiler", "1.2": "qbcompiler", "1.3": "qbcompiler"}
+"""API generation, the first two numbers of a version, -> the package that has it"""
+NEWEST = "1.3"
+WEIGHTS = {
+    **dict.fromkeys(("0.11", "0.12"), ("w8",)),
+    **dict.fromkeys(("1.0", "1.1", "1.2"), ("w8", "w4v8", "w4")),
+    "1.3": ("w8", "w4v8"),
+}
+"""API generation -> weight types that Mobilint's scripts compile with it; 0.11.0.1 says that it has no 4 bits"""
+CHIPS = {"aries": tuple(PACKAGES), "regulus": ("1.3",)}
+"""chip -> generations that compile language models for it (release 1.3 is the first that names regulus-rb for them)"""
 PROBE = """
 import importlib, importlib.metadata, importlib.util, json
 found = []
@@ -30,11 +34,16 @@ for name in ("qbcompiler", "qubee"):
             found = [name, str(getattr(importlib.import_module(name), "__version__", ""))]
 print(json.dumps(found))
 """
-INSTALL = (
-    "install the wheel of qbcompiler for ARIES from https://dl.mobilint.com (free login) into a Python of 3.10 to 3.12, and name it: target.python=ENV/bin/python",
-    "start a container of mobilint/qbcompiler:1.0-cuda12.8.1-ubuntu22.04 (or 1.0-cpu-ubuntu22.04), pip install the wheel in it, keep it with "
-    "`docker commit`, and name the image: target.image=NAME",
-)
+
+
+def install(chip: str) -> list[str]:
+    """Ways to get the compiler; each chip has a wheel of its own."""
+    return [
+        f"install the wheel of qbcompiler for {chip.upper()} from https://dl.mobilint.com (free login) into a Python of 3.10 to 3.12, and name it: "
+        "target.python=ENV/bin/python",
+        "start a container of mobilint/qbcompiler:1.0-cuda12.8.1-ubuntu22.04 (or 1.0-cpu-ubuntu22.04), pip install the wheel in it, keep it with "
+        "`docker commit`, and name the image: target.image=NAME",
+    ]
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,8 @@ class Compiler:
 def find(target: Mobilint) -> Compiler:
     """The compiler in `target.image` or `target.python`, asked without importing it where its metadata tells the version.
 
-    Raises MissingTool where the named interpreter does not run, ConfigError where the version has no API known here, or not the one of `target.sdk`.
+    Raises MissingTool where the named interpreter does not run, ConfigError where the version has no API known here, newer ones among them, or not the
+    one of `target.sdk`.
     """
     python, where = _python(target), target.image or target.python or "python3"
     done = ask([*python, "-c", PROBE])
@@ -95,13 +105,19 @@ def _api(package: str, version: str, sdk: str, where: str) -> str:
     """The API generation of an installed compiler: that of its version, unless `sdk` names one."""
     api = _by_version(version) if sdk == "auto" else sdk
     if api not in PACKAGES:
+        newer = (_number(version) or (0, 0)) > (_number(NEWEST) or (0, 0))
         raise ConfigError(
-            f"{package} {version or 'does not say its version and'} has no API known here ({', '.join(PACKAGES)})",
+            f"{package} {version or 'does not say its version and'} "
+            + (
+                f"is newer than any whose keywords are known here ({NEWEST}), and it ignores those that it does not know"
+                if newer
+                else f"has no API known here ({', '.join(PACKAGES)})"
+            ),
             where=where,
             fix=[
-                *(f"target.sdk={name} takes it for that one" for name in reversed(PACKAGES) if PACKAGES[name] == package),
-                "a newer compiler",
-            ],
+                f"{package} {NEWEST} or older" if newer else "a newer compiler",
+                *(f"target.sdk={name} takes it for that one, unchecked" for name in reversed(PACKAGES) if PACKAGES[name] == package),
+            ][: 2 if newer else None],
         )
     if PACKAGES[api] != package:
         raise ConfigError(
@@ -119,27 +135,15 @@ def _number(version: str | None) -> tuple[int, int] | None:
 
 
 def _by_version(version: str | None) -> str:
-    """The generation a version belongs to, or the version's own first two numbers where it is none."""
-    number = _number(version)
-    return NEWEST if number and number >= (1, 1) else ".".join(map(str, number or ()))
+    """A version's first two numbers, which are its generation's name where it is a known one."""
+    return ".".join(map(str, _number(version) or ()))
 
 
 def remarks(compiler: Compiler, sdk: str) -> list[str]:
     """What the user should look at before trusting the choice of API."""
-    newer = (_number(compiler.version) or READ_UP_TO) > READ_UP_TO
     chosen = compiler.version and sdk != "auto" and _by_version(compiler.version) != sdk
-    return [
-        *(
-            [f"{compiler.package} {compiler.version} is newer than the documents this was written by ({'.'.join(map(str, READ_UP_TO))})"]
-            if newer
-            else []
-        ),
-        *(
-            [f"target.sdk={sdk} was asked for, though {compiler.version} has another API; wrong keywords are ignored without a word"]
-            if chosen
-            else []
-        ),
-    ]
+    said = f"target.sdk={sdk} was asked for, though {compiler.version} has another API; wrong keywords are ignored without a word"
+    return [said] if chosen else []
 
 
 def has_gpu() -> bool:
