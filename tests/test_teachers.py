@@ -201,6 +201,17 @@ def test_the_key_is_masked_however_a_reply_spells_it(how, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    "text", ["\\\\" * 10**6, "sk-proj-aB3aB" * 10**5 + "%41", "a" * 4 * 10**6 + "%41", "\\\\u00" * 10**5], ids=range(4)
+)
+def test_a_key_is_looked_for_in_time_with_any_text(text, monkeypatch):
+    for key in ("sk-proj-" + "aB3" * 40, "a" * 100 + "b"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        start = time.monotonic()
+        assert teacher().server.hidden(text) == text
+        assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize(
     "extra, place",
     [
         ("{api_key: abc}", "extra.api_key"),

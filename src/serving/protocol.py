@@ -15,6 +15,12 @@ from src.core.errors import ConfigError, NoAnswer
 from src.core.log import warn
 
 BUSY = (429, 503)
+MASK = "***"
+"""stands where a key was"""
+# A character in JSON's escapes (whose backslashes are doubled in each JSON within JSON), in a URL's, and in HTML's.
+_ESCAPED = re.compile(
+    r"\\{1,16}u00([0-9a-fA-F]{2})|\\{1,16}([\"/\\])|%([0-9a-fA-F]{2})|&#0{0,8}([0-9]{1,3});|&#[xX]0{0,8}([0-9a-fA-F]{1,2});|&(amp|lt|gt|quot|apos);"
+)
 MOST_TOKENS = 1 << 31
 """of one request: a journal's sums stay within SQLite's 64 bits for four billion of them"""
 LONGEST_TOKEN = 256
@@ -43,7 +49,6 @@ class Server:
     def __init__(self, url: str, *, key_env: str, setting: str, name: str):
         self.url, self.key_env, self.setting, self.name = api_of(url), key_env, setting, name
         self._key = key_in(key_env)
-        self._spellings = re.compile("".join(map(_spellings, self._key))) if self._key else None
         self._repeats_it = False
 
     @property
@@ -61,13 +66,13 @@ class Server:
 
     def hidden(self, text: str) -> str:
         """The text without the key, however the server spells it (JSON's escapes at any depth, a URL's, HTML's); that it does so is said once."""
-        if self._spellings is None:
+        if not self._key:
             return text
-        text, count = self._spellings.subn("***", text)
-        if count and not self._repeats_it:
+        masked = _masked(text.replace(self._key, MASK), self._key)
+        if masked != text and not self._repeats_it:
             self._repeats_it = True
-            warn(f"{self.name} repeats the key in {self.key_env}; *** stands in its place")
-        return text
+            warn(f"{self.name} repeats the key in {self.key_env}; {MASK} stands in its place")
+        return masked
 
     def plain(self, value: object) -> str:
         """A server's words for a person, and never the key; see `plain`."""
@@ -100,10 +105,27 @@ class Server:
         return None
 
 
-def _spellings(char: str) -> str:
-    """A regular expression of the ways to write a character of a key: itself, escaped in JSON (within JSON's own strings too), in a URL, in HTML."""
-    code, itself = ord(char), rf"\\*{re.escape(char)}" if char in '"/\\' else re.escape(char)
-    return rf"(?:{itself}|{re.escape(html.escape(char))}|(?i:\\+u00{code:02x}|%{code:02x}|&\#0*{code};|&\#x0*{code:x};))"
+def _masked(text: str, key: str) -> str:
+    """The text without the key where characters of it are escaped. Takes time in proportion to the text, whatever the text is."""
+    plain_text = _ESCAPED.sub(_character, text)
+    if key not in plain_text:
+        return text
+    places, last = list[int](), 0  # of each character of the plain text, and of its end, in the text
+    for found in _ESCAPED.finditer(text):
+        places += [*range(last, found.start()), found.start()]
+        last = found.end()
+    places += range(last, len(text) + 1)
+    pieces, done, at = [], 0, plain_text.find(key)
+    while at >= 0:
+        pieces += [text[done : places[at]], MASK]
+        done = places[at + len(key)]
+        at = plain_text.find(key, at + len(key))
+    return "".join(pieces) + text[done:]
+
+
+def _character(found: re.Match) -> str:
+    hexadecimal, itself, decimal, name = found[1] or found[3] or found[5], found[2], found[4], found[6]
+    return itself or (html.unescape(f"&{name};") if name else chr(int(hexadecimal, 16) if hexadecimal else int(decimal)))
 
 
 def key_in(variable: str) -> str | None:
