@@ -63,11 +63,11 @@ def changed(tree, draw: random.Random):
         if how < 0.7:
             value = inside[last]
             near = [-value, value * 2, value + 1, value // 2, float(value)] if isinstance(value, int) and not isinstance(value, bool) else []
-            inside[last] = draw.choice(near * 4 + ODD)
+            inside[last] = json.loads(json.dumps(draw.choice(near * 4 + ODD)))
         elif how < 0.9:
             del inside[last]
         elif isinstance(inside, dict):
-            inside[draw.choice(["", "x", "\x1b[31m", str(last) * 2])] = inside[last]
+            inside[draw.choice(["", "x", "\x1b[31m", str(last) * 2])] = json.loads(json.dumps(inside[last]))
     return tree
 
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from src import ROOT, __version__
-from src.core.errors import BadData, Busy, MissingInput, Moved, Tampered, WrongKind
+from src.core.errors import BadData, Busy, MissingInput, Moved, ProofFailed, Tampered, WrongKind
 from src.core.files import Files, HashCache, canonical, hash_files, read_json, remove, spelled, write_json
 from src.core.log import say, size
 
@@ -219,7 +220,16 @@ def seal(
     metrics: dict[str, Any],
     seconds: float,
 ) -> None:
-    """Write manifest.json, the last file of an artifact, into the folder `out`."""
+    """Write manifest.json, the last file of an artifact, into the folder `out`.
+
+    Raises ProofFailed where a figure of `metrics` is no number: what was measured makes no sense, and JSON has no word for it.
+    """
+    if odd := next(_not_numbers(metrics), None):
+        raise ProofFailed(
+            f"what was measured makes no sense: {odd[0]} is {odd[1]}",
+            where=str(out),
+            fix=["look at the model: do its answers make sense?", "copy or download it again"],
+        )
     ancestors: dict[str, dict[str, Any]] = {}
     for parent in inputs.values():
         if parent.manifest:
@@ -243,6 +253,15 @@ def seal(
     }
     manifest["seal"] = seal_of(manifest)
     write_json(out / MANIFEST, manifest)
+
+
+def _not_numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """(name, value) of every figure that is infinite or not a number."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_numbers(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name, value
 
 
 def parent_records(inputs: dict[str, Artifact], folder: Path) -> list[dict[str, Any]]:

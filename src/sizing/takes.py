@@ -116,7 +116,7 @@ def gptq_block(config: dict[str, Any], *, where: str) -> dict[str, Any] | None:
 
 def mobilint(config: dict[str, Any], shape: ModelShape, target: Mobilint, *, where: str) -> None:
     """Raises WrongKind for a family Mobilint's runtime has no class for, ConfigError for a context beyond the model's own."""
-    if config.get("model_type") not in MOBILINT:
+    if str(config.get("model_type")) not in MOBILINT:
         raise WrongKind(
             f"Mobilint's runtime has no language model of type '{config.get('model_type')}'; it has {', '.join(MOBILINT)}",
             where=where,
@@ -173,7 +173,7 @@ def llama2c(config: dict[str, Any], *, where: str) -> ModelShape:
     if kind != "llama":
         refuse(
             f"target=llama2c takes Llama-architecture models only; this one is '{kind}'",
-            "target=openvino_cpu" if kind in OPENVINO else "the merged folder itself runs in transformers: python -m src.evaluate",
+            "target=openvino_cpu" if str(kind) in OPENVINO else "the merged folder itself runs in transformers: python -m src.evaluate",
         )
     if config.get("quantization_config"):
         refuse("the model is already quantized", "deploy the merged model instead; target.format=int8_v2 quantizes it here")

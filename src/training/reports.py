@@ -136,13 +136,20 @@ class Reports(TrainerCallback):
         first = next(h["eval_loss"] for h in state.log_history if "eval_loss" in h)
         if state.global_step >= STILL and abs(metrics["eval_loss"] - first) <= 1e-6 * first:
             self.stands_still(state.global_step, f"is {first:.6g} on the validation split, as before the first step")
+        self.answer(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if not self.samples and len(self.trainer.validation) and state.global_step == state.max_steps:
+            self.answer(model, state.global_step)  # a run killed after its last step has only its answers to make again
+
+    def answer(self, model, step: int) -> None:
         if self.prompts:
             was_training = model.training
             model.eval()
             answers = greedy(model, self.tokenizer, self.prompts, max_new_tokens=64, eos_id=self.trainer.eos_id)
             model.train(was_training)
             self.samples = [(prompt[-1]["content"], text) for prompt, (text, _) in zip(self.prompts, answers)]
-            self.trackers.samples(self.samples, state.global_step)
+            self.trackers.samples(self.samples, step)
 
 
 def operations_per_token(model) -> float:
