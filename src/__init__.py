@@ -1,6 +1,7 @@
 """Boardwalk: walk a language model from conversations to a board. Every verb is `python -m src.<verb>`; see README.md."""
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ __version__ = "0.11.0"
 
 ROOT = Path(__file__).resolve().parent.parent
 """the project: configs/, assets/, src/"""
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # `python -m src.<verb>` is still importing: Ctrl-C ends it without a traceback. Where the verb begins, core/processes hears it again.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if not all(importlib.util.find_spec(name) for name in ("hydra", "pydantic")):
     print(

@@ -44,7 +44,7 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
     """Rules that need more than one setting, all before torch: kinds, batch arithmetic, DeepSpeed's limits."""
     base = inputs["model"]
     config = check_folder(base.path, allow_pickle=cfg.model.allow_pickle, trust_remote_code=cfg.model.trust_remote_code)
-    check_tokenizer(base.path)
+    check_tokenizer(base.path, trust_remote_code=cfg.model.trust_remote_code)
     rules.check_length(cfg.train.max_length, config.get("max_position_embeddings"), where=str(base.path))
     method = (config.get("quantization_config") or {}).get("quant_method")
     rules.check(cfg.tuner, zero_stage=cfg.deepspeed.stage, quantization=method, where=str(base.path))

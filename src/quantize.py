@@ -58,7 +58,7 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
             where=str(model.path),
             fix=[f"quantizer.group_size={g}" for g in divisors[:1]] + ["quantizer.group_size=-1"],
         )
-    check_tokenizer(model.path)
+    check_tokenizer(model.path, trust_remote_code=trust_of(model))
     return [
         f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl",
         *exact_sum.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize.partial" / "exact"),

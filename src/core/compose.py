@@ -178,6 +178,9 @@ def _parse(overrides: list[str]) -> tuple[list[Override], list[str]]:
 
     parser, parsed, faults = OverridesParser.create(), [], []
     for text in overrides:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            faults.append(f"'{text}': not UTF-8 text, which a manifest could not name; give the file another name, or a link to it")
+            continue
         try:
             override = parser.parse_override(text)
         except _hydra_error():
@@ -277,10 +280,10 @@ def _typed(place: tuple[int | str, ...], tree: Any) -> str:
     return ".".join(parts)
 
 
-def help_text(verb: str, doc: str, schema: type[BaseModel]) -> str:
+def help_text(verb: str, doc: str | None, schema: type[BaseModel]) -> str:
     """Every setting of a verb with its default and meaning, and the options of its groups."""
     tree, groups = _plain(_hydra(verb, [])), _groups(verb)
-    lines = [doc.strip(), "", f"usage: python -m src.{verb} [key=value ...]", ""]
+    lines = [(doc or "").strip(), "", f"usage: python -m src.{verb} [key=value ...]", ""]
     for group, options in groups.items():
         lines.append(f"  {group}={'|'.join(sorted(options))}")
     if groups:

@@ -53,10 +53,18 @@ def hash_files(root: Path, cache: "HashCache | None" = None) -> Files:
 
 def _walk(root: Path) -> list[Path]:
     paths = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_raise):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
         paths += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    for path in paths:
+        if not str(path).isascii() and any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+            raise BadData("a file's name is not UTF-8 text", where=str(path), fix="rename it")
     return [path for path in paths if path.is_file()]
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be listed is not an empty one."""
+    raise error
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ _unfinished = False
 
 def rank() -> int:
     """Global rank of this process under torchrun; 0 elsewhere."""
-    return int(os.environ.get("RANK", "0"))
+    value = os.environ.get("RANK", "0")
+    return int(value) if value.isdecimal() else 0
 
 
 def on_terminal() -> bool:

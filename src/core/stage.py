@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -136,7 +137,7 @@ class Stage(Generic[V]):
     kind: str | Callable[[V, Inputs], str]
     find: Callable[[V, Run], Inputs]
     run: Callable[[V, Inputs, Path], dict[str, Any]]
-    doc: str
+    doc: str | None
     name: Callable[[V, Inputs], str] | None = None
     check: Callable[[V, Inputs], list[str]] | None = None
     each: Callable[[V, Run], Iterable[V]] | None = None
@@ -151,12 +152,12 @@ def main(stage: Stage[V]) -> None:
     sys.exit(guarded(lambda: _main(stage, sys.argv[1:])))
 
 
-def main_plain(verb: str, doc: str, schema: type[V], work: Callable[[V], int]) -> None:
+def main_plain(verb: str, doc: str | None, schema: type[V], work: Callable[[V], int]) -> None:
     """Run a verb that makes no artifact: `work(cfg)` returns the exit code."""
     main_uncomposed(verb, doc, schema, lambda overrides: work(compose.compose(verb, overrides, schema)))
 
 
-def main_uncomposed(verb: str, doc: str, schema: type[V], work: Callable[[list[str]], int]) -> None:
+def main_uncomposed(verb: str, doc: str | None, schema: type[V], work: Callable[[list[str]], int]) -> None:
     """Run a verb that makes no artifact and composes its settings itself: `work(overrides)` returns the exit code."""
 
     def run() -> int:
@@ -174,7 +175,10 @@ def guarded(work: Callable[[], int]) -> int:
         end_with_parent(int(launcher))
     interrupted_by_signals()
     try:
-        return work()
+        check_environment()
+        code = work()
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as stop:
         if "BOARDWALK_WORKER" not in os.environ:  # else the process that started the workers says it
             say("interrupted; the same command goes on, from the last checkpoint where there is one")
@@ -184,10 +188,29 @@ def guarded(work: Callable[[], int]) -> int:
     except Exception as error:
         if launcher and _lost_a_peer(error):
             return 1  # the process that started the workers says which one was lost
-        room = _no_room(error)
-        if room is None:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
+        fault = _of_the_disk(error)
+        if fault is None:
             raise
-        return _report(room)
+        return _report(fault)
+
+
+def check_environment() -> None:
+    """Raises ConfigError for a rank or a number of processes that is no number; torchrun sets them."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not (value := os.environ.get(name, "0")).isdecimal():
+            raise ConfigError(f"{name}={value} in the environment is no number", fix=f"unset {name}: torchrun sets it where it is needed")
+
+
+def _nobody_reads() -> bool:
+    """Whether what reads our stdout has ended, as `| head` does. What is left to print then goes nowhere."""
+    watch = select.poll()
+    watch.register(1, 0)
+    gone = any(event & select.POLLERR for _, event in watch.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
 
 
 def _report(error: UserError) -> int:
@@ -208,16 +231,21 @@ def _lost_a_peer(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("connection closed by peer" in text or "connection reset by peer" in text)
 
 
-def _no_room(error: Exception) -> NoRoom | None:
+def _of_the_disk(error: Exception) -> UserError | None:
     """Disk-full, permission and file-in-the-way faults, also where a library wraps them in words of its own."""
+    again = "free space or fix the permissions, then run the same command again"
     if isinstance(error, OSError) and error.errno in ROOM:
-        return NoRoom(
-            error.strerror or str(error),
-            where=str(error.filename or ""),
-            fix=["free space or fix the permissions, then run the same command again", "outputs=FOLDER_ELSEWHERE"],
-        )
+        name, what = str(error.filename or ""), error.strerror or str(error)
+        there = next((place for place in (Path(name), *Path(name).parents) if os.path.lexists(place)), None)
+        if name and there and not os.access(there, os.R_OK | (os.X_OK if there.is_dir() else 0)):
+            return MissingInput(
+                f"it cannot be read: {what}", where=name, fix="give yourself the right to read it (chmod, chown), or copy it"
+            )
+        return NoRoom(what, where=name, fix=[again, "outputs=FOLDER_ELSEWHERE"])
+    if isinstance(error, OSError) and error.errno is None and "requested and" in str(error):  # numpy's, of a write that was cut short
+        return NoRoom(f"the disk is full: {error}", fix=[again, "outputs=FOLDER_ELSEWHERE"])
     if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
-        return NoRoom(str(error), fix="free space or fix the permissions, then run the same command again")
+        return NoRoom(str(error), fix=again)
     return None
 
 

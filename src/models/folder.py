@@ -114,13 +114,19 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
     entries = safetensors_io.entries(path) if files else {}
     known = (len(entries), sum(entry.size for entry in entries.values() if entry.dtype in safetensors_io.ITEM)) if files else ()
     check_sizes(config, str(path / "config.json"), *known)
-    if config.get("auto_map") and not trust_remote_code:
+    if not trust_remote_code:
+        refuse_code(config, "model", path / "config.json")
+    return config
+
+
+def refuse_code(config: dict, what: str, file: Path) -> None:
+    """Raises WrongKind where a configuration names Python code of its folder to run."""
+    if config.get("auto_map"):
         raise WrongKind(
-            "the model brings Python code of its own",
-            where=str(path / "config.json"),
+            f"the {what} brings Python code of its own",
+            where=str(file),
             fix="model.trust_remote_code=true runs it, if you have read it and trust it",
         )
-    return config
 
 
 def _is_beside(name: object) -> bool:
@@ -148,8 +154,8 @@ def check_adapter_file(path: Path) -> None:
             )
 
 
-def check_tokenizer(path: Path) -> None:
-    """Raises MissingInput where a folder holds no tokenizer file of any kind."""
+def check_tokenizer(path: Path, *, trust_remote_code: bool = False) -> None:
+    """Raises MissingInput where a folder holds no tokenizer file of any kind, WrongKind where its tokenizer is code that was not trusted."""
     if not any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken", "tokenizer_config.json")
     ):
@@ -158,6 +164,9 @@ def check_tokenizer(path: Path) -> None:
             where=str(path),
             fix=f"python -m src.aux_files source=BASE_MODEL target={path} copies it from the base model",
         )
+    file = path / "tokenizer_config.json"
+    if file.is_file() and not trust_remote_code:
+        refuse_code(read_json(file), "tokenizer", file)
 
 
 def check_config(path: Path) -> None:

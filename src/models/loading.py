@@ -13,12 +13,12 @@ from src.core.log import warn
 from src.core.processes import import_quietly, silenced
 from src.models import adapter_files, safetensors_io
 from src.models.folder import _allowed, base_of, check_adapter_file, check_config, check_folder, check_tokenizer, has_tokenizer, trust_of
-from src.models.vocabulary import grow_vocabulary
+from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
     """The tokenizer of a folder, from local files only."""
-    check_tokenizer(path)
+    check_tokenizer(path, trust_remote_code=trust_remote_code)
     check_config(path)
     from transformers import AutoTokenizer
 
@@ -64,6 +64,7 @@ def load_model(
         raise BadData("tensors have other shapes than config.json describes", where=str(path), fix=MISMATCH) from error
     model, loaded = found
     check_loaded(path, model, loaded)
+    check_special_ids(path, model)
     keep_nf4_trainable(model)
     return model
 
@@ -93,13 +94,40 @@ def check_loaded(path: Path, model, loaded: dict) -> None:
         warn(f"{path}: {len(unexpected)} tensors belong to no part of the model and are not used, such as {', '.join(unexpected[:3])}")
 
 
+def check_special_ids(path: Path, model) -> None:
+    """Raises BadData where generation_config.json, or config.json for it, names as a special token what is no id."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(model.generation_config, name, None)
+        for one in value if isinstance(value, list) else [] if value is None else [value]:
+            if isinstance(one, bool) or not isinstance(one, int) or not -1 <= one < 1 << 31:
+                raise BadData(
+                    f"{name}={str(value)[:100]} is no token id", where=str(path), fix="mend generation_config.json, or fetch it again"
+                )
+
+
+def refuse_unknown_ids(model, where: Path) -> None:
+    """From here on a token id that the embedding has no row for raises BadData, not what a library or a GPU makes of it."""
+    rows = vocabulary_rows(model)
+
+    def check(module, given) -> None:
+        if given and (largest := int(given[0].max())) >= rows:
+            raise BadData(
+                f"the tokenizer gives token id {largest}, and the model has {rows} rows: they do not belong together",
+                where=str(where),
+                fix="copy the model's own tokenizer files again",
+            )
+
+    model.get_input_embeddings().register_forward_pre_hook(check)
+
+
 def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", base: Path | None = None):
     """(model in eval mode, tokenizer) of an adapter, a model or a quantized artifact. base: where the adapter's base is, if not where it was."""
     trust = bool(trust_of(artifact))
     if artifact.kind != "adapter":
-        return load_model(artifact.path, dtype=dtype, trust_remote_code=trust).to(device).eval(), load_tokenizer(
-            artifact.path, trust_remote_code=trust
-        )
+        tokenizer = load_tokenizer(artifact.path, trust_remote_code=trust)
+        model = load_model(artifact.path, dtype=dtype, trust_remote_code=trust)
+        refuse_unknown_ids(model, artifact.path)
+        return model.to(device).eval(), tokenizer
     import_quietly("peft", "gptqmodel")
     from peft import PeftModel
 
@@ -117,6 +145,7 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     with using("the adapter", artifact.path):
         model = PeftModel.from_pretrained(model, artifact.path)
     check_adapter(artifact.path, model)
+    refuse_unknown_ids(model, artifact.path)
     return model.to(device).eval(), tokenizer
 
 

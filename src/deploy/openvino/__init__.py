@@ -38,7 +38,7 @@ def check(inputs: dict[str, Artifact], target: Openvino, out: Path) -> list[str]
     model = inputs["model"]
     shape = read_shape(model.path)
     takes.openvino(shape, target, where=str(model.path / "config.json"))
-    check_tokenizer(model.path)
+    check_tokenizer(model.path, trust_remote_code=trust_of(model))
     start = replace(model, path=exact_sum.folder(inputs, out / exact_sum.FOLDER))
     stored = sum(entry.size for entry in safetensors_io.entries(model.path).values())
     return [
