@@ -121,7 +121,8 @@ def test_a_token_that_the_model_has_no_row_for(model, call, finished):
     folder = model("tokenizer_config.json")
     content = json.loads((folder / "tokenizer.json").read_text())
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    content["added_tokens"].append({"id": 1024, "content": "e", **plain})
+    first = json.loads((finished / "a" / "data" / "val.jsonl").read_text().splitlines()[0])["messages"][0]["content"]
+    content["added_tokens"].append({"id": 1024, "content": first[:9], **plain})
     (folder / "tokenizer.json").write_text(json.dumps(content))
     done = call("evaluate", f"source={folder}", f"dataset={finished / 'a' / 'data'}", "evaluation.samples=0")
     refused(done, BadData, "the tokenizer gives token id 1024, and the model has 1024 rows")
