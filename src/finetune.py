@@ -49,7 +49,7 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
     method = (config.get("quantization_config") or {}).get("quant_method")
     rules.check(cfg.tuner, zero_stage=cfg.deepspeed.stage, quantization=method, where=str(base.path))
     if cfg.deepspeed.config:
-        user_deepspeed_json(Path(cfg.deepspeed.config), cfg.deepspeed.stage)
+        user_deepspeed_json(Path(cfg.deepspeed.config), cfg)
         if not cfg.deepspeed.stage:
             raise ConfigError("deepspeed.config is given, but deepspeed=none would ignore it", fix="deepspeed=zero2 or deepspeed=zero3")
     world, batch = launch.world_size(cfg.launch), cfg.train.global_batch_size

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from src import data, finetune, merge
 from src.core import artifact
 from src.core.compose import compose
-from src.core.errors import BadData, ConfigError, WrongKind
+from src.core.errors import BadData, WrongKind
 from src.models import generation, token_rows
 from src.models.loading import load_any, load_tokenizer
 from src.settings.verbs import FinetuneVerb
@@ -351,23 +351,6 @@ def test_gradients_after_an_evaluation_equal_those_without_one():
 def test_what_cannot_work_is_said(argv, code, words, here, eighty, capsys):
     assert go(finetune, f"outputs={here}", "run=refused", f"source={eighty}", *argv) == code
     assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "content,words",
-    [
-        ({"optimizer": {}}, "'optimizer'"),
-        ({"scheduler": {"type": "WarmupLR"}}, "'scheduler'"),
-        ({"zero_optimization": {"stage": 3}}, "its ZeRO stage is 3, the settings say 2"),
-    ],
-)
-def test_a_deepspeed_file_may_not_contradict_the_settings(content, words, tmp_path):
-    from src.training.deepspeed_config import user_deepspeed_json
-
-    (tmp_path / "ds.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"deepspeed\.config") as error:
-        user_deepspeed_json(tmp_path / "ds.json", 2)
-    assert words in str(error.value)
 
 
 def test_a_quantized_base_needs_qlora(tmp_path):

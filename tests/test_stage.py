@@ -454,11 +454,23 @@ def test_qlora_and_zero3(plan):
         ("[]", "zero2", BadData, "expected a JSON object"),
         ('{"bf16": {"bf16_master_weights_and_grads": true}}', "zero2", ConfigError, "leaves no fp32 weights"),
         ('{"zero_optimization": 2}', "zero2", BadData, "zero_optimization"),
+        ('{"train_batch_size": 16}', "zero2", ConfigError, "train_batch_size=16 is for train.global_batch_size=16 to say"),
+        ('{"train_micro_batch_size_per_gpu": 2}', "zero2", ConfigError, "for train.micro_batch_size=2 to say"),
+        ('{"gradient_accumulation_steps": 8}', "zero2", ConfigError, "gradient_accumulation_steps=8 is for train.micro_batch_size to say"),
+        ('{"fp16": {"enabled": true}}', "zero2", ConfigError, "for train.precision=fp16 to say"),
+        ('{"bf16": 7}', "zero2", ConfigError, "bf16 is 7, not a block"),
     ],
 )
 def test_a_deepspeed_file_that_contradicts(plan, tmp_path, content, option, error, words):
     (tmp_path / "ds.json").write_text(content)
     refused(plan("finetune", f"deepspeed={option}", f"deepspeed.config={tmp_path / 'ds.json'}"), error, words)
+
+
+def test_numbers_of_a_deepspeed_file_that_the_settings_say_too(plan, tmp_path):
+    """What a refusal tells to write is taken."""
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0}')
+    argv = ["finetune", "deepspeed=zero2", f"deepspeed.config={tmp_path / 'ds.json'}", "train.global_batch_size=16", "launch.nproc_per_node=1"]
+    assert plan(*argv, "train.micro_batch_size=2").returncode == 0
 
 
 def test_a_deepspeed_file_that_is_nowhere(plan, tmp_path):

@@ -12,11 +12,12 @@ import yaml
 from transformers import TrainingArguments, set_seed
 
 from src import ROOT
-from src.core.errors import ConfigError, MissingTool
+from src.core.errors import ConfigError, MissingTool, using
+from src.core.files import read_json
 from src.core.log import say
 from src.models.devices import device, say_device
 from src.settings.verbs import FinetuneVerb
-from src.training.deepspeed_config import deepspeed_json
+from src.training.deepspeed_config import AUTO, deepspeed_json
 
 M_MMAP_THRESHOLD = -3
 """glibc's malloc.h"""
@@ -26,6 +27,8 @@ GPUS = ROOT / "configs" / "gpu"
 def start(cfg: FinetuneVerb) -> tuple[str, str]:
     """Join the other processes and seed; returns (device, precision)."""
     init_distributed(cfg.deepspeed.stage)
+    if cfg.deepspeed.config:
+        check_zero(Path(cfg.deepspeed.config))
     set_seed(cfg.train.seed)
     name = device()
     if name == "cpu":
@@ -60,6 +63,15 @@ def init_distributed(deepspeed_stage: int) -> None:
     # DeepSpeed would compile a shared-memory all-reduce for CPUs (40 s), and a compile killed half-way hangs every later run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def check_zero(path: Path) -> None:
+    """Raises BadData where DeepSpeed does not take the zero_optimization block of a user's file."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    block = read_json(path).get("zero_optimization", {})
+    with using("deepspeed.config", path, "mend the file; deepspeed=zero2 or zero3 needs none"):
+        DeepSpeedZeroConfig(**{key: value for key, value in block.items() if value != AUTO})
 
 
 def precision_of(asked: str) -> str:
@@ -144,5 +156,5 @@ def arguments(cfg: FinetuneVerb, out: Path, steps: int, precision: str, *, world
         remove_unused_columns=False,
         seed=t.seed,
         data_seed=t.seed,
-        deepspeed=deepspeed_json(cfg.deepspeed, gpu=gpu) if cfg.deepspeed.stage else None,
+        deepspeed=deepspeed_json(cfg, gpu=gpu) if cfg.deepspeed.stage else None,
     )

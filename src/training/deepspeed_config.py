@@ -1,15 +1,17 @@
 """DeepSpeed's configuration from ours, without importing it."""
 
+import json
 import sys
 from pathlib import Path
 
 from src.core.errors import BadData, ConfigError
 from src.core.files import read_json
-from src.settings.verbs import Deepspeed
+from src.settings.verbs import FinetuneVerb
 
 
-def deepspeed_json(settings: Deepspeed, *, gpu: bool) -> dict:
+def deepspeed_json(cfg: FinetuneVerb, *, gpu: bool) -> dict:
     """DeepSpeed's configuration. Optimizer and scheduler stay out of it: a block for either silently replaces the one asked for."""
+    settings = cfg.deepspeed
     zero: dict[str, object] = {
         "stage": settings.stage,
         "overlap_comm": gpu,
@@ -38,13 +40,17 @@ def deepspeed_json(settings: Deepspeed, *, gpu: bool) -> dict:
         "steps_per_print": sys.maxsize,
     }
     if settings.config:
-        config |= user_deepspeed_json(Path(settings.config), settings.stage)
+        config |= user_deepspeed_json(Path(settings.config), cfg)
     return config
 
 
-def user_deepspeed_json(path: Path, stage: int) -> dict:
-    """A user's DeepSpeed file, refused where it contradicts our settings."""
-    theirs = read_json(path)
+AUTO = "auto"
+"""what a DeepSpeed file says for a number that the trainer's settings give"""
+
+
+def user_deepspeed_json(path: Path, cfg: FinetuneVerb) -> dict:
+    """A user's DeepSpeed file, refused where it contradicts our settings; a number that is theirs and ours alike becomes `auto`."""
+    theirs, stage = read_json(path), cfg.deepspeed.stage
     faults = [
         f"block '{key}' would replace the one from tuner and train settings without a word"
         for key in ("optimizer", "scheduler")
@@ -60,10 +66,44 @@ def user_deepspeed_json(path: Path, stage: int) -> dict:
         raise BadData("zero_optimization must be a JSON object", where=str(path), fix="deepspeed=zero2 or zero3 needs no file")
     if (found := zero.get("stage", stage)) != stage:
         faults.append(f"its ZeRO stage is {found}, the settings say {stage}")
+    faults += numbers_against(theirs, cfg)
     if faults:
         raise ConfigError(
             "deepspeed.config: " + "; ".join(faults),
             where=str(path),
             fix=["remove them from the file", "drop deepspeed.config; deepspeed=zero2 or zero3 is enough"],
         )
-    return theirs
+    return theirs | {key: AUTO for key in OURS if key in theirs}
+
+
+OURS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+}
+"""keys of a DeepSpeed file -> the setting that says the same here; accumulation follows from it and train.global_batch_size"""
+
+
+def numbers_against(theirs: dict, cfg: FinetuneVerb) -> list[str]:
+    """What of a DeepSpeed file's own numbers is not what the settings say, each with what would make it so."""
+    train, faults = cfg.train, []
+    says = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": AUTO,
+        "gradient_clipping": train.max_grad_norm,
+    }
+    for key, setting in OURS.items():
+        if (value := theirs.get(key, AUTO)) not in (AUTO, says[key]):
+            typed = f"{setting}={json.dumps(value)}" if key != "gradient_accumulation_steps" else setting
+            faults.append(f'{key}={json.dumps(value)} is for {typed} to say; write "auto" in the file')
+    for kind in ("bf16", "fp16"):
+        block = theirs.get(kind, {})
+        if not isinstance(block, dict):
+            faults.append(f"{kind} is {json.dumps(block)}, not a block")
+        elif (on := block.get("enabled", AUTO)) != AUTO and train.precision != AUTO and bool(on) != (train.precision == kind):
+            faults.append(f"{kind}.enabled={json.dumps(on)} beside train.precision={train.precision}")
+        elif on is True and train.precision == AUTO:
+            faults.append(f'{kind}.enabled=true is for train.precision={kind} to say; write "auto" in the file')
+    return faults
