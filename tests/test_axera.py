@@ -252,6 +252,13 @@ def test_a_local_install_comes_first_and_can_be_passed_over(tools, deploy, qwen)
     refused(deploy(qwen, "dry_run=true", "target.toolchain=docker", "target.image=pulsar2:9"), MissingTool, "pulsar2:9", "docker load")
 
 
+def test_a_relative_entry_of_path_is_looked_for_where_the_command_was_given(tools, deploy, qwen, tmp_path, monkeypatch):
+    tools("pulsar2")
+    monkeypatch.setenv("PATH", f"{os.path.relpath(tmp_path / 'bin', ROOT)}:{lean_path(tmp_path)}")
+    done = deploy(qwen)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- what goes wrong
 
 

@@ -4,7 +4,9 @@
 (AXERA-TECH/Qwen3_5.AXERA, model_convert/README.md). Which of them a version has is asked, not derived from the version.
 """
 
+import os
 import re
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -50,8 +52,11 @@ class Toolchain:
 
 def find(target: Axera) -> Toolchain | None:
     """The installed Pulsar2, or None. Raises MissingTool where it was asked for by name and is not there, ToolFailed where it is there and does not answer."""
-    if target.toolchain in ("auto", "local") and (version := ask(["pulsar2", "version"])):
-        return _probe(("pulsar2",), version.stdout + version.stderr)
+    # A relative entry of PATH would be looked for from wherever the compiler is started.
+    found = shutil.which("pulsar2")
+    local = os.path.abspath(found) if found and not os.path.isabs(found) else "pulsar2"
+    if target.toolchain in ("auto", "local") and (version := ask([local, "version"])):
+        return _probe((local,), version.stdout + version.stderr)
     if target.toolchain in ("auto", "docker") and (image := _image(target)):
         prefix = ("docker", "run", "--rm", image[0], "pulsar2")
         version = ask([*prefix, "version"])
