@@ -176,6 +176,24 @@ def test_workers_end_with_their_launcher(launched):
     assert sorted(workers) == [0, 1] and psutil.wait_procs(workers.values(), timeout=10)[1] == [], "no worker is left"
 
 
+LATE = """
+import os, subprocess, sys, time
+child = "import os, sys, time; time.sleep(1); from src.core.processes import end_with_parent; end_with_parent(int(sys.argv[1])); time.sleep(60)"
+print(subprocess.Popen([sys.executable, "-c", child, str(os.getpid())]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_that_begins_after_its_launcher_was_killed_ends_too():
+    """Nobody has waited for the launcher, so its id is still there."""
+    launcher = subprocess.Popen([sys.executable, "-c", LATE], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()
+    gone = psutil.wait_procs([worker], timeout=10)[0]
+    launcher.communicate()
+    assert gone == [worker]
+
+
 def test_a_worker_that_is_killed_is_named_by_its_rank(launched):
     launcher, workers = launched
     workers[1].kill()
