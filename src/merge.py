@@ -13,9 +13,9 @@ from src.core import processes, stage
 from src.core.artifact import Artifact
 from src.core.errors import ProofFailed, WrongKind
 from src.core.files import read_json
-from src.core.log import say
-from src.models import complete, fidelity, merging, safetensors_io
-from src.models.devices import device_that_fits, dtype_that_fits, give_back_memory
+from src.core.log import say, size
+from src.models import adapter_files, complete, fidelity, merging, safetensors_io
+from src.models.devices import device_that_fits, fits_whole, give_back_memory
 from src.models.folder import base_of, check_folder, trust_of
 from src.models.generation import logits
 from src.models.loading import load_any
@@ -73,15 +73,21 @@ def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: lis
 
     parameters = sum(math.prod(entry.shape) for entry in written)
     device = device_that_fits(parameters)
-    compute = dtype_that_fits(parameters, device)
-    model, tokenizer = load_any(adapter, dtype=compute, device=device, base=base)
+    whole = fits_whole(parameters, device)
+    streamed = not whole and adapter_files.streams(adapter.path) and not adapter.metrics.get("nf4")
+    device, compute = "cpu" if streamed else device, "float32" if whole or streamed else "auto"
+    if not whole:
+        how = "goes layer by layer, each read when its turn comes" if streamed else "computes in the dtype that is stored"
+        say(f"merge: twice the model in fp32, {size(8 * parameters)}, does not fit in memory, so the proof {how}")
+    model, tokenizer = load_any(adapter, dtype=compute, device=device, base=base, streamed=streamed)
     rows = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer, read_json(out / "config.json"))
     trained = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof") if rows else None
     before = torch.from_numpy(logits(model))
     del model
     give_back_memory()
     merged = Artifact(out, "model", "", adapter.manifest, {})
-    ids, after, saved = processes.fresh(fidelity.reload, merged, compute, device, rows, trained and trained.top_k_ids, None)
+    at = trained and trained.top_k_ids
+    ids, after, saved = processes.fresh(fidelity.reload, merged, compute, device, rows, at, None, None, streamed)
     complete.compare(ids, tokenizer, out)
     after = torch.from_numpy(after)
     error = ((before - after).norm() / before.norm()).item()

@@ -22,7 +22,7 @@ from src.core.files import read_json
 from src.core.log import say, warn
 from src.core.processes import silenced
 from src.models import complete, exact_sum, fidelity, safetensors_io
-from src.models.devices import device, dtype_that_fits, give_back_memory
+from src.models.devices import device, fits_whole, give_back_memory
 from src.models.folder import check_folder, check_tokenizer, stored_dtype, trust_of
 from src.models.generation import logits
 from src.models.loading import load_model, load_tokenizer, prepare_gptq
@@ -213,7 +213,8 @@ def prove(start: Artifact, out: Path, trust: bool, tokenizer, dataset: Path, pro
     import torch
 
     rows = fidelity.held_out(dataset, tokenizer, read_json(out / "config.json"))
-    compute = dtype_that_fits(sum(math.prod(entry.shape) for entry in safetensors_io.entries(start.path).values()), "cpu")
+    parameters = sum(math.prod(entry.shape) for entry in safetensors_io.entries(start.path).values())
+    compute = "float32" if fits_whole(parameters, "cpu") else "auto"
     model = load_model(start.path, dtype=compute, trust_remote_code=trust).eval()
     whole = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof") if rows else None
     before = torch.from_numpy(logits(model, probes))

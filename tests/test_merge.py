@@ -427,3 +427,24 @@ def test_outside_adapter_without_its_base_says_what_to_do(pair, tmp_path, capsys
     assert "base=FOLDER" in capsys.readouterr().err
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}", f"base={pair[0]}") == 0
     assert os.listdir(tmp_path / "m") and (tmp_path / "m" / "merge" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "tied, changes, layers_alone", [(True, {}, True), (False, {"use_rslora": True}, True), (True, {"use_dora": True}, False)]
+)
+def test_where_memory_is_short_the_proof_goes_layer_by_layer_to_the_same_figures(
+    tied, changes, layers_alone, dataset, tmp_path, monkeypatch, capsys
+):
+    """DoRA's lengths need the weights they belong to, so there the stored dtype is computed in, which is said; here that is fp32 too."""
+    base = make_base(tmp_path / "base", tied=tied)
+    adapter = make_adapter(tmp_path / "adapter", base, **changes)
+    figures, places = [], []
+    for short in (False, True):
+        if short:
+            monkeypatch.setattr("src.models.devices.available", lambda: 1000)
+            monkeypatch.setattr(merge, "load_any", lambda *given, **more: places.append(more["streamed"]) or load_any(*given, **more))
+        assert go(merge, f"outputs={tmp_path}", f"run=m{short}", f"source={adapter}", f"base={base}") == 0
+        figures.append(artifact.open_artifact(tmp_path / f"m{short}" / "merge").metrics)
+    assert figures[0] == figures[1] and places == [layers_alone]
+    said = "goes layer by layer" if layers_alone else "computes in the dtype that is stored"
+    assert f"does not fit in memory, so the proof {said}" in capsys.readouterr().err

@@ -99,6 +99,13 @@ def check_saved(folder: Path, *, moved: bool, expected: set[str]) -> int:
     return seen
 
 
+def streams(folder: Path) -> bool:
+    """Whether an adapter can be computed on a base whose layers stay on disk: inside them it has plain A and B alone, no lengths, rows or whole layers."""
+    outside = ("embed_tokens.weight", "wte.weight", "lm_head.weight", ".modules_to_save.weight", ".original_module.weight")
+    names = [n for n in safetensors_io.entries(folder, "adapter_model*.safetensors") if not (n.endswith(outside) and ".layers." not in n)]
+    return all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+
+
 def table_rows(folder: Path) -> int | None:
     """Rows of the embedding or output layer that an adapter's file holds whole, as peft saves them for a resized vocabulary; None without any."""
     tables = tuple(f"{table}{part}.weight" for table in ("embed_tokens", "wte", "lm_head") for part in ("", ".modules_to_save"))

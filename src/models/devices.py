@@ -29,12 +29,12 @@ def device_that_fits(parameters: int) -> str:
     return "cuda" if torch.cuda.is_available() and 1.2 * 4 * parameters < torch.cuda.mem_get_info()[0] else "cpu"
 
 
-def dtype_that_fits(parameters: int, device: str) -> str:
-    """float32 where a model of so many parameters fits the device's free memory twice in it, as one that is loaded may; else auto, as it is stored."""
+def fits_whole(parameters: int, device: str) -> bool:
+    """Whether a model of so many parameters fits the device's free memory twice in fp32, as one that is loaded may be held."""
     import torch
 
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else available()
-    return "float32" if 2 * 4 * parameters < free else "auto"
+    return 2 * 4 * parameters < free
 
 
 def say_device(name: str) -> None:

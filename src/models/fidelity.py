@@ -206,12 +206,13 @@ def reload(
     at: np.ndarray | None,
     base: Path | None,
     probes: list[list[int]] | None = None,
+    streamed: bool = False,
 ) -> tuple:
     """(token ids of aux_files' probes, logits of the rows `probes` or of random tokens, what the model says at `rows` or None). Made to run in a fresh process.
 
-    at: see observe. base: of an adapter, where it is.
+    at: see observe. base: of an adapter, where it is. streamed: see load_any.
     """
-    model, _ = load_any(artifact, dtype=dtype, device=device, base=base)
+    model, _ = load_any(artifact, dtype=dtype, device=device, base=base, streamed=streamed)
     folder = artifact.path if has_tokenizer(artifact.path) or not base else base
     ids = complete.token_ids(folder, trust_of(artifact))
     seen = observe(partial(trained_logits, model), rows, "proof", at) if rows else None
