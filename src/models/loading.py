@@ -4,6 +4,7 @@ import contextlib
 import logging
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,9 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     streamed = hasattr(model, "scratch")
     if streamed:
         del model.hf_device_map  # by which peft would lay the layers out anew
-    with using("the adapter", artifact.path):
+    with using("the adapter", artifact.path), warnings.catch_warnings():
+        # Of layers that are on disk; `bring_back` does what torch says was not done.
+        warnings.filterwarnings("ignore", message="for .*: copying from a non-meta parameter")
         model = PeftModel.from_pretrained(model, artifact.path)
     check_adapter(artifact.path, model)
     if streamed:
@@ -265,8 +268,6 @@ def prepare_gptq() -> None:
 
 def _quiet() -> None:
     """Keep libraries' progress bars, banners and advice off the terminal; what matters is said by the stage."""
-    import warnings
-
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
