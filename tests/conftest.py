@@ -44,6 +44,10 @@ LONGEST = (
     "test_merge.py",
     "test_resume.py",
     "test_distill.py",
+    "test_axera.py",
+    "test_recipes.py",
+    "test_mobilint.py",
+    "test_endpoint.py",
     "test_teacher.py",
     "test_stops.py",
 )

@@ -392,7 +392,7 @@ def test_killed_in_the_middle_it_goes_on(tools, deploy, where, qwen, tmp_path):
     assert (tmp_path / "state" / "killed").read_text() == container.name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGTERM)])
 def test_an_interrupt_stops_the_container_too(tools, where, qwen, tmp_path, number):
     tools("docker", fault="slow")
     process = start(tmp_path, qwen)

@@ -229,7 +229,7 @@ def alone(here, train):
     "deepspeed,processes,tuner,layout",
     [
         ("zero2", 2, "lora", MICRO),
-        ("zero3", 2, "lora", []),
+        pytest.param("zero3", 2, "lora", [], marks=pytest.mark.slow),  # test_fidelity.py has it in bf16
         pytest.param("none", 2, "lora", MICRO, marks=pytest.mark.slow),
         pytest.param("zero3", 2, "lora", MICRO, marks=pytest.mark.slow),
         pytest.param("zero2_offload", 2, "lora", MICRO, marks=pytest.mark.slow),

@@ -94,12 +94,12 @@ def tensors(file: Path) -> dict:
     ("version", "weight_type", "chip"),
     [
         ("0.11.0.1", "w8", "aries"),
-        ("0.12.0.0", "w8", "aries"),
-        ("1.0.0", "w8", "aries"),
+        pytest.param("0.12.0.0", "w8", "aries", marks=pytest.mark.slow),
+        pytest.param("1.0.0", "w8", "aries", marks=pytest.mark.slow),
         ("1.0.0", "w4v8", "aries"),
         ("1.1.2", "w4", "aries"),
-        ("1.2.0", "w8", "aries"),
-        ("1.3.0", "w8", "aries"),
+        pytest.param("1.2.0", "w8", "aries", marks=pytest.mark.slow),
+        pytest.param("1.3.0", "w8", "aries", marks=pytest.mark.slow),
         ("1.3.0", "w4v8", "regulus"),
     ],
 )

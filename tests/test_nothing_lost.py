@@ -202,15 +202,15 @@ def test_a_worker_that_is_killed_is_named_by_its_rank(launched):
     assert "the process of rank 1 was killed by signal 9, most likely for lack of memory" in said and "Traceback" not in said, said
 
 
-TWO = ["deepspeed=zero2", "launch.nproc_per_node=2"]
+ONE, TWO = ["launch.nproc_per_node=1"], ["deepspeed=zero2", "launch.nproc_per_node=2"]
 
 
 @pytest.mark.parametrize(
     "number, ways",
     [
-        (signal.SIGTERM, TWO),  # the default run's one fine-tune that starts exactly as a user's does, with processes of its own
-        *(pytest.param(n, TWO, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP)),
-        *(pytest.param(n, ["launch.nproc_per_node=1"], marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)),
+        (signal.SIGTERM, ONE),  # the default run's one fine-tune that starts exactly as a user's does
+        *(pytest.param(n, ONE, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP)),
+        *(pytest.param(n, TWO, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)),
     ],
 )
 def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(number, ways, eighty, tmp_path):

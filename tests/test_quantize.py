@@ -259,7 +259,8 @@ def test_such_an_adapter_is_not_merged_but_measured(on_gptq, here, capsys):
 def test_shapes_that_cannot_be_packed_are_refused_before_torch(shape, more, words, here, tmp_path):
     from safetensors.torch import save_file
 
-    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(shape)}, tmp_path / "model.safetensors")
+    tensors = load_file(TINY / "model.safetensors") | {"model.layers.0.mlp.up_proj.weight": torch.zeros(shape)}
+    save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(TINY / "config.json", tmp_path)
     cfg = compose("quantize", more, QuantizeVerb)
     with pytest.raises(ConfigError) as error:

@@ -245,7 +245,7 @@ def test_a_recipe_gives_rows_and_accounts_for_each(name):
     assert set(work.flows) == set(chosen.order)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "code" else []) for n in NAMES])
 def test_equal_whichever_answer_comes_first(name):
     chosen = recipe(name)
     first, second = (ran(chosen, starting(chosen.takes), Teacher(delays)) for delays in (1, 2))

@@ -26,7 +26,7 @@ ROADS = {
     "full-zero3": ["tuner=full", "deepspeed=zero3", "launch.nproc_per_node=2"],
     "lora-two": ["tuner.rank=8", "launch.nproc_per_node=2"],
 }
-slow = lambda name: name if name in ("lora", "full") else pytest.param(name, marks=pytest.mark.slow)
+slow = lambda name: name if name == "lora" else pytest.param(name, marks=pytest.mark.slow)
 
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")

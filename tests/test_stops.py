@@ -40,6 +40,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step_and_records(run
     assert "lower tuner.learning_rate" in said and not (tmp_path / "nan" / "finetune").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_does_not_move_stops_the_run(run):
     code, said = run("still", "tuner.learning_rate=1e-12", "train.max_steps=40", "train.eval_steps=10")
     assert code == ProofFailed.exit_code and "the loss does not move: by step 20" in said and "raise tuner.learning_rate" in said

@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from src.core.errors import UserError
@@ -50,12 +51,26 @@ def interrupted_by_signals() -> None:
 def end_with_parent(parent: int) -> None:
     """Have the kernel kill this process when the one that started it ends, however it does (PR_SET_PDEATHSIG, Linux; prctl(2)).
 
-    parent: its process id, to see whether it has ended already; one that nobody has waited for still has its id, but no children.
+    parent: its process id, to see whether it has ended already.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if not lives(parent):
         os._exit(1)
+
+
+def lives(process: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for still has its id (state Z, proc(5))."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def fresh(function: Callable[..., T], *args: Any) -> T:
