@@ -54,32 +54,35 @@ def features(text: str) -> set[str]:
 def datasketch() -> Callable[[int, str], bool]:
     from datasketch import MinHash, MinHashLSH
 
-    index, kept = MinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS), {}
+    def signature(text: str) -> MinHash:
+        made = MinHash(num_perm=PERMUTATIONS)
+        made.update_batch([feature.encode() for feature in features(text)])
+        return made
 
-    def near(number: int, text: str) -> bool:
-        signature = MinHash(num_perm=PERMUTATIONS)
-        signature.update_batch([feature.encode() for feature in features(text)])
-        found = any(kept[key].jaccard(signature) >= SIMILARITY for key in index.query(signature))
-        if not found:
-            index.insert(number, signature)
-            kept[number] = signature
-        return found
-
-    return near
+    return by(MinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS), signature)
 
 
 def rensa() -> Callable[[int, str], bool]:
     from rensa import RMinHash, RMinHashLSH
 
-    index, kept = RMinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS, num_bands=32), {}
+    def signature(text: str) -> RMinHash:
+        made = RMinHash(num_perm=PERMUTATIONS, seed=42)
+        made.update(list(features(text)))
+        return made
+
+    return by(RMinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS, num_bands=32), signature)
+
+
+def by(index, signature: Callable) -> Callable[[int, str], bool]:
+    """Whether a text is near an earlier one, by a library's index of its own signatures."""
+    kept: dict = {}
 
     def near(number: int, text: str) -> bool:
-        signature = RMinHash(num_perm=PERMUTATIONS, seed=42)
-        signature.update(list(features(text)))
-        found = any(kept[key].jaccard(signature) >= SIMILARITY for key in index.query(signature))
+        own = signature(text)
+        found = any(kept[key].jaccard(own) >= SIMILARITY for key in index.query(own))
         if not found:
-            index.insert(number, signature)
-            kept[number] = signature
+            index.insert(number, own)
+            kept[number] = own
         return found
 
     return near

@@ -14,7 +14,7 @@ from test_structure import WATCH, loaded_by
 
 from src.core import compose
 from src.core.errors import BadData, ConfigError, MissingInput, NoRoom, WrongKind
-from src.plan import job_of
+from src.plan.gpus import job_of
 from src.settings.verbs import FinetuneVerb, PlanVerb
 from src.sizing import budget, speed
 from src.sizing.budget import board_fit, device_parts, format_of, head_bytes, host_needs, layer_bytes

@@ -70,8 +70,8 @@ def edges(path: Path) -> set[str]:
 
 def test_the_floors_are_the_folders_there_are():
     folders = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
-    assert folders == {room for floor in FLOORS for room in floor} | {"distill", "deploy"}
-    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"distill", "deploy"} == {"__init__", "__main__", *VERBS}, (
+    assert folders == {room for floor in FLOORS for room in floor} | {"plan", "distill", "deploy"}
+    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"plan", "distill", "deploy"} == {"__init__", "__main__", *VERBS}, (
         "src/ holds verbs and rooms, nothing else"
     )
     assert not [path for path in SOURCES if {"utils", "util", "helpers", "common", "misc"} & set(path.with_suffix("").parts)]
@@ -113,7 +113,7 @@ def test_core_never_imports_torch():
 
 
 def test_what_a_plan_needs_comes_without_torch():
-    rooms = ("settings", "core", "chat", "sizing", "serving", "deploy", "distill")
+    rooms = ("settings", "core", "chat", "sizing", "serving", "plan", "deploy", "distill")
     modules = [module for module in MODULES if room_of(module) in rooms and not module.endswith(("__main__", ".inside", ".job"))]
     done, _ = loaded_by(f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted({HEAVY} & set(sys.modules)))")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 from src.core.errors import ProofFailed
@@ -99,18 +100,20 @@ def check_saved(folder: Path, *, moved: bool, expected: set[str]) -> int:
     return seen
 
 
+TABLE = re.compile(r"\b(embed_tokens|wte|lm_head)(\.(modules_to_save|original_module))?\.weight$")
+"""names of an embedding or output layer that is held whole, as peft saves them for a resized vocabulary, twice and with the base's own beside it"""
+
+
 def streams(folder: Path) -> bool:
     """Whether an adapter can be computed on a base whose layers stay on disk: inside them it has plain A and B alone, no lengths, rows or whole layers."""
-    outside = ("embed_tokens.weight", "wte.weight", "lm_head.weight", ".modules_to_save.weight", ".original_module.weight")
-    names = [n for n in safetensors_io.entries(folder, "adapter_model*.safetensors") if not (n.endswith(outside) and ".layers." not in n)]
-    return all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+    names = safetensors_io.entries(folder, "adapter_model*.safetensors")
+    return all(name.endswith((".lora_A.weight", ".lora_B.weight")) or TABLE.search(name) for name in names)
 
 
 def table_rows(folder: Path) -> int | None:
-    """Rows of the embedding or output layer that an adapter's file holds whole, as peft saves them for a resized vocabulary; None without any."""
-    tables = tuple(f"{table}{part}.weight" for table in ("embed_tokens", "wte", "lm_head") for part in ("", ".modules_to_save"))
-    rows = [entry.shape[0] for name, entry in safetensors_io.entries(folder, "adapter_model*.safetensors").items() if name.endswith(tables)]
-    return max(rows, default=None)
+    """Rows of the embedding or output layer that an adapter's file holds whole; None without any."""
+    found = safetensors_io.entries(folder, "adapter_model*.safetensors").items()
+    return max((entry.shape[0] for name, entry in found if TABLE.search(name)), default=None)
 
 
 def is_no_update(a, b) -> bool:

@@ -125,7 +125,7 @@ def refuse_code(config: dict, what: str, file: Path) -> None:
         raise WrongKind(
             f"the {what} brings Python code of its own",
             where=str(file),
-            fix="model.trust_remote_code=true runs it, if you have read it and trust it",
+            fix="finetune runs it with model.trust_remote_code=true, if you have read it and trust it, and so does what follows in that run",
         )
 
 

@@ -85,7 +85,7 @@ def load_model(
 
 
 def layers_on_disk(path: Path, trust_remote_code: bool) -> dict[str, str]:
-    """transformers' device_map of a model whose layers stay on disk: {module: "disk" or "cpu"}."""
+    """transformers' device_map of a model whose layers stay on disk: {module: "disk" or "cpu"}; all in memory where its layers are no one list."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,22 +93,22 @@ def layers_on_disk(path: Path, trust_remote_code: bool) -> dict[str, str]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     count = config.get_text_config().num_hidden_layers
-    layers = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    lists = (name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    if (layers := next(lists, None)) is None:
+        return {"": "cpu"}
     every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
     tensors = (name for name, _ in every if not name.startswith(f"{layers}."))
     return {f"{layers}.{i}": "disk" for i in range(count)} | {name.rpartition(".")[0]: "cpu" for name in tensors}
 
 
 def bring_back(adapter: Path, model) -> None:
-    """Give an adapter on a streamed base its own weights: peft has put them where its layers' are, which is nowhere."""
+    """Give an adapter on a streamed base its A and B: peft has put them where its layers' weights are, which is nowhere."""
     import torch
     from safetensors.torch import load_file
 
     stored = load_file(adapter / "adapter_model.safetensors")
     for name, parameter in list(model.named_parameters()):
-        key = name.replace(".modules_to_save.default", "").replace(".default", "")
-        key = key if key in stored else key.removesuffix(".weight")  # DoRA's lengths
-        if parameter.is_meta and key in stored:
+        if parameter.is_meta and (key := name.replace(".default", "")) in stored:
             module, _, what = name.rpartition(".")
             setattr(model.get_submodule(module), what, torch.nn.Parameter(stored[key].float(), requires_grad=False))
 
@@ -212,8 +212,7 @@ def check_adapter(path: Path, model) -> None:
     needed = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     found = {name: entry.shape for name, entry in safetensors_io.entries(path, "adapter_model*.safetensors").items()}
     missing = sorted(name for name in needed if name not in found)
-    tables = ("embed_tokens.weight", "wte.weight", "lm_head.weight", ".modules_to_save.weight", ".original_module.weight")
-    unknown = sorted(name for name in found if name not in needed and not name.endswith(tables))
+    unknown = sorted(name for name in found if name not in needed and not adapter_files.TABLE.search(name))
     if missing or unknown:
         told = [
             f"{len(names)} tensors are {how}, such as {names[0]}" for how, names in (("missing", missing), ("unknown", unknown)) if names

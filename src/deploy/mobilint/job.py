@@ -155,6 +155,11 @@ FOUR_BIT_10 = """equivalent_transformation=get_equivalent_transformation_config(
             optimize_ffn_apply=True,
         ),
         search_weight_scale=get_search_weight_scale_config(apply=True, query=True, key=True, value=True, out=True, ffn=True),"""
+QUANTIZED_11 = """calibration_config=CalibrationConfig(method=1, output=0, mode=1),
+    bit_config=BitConfig(
+        transformer=BitConfig.Transformer(weight=Weight(query=BITS, key=BITS, value=VALUE_BITS, output=BITS, ffn=BITS, head=BITS))
+    ),"""
+"""of 1.1 and later"""
 QBCOMPILER_11 = """
 from qbcompiler import BitConfig, CalibrationConfig, {more}LlmConfig{last}, mxq_compile
 {says}
@@ -165,10 +170,7 @@ mxq_compile(
     save_path=str(MXQ),
     backend="torch",
     device=DEVICE,
-    calibration_config=CalibrationConfig(method=1, output=0, mode=1),
-    bit_config=BitConfig(
-        transformer=BitConfig.Transformer(weight=Weight(query=BITS, key=BITS, value=VALUE_BITS, output=BITS, ffn=BITS, head=BITS))
-    ),
+    {quantized}
     llm_config=LlmConfig(
         apply=True,
         attributes=Attributes(
@@ -224,10 +226,7 @@ mxq_compile(
     save_path=str(MXQ),
     device=DEVICE,
     inference_scheme="{scheme}",
-    calibration_config=CalibrationConfig(method=1, output=0, mode=1),
-    bit_config=BitConfig(
-        transformer=BitConfig.Transformer(weight=Weight(query=BITS, key=BITS, value=VALUE_BITS, output=BITS, ffn=BITS, head=BITS))
-    ),
+    {quantized}
     llm_config=LlmConfig(
         apply=True,
         attributes=Attributes(
@@ -304,10 +303,14 @@ def _call(api: str, chip: str, *, four_bit: bool) -> str:
         return QBCOMPILER_10.format(says=SAYS, advanced=FOUR_BIT_10 if four_bit else EIGHT_BIT_10)
     last, board = ", SearchWeightScaleConfig" if four_bit else "", {"device": DEVICES[chip], "scheme": SCHEMES[chip]}
     if api == "1.3":
-        return QBCOMPILER_13.format(says=SAYS, last=last, transformation=FOUR_BIT_11 if four_bit else EIGHT_BIT_13, **board)
+        return QBCOMPILER_13.format(
+            says=SAYS, quantized=QUANTIZED_11, last=last, transformation=FOUR_BIT_11 if four_bit else EIGHT_BIT_13, **board
+        )
     more = "EquivalentTransformationConfig, " if four_bit else ""
     named = CHIP_12.format(**board) if api == "1.2" else ""
-    return QBCOMPILER_11.format(says=SAYS, more=more, last=last, chip=named, four_bit=FOUR_BIT_11 if four_bit else "")
+    return QBCOMPILER_11.format(
+        says=SAYS, quantized=QUANTIZED_11, more=more, last=last, chip=named, four_bit=FOUR_BIT_11 if four_bit else ""
+    )
 
 
 def container(out: Path) -> str:
