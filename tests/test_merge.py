@@ -448,3 +448,11 @@ def test_where_memory_is_short_the_proof_goes_layer_by_layer_to_the_same_figures
     assert figures[0] == figures[1] and places == [layers_alone]
     said = "goes layer by layer" if layers_alone else "computes in the dtype that is stored"
     assert f"does not fit in memory, so the proof {said}" in capsys.readouterr().err
+
+
+def test_a_model_whose_layers_are_no_one_list_is_computed_whole(pair, tmp_path, monkeypatch):
+    base, adapter = pair
+    monkeypatch.setattr("src.models.loading.layers_on_disk", lambda *_: {"": "cpu"})
+    found = artifact.open_any(adapter)
+    streamed, whole = (load_any(found, dtype="float32", base=base, streamed=streamed)[0] for streamed in (True, False))
+    assert (generation.logits(streamed) == generation.logits(whole)).all()

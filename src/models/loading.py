@@ -192,7 +192,7 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     else:
         grow_vocabulary(model, len(tokenizer))
     streamed = hasattr(model, "scratch")
-    if streamed:
+    if streamed and hasattr(model, "hf_device_map"):
         del model.hf_device_map  # by which peft would lay the layers out anew
     with using("the adapter", artifact.path), warnings.catch_warnings():
         # Of layers that are on disk; `bring_back` does what torch says was not done.
