@@ -260,6 +260,7 @@ def test_a_row_is_a_step_of_its_process_with_its_own_positions():
 
     class Rows(list):
         trained_tokens = np.array([(row.labels != encoding.IGNORE).sum() for row in ROWS])
+        trained_weight = trained_tokens.astype(float)
 
     both = [Steps(made, Rows(ROWS), rank, pad=0) for rank in range(2)]
     assert len(both[0]) == 2

@@ -231,6 +231,10 @@ class ChatTemplate:
         shown = self.shows(calling, [TOOL], None)
         return list(dict.fromkeys([self.turn_end, *([shown.stop] if shown.calls and shown.stop and not shown.early else [])]))
 
+    def without_markers(self, text: str) -> str:
+        """A generated text without special tokens."""
+        return self._special.sub("", text)
+
     @property
     def thinking(self) -> tuple[str, str]:
         """What opens and closes reasoning in this family."""
@@ -430,6 +434,20 @@ def _literal(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_literal, value)) + "]"
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def said_apart(text: str, tags: tuple[tuple[str, str], ...] = THINKING[:4]) -> tuple[str, str]:
+    """(what a model said, what it thought before), of a generated text.
+
+    A text that only closes its reasoning, with the closing tag at the end of a line, was opened by its prompt. tags: what opens and closes reasoning.
+    """
+    for opens, closes in tags:
+        before, found, after = text.partition(closes)
+        opened = before.lstrip().startswith(opens)
+        thought = before.lstrip().removeprefix(opens)
+        if found and opens not in thought and closes not in after and (opened or after.startswith("\n")):
+            return after.strip(), thought.strip()
+    return text, ""
 
 
 TOOL: dict[str, Any] = {

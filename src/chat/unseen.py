@@ -34,7 +34,11 @@ SHARE = 0.1
 
 def report(notes: Counter[str], split: str) -> list[str]:
     """Lines that say what is left out and what is not shown. split: "train"."""
-    what = ((LEFT_OUT, "answer", "left out of the loss"), (NOT_SHOWN, "answer", "trained as shown"), (CONVERSATIONS, "conversation", "trained as shown"))
+    what = (
+        (LEFT_OUT, "answer", "left out of the loss"),
+        (NOT_SHOWN, "answer", "trained as shown"),
+        (CONVERSATIONS, "conversation", "trained as shown"),
+    )
     return [
         f"{split}: {notes[why]:,} {one}{'s' * (notes[why] != 1)} {done}: {text}"
         for reasons, one, done in what
