@@ -32,6 +32,18 @@ def written_down(logits, targets: Targets) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_a_weight_multiplies_all_of_a_token_s_loss(alpha):
+    torch.manual_seed(2)
+    probs, top_k_ids = torch.randn(4, 20).softmax(-1).topk(3, dim=-1)
+    targets = Targets(torch.randint(0, 20, (4,)), TeacherTargets(top_k_ids, probs, alpha), torch.tensor([0.0, 0.5, 1.0, 3.0]))
+    logits = torch.randn(4, 20, requires_grad=True)
+    (ours,) = torch.autograd.grad(found := loss_sum(logits, targets), logits)
+    each = [written_down(logits[k : k + 1], part) for k, part in enumerate(targets.split(1))]
+    (plain,) = torch.autograd.grad(expected := sum(w * loss for w, loss in zip((0.0, 0.5, 1.0, 3.0), each)), logits)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5) and torch.allclose(ours, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_loss_and_gradient_are_those_written_down(alpha):
     torch.manual_seed(0)
     probs, top_k_ids = (torch.randn(7, 50) * 2).softmax(-1).topk(5, dim=-1)
