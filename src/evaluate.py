@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from src.chat import encoding
+from src.chat.template import as_served_today
 from src.core import stage
 from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput
@@ -123,7 +124,8 @@ def connect(cfg: EvaluateVerb) -> Client | None:
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json and answers.jsonl."""
     if client := connect(cfg):
-        return evaluate_endpoint(cfg, client, inputs, out)
+        with as_served_today():
+            return evaluate_endpoint(cfg, client, inputs, out)
     device = devices.device()
     records = validation(cfg, inputs)
     prompts = asked(cfg, records)

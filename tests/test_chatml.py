@@ -145,7 +145,7 @@ def test_only_answers_and_their_stop_tokens_are_trained(load, pilot, name):
 
 @each_kind(["tiny-chat", *KINDS], NAMES)
 def test_ids_are_those_of_the_template(load, pilot, name):
-    tokenizer, end = load(name), encoding.turn_end(load(name))
+    tokenizer = load(name)
     for messages in [TURNS, *pilot[::4], *map(talk, HARD)]:
         assert encoding.encode(tokenizer, messages).input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
 
@@ -265,7 +265,6 @@ def old_recipe(tokenizer, messages):
 @each_kind(["tiny-chat", "made-qwen2", "made-yi"], ["qwen2", "qwen2.5", "qwen3"])
 def test_the_old_recipe_s_labels(load, pilot, name):
     tokenizer = load(name)
-    end = tokenizer.convert_tokens_to_ids(encoding.END)
     for messages in [TURNS, *pilot[::4], *map(talk, HARD)]:
         encoded = encoding.encode_qwen_legacy(tokenizer, messages, eos_id=encoding.turn_end(tokenizer))
         assert (encoded.input_ids, encoded.labels) == old_recipe(tokenizer, messages)

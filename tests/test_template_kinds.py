@@ -297,6 +297,9 @@ def test_a_template_s_date_is_one_day_for_all_rows():
     assert template.of(tokenizer).dated and encoding.render(tokenizer, [user("Hi!")]).startswith("01 January 2026")
     encoding.set_up(tokenizer, text=None, keywords={}, reasoning="template", today="2027-03-02")
     assert encoding.render(tokenizer, [user("Hi!")]).startswith("02 March 2027")
+    with template.as_served_today():
+        today = tokenizer.apply_chat_template([user("Hi!")], tokenize=False)
+        assert encoding.render(tokenizer, [user("Hi!")]) == today and not today.startswith("02 March 2027")
 
 
 def test_keywords_are_the_template_s_own_from_then_on(tmp_path):

@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -95,6 +96,15 @@ def bound_templates() -> None:
     from src.chat import template_bounds
 
     template_bounds.install()
+
+
+@contextmanager
+def as_served_today() -> Iterator[None]:
+    """Within the block a template prints the true date, as other programs that are compared with us do."""
+    from src.chat import template_bounds
+
+    with template_bounds.as_of(date.today()):
+        yield
 
 
 class ChatTemplate:

@@ -56,8 +56,8 @@ def spend(steps: float) -> None:
 
 @contextmanager
 def as_of(day: date) -> Iterator[None]:
-    """What a template prints of today's date (transformers' strftime_now) is of this day."""
-    token = _day.set(day)
+    """What a template prints of today's date (transformers' strftime_now) is of this day, unless a block around says another."""
+    token = _day.set(_day.get() or day)
     try:
         yield
     finally:
