@@ -46,7 +46,7 @@ THINKING = (
 """what opens and closes reasoning, family by family: Qwen, DeepSeek, GLM and most others; EXAONE Deep; Seed-OSS; Magistral; Gemma 4; Command R7B and A;
 Apertus; Apriel"""
 INLINE = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-OUTLINES = 50_000
+OUTLINES = 5_000
 """kept in memory"""
 SETTINGS = "chat_settings"
 """the key of tokenizer_config.json that holds what no template can: how reasoning was trained, the day that a template prints"""
@@ -65,8 +65,8 @@ class Outline:
     hidden: numbers of earlier user and tool messages that the prompt does not show; system, tools: whether it leaves those out.
     text, reasoning, calls: whether the turn's own parts are shown, true for a part it does not have.
     stop: the special token that ends the turn, None where none does. closing: what the template prints up to and with the stop only once a further
-    turn follows, empty where the turn's own rendering has it. behind: what the turn's own rendering has after the stop. early: whether the stop also stands within the turn, where a server would end it.
-    faithful: whether the turn stands in history as it is answered.
+    turn follows, empty where the turn's own rendering has it. behind: what the turn's own rendering has after the stop.
+    early: whether the stop also stands within the turn, where a server would end it. faithful: whether the turn stands in history as it is answered.
     """
 
     hidden: tuple[int, ...] = ()
