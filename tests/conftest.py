@@ -11,6 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -447,6 +448,19 @@ def finished(tmp_path_factory) -> Path:
 def road(finished, tmp_path) -> Path:
     """A private copy of the finished run, where cli and call look for it."""
     return Path(shutil.copytree(finished, tmp_path / "outputs"))
+
+
+def helps(file: str, *ways: str):
+    """Marks a test that takes ways out as they are printed and shows that each helps. ways: as src/<file> writes them, {} for what is put in at run time.
+
+    tests/test_ways_out.py holds these marks against src: no way out is without one, and none is of a way out that is gone.
+    """
+    return lambda test: test
+
+
+def ways(done: CompletedProcess) -> list[str]:
+    """The ways out that a refused command printed."""
+    return re.findall(r"^  (?:fix:  |or:   ) (.*)$", done.stderr, re.MULTILINE)
 
 
 def refused(done: CompletedProcess, error: type, *words: str) -> None:

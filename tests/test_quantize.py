@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import go
+from conftest import go, helps
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -72,6 +72,7 @@ def int4(here):
     return artifact.open_artifact(here / "int4" / "quantize")
 
 
+@helps("quantize.py", "quantizer=gptq_int8 loses less")
 def test_it_loads_in_plain_transformers_and_speaks_like_its_source(made, here):
     bits, made = made
     model = AutoModelForCausalLM.from_pretrained(made.path, local_files_only=True).eval()
@@ -238,9 +239,12 @@ def test_lora_that_is_not_qlora_is_refused_on_a_gptq_base(int4, here, capsys):
     assert "tuner=qlora trains adapters on a GPTQ base" in capsys.readouterr().err
 
 
+@helps("merge.py", "python -m src.evaluate source={} measures it as it is")
 def test_such_an_adapter_is_not_merged_but_measured(on_gptq, here, capsys):
     assert go(merge, f"outputs={here}", "run=q") == 4
-    assert "no whole weights to merge into" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "no whole weights to merge into" in err and f"python -m src.evaluate source={on_gptq.path} measures it as it is" in err
+    assert go(evaluate, f"outputs={here}", "run=q", f"source={on_gptq.path}", "dry_run=true") == 0
     assert go(evaluate, f"outputs={here}", "run=q", "evaluation.rows=4", "evaluation.samples=1", "evaluation.max_new_tokens=4") == 0
     report = json.loads((here / "q" / "evaluate-finetune" / "report.json").read_text())
     assert report["loss"] < report["parent_loss"]
@@ -272,7 +276,7 @@ def test_shapes_that_cannot_be_packed_are_refused_before_torch(shape, more, word
 
 def test_an_adapter_is_refused(on_gptq, here, capsys):
     assert go(quantize, f"outputs={here}", "run=q", f"source={on_gptq.path}") == 4
-    assert "merge the adapter first" in capsys.readouterr().err
+    assert "makes a model of it" in capsys.readouterr().err
 
 
 def test_a_quantized_model_that_lost_its_source_fails_the_proof(int4, here, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.core.errors import BadData, WrongKind
+from src.core.errors import AGAIN, BadData, WrongKind
 from src.deploy.vendor import whole
 from src.models import safetensors_io
 from src.models.safetensors_io import Entry
@@ -64,7 +64,7 @@ def chunks(entry: Entry) -> Iterator[memoryview]:
 
 
 def _cut(entry: Entry) -> BadData:
-    return BadData("the file became shorter while it was read", where=str(entry.file), fix="copy or download it again")
+    return BadData("the file became shorter while it was read", where=str(entry.file), fix=AGAIN)
 
 
 def bf16_truncated(data: bytes | memoryview, dtype: str) -> bytes | memoryview:

@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from src.core.errors import BadData, ConfigError, NoRoom, WrongKind
+from src.core.errors import NO_SPACE, BadData, ConfigError, NoRoom, WrongKind
 from src.core.files import read_json
 from src.core.log import size
 from src.models import safetensors_io
@@ -104,7 +104,7 @@ def check_room(folder: Path, shape: ModelShape, target, also: int = 0) -> list[s
         raise NoRoom(
             f"the compile takes about {size(disk)} of disk, {size(free)} are free",
             where=str(there),
-            fix=["free space", "outputs=FOLDER_ELSEWHERE"],
+            fix=NO_SPACE,
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines.append(f"this machine has {size(memory)} of memory, {size(free)} of disk free")

@@ -16,20 +16,20 @@ def compute_dtype(device: str) -> str:
 
 def encode_all(records: list[dict], tokenizer, eos_id: int, max_length: int) -> list[encoding.Encoded]:
     """Validation records as token ids and labels; those longer than max_length tokens are left out, and counted."""
-    rows, long = [], 0
+    rows, long = [], []
     for record in records:
         try:
             encoded = encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id)
         except BadData as error:
             raise BadData(error.what, where=f"record '{record['id']}'") from None
         if len(encoded.input_ids) > max_length:
-            long += 1
+            long.append(len(encoded.input_ids))
         else:
             rows.append(encoded)
     if long:
-        warn(f"left out {long} of {len(records)} validation rows longer than evaluation.max_length={max_length}")
+        warn(f"left out {len(long)} of {len(records)} validation rows longer than evaluation.max_length={max_length}")
     if not rows:
-        raise MissingInput("no validation row is within evaluation.max_length", fix="raise evaluation.max_length")
+        raise MissingInput("no validation row is within evaluation.max_length", fix=f"evaluation.max_length={max(long)}" if long else ())
     return rows
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from src.core.errors import NoMemory, NoRoom, ProofFailed
+from src.core.errors import NO_SPACE, NoMemory, NoRoom, ProofFailed
 from src.core.log import duration, rank, say, size
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
@@ -115,6 +115,6 @@ class Probe(TrainerCallback):
             raise NoRoom(
                 f"the run's checkpoints and result need about {size(need)}, {size(free)} are free",
                 where=str(self.out),
-                fix=["free space, then run the same command again", "outputs=FOLDER_ELSEWHERE"],
+                fix=NO_SPACE,
             )
         return written

@@ -65,12 +65,14 @@ def check(inputs: dict[str, Artifact], target: Axera, out: Path) -> list[str]:
     ]
 
 
-def settings_against(shape: ModelShape, target: Axera) -> list[str]:
+def settings_against(shape: ModelShape, target: Axera) -> list[takes.Fault]:
     """What of the target's settings this model contradicts, each with its way out."""
     faults = takes.axera_faults(shape, target)
     known = (*chat.CHATML_TYPES, *chat.OTHER_TYPES)
     if target.tokenizer_type != "auto" and target.tokenizer_type not in known:
-        faults.append(f"target.tokenizer_type={target.tokenizer_type}: axllm has {', '.join(known)}")
+        faults.append(
+            takes.Fault(f"target.tokenizer_type={target.tokenizer_type}: axllm has {', '.join(known)}", fix="target.tokenizer_type=auto")
+        )
     return faults
 
 

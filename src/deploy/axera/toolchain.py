@@ -171,7 +171,7 @@ def argv(tool: Toolchain, target: Axera, quantization: dict | None, input_path: 
         raise ConfigError(
             f"this Pulsar2 ({tool.version}, {tool.command}) cannot build that:\n" + "\n".join(f"  - {fault}" for fault in faults),
             where=tool.image or "pulsar2 on PATH",
-            fix="change the settings, or install another version",
+            fix=["leave these settings at their defaults", "target.image=IMAGE of a version that has them"],
         )
     return [tool.command, *(word for option, values in options.items() for value in values for word in (option, value))]
 

@@ -5,7 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
-from src.core.errors import BadData, NoRoom, ToolFailed, Unfinished, UserError
+from src.core.errors import NO_SPACE, BadData, NoRoom, ToolFailed, Unfinished, UserError
 from src.core.files import read_json, sha256, write_json
 from src.core.log import say, size
 from src.deploy.mobilint import job, toolchain
@@ -127,7 +127,7 @@ def _reason(plan: CompilePlan, done: Done) -> tuple[str, list[str]]:
             f"fewer or shorter calibration sequences: target.samples={max(1, plan.samples // 2)}, target.max_tokens={max(plan.low, plan.high // 2)}",
         ]
     if "No space left on device" in tail:
-        return "the disk is full", ["free space", "outputs=FOLDER_ELSEWHERE"]
+        return "the disk is full", NO_SPACE
     if "zeropoint=" in tail and "out of range" in tail:
         return "a layer's values cannot be quantized: its activations on the calibration data are not finite, or all the same", [
             "python -m src.evaluate: does the model answer sensibly?",

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from src.core.artifact import Artifact
-from src.core.errors import NoRoom, ProofFailed, ToolFailed
+from src.core.errors import NO_SPACE, NoRoom, ProofFailed, ToolFailed
 from src.core.files import read_json, write_json
 from src.core.log import duration, say, size, status
 from src.deploy.openvino import recipe
@@ -100,9 +100,7 @@ def _known(done: Done, output: str, log: Path) -> ToolFailed | NoRoom:
             fix=["free memory or add swap, then run the same command again", "export on a machine with more memory"],
         )
     if "No space left on device" in output:
-        return NoRoom(
-            "the exporter ran out of disk", where=where, fix=["free space, then run the same command again", "outputs=FOLDER_ELSEWHERE"]
-        )
+        return NoRoom("the exporter ran out of disk", where=where, fix=NO_SPACE)
     if "operator torchvision::" in output:
         return ToolFailed(
             "the environment has a torchvision that does not go with its torch",

@@ -119,7 +119,7 @@ def prove_loss(model, ask: Callable[..., dict], rows: list[encoding.Encoded], ta
     told = ask("observe", rows=questions)["rows"]
     losses, log_probs, likeliest = (np.concatenate([part[name] for part in told]) for name in ("losses", "log_probs", "likeliest"))
     change = fidelity.compare(before, fidelity.Seen(losses, before.top_k_ids, log_probs, likeliest), len(rows))
-    ways = "target.weight_type=int8 loses less" if target.weight_type == "int4" else "a larger model stands 8 bits better"
+    ways = "target.weight_type=int8 loses less" if target.weight_type == "int4" else ""
     return fidelity.report("openvino", change, f"in {target.weight_type}", ways)
 
 
