@@ -283,7 +283,7 @@ def test_a_wrong_tensor_fails_the_proof_and_publishes_nothing(damage, pair, tmp_
 
 @helps("merge.py", "dtype=float32 rounds less", "tolerance={} if you accept it")
 def test_each_way_out_of_logits_that_rounding_moved(tmp_path, capsys):
-    base = make_base(tmp_path / "base", dtype="bfloat16")
+    base = make_base(tmp_path / "base", dtype=torch.bfloat16)
     adapter = make_adapter(tmp_path / "adapter", base)
     given = [f"outputs={tmp_path}", f"source={adapter}", f"base={base}", "max_loss_change=9"]
     assert go(merge, *given, "run=m", "tolerance=1e-5") == ProofFailed.exit_code

@@ -116,7 +116,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(folder):
     assert generation.greedy(model, tokenizer, prompts[:1], max_new_tokens=2, eos_id=end)[0][1] is False
 
 
-@helps("core/processes.py", "free memory and run the same command again")
+@helps("core/errors.py", "free memory or add swap, then run the same command again")
 def test_a_fresh_process_shares_nothing_and_hands_errors_back():
     with pytest.raises(UserError, match="was killed"):
         processes.fresh(os._exit, 9)

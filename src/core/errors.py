@@ -28,6 +28,7 @@ from typing import Any
 
 AGAIN = "copy or download it again, or mend it where you changed it"
 """the way out of a damaged file"""
+MEMORY = "free memory or add swap, then run the same command again"
 NO_SPACE = ["free space, then run the same command again", "move the outputs folder to a larger disk and name it with outputs=FOLDER"]
 """ways out of a full disk; what a run has made there is what its next stage begins with"""
 
