@@ -513,13 +513,17 @@ def test_pickled_weights_are_saved_anew(plan, model):
 
 @helps("models/folder.py", "python -m src.aux_files source=BASE_MODEL target={} copies it from the base model")
 @helps("deploy/llama2c/__init__.py", "python -m src.aux_files source=BASE_MODEL target={}")
-def test_a_model_without_tokenizer(plan, model):
+@helps("deploy/mobilint/plan.py", "python -m src.aux_files source=BASE_MODEL target={}")
+def test_a_model_without_tokenizer(plan, model, finished):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
     refused(plan("deploy", f"source={model}"), MissingInput, "tokenizer", f"python -m src.aux_files source=BASE_MODEL target={model}")
     refused(plan("quantize", f"source={model}"), MissingInput, "tokenizer", f"python -m src.aux_files source=BASE_MODEL target={model}")
+    board = ["target=mobilint_aries", "target.context_len=512", f"dataset={finished / 'a' / 'data'}"]
+    refused(plan("deploy", f"source={model}", *board), MissingInput, f"python -m src.aux_files source=BASE_MODEL target={model}")
     assert in_process("aux_files", f"source={CHAT}", f"target={model}").returncode == 0
-    assert plan("deploy", f"source={model}").returncode == plan("quantize", f"source={model}").returncode == 0
+    for verb, more in (("quantize", []), ("deploy", []), ("deploy", board)):
+        assert plan(verb, f"source={model}", *more).returncode == 0
 
 
 # ---- rules between settings, or between a setting and its input

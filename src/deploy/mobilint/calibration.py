@@ -156,7 +156,7 @@ def _conversations(path: Path, tokenizer) -> Iterator[tuple[str, list[int] | Non
         raise WrongKind(
             f"the model has no chat template, and its tokenizer lacks ChatML's {', '.join(added)}: conversations cannot be rendered for it",
             where=str(tokenizer.name_or_path),
-            fix=[OWN_TEXT, "python -m src.finetune first, which gives it ChatML"],
+            fix=OWN_TEXT,
         )
     eos_id = encoding.turn_end(tokenizer)
     with open(path, encoding="utf-8") as file:
@@ -186,7 +186,15 @@ def from_texts(folder: Path, languages: tuple[str, ...], tokenizer, low: int, hi
                 f"the text makes {len(sequences)} sequences of at least {low} tokens; {wanted} are wanted of '{language}'"
                 + (f"; {short} texts are shorter than that" if short else ""),
                 where=str(path),
-                fix=["more text", f"target.samples={max(1, len(sequences)) * len(languages)}", f"target.min_tokens={max(1, low // 4)}"],
+                fix=[
+                    "more text",
+                    *([f"target.samples={len(sequences) * len(languages)}"] if sequences else []),
+                    *(
+                        [f"target.min_tokens={low // 4}"]
+                        if len(_cut_up(path, tokenizer, low // 4, low // 4, high, wanted)[0]) == wanted
+                        else []
+                    ),
+                ],
             )
         if short:
             say(f"calibration: left out {short} texts of '{language}' that are shorter than {low} tokens")

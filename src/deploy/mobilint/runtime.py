@@ -164,15 +164,14 @@ def load_matrix(path: Path):
     """
     import torch
 
-    fix = ["qbcompiler 1.1 or newer, where an older one pickles its rotation", UNROTATED]
     try:
         with zipfile.ZipFile(path) as archive:
             scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
         if not scripted:
-            raise ToolFailed("the rotation is not the TorchScript module that the compiler saves", where=str(path), fix=fix)
+            raise ToolFailed("the rotation is not the TorchScript module that the compiler saves", where=str(path), fix=UNROTATED)
         return next((parameter.detach() for parameter in torch.jit.load(str(path), map_location="cpu").parameters()), None)
     except (zipfile.BadZipFile, RuntimeError, OSError) as error:
-        raise ToolFailed(f"the rotation cannot be read: {str(error).strip().splitlines()[0]}", where=str(path), fix=fix) from None
+        raise ToolFailed(f"the rotation cannot be read: {str(error).strip().splitlines()[0]}", where=str(path), fix=UNROTATED) from None
 
 
 def board_ids(folder: Path, texts: list[str]) -> list[list[int]]:
