@@ -549,8 +549,11 @@ def test_rows_that_int4_cannot_pack(plan, tmp_path):
     assert plan(verb, f"source={odd}", *argv).returncode == 0
 
 
-@helps("training/rules.py", "train.global_batch_size={}", "{}={}")
+@helps("training/rules.py", "train.global_batch_size={}", "{}={}", "train.max_length={}")
 def test_a_batch_the_processes_cannot_share(plan):
+    told = plan("finetune", "train.max_length=600")
+    refused(told, ConfigError, "beyond the 512 positions", "train.max_length=512")
+    assert plan("finetune", *ways(told)).returncode == 0
     told = plan("finetune", "launch.nproc_per_node=3")
     refused(told, ConfigError, "global_batch_size=8", "3 processes")
     assert ways(told) == ["train.global_batch_size=9", "launch.nproc_per_node=2"]

@@ -136,7 +136,7 @@ class Module:
 
     def __init__(self, file: Path):
         self.name, self.tree = str(file.relative_to(ROOT / "src")), ast.parse(file.read_text())
-        self.given, self.imported = dict[str, list[Value]](), dict[str, str]()
+        self.given, self.imported, self.functions = dict[str, list[Value]](), dict[str, str](), set[str]()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) and node.value:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -144,6 +144,7 @@ class Module:
                         if isinstance(name, ast.Name):
                             self.given.setdefault(name.id, []).append((node.value, place))
             elif isinstance(node, ast.FunctionDef):
+                self.functions.add(node.name)
                 self.given.setdefault(node.name, []).extend(
                     (n.value, None) for n in ast.walk(node) if isinstance(n, ast.Return) and n.value
                 )
@@ -194,6 +195,9 @@ def ways_out() -> set[tuple[str, str]]:
             there, what = (
                 (modules()[place], rest) if place in modules() else (modules().get(place.rpartition(".")[0], module), rest or first)
             )
+            if first not in module.given and first not in module.imported:  # a method
+                what = name.rpartition(".")[2]
+                there = next((other for other in modules().values() if what in other.functions), module)
             for value, inner in there.given.get(what, []):
                 text(there, value, inner if part is None else part, (*seen, (module.name, name)))
 
@@ -206,6 +210,8 @@ def ways_out() -> set[tuple[str, str]]:
     for module in modules().values():
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Call):
+                if ast.unparse(node.func).endswith(".fix.append"):
+                    text(module, node.args[0], None, ())
                 at = takes.get(ast.unparse(node.func).rpartition(".")[2], len(node.args))
                 [text(module, given, None, ()) for given in (*(k for k in node.keywords if k.arg == "fix"), *node.args[at : at + 1])]
             elif isinstance(node, ast.FunctionDef):

@@ -171,7 +171,7 @@ class BudgetSpent(UserError):
 
 
 @contextlib.contextmanager
-def using(what: str, where: object, fix: str = AGAIN) -> Iterator[None]:
+def using(what: str, where: object, fix: str | Sequence[str] = AGAIN) -> Iterator[None]:
     """For a library at work on a user's files, which fails at damaged ones in ways of its own: raises BadData with its words, or MissingTool where
     it lacks another library. Lack of memory or disk stays what it is.
     """

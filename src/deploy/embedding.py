@@ -38,13 +38,11 @@ def find_embedding(model_dir: Path) -> Entry:
         raise WrongKind(
             "the model's embedding table is under none of the known names" + (f"; similar: {', '.join(named)}" if named else ""),
             where=str(model_dir),
-            fix=f"a model whose table is called {KEYS[0]}",
         )
     if found.dtype not in ("BF16", "F16", "F32") or len(found.shape) != 2:
         raise WrongKind(
             f"'{found.name}' is {found.dtype} {list(found.shape)}, not a table of 16- or 32-bit floats",
             where=str(found.file),
-            fix="a model saved in bf16, fp16 or fp32",
         )
     return found
 

@@ -38,7 +38,7 @@ def check_headers(model_dir: Path, shape: ModelShape, embedding: safetensors_io.
         raise BadData(
             "the folder's parts do not belong together:\n" + "\n".join(f"  - {fault}" for fault in faults),
             where=str(model_dir),
-            fix="take config.json, tokenizer and weights from one and the same model",
+            fix="take config.json, tokenizer and weights of one and the same model",
         )
     if rows != shape.vocab:
         notes.append(f"vocabulary: {rows} rows in the weights, {shape.vocab} in config.json; the weights count")
@@ -64,7 +64,7 @@ def gptq_block(model_dir: Path) -> dict | None:
             raise WrongKind(
                 "an AutoGPTQ folder: its config.json has no quantization_config, where compilers look for it",
                 where=str(model_dir),
-                fix="python -m src.quantize quantizer=gptq_int4 on the unquantized model",
+                fix=[takes.UNQUANTIZED, "quantize that one with quantizer=gptq_int4"],
             )
         return None
     return takes.gptq_block({"quantization_config": block}, where=str(model_dir / "config.json"))

@@ -65,7 +65,7 @@ class Probe(TrainerCallback):
             if not loss.isfinite():
                 raise ProofFailed(
                     f"the loss of the longest batch is {loss.item()} before anything is trained",
-                    fix=["train.precision=fp32", "look at the base model: do its answers make sense?"],
+                    fix="train.precision=fp32",
                 )
             trainer.accelerator.backward(0.0 * loss)
             trainer.optimizer.step()
@@ -94,7 +94,7 @@ class Probe(TrainerCallback):
         if seen or (ours - plain).abs().max().item() > EQUAL[self.precision]:
             raise ProofFailed(
                 "on this model packed conversations, or the loss in chunks, do not give the losses of the plain model",
-                fix=["train.packing=false train.chunked_loss=false"],
+                fix="train.packing=false train.chunked_loss=false",
             )
 
     def save(self) -> int:
