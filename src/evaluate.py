@@ -264,7 +264,7 @@ STAGE = stage.Stage(
     run=evaluate,
     each=each,
     doc=__doc__,
-    resumes=lambda partial: (partial / measure.RECEIVED).is_file(),
+    resumes=lambda partial: (file := partial / measure.RECEIVED).is_file() and file.stat().st_size > 0,
 )
 
 if __name__ == "__main__":

@@ -482,10 +482,12 @@ def test_other_quantizations_are_refused_with_the_way_out(tools, deploy, model, 
     refused(deploy(change(model, quantization_config=block), "dry_run=true"), WrongKind, *words, "quantizer=gptq_int4")
 
 
+@helps("deploy/axera/__init__.py", "target.tokenizer_type=auto")
 def test_settings_that_do_not_go_with_the_model_are_told_at_once(tools, deploy, gptq, model):
     tools("pulsar2")
     done = deploy(gptq, "target.context_len=1024", "target.weight_type=s8", "target.tokenizer_type=Qwen9", "dry_run=true")
     refused(done, ConfigError, "limit of 512", "target.context_len=512", "GPTQ int4 already", "Qwen9", "Qwen2_5")
+    assert deploy(gptq, *typed(ways(done)[0]), "dry_run=true").returncode == 0, "all of them at once"
     refused(deploy(change(model, model_type="smollm3", no_rope_layers=[1] * LAYERS), target="ax630c"), ConfigError, "AX650 only")
 
 

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import helps, write_model
+from tokenizers.processors import TemplateProcessing
 
 from src.core.artifact import Artifact
 from src.core.compose import compose
 from src.core.errors import BadData, MissingInput, MissingTool, ProofFailed, WrongKind
 from src.deploy import llama2c
 from src.deploy.byte_level import SPLITS
-from src.deploy.llama2c import proof, weights
+from src.deploy.llama2c import proof, runtime, weights
 from src.deploy.llama2c.chat import find_chat
 from src.deploy.llama2c.runtime import write_runtime
 from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
@@ -251,6 +252,7 @@ def test_stories_text_equals_transformers(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["fp32_v0", "fp32_v1"])
+@helps("deploy/llama2c/proof.py", "target.format=fp32_v0 loses nothing")
 def test_random_gqa_model_gives_transformers_text(llama, tmp_path, format):
     metrics = build(llama, tmp_path, format)
     assert metrics["prompts_equal"] + metrics["ties"] >= metrics["prompts"] == 4 and metrics["conversations"] == 4
@@ -534,6 +536,17 @@ def test_check_names_the_unknown_tokenizer_part(llama, tmp_path, part, value, sa
     with pytest.raises(WrongKind, match=says) as told:
         llama2c.check(given(model), settings("fp32_v1"), OUT)
     assert told.value.fix == ["target=openvino_cpu"]
+
+
+@helps("deploy/llama2c/runtime.py", "set add_eos_token to false in tokenizer_config.json")
+def test_a_tokenizer_that_adds_a_token_after_the_text(llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    adds = AutoTokenizer.from_pretrained(llama)
+    adds._tokenizer.post_processor = TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", 1023)])
+    with pytest.raises(WrongKind, match="adds tokens after the text"):
+        runtime._begin_ids(adds)
+    runtime._begin_ids(AutoTokenizer.from_pretrained(llama))
 
 
 def test_group_size_backs_off(llama):

@@ -515,12 +515,15 @@ def test_where_nothing_helps_that_is_said(tmp_path, call):
     assert "way out: a smaller model" in said and "or:" not in said
 
 
+@helps("deploy/preflight.py", " if your board has so much")
 def test_deploy_offers_the_same_ways(tmp_path):
     from src.deploy import preflight
 
     with pytest.raises(ConfigError) as caught:
         preflight.check_fit(MODELS["Qwen2.5-7B"], target("target=ax650"))
     assert caught.value.fix == ["target.weight_type=s4", "target.board.npu_memory=9.3 if your board has so much"]
+    for way in caught.value.fix:
+        preflight.check_fit(MODELS["Qwen2.5-7B"], target(f"target=ax650 {way.split()[0]}"))
 
 
 # ---- what deploy refuses

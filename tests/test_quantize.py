@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from src import data, evaluate, finetune, merge, quantize
 from src.core import artifact
 from src.core.compose import compose
-from src.core.errors import ConfigError, ProofFailed
-from src.models import fidelity
+from src.core.errors import ConfigError, MissingTool, ProofFailed
+from src.models import fidelity, loading
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, QuantizeVerb
 from src.training import session
@@ -251,6 +251,18 @@ def test_such_an_adapter_is_not_merged_but_measured(on_gptq, here, capsys):
 
 
 # ---- refused early
+
+
+@helps("models/loading.py", "pip install -r requirements.txt")
+def test_without_gptqmodel_it_is_said_what_brings_it(monkeypatch):
+    def missing(*names):
+        raise ImportError("No module named 'gptqmodel'")
+
+    with monkeypatch.context() as patch, pytest.raises(MissingTool, match="gptqmodel cannot be imported") as told:
+        patch.setattr(loading, "import_quietly", missing)
+        loading.prepare_gptq()
+    assert told.value.fix == ["pip install -r requirements.txt"] and "gptqmodel==" in (ROOT / "requirements.txt").read_text().lower()
+    loading.prepare_gptq()
 
 
 @pytest.mark.parametrize(

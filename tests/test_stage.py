@@ -31,6 +31,7 @@ from src.core.errors import (
     WrongKind,
 )
 from src.core.files import hash_files
+from src.training import choices
 
 
 @pytest.fixture
@@ -620,6 +621,7 @@ def test_numbers_of_a_deepspeed_file_that_the_settings_say_too(plan, tmp_path):
     "deepspeed=zero2 or deepspeed=zero3 needs none",
     "name its stage too: deepspeed=zero2 or deepspeed=zero3",
 )
+@helps("training/choices.py", "remove what is named from the file")
 @helps("training/deepspeed_config.py", "deepspeed=zero2 or deepspeed=zero3 needs no file", "remove what is named from the file")
 def test_each_way_out_of_a_deepspeed_file(plan, tmp_path):
     file = tmp_path / "ds.json"
@@ -632,7 +634,12 @@ def test_each_way_out_of_a_deepspeed_file(plan, tmp_path):
     for content, error in (({"scheduler": {}, "gradient_clipping": 1.0}, ConfigError), ({"zero_optimization": 2}, BadData)):
         file.write_text(json.dumps(content))
         refused(tuned("deepspeed=zero2", f"deepspeed.config={file}"), error, "deepspeed=zero2 or deepspeed=zero3 needs no file")
+    file.write_text(json.dumps({"zero_optimization": {"no_such_key": 1}}))
+    with pytest.raises(BadData, match="no_such_key") as told:
+        choices.check_zero(file)
+    assert told.value.fix == ["remove what is named from the file", "deepspeed=zero2 or deepspeed=zero3 needs no file"]
     file.write_text(json.dumps({"gradient_clipping": 1.0}))
+    choices.check_zero(file)
     assert tuned("deepspeed=zero2", f"deepspeed.config={file}").returncode == 0
 
 

@@ -64,7 +64,7 @@ def gptq_block(model_dir: Path) -> dict | None:
             raise WrongKind(
                 "an AutoGPTQ folder: its config.json has no quantization_config, where compilers look for it",
                 where=str(model_dir),
-                fix=[takes.UNQUANTIZED, "quantize that one with quantizer=gptq_int4"],
+                fix=takes.UNQUANTIZED,
             )
         return None
     return takes.gptq_block({"quantization_config": block}, where=str(model_dir / "config.json"))

@@ -115,7 +115,7 @@ class Journal:
     def _in_words(self, error: sqlite3.Error) -> Exception:
         name = getattr(error, "sqlite_errorname", "")
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            return Busy("another process has the journal open", where=str(self.path), fix=["wait for it", "choose another run=NAME"])
+            return Busy("another process has the journal open", where=str(self.path), fix=["wait until it has ended", "run=OTHER_NAME"])
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY")):
             return NoRoom(str(error), where=str(self.path), fix=NO_SPACE)
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or not name:
@@ -124,7 +124,6 @@ class Journal:
                 where=str(self.path),
                 fix=[
                     "put back a copy of it",
-                    f"`sqlite3 {self.path.name} .recover` may save its answers",
                     "move it away: all is asked, and paid, anew",
                 ],
             )

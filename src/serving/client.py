@@ -74,7 +74,7 @@ AGAIN = "the same command goes on after the answers it has"
 NOT_OPENAI = "give the address of an OpenAI-compatible API as endpoint.url"
 START = [
     "start the server there, listening on all interfaces (0.0.0.0) if it is another machine",
-    "endpoint.url=http://HOST:PORT of the server, if that is another",
+    "http://HOST:PORT of the server as endpoint.url, if that is another",
 ]
 
 
@@ -287,7 +287,7 @@ class Client:
                 raise NoAnswer(
                     f"no secure connection: {error.reason or error}",
                     where=self.url,
-                    fix="endpoint.url=http://HOST:PORT, for a server without TLS",
+                    fix="http://HOST:PORT as endpoint.url, for a server without TLS",
                 ) from None
             except (OSError, http.client.HTTPException, UnicodeError) as error:
                 told = self.server.plain(str(error)) or type(error).__name__

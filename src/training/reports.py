@@ -81,7 +81,6 @@ class Reports(TrainerCallback):
             where=f"{self.records}, records of the last step: {', '.join(self.record_ids(step))}",
             fix=[
                 "a higher tuner.learning_rate, with force=true",
-                "a shorter train.warmup, which holds the rate down, with force=true",
             ],
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from src.chat import encoding
-from src.core.errors import BadData, ToolFailed, WrongKind
+from src.core.errors import AGAIN, BadData, ToolFailed, WrongKind
 from src.core.log import progress, say, size, warn
 from src.deploy.embedding import chunks
 from src.deploy.mobilint.plan import OWN_TEXT, CompilePlan, text_file
@@ -289,7 +289,7 @@ def write(found: list[Sequence], table, folder: Path) -> list[dict]:
         raise WrongKind(
             f"the tokenizer gives id {largest}, the embedding table has {table.shape[0]} rows",
             where=str(folder),
-            fix="take tokenizer and weights of one and the same model",
+            fix=AGAIN,
         )
     names = [
         f"{sequence.language}_inputs_embeds_{k}.npy" if sequence.language else f"inputs_embeds_{k}.npy" for k, sequence in enumerate(found)
