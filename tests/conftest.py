@@ -465,7 +465,7 @@ def ways(done: CompletedProcess) -> list[str]:
 
 def typed(way: str) -> list[str]:
     """The settings that a way out names with a value of its own."""
-    return [setting for setting in re.findall(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)*=[^\s,;:)]+", way) if not re.search("=[A-Z_]+(/|$)", setting)]
+    return [setting for setting in re.findall(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)*=(?!=)[^\s,;:)]+", way) if not re.search("=[A-Z_]+(/|$)", setting)]
 
 
 def refused(done: CompletedProcess, error: type, *words: str, way: bool = True) -> None:

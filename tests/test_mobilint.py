@@ -492,7 +492,15 @@ def test_each_failure_has_its_message(fault, error, words, road, python, call):
 @helps("deploy/mobilint/plan.py", "target.languages=[en] target.texts=FOLDER calibrates on text of yours")
 @pytest.mark.parametrize(
     ("fault", "settings"),
-    [("oom", []), ("zeropoint", ["target.weight_type=w4"]), ("keyword", []), ("gpu_oom", []), ("package", []), ("small", [])],
+    [
+        ("oom", []),
+        ("zeropoint", ["target.weight_type=w4"]),
+        ("keyword", []),
+        ("gpu_oom", []),
+        ("package", []),
+        ("transformers", []),
+        ("small", []),
+    ],
 )
 def test_each_way_out_of_a_failure(fault, settings, road, python, call, tmp_path):
     """A stand-in without the fault is the compiler where it was mended, and another one. Only what a way out names changes, up to the compile."""

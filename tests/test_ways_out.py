@@ -21,7 +21,7 @@ from src.training import layout
 SETTING = re.compile(r"(?<![\w./{}\[-])([a-z_]+(?:\.[a-z0-9_]+)*)=([^\s,;:()]+)")
 COMMAND = re.compile(r"python -m src\.([a-z_]+)")
 FOREIGN = {
-    *("safe_serialization", "tie_word_embeddings", "max_tokens", "init_lora_weights", "normalized"),
+    *("tie_word_embeddings", "max_tokens", "init_lora_weights", "normalized"),
     *("key", "format", "on_fault", "policy", "s", "enable_top_p_sampling"),
 }
 """names of other programs' settings, and of functions' arguments in messages about a fault of ours"""
