@@ -19,18 +19,18 @@ def main_aux_files(cfg: AuxFilesVerb) -> int:
     source, target = Path(cfg.source), Path(cfg.target)
     for folder in (source, target):
         if not folder.is_dir():
-            raise MissingInput("no such folder", where=str(folder), fix="source= and target= name folders on this machine")
+            raise MissingInput("no such folder", where=str(folder), fix="give a folder that is on this machine")
     if not (target / "config.json").is_file():
         raise WrongKind(
             "the target is not a model folder: it has no config.json",
             where=str(target),
-            fix="target= names the folder of weights and config.json to complete",
+            fix="give the folder of weights and config.json to complete",
         )
     if is_finished(target):
         raise WrongKind(
             "the target is an artifact of this project: it is complete and sealed",
             where=str(target),
-            fix="use it, or give a copy without its manifest.json",
+            fix="give a copy of it without manifest.json",
         )
     if cfg.dry_run:
         wanted = [f.name for p in (*TOKENIZER, *AUXILIARY) for f in sorted(source.glob(p)) if not (target / f.relative_to(source)).exists()]

@@ -55,7 +55,7 @@ def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
 def find_for_endpoint(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     """The dataset and, as parent, the local model that the endpoint's was made from, where there is one."""
     if cfg.source and cfg.parent:
-        raise ConfigError("of a running endpoint, source and parent both name the local model to compare with", fix="give one of them")
+        raise ConfigError("of a running endpoint, source and parent both name the local model to compare with", fix="leave parent out")
     given, inputs = cfg.parent or cfg.source, {}
     if given or any(run.has(name) for name in BUILT_FROM):
         found = run.source(given, *BUILT_FROM, kinds=KINDS | {"bundle"})
@@ -99,7 +99,7 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
         raise MissingInput(
             "the validation split is empty",
             where=str(inputs["dataset"].path),
-            fix=f"python -m src.data run={cfg.run} data.path=... data.val=0.1 force=true, then fine-tune again",
+            fix=stage.made_again(inputs["dataset"], "data.val=0.1"),
         )
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
     if client := connect(cfg):
@@ -267,7 +267,7 @@ STAGE = stage.Stage(
     run=evaluate,
     each=each,
     doc=__doc__,
-    resumes=lambda partial: (partial / measure.RECEIVED).is_file(),
+    resumes=lambda partial: (file := partial / measure.RECEIVED).is_file() and file.stat().st_size > 0,
 )
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def find(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
 def base_model(cfg: FinetuneVerb, run: stage.Run) -> Artifact:
     if cfg.deepspeed.config and not Path(cfg.deepspeed.config).is_file():
         raise MissingInput(
-            "no such DeepSpeed file", where=cfg.deepspeed.config, fix="deepspeed.config=FILE names a JSON file; deepspeed=zero2 needs none"
+            "no such DeepSpeed file",
+            where=cfg.deepspeed.config,
+            fix=["give a JSON file that is there", "deepspeed=zero2 or deepspeed=zero3 needs none"],
         )
     folder = locate(cfg.model.path, cfg.model.revision, download=not cfg.dry_run, allow_pickle=cfg.model.allow_pickle)
     return run.source(str(folder), kinds={"model", "quantized"})
@@ -56,7 +58,10 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
     if cfg.deepspeed.config:
         user_deepspeed_json(Path(cfg.deepspeed.config), cfg)
         if not cfg.deepspeed.stage:
-            raise ConfigError("deepspeed.config is given, but deepspeed=none would ignore it", fix="deepspeed=zero2 or deepspeed=zero3")
+            raise ConfigError(
+                "deepspeed.config is given, but deepspeed=none would ignore it",
+                fix="name its stage too: deepspeed=zero2 or deepspeed=zero3",
+            )
     world, batch = launch.world_size(cfg.launch), cfg.train.global_batch_size
     rules.check_batch(batch, world, fewer="launch.nproc_per_node", machines=cfg.launch.nnodes)
     name = rules.zero_name(cfg.deepspeed.stage, cfg.deepspeed.offload)

@@ -28,11 +28,11 @@ def main(argv: list[str]) -> int:
             fix="python -m src.lineage outputs/default/merge --verify",
         )
     if not artifact.is_finished(paths[0]):
-        here = sorted(str(p) for p in paths[0].glob("*") if artifact.is_finished(p))
+        here = [f"python -m src.lineage {p}" for p in sorted(paths[0].glob("*")) if artifact.is_finished(p)]
         raise MissingInput(
             "not a finished artifact: no manifest.json",
             where=str(paths[0]),
-            fix=here or "give the folder of one, such as outputs/default/merge",
+            fix=here or "give a folder that has one, such as outputs/default/merge",
         )
     verify = "--verify" in flags
     faults: list[str] = []
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     if faults:
         raise Tampered(
             f"{len(faults)} difference{'s' * (len(faults) > 1)} from what was sealed:\n" + "\n".join(f"  - {fault}" for fault in faults),
-            fix=["copy it again from where it was made", "make it again with force=true"],
+            fix=artifact.REMADE,
         )
     if verify:
         out("verified: every file of every artifact that is here has the hash its manifest says")

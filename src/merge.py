@@ -33,7 +33,7 @@ def find(cfg: MergeVerb, run: stage.Run) -> dict[str, Artifact]:
         raise WrongKind(
             "this is not the base the adapter was trained on: its content differs",
             where=f"{base.path} ({base.key[:12]}), trained on {recorded['path']} ({recorded['key'][:12]})",
-            fix=["base=FOLDER names the right one", "fine-tune again on this base"],
+            fix=["base=FOLDER names the one it was trained on", "fine-tune again on this base"],
         )
     return {"adapter": adapter, "model": base}
 
@@ -45,8 +45,8 @@ def check(cfg: MergeVerb, inputs: dict[str, Artifact]) -> list[str]:
             "an adapter trained on a GPTQ base has no whole weights to merge into",
             where=str(base.path),
             fix=[
-                f"evaluate or serve it as it is: python -m src.evaluate source={adapter.path}",
-                "train with tuner=qlora on the unquantized base (NF4), then merge and quantize",
+                f"python -m src.evaluate source={adapter.path} measures it as it is",
+                "tuner=qlora on the unquantized base trains one on NF4, which merges",
             ],
         )
     check_folder(base.path, allow_pickle=False, trust_remote_code=trust_of(adapter))
@@ -96,7 +96,7 @@ def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: lis
         raise ProofFailed(
             f"the merged model's logits differ from the adapter's on its base by {error:.2e}, above the tolerance {tolerance:.0e}",
             where=str(out),
-            fix=["dtype=float32 rounds less", f"tolerance={error * 1.5:.1e} if you accept it"],
+            fix=["dtype=float32 rounds less", *([f"tolerance={error * 1.5:.1e} if you accept it"] if math.isfinite(error) else [])],
         )
     say(f"merge: logits of random tokens equal those of the adapter on its base within {error:.1e} (tolerance {tolerance:.0e})")
     figures = {"logit_error": error, "tolerance": tolerance}

@@ -40,7 +40,7 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     model, dataset = inputs["model"], inputs["dataset"]
     config = check_folder(model.path, trust_remote_code=trust_of(model))
     if not dataset.files["calib.jsonl"]["size"]:
-        raise MissingInput("the calib split is empty", where=str(dataset.path), fix="python -m src.data data.calib=0.1")
+        raise MissingInput("the calib split is empty", where=str(dataset.path), fix=stage.made_again(dataset, "data.calib=0.1"))
     group = cfg.quantizer.group_size
     linear = [e for e in safetensors_io.entries(model.path).values() if ".layers." in e.name and len(e.shape) == 2]
     # gptqmodel packs 32 / bits output columns into one word.
@@ -229,7 +229,7 @@ def prove(start: Artifact, out: Path, trust: bool, tokenizer, dataset: Path, pro
     figures = {"logit_error": error}
     if whole:
         change = fidelity.compare(whole, seen, len(rows))
-        ways = "quantizer=gptq_int8, a smaller quantizer.group_size or more calibration rows lose less"
+        ways = "quantizer=gptq_int8 loses less" if read_json(out / "config.json")["quantization_config"]["bits"] == 4 else ""
         figures |= fidelity.report("quantize", change, "quantized", ways)
     return figures
 

@@ -63,7 +63,9 @@ def prepared(folder: Path) -> list[Path]:
 def summary(cfg: Verb) -> int:
     folder = Path(cfg.outputs) / cfg.run
     if not folder.is_dir():
-        raise MissingInput(f"there is no run '{cfg.run}'", where=str(folder), fix=f"python -m src.data run={cfg.run} starts one")
+        raise MissingInput(
+            f"there is no run '{cfg.run}'", where=str(folder), fix=f"python -m src.data {stage.Run(folder).overrides} starts one"
+        )
     lines, bundles, total = [], [], 0.0
     for a, name in artifacts(folder):
         old = "  (its source was made anew since)" if artifact.replaced_since(a) else ""

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, refused
+from conftest import CHAT, helps, refused
 
 from src.core.errors import MissingInput, ProofFailed, WrongKind
 from src.core.files import hash_files
@@ -34,6 +34,7 @@ def test_a_folder_without_tokenizer_is_completed_and_proven(cli, bare):
     assert not list(bare.glob("*.partial"))
 
 
+@helps("models/complete.py", "if the source's is the right one, remove the tokenizer files there and run the same command again")
 def test_a_tokenizer_that_differs_fails_the_proof(call, tiny_model, proofs_in_this_process):
     folder = tiny_model()
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -44,6 +45,9 @@ def test_a_tokenizer_that_differs_fails_the_proof(call, tiny_model, proofs_in_th
     done = call("aux_files", f"source={CHAT}", f"target={folder}")
     refused(done, ProofFailed, "tokenizer differs", folder)
     assert hash_files(folder) == before, "what a folder has stays as it is"
+    for name in NAMES[:2]:
+        (folder / name).unlink()
+    assert call("aux_files", f"source={CHAT}", f"target={folder}").returncode == 0
 
 
 def test_a_plan_names_the_files_and_copies_none(call, bare):
@@ -53,11 +57,16 @@ def test_a_plan_names_the_files_and_copies_none(call, bare):
     assert hash_files(bare) == before
 
 
-def test_folders_it_does_not_take(call, bare, finished, tmp_path):
+@helps("aux_files.py", "give a folder that is on this machine", "give the folder of weights and config.json to complete")
+@helps("aux_files.py", "give a copy of it without manifest.json")
+def test_folders_it_does_not_take(call, bare, finished, tmp_path, proofs_in_this_process):
     refused(call("aux_files", f"source={tmp_path / 'nowhere'}", f"target={bare}"), MissingInput, tmp_path / "nowhere")
     refused(call("aux_files", f"source={CHAT}", f"target={tmp_path / 'nowhere'}"), MissingInput, tmp_path / "nowhere")
     refused(call("aux_files", f"source={CHAT}", f"target={tmp_path}"), WrongKind, "config.json", tmp_path)
     refused(call("aux_files", f"source={CHAT}", f"target={finished / 'a' / 'merge'}"), WrongKind, "sealed", finished / "a" / "merge")
+    copy = shutil.copytree(finished / "a" / "merge", tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json"))
+    for target in (copy, bare):
+        assert call("aux_files", f"source={CHAT}", f"target={target}").returncode == 0
 
 
 def test_a_source_without_tokenizer_leaves_the_target_alone(call, bare, tiny_model):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, each_kind, hear_ctrl_c, in_process, save, write_model
+from conftest import ROOT, SHARED, each_kind, hear_ctrl_c, helps, in_process, save, typed, ways, write_model
 from makers import KINDS, tokenizer_folder
 from safetensors.numpy import load_file
 
@@ -150,10 +151,10 @@ def where(tmp_path):
     return lambda name="deploy-ax650": tmp_path / "out" / "default" / name
 
 
-def refused(done: subprocess.CompletedProcess, error: type, *words: str) -> None:
+def refused(done: subprocess.CompletedProcess, error: type, *words: str, way: bool = True) -> None:
     """As conftest's, of what comes after the plan and the progress, which are long where a deploy fails late."""
     at = max(0, done.stderr.rfind(f"{error.title}:"))
-    conftest.refused(subprocess.CompletedProcess(done.args, done.returncode, done.stdout, done.stderr[at:]), error, *words)
+    conftest.refused(subprocess.CompletedProcess(done.args, done.returncode, done.stdout, done.stderr[at:]), error, *words, way=way)
 
 
 def compiles(asked: list[list[str]]) -> list[list[str]]:
@@ -245,11 +246,14 @@ def test_what_a_container_leaves_as_roots_is_handed_back(tools, deploy, qwen, mo
     assert owners == [f"1234:{os.getgid()}"] * 2  # before, for what an earlier run left, and after
 
 
+@helps("deploy/axera/toolchain.py", "docker load -i ax_pulsar2_VERSION.tar.gz (AXERA-TECH/Pulsar2 on the hub has it)")
+@helps("deploy/axera/__init__.py", "target.image=IMAGE for an image of another name; then run the same command again: it goes on from here")
 def test_a_local_install_comes_first_and_can_be_passed_over(tools, deploy, qwen):
     asked = tools("pulsar2", "docker")
     assert deploy(qwen, "dry_run=true").returncode == 0 and {words[0] for words in asked()} == {"pulsar2"}
     assert "docker run --rm" in deploy(qwen, "dry_run=true", "target.toolchain=docker").stderr
     refused(deploy(qwen, "dry_run=true", "target.toolchain=docker", "target.image=pulsar2:9"), MissingTool, "pulsar2:9", "docker load")
+    assert deploy(qwen, "dry_run=true", "target.toolchain=docker", "target.image=pulsar2:7.0").returncode == 0  # one that was loaded
 
 
 def test_a_relative_entry_of_path_is_looked_for_where_the_command_was_given(tools, deploy, qwen, tmp_path, monkeypatch):
@@ -265,7 +269,7 @@ def test_a_relative_entry_of_path_is_looked_for_where_the_command_was_given(tool
 @pytest.mark.parametrize(
     "fault, error, words",
     [
-        ("oom", ToolFailed, ["137", "memory", "target.parallel=1"]),
+        ("oom", ToolFailed, ["137", "memory", "target.parallel=1 takes less memory"]),
         ("missing_layer", ToolFailed, [f"of {LAYERS} layers, missing: {LAYERS - 1}"]),
         ("wrong_chunk", ToolFailed, ["chunks of 128", "target.prefill_chunk=64"]),
         ("empty_layer", ToolFailed, ["qwen2_p64_l1_together.axmodel is empty"]),
@@ -280,6 +284,7 @@ def test_a_relative_entry_of_path_is_looked_for_where_the_command_was_given(tool
         ("unknown_option", ToolFailed, ["an option that its help lists", "--no_such_option"]),
     ],
 )
+@helps("deploy/axera/compile.py", "compile once more: here by the same command")
 def test_each_failure_has_its_message_and_no_finished_bundle(tools, deploy, where, qwen, fault, error, words):
     tools("pulsar2", fault=fault)
     refused(deploy(qwen), error, *words)
@@ -288,6 +293,24 @@ def test_each_failure_has_its_message_and_no_finished_bundle(tools, deploy, wher
     assert deploy(qwen).returncode == 0 and where().is_dir() and not where("deploy-ax650.partial").exists()
 
 
+@helps(
+    "deploy/axera/compile.py", "target.parallel=1 takes less memory", "a smaller target.prefill_chunk, such as 32", "target.weight_type=s4"
+)
+@helps("deploy/axera/compile.py", "target.image=IMAGE of another version of Pulsar2")
+@pytest.mark.parametrize("fault, change", [("oom", "parallel"), ("ocm", "chunk"), ("ocm", "s4"), ("unknown_option", "image")])
+def test_each_way_out_of_a_failure(tools, deploy, where, qwen, fault, change):
+    """Where it is for the tool itself, the stand-in without the fault shows that the same bundle goes on with what is changed."""
+    tools("pulsar2", fault=fault)
+    told = deploy(qwen)
+    more = {"chunk": ["target.prefill_chunk=32"], "image": ["target.toolchain=docker", "target.image=pulsar2:7.0"]}.get(change, [])
+    way = next(way for way in ways(told) if change in way)
+    asked = tools("pulsar2", "docker")
+    done = deploy(qwen, *typed(way), *more)
+    assert done.returncode == 0 and where().is_dir(), f"{way}: {done.stderr}"
+    assert asked()
+
+
+@helps("deploy/axera/compile.py", "target.model_type=llama, if it is a Llama in all but name")
 def test_an_unsupported_family(tools, deploy, where, model):
     change(model, model_type="qwen2")
     tools("pulsar2")
@@ -299,6 +322,7 @@ def test_an_unsupported_family(tools, deploy, where, model):
         "target.model_type=llama",
     )
     assert not where().exists()
+    assert deploy(model, "target.model_type=llama").returncode == 0
 
 
 def test_a_crash_of_the_check_after_success_is_a_warning(tools, deploy, where, gptq):
@@ -308,9 +332,12 @@ def test_a_crash_of_the_check_after_success_is_a_warning(tools, deploy, where, g
     assert where("deploy-ax650-quantize").is_dir()
 
 
+@helps("deploy/axera/toolchain.py", "install Pulsar2 3.0 or newer, or one of the -lite images")
 def test_a_version_without_either_command(tools, deploy, qwen):
     tools("pulsar2", commands=[])
     refused(deploy(qwen), ToolFailed, "neither llm_build2 nor llm_build")
+    tools("pulsar2", version="3.0")
+    assert deploy(qwen, "dry_run=true", "target.prompt_len=64").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -336,6 +363,7 @@ def test_what_the_installed_version_lacks_is_told_before_anything_is_made(tools,
 # ---- going on
 
 
+@helps("deploy/axera/toolchain.py", "install Pulsar2 so that `pulsar2` is on PATH")
 def test_without_a_toolchain_all_else_is_made_and_kept(tools, deploy, where, qwen):
     tools()
     refused(deploy(qwen), Unfinished, "Pulsar2 is not on this machine", "docker load", "goes on from here")
@@ -416,9 +444,13 @@ def test_an_interrupt_stops_the_container_too(tools, where, qwen, tmp_path, numb
         ({"num_hidden_layers": 9, "hidden_size": 64, "head_dim": 16}, ["9 layers", "hidden_size 64"]),
     ],
 )
+@helps("deploy/preflight.py", "take config.json, tokenizer and weights of one and the same model")
 def test_config_against_headers(tools, deploy, model, changes, words):
     tools("pulsar2")
+    whole = (model / "config.json").read_text()
     refused(deploy(change(model, **changes), "dry_run=true"), BadData, *words)
+    (model / "config.json").write_text(whole)
+    assert deploy(model, "dry_run=true").returncode == 0
 
 
 def test_a_table_smaller_than_the_tokenizer(tools, deploy, model):
@@ -438,7 +470,7 @@ def test_a_table_larger_than_config_says_counts(tools, deploy, where, model):
 @pytest.mark.parametrize(
     "block, words",
     [
-        ({"quant_method": "awq", "bits": 4}, ["it is awq", "source=UNQUANTIZED_MODEL"]),
+        ({"quant_method": "awq", "bits": 4}, ["it is awq", "give the model that it was quantized from"]),
         ({"quant_method": "gptq", "bits": 4, "sym": False}, ["not symmetric"]),
         ({"quant_method": "gptq", "bits": 3, "sym": True}, ["3 bits"]),
         ({"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": True}, ["desc_act"]),
@@ -450,10 +482,12 @@ def test_other_quantizations_are_refused_with_the_way_out(tools, deploy, model, 
     refused(deploy(change(model, quantization_config=block), "dry_run=true"), WrongKind, *words, "quantizer=gptq_int4")
 
 
+@helps("deploy/axera/__init__.py", "target.tokenizer_type=auto")
 def test_settings_that_do_not_go_with_the_model_are_told_at_once(tools, deploy, gptq, model):
     tools("pulsar2")
     done = deploy(gptq, "target.context_len=1024", "target.weight_type=s8", "target.tokenizer_type=Qwen9", "dry_run=true")
     refused(done, ConfigError, "limit of 512", "target.context_len=512", "GPTQ int4 already", "Qwen9", "Qwen2_5")
+    assert deploy(gptq, *typed(ways(done)[0]), "dry_run=true").returncode == 0, "all of them at once"
     refused(deploy(change(model, model_type="smollm3", no_rope_layers=[1] * LAYERS), target="ax630c"), ConfigError, "AX650 only")
 
 
@@ -588,14 +622,22 @@ def test_a_damaged_tokenizer_file_is_noticed(tools, deploy, where, qwen, monkeyp
     assert not where().exists()
 
 
+@helps("deploy/axera/__init__.py", "target.runtime=auto makes a bundle for the older main, with the model's own tokenizer and template")
+@helps(
+    "deploy/axera/chat.py",
+    "train with ChatML: remove chat_template from the base's tokenizer_config.json (and chat_template.jinja), then fine-tune again",
+)
 def test_a_template_the_board_does_not_have_is_refused(tools, deploy, where, model):
     write_tokenizer(
         model, CHATML.replace("<|im_start|>{{", "<|im_start|>### {{").replace("<|im_start|>assistant", "<|im_start|>### assistant")
     )
     tools("pulsar2")
     done = deploy(model, "target.runtime=axllm")
-    refused(done, WrongKind, "axllm's chat template (type Qwen2_5) is not the model's", "target.tokenizer_type=")
+    refused(done, WrongKind, "axllm's chat template (type Qwen2_5) is not the model's", "target.tokenizer_type=", "target.runtime=auto")
     assert not where().exists()
+    assert deploy(model, "target.runtime=auto").returncode == 0
+    write_tokenizer(model)  # ChatML
+    assert deploy(model, "target.runtime=axllm", "dry_run=true", "force=true").returncode == 0
 
 
 def test_the_default_system_text_of_a_template_becomes_the_boards(tools, deploy, where, model):
@@ -682,12 +724,18 @@ def test_a_server_that_renders_otherwise_is_noticed(tools, deploy, where, qwen, 
     assert "`./run.sh main` will not do" in (where() / "README.md").read_text()
 
 
+@helps(
+    "deploy/axera/__init__.py",
+    "fine-tune a base without chat template, which gives it ChatML: remove chat_template from tokenizer_config.json (and chat_template.jinja)",
+)
 def test_a_template_that_the_server_cannot_read_is_said(tools, deploy, where, model):
     """transformers knows a tag that Jinja2 alone does not."""
     write_tokenizer(model, CHATML.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}"))
     tools("pulsar2")
     refused(deploy(model, "target.runtime=main"), ProofFailed, "cannot use the model's template", "unknown tag 'generation'")
     assert deploy(model).returncode == 0 and "cannot use the model's template" in (where() / "README.md").read_text()
+    write_tokenizer(model)  # ChatML, as a base without a template gets it
+    assert deploy(model, "target.runtime=main", "force=true").returncode == 0
 
 
 def test_pieces_that_are_taken_whole_are_counted(tools, deploy, where, model):
@@ -736,6 +784,11 @@ def test_a_partial_bundle_says_what_it_is_and_how_to_go_on(tools, deploy, where,
 
 
 @pytest.mark.parametrize("version", ["4.1", "7.0"])
+@helps(
+    "deploy/axera/__init__.py",
+    "compile where Pulsar2 is: copy {} there, and {} beside it as `model`; ./{}; copy build/, compile.log and {} back to {}, and run the same "
+    "command again",
+)
 def test_a_compile_on_another_machine_is_brought_back(version, tools, deploy, where, qwen, tmp_path):
     tools()
     refused(deploy(qwen), Unfinished)
@@ -761,18 +814,29 @@ def test_a_compile_on_another_machine_is_brought_back(version, tools, deploy, wh
     assert f"compiled by Pulsar2 ({version})" in (where() / "README.md").read_text()
 
 
+@helps("deploy/axera/__init__.py", "copy build/, compile.log and {} back together", "remove {} to have it compiled here")
+@helps("deploy/axera/compile.py", "leave one in {}")
 def test_what_is_brought_back_is_judged_too(tools, deploy, where, qwen):
     tools()
     refused(deploy(qwen), Unfinished)
     work = where("deploy-ax650.partial") / ".work"
     (work / "by_hand.txt").write_text("version: 7.0\n")
-    refused(deploy(qwen), ToolFailed, "the compile by hand is not all here", "compile.log")
+    told = deploy(qwen)
+    refused(told, ToolFailed, "the compile by hand is not all here", "compile.log", "back together")
     (work / "compile.log").write_text("build llm model done!\n")
     (work / "build").mkdir()
     for index in range(LAYERS):
         (work / "build" / f"qwen2_p64_l{index}_together.axmodel").write_bytes(b"\x08\x0a\x12\x07Pulsar2" + bytes(300))
     (work / "build" / "qwen2_post.axmodel").write_bytes(b"\x08\x0a\x12\x07Pulsar2" + bytes(70_000))
     refused(deploy(qwen), ToolFailed, "qwen2_p64_l0_together.axmodel has 311 B; the weights it holds are 147 kB in s8")
+    tools("pulsar2")
+    refused(deploy(qwen), ToolFailed, "qwen2_p64_l0_together.axmodel has 311 B")  # what was brought back stays
+    shutil.copy(work / "build" / "qwen2_p64_l0_together.axmodel", work / "build" / "qwen2_p128_l0_together.axmodel")
+    refused(deploy(qwen), ToolFailed, "layers of more than one build lie together", "leave one in")
+    (work / "build" / "qwen2_p128_l0_together.axmodel").unlink()
+    refused(deploy(qwen), ToolFailed, "qwen2_p64_l0_together.axmodel has 311 B")
+    Path(re.search(r"remove (\S+) to have it compiled here", told.stderr)[1]).unlink()
+    assert deploy(qwen).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -801,6 +865,7 @@ def test_every_option_of_the_compiler_can_be_reached(version, overrides, given, 
         assert json.loads((where() / "config.json").read_text())["devices"] == [0, 1]
 
 
+@helps("deploy/axera/toolchain.py", "leave these settings at their defaults", "target.image=IMAGE of a version that has them")
 def test_groups_of_llm_build_are_built_by_it_where_both_commands_are(tools, deploy, qwen):
     asked = tools("pulsar2", version="7.0", commands=["llm_build2", "llm_build"])
     assert deploy(qwen, "target.last_kv_cache_len=[64,256]").returncode == 0
@@ -809,6 +874,9 @@ def test_groups_of_llm_build_are_built_by_it_where_both_commands_are(tools, depl
     refused(
         deploy(qwen, "target.last_kv_cache_len=[64,256]", "force=true"), ConfigError, "target.last_kv_cache_len is an option of llm_build"
     )
+    assert deploy(qwen, "force=true", "dry_run=true").returncode == 0, "at its default"
+    tools("docker", version="4.1")
+    assert deploy(qwen, "target.last_kv_cache_len=[64,256]", "target.image=pulsar2:7.0", "force=true", "dry_run=true").returncode == 0
 
 
 def test_m5stacks_published_build_can_be_had(tools, deploy, tmp_path):

@@ -6,7 +6,7 @@ import inspect
 import shutil
 
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT, helps, refused
 
 from src.core import compose
 from src.core.errors import ConfigError
@@ -150,6 +150,7 @@ def test_help_names_every_setting_with_its_meaning():
 # ---- what a person mistypes
 
 
+@helps("core/compose.py", "python -m src.{} --help lists every setting")
 def test_all_faults_are_told_at_once():
     told = faults("finetune", "tuner.rnk=8", "train.epoch=3", "modl.path=x", "train.precision=fp8", "train.warmup=2")
     for words in (
@@ -161,7 +162,9 @@ def test_all_faults_are_told_at_once():
         assert words in told
     assert "train.precision=fp8" in told and "'bf16'" in told
     assert "train.warmup=2" in told and "less than 1" in told
-    assert "python -m src.finetune --help" in told
+    assert "python -m src.finetune --help lists every setting" in told
+    listed = compose.help_text("finetune", "", verbs.FinetuneVerb)
+    assert all(f"{key}=" in listed for key in ("tuner.rank", "train.epochs", "model.path", "train.precision", "train.warmup"))
 
 
 @pytest.mark.parametrize(

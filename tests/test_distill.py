@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, ROOT, hear_ctrl_c, refused
+from conftest import CHAT, ROOT, hear_ctrl_c, helps, refused
 
 from src.chat.encoding import turn_end
 from src.core.artifact import open_artifact
@@ -94,6 +94,7 @@ def journal(tmp_path: Path, query: str, run: str = "default") -> list[tuple]:
 # ---- keys
 
 
+@helps("core/stage.py", "leave it out of {}; a server is sent the key in the variable that its key_env names")
 def test_a_key_in_a_setting_is_refused_before_anything_is_sent(call, teacher, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("STAND_IN_AUTH", "stand-in-8f3b1c")
     monkeypatch.setenv("OTHER_TOKEN", "other-4e5d6c7")
@@ -107,6 +108,10 @@ def test_a_key_in_a_setting_is_refused_before_anything_is_sent(call, teacher, pr
         refused(done, ConfigError, setting)
         assert "8f3b1c" not in done.stderr and "4e5d6c7" not in done.stderr
     assert server.came() == 0 and not (tmp_path / "outputs" / "default").exists()
+    assert call(*argv(server, path, "teacher.key_env=STAND_IN_AUTH")).returncode == 0, (
+        "without the key in a setting it is sent from its variable"
+    )
+    assert server.came() == 1
 
 
 # ---- nothing lost, nothing paid twice
@@ -245,16 +250,22 @@ def test_ctrl_c_waits_for_what_is_paid_and_the_next_command_goes_on(teacher, pro
 
 
 @pytest.mark.parametrize("budget", ["budget.tokens=4000", "budget.money=0.004"])
+@helps(
+    "distill/runner.py",
+    "the same command with a higher budget.tokens or budget.money goes on",
+    "prompts.count=N makes a smaller dataset of the first",
+)
 def test_the_budget_is_never_passed_and_a_higher_one_goes_on(call, teacher, prompts, tmp_path, budget):
     server, path = teacher(latency=0.02, faults={"dropped": 0.1, "server": 0.1}, tokens_per_byte=0.9), prompts(300)
     prices = ["teacher.price.prompt=1", "teacher.price.completion=1", "recipe.steps.answer.sampling.max_tokens=60"]
     done = call(*argv(server, path, budget, *prices))
-    refused(done, BudgetSpent, "remain", "budget.tokens", "the same command")
+    refused(done, BudgetSpent, "remain", "budget.tokens", "the same command", "prompts.count=N")
     assert done.returncode == 16
     state = server.state()
     assert 2000 < state["tokens"] <= 4000
     ((tokens, money),) = journal(tmp_path, "SELECT sum(tokens), sum(money) FROM totals")
     assert state["tokens"] <= tokens <= 4000 and money <= 0.004
+    assert call(*argv(server, path, budget, *prices, "run=first", "prompts.count=5")).returncode == 0
     key, value = budget.split("=")
     again = call(*argv(server, path, f"{key}={float(value) * 1000:.0f}", *prices))
     assert again.returncode == 0, again.stderr
@@ -307,6 +318,7 @@ def test_requests_a_minute_are_kept(call, teacher, prompts):
         assert sum(begin <= t < begin + 1.0 for t in times) <= 21
 
 
+@helps("distill/dispatch.py", "mend what it says; the same command goes on, with every answer so far")
 def test_a_teacher_out_of_order_stops_the_run_and_what_is_done_is_kept(call, teacher, prompts, tmp_path):
     server, path = teacher(down_after=20, latency=0.01), prompts(200)
     done = call(*argv(server, path, "teacher.limits.breaker=8", "teacher.limits.tries=3"))
@@ -327,18 +339,24 @@ def test_a_teacher_out_of_order_stops_the_run_and_what_is_done_is_kept(call, tea
         ({"status": 302}, ["http://elsewhere.example/v1", "not followed"]),
     ],
 )
+@helps("distill/endpoint.py", "give the address and the model that the server has: teacher.url and teacher.model")
 def test_what_no_request_can_get_over_stops_at_once(call, teacher, prompts, behaviour, words):
     server = teacher(**behaviour)
     done = call(*argv(server, prompts(50)))
     refused(done, NoAnswer, *words)
     assert "secret" not in done.stderr
     assert server.state()["statuses"][str(behaviour["status"])] <= 33
+    if behaviour["status"] == 404:
+        assert call(*argv(teacher(), prompts(50))).returncode == 0
 
 
+@helps("distill/dispatch.py", "teacher.limits.breaker=N, higher, waits for more")
 def test_a_request_the_server_refuses_is_set_aside_and_the_run_stops_where_it_refuses_all(call, teacher, prompts, tmp_path):
     server = teacher(status=400)
     done = call(*argv(server, prompts(50), "teacher.limits.breaker=5"))
-    refused(done, NoAnswer, "5 failures on end", "HTTP 400", "as told")
+    refused(done, NoAnswer, "5 failures on end", "HTTP 400", "as told", "teacher.limits.breaker=N, higher, waits for more")
+    server = teacher(status=400)
+    refused(call(*argv(server, prompts(50), "run=more", "teacher.limits.breaker=20")), NoAnswer, "20 failures on end")
 
 
 def test_nobody_there(call, prompts, tmp_path):
@@ -375,6 +393,7 @@ def test_an_address_that_is_none_is_refused_without_showing_it(call, prompts, ur
 # ---- the journal
 
 
+@helps("distill/journal.py", "put back a copy of it", "move it away: all is asked, and paid, anew")
 def test_a_damaged_journal_is_told_and_left_alone(call, teacher, prompts, tmp_path):
     server, path = teacher(), prompts(30)
     assert call(*argv(server, path)).returncode == 0
@@ -385,7 +404,11 @@ def test_a_damaged_journal_is_told_and_left_alone(call, teacher, prompts, tmp_pa
         done = call(*argv(server, path, "force=true"))
         refused(done, BadData, "journal", "left as it is", str(file))
         assert file.read_bytes() == damage
-    assert server.came() == 30
+    file.write_bytes(bytes(data))
+    assert call(*argv(server, path, "force=true")).returncode == 0 and server.came() == 30, "a copy put back has every answer"
+    file.write_bytes(damage)
+    file.rename(tmp_path / "damaged")
+    assert call(*argv(server, path, "force=true")).returncode == 0 and server.came() == 60
 
 
 # ---- sources
@@ -422,6 +445,7 @@ def test_prompts_of_every_layout(call, teacher, tmp_path):
     assert [row.messages for row in found] == [[{"role": "user", "content": text}] for text in ("First?", "Second?")]
 
 
+@helps("distill/sources.py", "mend the lines that are named", "prompts.on_fault=drop sets them aside, and counts them")
 def test_faults_of_a_file_are_told_before_anything_is_asked(call, teacher, tmp_path):
     server = teacher()
     path = tmp_path / "bad.jsonl"
@@ -433,17 +457,37 @@ def test_faults_of_a_file_are_told_before_anything_is_asked(call, teacher, tmp_p
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs" / "default" / "distill"
     assert len(rows_of(folder)) == 1 and len(rows_of(folder, "set_aside")) == 4
+    path.write_text('{"prompt": "fine"}\n' * 3)
+    assert call(*argv(server, path, "run=mended", "holdout.val=0", "holdout.calib=0")).returncode == 0
 
 
+@helps("distill/sources.py", "prompts.path={} names it", "name one that is there", "prompts.path=FILE names one in it")
+@helps("distill/sources.py", "prompts.path=null", "name a file of prompts, or a folder of text")
 def test_what_a_recipe_begins_with_has_to_be_there(call, tmp_path):
     plain = ["teacher.model=m"]
     refused(call("distill", *plain), MissingInput, "a file of prompts")
     refused(call("distill", *plain, f"prompts.path={tmp_path / 'none.jsonl'}"), MissingInput, "no such file")
-    refused(call("distill", *plain, f"prompts.path={tmp_path}"), MissingInput, "a folder")
+    refused(call("distill", *plain, f"prompts.path={tmp_path}"), MissingInput, "a folder", "prompts.path=FILE names one in it")
+    (tmp_path / "some.jsonl").write_text('{"prompt": "fine"}\n')
+    assert call("distill", *plain, f"prompts.path={tmp_path / 'some.jsonl'}", "dry_run=true").returncode == 0
+    own = ["recipe=magpie", *plain]
+    told = call("distill", *own, f"prompts.path={tmp_path / 'some.jsonl'}", "dry_run=true")
+    refused(told, MissingInput, "draws its own prompts and takes no file", "prompts.path=null")
+    assert call("distill", *own, "prompts.path=null", "dry_run=true").returncode == 0
+    (tmp_path / "none").write_text("")
+    refused(
+        call("distill", *plain, f"prompts.path={tmp_path / 'none'}"),
+        BadData,
+        "nothing to begin with",
+        "name a file of prompts, or a folder of text",
+    )
 
 
+@helps("distill/__main__.py", "{}.price.prompt=USD {}.price.completion=USD, per million tokens")
 def test_a_budget_in_money_needs_prices(call, teacher, prompts):
-    refused(call(*argv(teacher(), prompts(1), "budget.money=1")), ConfigError, "teacher.price")
+    server, path = teacher(), prompts(1)
+    refused(call(*argv(server, path, "budget.money=1")), ConfigError, "teacher.price.prompt=USD teacher.price.completion=USD")
+    assert call(*argv(server, path, "budget.money=1", "teacher.price.prompt=1", "teacher.price.completion=2")).returncode == 0
 
 
 # ---- estimate, card, samples, finetune
@@ -567,6 +611,7 @@ def test_a_count_that_no_context_holds_is_not_taken_into_the_accounts(call, teac
     assert 3 * 1024 < tokens < 3 * 5000
 
 
+@helps("distill/batch.py", "the same command waits on")
 def test_a_batch_that_never_ends_is_given_up(call, teacher, prompts, monkeypatch):
     monkeypatch.setattr(batch, "LONGEST_BATCH", 0.3)
     server = teacher(batch_seconds=1e9)

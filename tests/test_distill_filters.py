@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from conftest import helps
 
 from src.core.errors import BadData
 from src.distill import filters
@@ -145,6 +146,7 @@ def test_what_is_not_python_holds_no_function(text):
     assert len(functions(text)) <= 1 and not CodeOverlap([ORIGINAL], nodes=20, match=0.9).shared(text)
 
 
+@helps("distill/steps/filters.py", "give JSON lines or plain text in UTF-8")
 def test_evaluation_files_of_any_shape(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "one", "choices": ["two", {"text": "three"}], "n": 4}) + "\n\n")
     (tmp_path / "b.txt").write_text("four\nfive")
@@ -155,6 +157,8 @@ def test_evaluation_files_of_any_shape(tmp_path):
     assert list(evaluation_texts(tmp_path / "c.json")) == ["six"]
     with pytest.raises(BadData, match="no evaluation set"):
         list(evaluation_texts(tmp_path / "d.jsonl"))
+    (tmp_path / "d.jsonl").write_text('{"q": "seven"}\n')
+    assert list(evaluation_texts(tmp_path / "d.jsonl")) == ["seven"]
 
 
 # ---- fitness
@@ -296,7 +300,8 @@ def test_the_classifier_learns_and_does_not_where_there_is_nothing_to_learn():
 
 def test_rows_on_disk_come_back_as_they_were():
     rows = [
-        Record(f"r{i}", [{"role": "user", "content": "가\n😀" * i}], {"scores": {"a": 1.5}, "parents": ["x"]}, ("k1", "k2")) for i in range(50)
+        Record(f"r{i}", [{"role": "user", "content": "가\n😀" * i}], {"scores": {"a": 1.5}, "parents": ["x"]}, ("k1", "k2"))
+        for i in range(50)
     ]
     with Spool() as spool:
         assert [spool.add(row) for row in rows] == list(range(50))

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import CHAT, ROOT, refused
+from conftest import CHAT, ROOT, helps, refused, ways
 
 from src.core import artifact, stage
 from src.core.errors import BadData, ConfigError, MissingInput, NoRoom, ProofFailed, WrongKind
@@ -25,10 +25,13 @@ def test_whoever_reads_may_stop_reading(finished, unbuffered):
     assert done.returncode in (0, 141) and not done.stderr
 
 
+@helps("core/stage.py", "unset {}")
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
 def test_a_rank_that_is_no_number(call, name, monkeypatch):
     monkeypatch.setenv(name, "abc")
-    refused(call("data"), ConfigError, f"{name}=abc in the environment is no number")
+    refused(call("data"), ConfigError, f"{name}=abc in the environment is no number", f"unset {name}")
+    monkeypatch.delenv(name)
+    assert call("data", "dry_run=true").returncode == 0
 
 
 def test_help_without_docstrings():
@@ -36,6 +39,7 @@ def test_help_without_docstrings():
     assert done.returncode == 0 and "data.path=" in done.stdout
 
 
+@helps("core/files.py", "rename it")
 def test_a_name_that_is_no_text(call, tmp_path):
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.json")
     shutil.copy(ROOT / "assets" / "conversations.json", strange)
@@ -43,8 +47,11 @@ def test_a_name_that_is_no_text(call, tmp_path):
     model = shutil.copytree(CHAT, tmp_path / "model")
     (tmp_path / "model" / os.fsdecode(b"\xff.txt")).write_text("")
     refused(call("merge", f"source={model}", f"base={model}"), BadData, "a file's name is not UTF-8 text", "rename it")
+    (tmp_path / "model" / os.fsdecode(b"\xff.txt")).rename(tmp_path / "model" / "notes.txt")
+    refused(call("merge", f"source={model}", f"base={model}"), WrongKind, "takes adapter, not model")
 
 
+@helps("core/stage.py", "chmod u+rX {}")
 def test_what_cannot_be_read_is_not_called_unwritable(tmp_path):
     """As somebody without root's power over rights, where root runs this."""
     without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
@@ -66,7 +73,10 @@ def test_what_cannot_be_read_is_not_called_unwritable(tmp_path):
     )
     try:
         refused(run("data", f"outputs={tmp_path / 'o'}", f"data.path={file}"), MissingInput, "it cannot be read: Permission denied", file)
-        refused(run("plan", f"model={folder}", "target=llama2c"), MissingInput, "it cannot be read: Permission denied", folder)
+        told = run("plan", f"model={folder}", "target=llama2c")
+        refused(told, MissingInput, "it cannot be read: Permission denied", folder)
+        subprocess.run(ways(told)[0], shell=True, check=True)
+        assert run("plan", f"model={folder}", "target=llama2c").returncode == 0
         refused(run("data", f"outputs={shut}"), NoRoom, "Permission denied", shut)
     finally:
         for place in (file, folder, shut):
@@ -117,6 +127,7 @@ def test_a_special_token_that_is_no_id(value, model, call, finished):
     assert done.returncode == BadData.exit_code and "Traceback" not in done.stderr
 
 
+@helps("models/loading.py", "copy the model's own tokenizer files into it")
 def test_a_token_that_the_model_has_no_row_for(model, call, finished):
     folder = model("tokenizer_config.json")
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -125,4 +136,7 @@ def test_a_token_that_the_model_has_no_row_for(model, call, finished):
     content["added_tokens"].append({"id": 1024, "content": first[:9], **plain})
     (folder / "tokenizer.json").write_text(json.dumps(content))
     done = call("evaluate", f"source={folder}", f"dataset={finished / 'a' / 'data'}", "evaluation.samples=0")
-    refused(done, BadData, "the tokenizer gives token id 1024, and the model has 1024 rows")
+    refused(done, BadData, "the tokenizer gives token id 1024, and the model has 1024 rows", "copy the model's own tokenizer files into it")
+    shutil.copy(CHAT / "tokenizer.json", folder)
+    argv = [f"source={folder}", f"dataset={finished / 'a' / 'data'}", "evaluation.samples=0", "evaluation.rows=1"]
+    assert call("evaluate", *argv).returncode == 0

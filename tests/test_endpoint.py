@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from conftest import CHAT, ROOT, go, hear_ctrl_c, in_process, refused
+from conftest import CHAT, ROOT, go, hear_ctrl_c, helps, in_process, refused
 from stand_ins.openai_server import Behaviour, Server
 
 from src import evaluate
@@ -314,6 +315,7 @@ def test_a_busy_server_is_asked_again_as_it_wishes(measure, server):
     assert report(measure)["errors"] == 0
 
 
+@helps("serving/client.py", "endpoint.timeout=SECONDS waits longer")
 def test_a_server_that_stays_busy_ends_it(measure, server):
     server.behaviour.always, server.behaviour.words = 503, '{"error": {"message": "Loading model"}}'
     refused(measure("endpoint.timeout=1.5"), NoAnswer, "stays busy (HTTP 503): Loading model", "endpoint.timeout")
@@ -321,6 +323,10 @@ def test_a_server_that_stays_busy_ends_it(measure, server):
     start = time.monotonic()
     refused(measure("endpoint.timeout=5"), NoAnswer, "HTTP 429")
     assert time.monotonic() - start < 5, "an hour is not waited for"
+    server.behaviour.always, server.behaviour.statuses, server.behaviour.headers = None, [429], {"Retry-After": "2"}
+    refused(measure("endpoint.timeout=1.5"), NoAnswer, "endpoint.timeout=SECONDS waits longer")
+    server.behaviour.statuses = [429]
+    assert measure("endpoint.timeout=5").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -348,7 +354,7 @@ def test_one_prompt_that_fails_is_counted_and_the_others_go_on(measure, server):
 )
 def test_a_server_that_refuses_everything(status, words, measure, server):
     server.behaviour.always = status
-    refused(measure(), NoAnswer, words, server.url)
+    refused(measure(), NoAnswer, words, server.url, way=status in (401, 404))
     assert not measure.folder.exists()
 
 
@@ -386,6 +392,7 @@ def test_a_reply_of_anything_else_is_told(garbage, server):
         asked(server, timeout=2)
 
 
+@helps("serving/client.py", "the same command goes on after the answers it has")
 def test_a_stream_that_is_cut_loses_no_answer_that_came_before(measure, server):
     """The second answer breaks off; the same command asks for that one and the next only, and says so."""
     ask = Server.tokens
@@ -425,12 +432,15 @@ def test_half_characters_and_infinities_do_not_reach_a_file(measure, server):
     refused(measure("force=true"), NoAnswer, "not of OpenAI's form")
 
 
+@helps("serving/client.py", "give the address of an OpenAI-compatible API as endpoint.url")
 @pytest.mark.parametrize("models", [[{"id": 7}], [{}], ["a"] * 3, [{"id": "x" * 10_000}]])
 def test_lists_of_anything_else(models, measure, server):
     server.behaviour.models = models
     done = measure("evaluation.max_new_tokens=2")
     assert done.returncode in (0, NoAnswer.exit_code) and "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == 0 or "not of OpenAI's form" in done.stderr
+    assert done.returncode == 0 or ("not of OpenAI's form" in done.stderr and "an OpenAI-compatible API as endpoint.url" in done.stderr)
+    server.behaviour.models = ["tiny-chat"]
+    assert done.returncode == 0 or measure("evaluation.max_new_tokens=2").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -562,18 +572,23 @@ def test_a_server_that_ignores_the_limit_is_stopped(server):
         asked(server, max_tokens=4)
 
 
-def test_nothing_there(measure):
+@helps("serving/client.py", "start the server there, listening on all interfaces (0.0.0.0) if it is another machine")
+@helps("serving/client.py", "http://HOST:PORT of the server as endpoint.url, if that is another")
+def test_nothing_there(measure, server):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     refused(measure(url=f"http://127.0.0.1:{port}"), NoAnswer, "nothing listens there", f"127.0.0.1:{port}", "0.0.0.0")
     refused(measure(url="http://no-such-host.invalid:8000"), NoAnswer, "no-such-host.invalid")
-    refused(measure(url=f"http://{'a' * 70}.invalid"), NoAnswer, "no connection")
+    refused(measure(url=f"http://{'a' * 70}.invalid"), NoAnswer, "no connection", "http://HOST:PORT of the server as endpoint.url")
+    assert measure(f"endpoint.url={server.url}", "evaluation.max_new_tokens=2").returncode == 0
 
 
+@helps("serving/client.py", "http://HOST:PORT as endpoint.url, for a server without TLS")
 def test_a_server_of_another_protocol(server):
-    with pytest.raises(NoAnswer, match="no secure connection"):
+    with pytest.raises(NoAnswer, match="no secure connection") as told:
         Client(server.url.replace("http:", "https:"), timeout=2).models()
+    assert told.value.fix == ["http://HOST:PORT as endpoint.url, for a server without TLS"] and Client(server.url, timeout=2).models()
     with socket.create_server(("127.0.0.1", 0)) as ssh:
         threading.Thread(target=lambda: ssh.accept()[0].sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), daemon=True).start()
         with pytest.raises(NoAnswer, match=r"SSH-2\.0"):
@@ -583,6 +598,7 @@ def test_a_server_of_another_protocol(server):
 # ---- models
 
 
+@helps("serving/measure.py", "endpoint.model=NAME chooses one")
 def test_which_model_is_asked(measure, server):
     server.behaviour.models = ["a", "b\x1b[31m"]
     refused(measure(), ConfigError, "serves 2 models: 'a', 'b\\x1b[31m'", "endpoint.model=NAME")
@@ -591,6 +607,7 @@ def test_which_model_is_asked(measure, server):
     assert {body["model"] for body in chats(server)} == {"a"}
 
 
+@helps("serving/measure.py", "endpoint.model=NAME, for a server that does not list its models")
 def test_a_server_that_lists_no_models(measure, server):
     server.behaviour.lists_models = False
     refused(measure(), NoAnswer, "HTTP 404", "endpoint.model=NAME")
@@ -630,6 +647,7 @@ def test_a_key_in_two_pieces_or_escaped_is_masked(measure, server, monkeypatch, 
 STOP = {"delta": {}, "finish_reason": "stop"}
 
 
+@helps("serving/protocol.py", "export {}=... with the key it wants", "export {}=... with the key alone", "unset {}")
 def test_a_wrong_key_is_told_without_showing_it(measure, server, monkeypatch, tmp_path):
     """The server's own words hold the key it got."""
     server.behaviour.key = "another"
@@ -639,10 +657,16 @@ def test_a_wrong_key_is_told_without_showing_it(measure, server, monkeypatch, tm
     assert KEY not in done.stderr + everything_written(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nX-Other: 1")
     done = measure()
-    refused(done, ConfigError, "OPENAI_API_KEY holds")
+    refused(done, ConfigError, "OPENAI_API_KEY holds", "export OPENAI_API_KEY=... with the key alone", "unset OPENAI_API_KEY")
     assert KEY not in done.stderr
+    monkeypatch.setenv("OPENAI_API_KEY", "another")
+    assert measure("evaluation.max_new_tokens=2").returncode == 0
+    monkeypatch.delenv("OPENAI_API_KEY")
+    server.behaviour.key = None
+    assert measure("evaluation.max_new_tokens=2", "force=true").returncode == 0
 
 
+@helps("serving/protocol.py", "if you trust that address, give it as {}")
 def test_no_redirect_is_followed(measure, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
@@ -650,10 +674,15 @@ def test_no_redirect_is_followed(measure, server, monkeypatch):
         server.behaviour.always = 307
         server.behaviour.headers = {"Location": f"http://user:secret@127.0.0.1:{elsewhere.getsockname()[1]}/v1?token=secret"}
         done = measure()
-        refused(done, NoAnswer, "sends us on to http://127.0.0.1/v1, which is not followed")
+        there = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/v1"
+        refused(done, NoAnswer, f"sends us on to {there}, which is not followed", "if you trust that address, give it as endpoint.url")
         assert "secret" not in done.stderr
         with pytest.raises(TimeoutError):
             elsewhere.accept()
+    server.behaviour.headers = {"Location": f"{server.url}/v1"}
+    told = measure()
+    server.behaviour.always = None
+    assert measure(url=re.search("on to ([^ ,]+)", told.stderr)[1]).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -678,11 +707,13 @@ def test_addresses_that_are_none(url, words, measure):
     assert "secret" not in done.stderr
 
 
+@helps("evaluate.py", "leave parent out")
 def test_settings_that_make_no_sense(measure, finished):
     done = in_process("evaluate", "run=e", "endpoint.model=x")
     refused(done, ConfigError, "of use with endpoint.url only")
     refused(in_process("evaluate", "run=e", "endpoint=http://127.0.0.1:8000"), ConfigError, "endpoint=http://127.0.0.1:8000: ")
-    refused(measure(f"parent={CHAT}"), ConfigError, "give one of them")
+    refused(measure(f"parent={CHAT}"), ConfigError, "leave parent out")
+    assert measure("dry_run=true").returncode == 0
     refused(measure(source=finished / "a" / "data"), WrongKind, "not dataset")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import go
+from conftest import go, helps
 from transformers import AutoModelForCausalLM
 
 from src import data, evaluate, finetune, merge
@@ -198,6 +198,7 @@ def test_any_model_can_be_the_parent(here):
     assert found["parent_loss"] != found["loss"]
 
 
+@helps("models/evaluation.py", "evaluation.max_length={}")
 def test_rows_too_long_are_left_out_and_counted(here, capsys):
     tokenizer = load_tokenizer(TINY)
     lengths = [
@@ -211,6 +212,8 @@ def test_rows_too_long_are_left_out_and_counted(here, capsys):
     assert f"left out {long} of {len(lengths)} validation rows longer than evaluation.max_length={limit}" in capsys.readouterr().err
     assert json.loads((here / "long" / "evaluate-tiny-chat" / "report.json").read_text())["rows"] == len(lengths) - long
     assert go(evaluate, *argv, "run=none", "evaluation.max_length=2") == 3
+    assert f"fix:   evaluation.max_length={max(lengths)}" in capsys.readouterr().err
+    assert go(evaluate, *argv, "run=none", f"evaluation.max_length={max(lengths)}") == 0
 
 
 def test_a_broken_pattern_is_refused_first(here, capsys):

@@ -4,13 +4,15 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT, ROOT, go, to_its_end
+from conftest import CHAT, ROOT, go, helps, to_its_end
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from src import data, deploy, evaluate, finetune, merge, quantize
 from src.chat.encoding import Encoded
 from src.core import artifact
-from src.core.errors import ProofFailed
+from src.core.errors import NoRoom, ProofFailed
 from src.core.files import HashCache
 from src.deploy import __main__ as deploy_verb
 from src.models import exact_sum, fidelity, merging, safetensors_io
@@ -101,17 +103,19 @@ def test_a_forward_pass_in_bf16_does_not_see_what_the_saved_model_holds(place):
     assert abs(mixed["val_loss"] - plain["val_loss"]) < LIMIT
 
 
+@helps("training/saving.py", "tuner.rounding=stochastic force=true keeps what was learnt", "tuner.dtype=float32 force=true keeps every bit")
+@helps("models/fidelity.py", "{}={} if you accept it")
 def test_rounding_a_full_fine_tune_to_the_nearest_is_refused_and_each_way_out_works(place, tmp_path, capsys):
     given = [f"outputs={tmp_path}", "run=f", f"source={place / 'd' / 'data'}", f"model.path={place / 'base'}", "tuner=full", *SMALL]
     assert go(finetune, *given, "tuner.rounding=nearest") == ProofFailed.exit_code
     err = capsys.readouterr().err
     assert "what is saved is not what was trained" in err and not (tmp_path / "f" / "finetune").exists()
-    ways = [line.split()[1] for line in err.splitlines() if line.startswith(("  fix:", "  or:"))]
-    assert [way.split("=")[0] for way in ways] == ["tuner.rounding", "tuner.dtype", "max_loss_change"]
-    assert go(finetune, *given, "tuner.rounding=nearest", ways[2]) == 0, "the same run"
+    ways = [[word for word in line.split() if "=" in word] for line in err.splitlines() if line.startswith(("  fix:", "  or:"))]
+    assert [way[0].split("=")[0] for way in ways] == ["tuner.rounding", "tuner.dtype", "max_loss_change"]
+    assert go(finetune, *given, "tuner.rounding=nearest", *ways[2]) == 0, "the same run"
     assert "goes on from step 16" in capsys.readouterr().err, "what was trained is not lost with the proof"
     for way in ways[:2]:
-        assert go(finetune, *given, "tuner.rounding=nearest", way, "force=true") == 0, way
+        assert go(finetune, *given, "tuner.rounding=nearest", *way) == 0, way
 
 
 @pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.slow)])
@@ -150,6 +154,7 @@ def test_rows_of_tokens_the_base_never_learnt_are_saved_as_trained(place, tmp_pa
 # ---- merging
 
 
+@helps("merge.py", "rounding=stochastic keeps what was learnt", "dtype=float32 keeps every bit")
 def test_a_merge_keeps_what_was_learnt_and_the_nearest_loses_it(adapter, place, tmp_path, capsys):
     given = [f"outputs={tmp_path}", f"source={adapter.path}"]
     assert go(merge, *given, "run=n", "rounding=nearest") == ProofFailed.exit_code
@@ -258,6 +263,22 @@ def test_the_plan_says_what_the_exact_sum_costs_and_how_to_decline(merges, place
     assert go(quantize, *given, "weights=stored") == 0 and "of disk in fp32" not in capsys.readouterr().err
 
 
+@helps("models/exact_sum.py", "weights=stored takes the merge as it was rounded")
+@helps("core/errors.py", "move the outputs folder to a larger disk and name it with outputs=FOLDER")
+def test_each_way_out_of_a_disk_without_room_for_the_exact_sum(merges, place, tmp_path, monkeypatch, capsys):
+    given = ["run=m16", f"dataset={place / 'd' / 'data'}", "dry_run=true", "force=true"]
+    room = lambda path: SimpleNamespace(free=1000 if Path(path).is_relative_to(place) else 1 << 40)
+    monkeypatch.setattr(exact_sum.shutil, "disk_usage", room)
+    assert go(quantize, f"outputs={place}", *given) == NoRoom.exit_code
+    ways = re.findall("  (?:fix:  |or:   ) (.*)", capsys.readouterr().err)
+    assert [way.split()[0] for way in ways] == ["free", "move", "weights=stored"]
+    assert go(quantize, f"outputs={place}", *given, "weights=stored") == 0
+    assert go(quantize, f"outputs={shutil.copytree(place, tmp_path / 'moved')}", *given) == 0
+    assert "of disk in fp32 while this works" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert go(quantize, f"outputs={place}", *given) == 0
+
+
 def test_an_adapter_that_is_gone_is_said_and_the_stored_weights_are_taken(adapter, place, tmp_path, capsys):
     copy = Path(shutil.copytree(adapter.path, tmp_path / "o" / "a" / "finetune"))
     assert go(merge, f"outputs={tmp_path / 'o'}", "run=a", f"base={place / 'base'}") == 0
@@ -309,10 +330,15 @@ def test_the_measure_is_kl_loss_and_agreement():
 def test_the_limit_is_on_loss_either_way_and_on_kl(loss, kl, fails):
     change = fidelity.Change(1, 100, 1.0, 1.0 + loss, 0.01, kl, 0.01, 1.0)
     with (
-        pytest.raises(ProofFailed, match="max_loss_change=") if fails else contextlib.nullcontext(),
+        pytest.raises(ProofFailed) if fails else contextlib.nullcontext() as told,
         contextlib.redirect_stderr(io.StringIO()),
     ):
         fidelity.judge("merge", change, LIMIT, Path("somewhere"), [])
+    ways = told.value.fix if fails else []
+    assert bool(ways) == (fails and np.isfinite(loss + kl)), "nothing is to be accepted where a figure is no number"
+    for way in ways:
+        with contextlib.redirect_stderr(io.StringIO()):
+            fidelity.judge("merge", change, float(way.split()[0].removeprefix("max_loss_change=")), Path("somewhere"), [])
 
 
 def test_rows_are_bounded_and_come_from_val_then_calib(place, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import END, START, go, make_base, process, to_its_end
+from conftest import END, START, go, helps, make_base, process, to_its_end
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -172,9 +172,11 @@ def test_over_long_rows_are_dropped_and_counted(train, eighty, capsys):
     assert done.metrics["steps"] == math.ceil(round(0.5 * done.metrics["train_rows"]) / 3)
 
 
+@helps("training/session.py", "a higher train.max_length")
 def test_nothing_left_to_train_on_is_the_user_s_error(here, eighty, capsys):
     assert go(finetune, f"outputs={here}", "run=none", f"source={eighty}", "train.max_length=3", "train.long_share=1") == 3
-    assert "raise train.max_length" in capsys.readouterr().err
+    assert "a higher train.max_length" in capsys.readouterr().err
+    assert go(finetune, f"outputs={here}", "run=none", f"source={eighty}", *FAST, "train.max_steps=1", "train.max_length=256") == 0
 
 
 def test_more_long_rows_than_allowed_stop_the_run(here, eighty, capsys):

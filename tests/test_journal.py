@@ -2,12 +2,13 @@
 
 import asyncio
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, helps
 
 from src.core.errors import BadData, Busy, NoRoom
 from src.distill.journal import Journal, Total
@@ -142,6 +143,19 @@ def test_another_database_is_refused(tmp_path):
     base.close()
     with pytest.raises(BadData, match="not a journal"):
         Journal(tmp_path / "j.sqlite")
+
+
+@helps("distill/journal.py", "wait until it has ended", "run=OTHER_NAME")
+def test_a_journal_that_another_process_has_open(tmp_path):
+    one = sqlite3.connect(tmp_path / "j.sqlite", isolation_level=None)
+    one.execute("PRAGMA locking_mode = EXCLUSIVE")
+    one.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(Busy) as told:
+        Journal(tmp_path / "j.sqlite")
+    assert told.value.fix == ["wait until it has ended", "run=OTHER_NAME"]
+    run(tmp_path / "other.sqlite", lambda journal: journal.look("0"))
+    one.close()
+    run(tmp_path / "j.sqlite", lambda journal: journal.look("0"))
 
 
 def test_a_full_disk_is_the_users_to_mend(tmp_path):

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import refused
+from conftest import FEW, helps, refused, ways
 
 from src.core import artifact
 from src.core.errors import ConfigError, MissingInput, Tampered
@@ -60,6 +60,27 @@ def test_one_flipped_bit_in_any_file_is_found(call, road, name):
             refused(done, Tampered, road / "a" / name, file.name if file.name != "manifest.json" else "manifest")
         file.write_bytes(whole)
     assert call("lineage", road / "a" / result, "--verify").returncode == 0
+
+
+@helps("core/artifact.py", "copy it again from where it was made", "force=true, with the command that made it, makes it anew")
+@pytest.mark.parametrize("name", ["train.jsonl", "manifest.json"])
+def test_each_way_out_of_a_damaged_artifact(call, road, name):
+    file = road / "a" / "data" / name
+    whole = file.read_bytes()
+    for mend in (
+        lambda: file.write_bytes(whole),
+        lambda: call("data", "run=a", *FEW, f"data.path={road / 'inputs' / 'chats.json'}", "force=true"),
+    ):
+        file.write_bytes(whole[:-9])
+        for command in (
+            ["lineage", road / "a" / "merge", "--verify"],
+            ["finetune", "run=b", f"source={road / 'a' / 'data'}", "dry_run=true"],
+        ):
+            refused(
+                call(*command), Tampered, "copy it again from where it was made", "force=true, with the command that made it, makes it anew"
+            )
+        mend()
+        assert call("lineage", road / "a" / "merge", "--verify").returncode == 0
 
 
 @pytest.mark.parametrize("bit", range(8))
@@ -223,6 +244,7 @@ def test_a_parent_made_again_is_not_taken_for_the_old_one(call, road):
     assert done.returncode == 0 and "data.val = 0.2" in done.stdout and "cannot be verified" in done.stdout
 
 
+@helps("lineage.py", "python -m src.lineage outputs/default/merge --verify")  # which is how every test here calls it
 @pytest.mark.parametrize("argv", [[], ["one", "two"], ["a", "--verbose"], ["--verify"], ["run=a"]])
 def test_what_lineage_does_not_take(call, argv):
     refused(
@@ -232,6 +254,10 @@ def test_what_lineage_does_not_take(call, argv):
     )
 
 
+@helps("lineage.py", "give a folder that has one, such as outputs/default/merge", "python -m src.lineage {}")
 def test_a_folder_that_is_no_artifact(call, finished, tmp_path):
-    refused(call("lineage", tmp_path / "nowhere"), MissingInput, "no manifest.json")
+    refused(call("lineage", tmp_path / "nowhere"), MissingInput, "no manifest.json", "give a folder that has one, such as")
+    told = call("lineage", finished / "a")
+    refused(told, MissingInput, f"python -m src.lineage {finished / 'a' / 'merge'}")
+    assert all(call("lineage", way.split()[-1]).returncode == 0 for way in ways(told))
     refused(call("lineage", finished / "inputs" / "base"), MissingInput, "no manifest.json")

@@ -10,16 +10,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import helps, write_model
+from tokenizers.processors import TemplateProcessing
 
 from src.core.artifact import Artifact
+from src.core.compose import compose
 from src.core.errors import BadData, MissingInput, MissingTool, ProofFailed, WrongKind
 from src.deploy import llama2c
 from src.deploy.byte_level import SPLITS
-from src.deploy.llama2c import proof, weights
+from src.deploy.llama2c import proof, runtime, weights
 from src.deploy.llama2c.chat import find_chat
 from src.deploy.llama2c.runtime import write_runtime
 from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
 from src.deploy.llama2c.weights import Shape, group_size, read_shape
+from src.settings.verbs import DeployVerb
+from src.sizing import takes
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / ".." / "shared" / "data" / "models"
@@ -247,6 +252,7 @@ def test_stories_text_equals_transformers(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["fp32_v0", "fp32_v1"])
+@helps("deploy/llama2c/proof.py", "target.format=fp32_v0 loses nothing")
 def test_random_gqa_model_gives_transformers_text(llama, tmp_path, format):
     metrics = build(llama, tmp_path, format)
     assert metrics["prompts_equal"] + metrics["ties"] >= metrics["prompts"] == 4 and metrics["conversations"] == 4
@@ -465,8 +471,9 @@ def test_check_refuses_biases_and_shapes(llama, tmp_path):
     weights = load_file(model / "model.safetensors")
     bias = {"model.layers.0.self_attn.q_proj.bias": weights["model.norm.weight"].clone()}
     save_file(weights | bias, model / "model.safetensors")
-    with pytest.raises(WrongKind, match="biases"):
+    with pytest.raises(WrongKind, match="biases") as told:
         llama2c.check(given(model), settings("fp32_v1"), OUT)
+    assert told.value.fix == ["target=openvino_cpu"]
     save_file({k: v for k, v in weights.items() if "layers.1.mlp.up" not in k}, model / "model.safetensors")
     with pytest.raises(BadData, match=r"no tensor model.layers.1.mlp.up_proj.weight"):
         llama2c.check(given(model), settings("fp32_v1"), OUT)
@@ -489,6 +496,7 @@ def test_check_asks_for_the_tools_before_it_reads_anything(tmp_path, monkeypatch
         llama2c.check(given(tmp_path / "nothing here"), settings("fp32_v1"), OUT)
 
 
+@helps("deploy/llama2c/__init__.py", "apt-get install build-essential")
 def test_check_takes_the_compiler_that_the_makefile_takes(llama, tmp_path, monkeypatch):
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -497,6 +505,9 @@ def test_check_takes_the_compiler_that_the_makefile_takes(llama, tmp_path, monke
     monkeypatch.setenv("PATH", str(tools))
     with pytest.raises(MissingTool, match="not found: cc"):
         llama2c.check(given(llama), settings("fp32_v1"), OUT)
+    (tools / "cc").symlink_to((tools / "my-cc").resolve())  # what installing one makes
+    llama2c.check(given(llama), settings("fp32_v1"), OUT)
+    (tools / "cc").unlink()
     monkeypatch.setenv("CC", "my-cc -O1")
     llama2c.check(given(llama), settings("fp32_v1"), OUT)
 
@@ -522,16 +533,41 @@ def test_check_names_the_unknown_tokenizer_part(llama, tmp_path, part, value, sa
     model = edited(llama, tmp_path / "m")
     spec = json.loads((model / "tokenizer.json").read_text())
     (model / "tokenizer.json").write_text(json.dumps(spec | {part: value}))
-    with pytest.raises(WrongKind, match=says):
+    with pytest.raises(WrongKind, match=says) as told:
         llama2c.check(given(model), settings("fp32_v1"), OUT)
+    assert told.value.fix == ["target=openvino_cpu"]
+
+
+@helps("deploy/llama2c/runtime.py", "set add_eos_token to false in tokenizer_config.json")
+def test_a_tokenizer_that_adds_a_token_after_the_text(llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    adds = AutoTokenizer.from_pretrained(llama)
+    adds._tokenizer.post_processor = TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", 1023)])
+    with pytest.raises(WrongKind, match="adds tokens after the text"):
+        runtime._begin_ids(adds)
+    runtime._begin_ids(AutoTokenizer.from_pretrained(llama))
 
 
 def test_group_size_backs_off(llama):
     shape = read_shape(llama)
     assert group_size(shape, 64) == 64 and group_size(shape, 256) == 64
     shape.hidden = 130
-    with pytest.raises(WrongKind, match="no group size"):
+    with pytest.raises(WrongKind, match="no group size") as told:
         group_size(shape, 64)
+    assert told.value.fix == ["target.format=fp32_v1"]
+
+
+@helps("deploy/llama2c/weights.py", "target.format=fp32_v1", "target=openvino_cpu")
+@helps("deploy/llama2c/tokenizer.py", "target=openvino_cpu")
+def test_each_way_out_of_what_llama2c_does_not_take(llama, tmp_path):
+    """int8's groups are no matter of fp32's; what else it lacks OpenVINO's exporter takes by the family alone."""
+    odd = write_model(tmp_path / "odd", intermediate_size=130)
+    with pytest.raises(WrongKind, match="no group size"):
+        llama2c.check(given(odd), settings("int8_v2"), OUT)
+    llama2c.check(given(odd), settings("fp32_v1"), OUT)
+    board = compose("deploy", ["target=openvino_cpu", "target.context_len=128", "target.prompt_len=64"], DeployVerb).target
+    takes.check(json.loads((llama / "config.json").read_text()), board, where="here")
 
 
 def test_a_wrong_bundle_is_not_published(llama, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, go
+from conftest import ROOT, go, helps
 from makers import widened_qwen2
 from omegaconf import OmegaConf
 from peft import PeftModel
@@ -241,14 +241,19 @@ def test_an_adapter_that_did_not_move_is_refused_wherever_it_started(init, bases
         made(bases("tied"), tmp_path / "adapter", settings(init=init), steps=0)
 
 
+@helps("models/lora.py", "tuner.rank={}")
 def test_a_rank_above_what_a_layer_holds_is_refused(bases):
-    with pytest.raises(ConfigError, match=r"tuner.rank=80 is above .*k_proj, \(64, 128\)"):
+    with pytest.raises(ConfigError, match=r"tuner.rank=80 is above .*k_proj, \(64, 128\)") as told:
         lora.attach(load(bases("tied")), settings(init="pissa", rank=80), [], deepspeed=False)
+    assert told.value.fix == ["tuner.rank=64"]
+    lora.attach(load(bases("tied")), settings(init="pissa", rank=64), [], deepspeed=False)
 
 
+@helps("models/lora.py", "tuner.dora=false")
 def test_dora_on_weights_of_no_length_is_refused():
     with pytest.raises(ConfigError, match=r"layers\.0.* has outputs whose weights are all zero"):
         lora.attach(load(widened_qwen2()), settings(dora=True), [], deepspeed=False)
+    lora.attach(load(widened_qwen2()), settings(dora=False), [], deepspeed=False)
 
 
 # ---- rates
@@ -388,21 +393,42 @@ def test_a_whole_layer_on_a_16_bit_base_is_trained_in_fp32(bases):
     ],
     ids=str,
 )
+@helps("models/lora.py", "name layers in it: {}", "tuner.modules_to_save=[{}]", "tuner.target_modules=all-linear")
+@helps("models/lora.py", "tuner.modules_to_save=[{}] trains both ends as the one matrix they are")
 def test_layers_that_cannot_be_trained_so_are_named(changes, rows, words, bases):
     with pytest.raises(ConfigError) as caught:
         lora.attach(load(bases("tied")), settings(**changes), rows, deepspeed=False)
     assert re.search(words, str(caught.value)), str(caught.value)
+    taken = [way for way in caught.value.fix if way.startswith("tuner.")]
+    assert taken
+    for way in taken:
+        key, _, value = way.split()[0].removeprefix("tuner.").partition("=")
+        given = changes | {key: value.strip("[]").split(",") if value.strip("[]") and "-" not in value else value if "-" in value else []}
+        targets = {"target_modules": ["q_proj"]} if key == "modules_to_save" and "target_modules" in changes else {}
+        lora.attach(load(bases("tied")), settings(**given | targets), rows, deepspeed=False)
+    for inside in [way.partition(": ")[2].split(", ") for way in caught.value.fix if way.startswith("name layers in it")]:
+        lora.attach(
+            load(bases("tied")), settings(modules_to_save=[name for name in inside if name.endswith("proj")][:1]), rows, deepspeed=False
+        )
 
 
+@helps("models/lora.py", "tuner.modules_to_save=[{}] in its place", "train_new_tokens=never")
 def test_rows_and_an_adapter_on_one_table_are_refused(bases):
-    with pytest.raises(ConfigError, match="lm_head would get an adapter and"):
+    with pytest.raises(ConfigError, match="lm_head would get an adapter and") as told:
         lora.attach(load(bases("untied")), settings(target_modules=["q_proj", "lm_head"]), [5], deepspeed=False)
+    assert told.value.fix == ["tuner.modules_to_save=[lm_head] in its place", "train_new_tokens=never"]
+    lora.attach(load(bases("untied")), settings(target_modules=["q_proj"], modules_to_save=["lm_head"]), [5], deepspeed=False)
+    lora.attach(load(bases("untied")), settings(target_modules=["q_proj", "lm_head"]), [], deepspeed=False)  # never finds rows to train
 
 
+@helps("models/lora.py", "tuner=lora")
 def test_a_quantized_layer_is_not_trained_whole(bases):
     model = load_model(bases("tied"), quantization=nf4_config(double_quant=True))
-    with pytest.raises(ConfigError, match="down_proj is quantized"):
+    with pytest.raises(ConfigError, match="down_proj is quantized") as told:
         lora.attach(model, settings("qlora", double_quant=True, modules_to_save=["down_proj"]), [], deepspeed=False)
+    assert told.value.fix == ["tuner.modules_to_save=[]", "tuner=lora"]
+    lora.attach(model, settings("qlora", double_quant=True, modules_to_save=[]), [], deepspeed=False)
+    lora.attach(load(bases("tied")), settings(modules_to_save=["down_proj"]), [], deepspeed=False)
 
 
 # ---- settings that contradict each other
@@ -484,6 +510,7 @@ def test_an_adapter_of_a_resized_vocabulary_is_merged_as_peft_merges_it(case, ba
         assert same_bytes(ours.get(name, ours["model.embed_tokens.weight"]), tensor), name
 
 
+@helps("models/merging.py", "copy the tokenizer that it was trained with into its folder")
 def test_an_adapter_whose_tokenizer_has_more_tokens_than_its_table_is_refused(bases, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
 
@@ -494,3 +521,5 @@ def test_an_adapter_whose_tokenizer_has_more_tokens_than_its_table_is_refused(ba
     tokenizer.save_pretrained(tmp_path / "a")
     assert go(merge, f"outputs={tmp_path}", f"source={tmp_path / 'a'}", f"base={base}", "dry_run=true") == WrongKind.exit_code
     assert "tokenizer has 1025 tokens, its embedding 1024 rows" in capsys.readouterr().err
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "a")
+    assert go(merge, f"outputs={tmp_path}", f"source={tmp_path / 'a'}", f"base={base}", "dry_run=true") == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 import weakref
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import go
+from conftest import go, helps
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from src import data, finetune, merge
 from src.core import artifact, processes
+from src.core.errors import ProofFailed, WrongKind
 from src.models import generation, merging
+from src.models.folder import check_folder
 from src.models.loading import load_any, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,6 +208,7 @@ def test_a_base_without_chatml_grows_by_its_tokens(tied, padded, dataset, tmp_pa
 
 
 @pytest.mark.parametrize("dora", ["false", "true"])
+@helps("merge.py", "tuner=qlora on the unquantized base trains one on NF4, which merges")
 def test_nf4_merges_into_what_it_was_trained_against(dora, dataset, tmp_path):
     """Merged with the dequantized base, the model is the one that was trained; merged with the base's own weights it is another."""
     adapter = tune(tmp_path, dataset, TINY, "tuner=qlora", f"tuner.dora={dora}", "train.max_steps=6")
@@ -271,10 +275,22 @@ def test_a_wrong_tensor_fails_the_proof_and_publishes_nothing(damage, pair, tmp_
     monkeypatch.setattr(merging, "merged_tensors", wrong)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 8
     err = capsys.readouterr().err
-    assert "self-check failed: the merged model's logits differ" in err and "fix:" in err
+    assert "self-check failed: the merged model's logits differ" in err and "fix:" in err and "tolerance=nan" not in err
     assert not list((tmp_path / "m").glob("merge*")), "neither finished nor half-made"
     monkeypatch.setattr(merging, "merged_tensors", true)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 0
+
+
+@helps("merge.py", "dtype=float32 rounds less", "tolerance={} if you accept it")
+def test_each_way_out_of_logits_that_rounding_moved(tmp_path, capsys):
+    base = make_base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    given = [f"outputs={tmp_path}", f"source={adapter}", f"base={base}", "max_loss_change=9"]
+    assert go(merge, *given, "run=m", "tolerance=1e-5") == ProofFailed.exit_code
+    dtype, accepted = re.findall("  (?:fix:  |or:   ) (.*)", capsys.readouterr().err)
+    assert dtype == "dtype=float32 rounds less"
+    assert go(merge, *given, "run=d", "tolerance=1e-5", dtype.split()[0]) == 0
+    assert go(merge, *given, "run=t", accepted.split()[0]) == 0
 
 
 def test_another_tokenizer_in_the_result_fails_the_proof(pair, tmp_path, monkeypatch, capsys):
@@ -311,6 +327,31 @@ def test_adapters_of_other_kinds_are_refused(changes, words, pair, tmp_path, cap
     other = changed(pair[1], tmp_path / "adapter", "adapter_config.json", **changes)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}") == 4
     assert words in capsys.readouterr().err
+
+
+@helps("models/merging.py", "peft's merge_and_unload() merges it; give what it makes to quantize, evaluate and deploy")
+@helps("models/merging.py", "save it with peft's path_initial_model_for_weight_conversion, which makes it one for the base as it was")
+@helps("models/merging.py", "tuner=lora trains one that merges here")  # as all adapters here that merge
+def test_each_way_out_of_an_adapter_that_does_not_merge(tmp_path, capsys):
+    from peft import IA3Config
+
+    base = make_base(tmp_path / "base")
+    load = lambda: AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
+    given = [f"outputs={tmp_path}", f"base={base}", "dry_run=true"]
+    get_peft_model(load(), IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ia3")
+    assert go(merge, *given, f"source={tmp_path / 'ia3'}") == WrongKind.exit_code
+    PeftModel.from_pretrained(load(), tmp_path / "ia3").merge_and_unload().save_pretrained(tmp_path / "whole")
+    assert artifact.open_any(tmp_path / "whole").kind == "model" and check_folder(tmp_path / "whole")
+
+    tuned = get_peft_model(load(), LoraConfig(r=2, init_lora_weights="pissa", target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    tuned.peft_config["default"].init_lora_weights = True
+    tuned.save_pretrained(tmp_path / "begin")
+    tuned.peft_config["default"].init_lora_weights = "pissa"
+    tuned.save_pretrained(tmp_path / "pissa")
+    assert go(merge, *given, f"source={tmp_path / 'pissa'}") == WrongKind.exit_code
+    tuned.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "begin"))
+    assert "peft's merge_and_unload() merges it" in (err := capsys.readouterr().err) and "path_initial_model_for_weight_conversion" in err
+    assert go(merge, *given, f"source={tmp_path / 'plain'}") == 0
 
 
 def test_an_adapter_on_a_gptq_base_is_refused(pair, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
-from conftest import CHAT, ROOT, write_model
+from conftest import CHAT, ROOT, helps, typed, ways, write_model
 
 from src.core import processes
 from src.core.errors import BadData, ConfigError, MissingInput, MissingTool, NoRoom, ToolFailed, Unfinished, WrongKind
@@ -63,10 +64,10 @@ def no_compiler(tmp_path) -> str:
     return f"target.python={sys.executable}"
 
 
-def refused(done: subprocess.CompletedProcess, error: type, *words: str) -> None:
+def refused(done: subprocess.CompletedProcess, error: type, *words: str, way: bool = True) -> None:
     """As conftest's, of what comes after the plan and the progress, which are long where a deploy fails late."""
     at = max(0, done.stderr.rfind(f"{error.title}:"))
-    conftest.refused(subprocess.CompletedProcess(done.args, done.returncode, done.stdout, done.stderr[at:]), error, *words)
+    conftest.refused(subprocess.CompletedProcess(done.args, done.returncode, done.stdout, done.stderr[at:]), error, *words, way=way)
 
 
 def bundle_of(road: Path) -> Path:
@@ -304,10 +305,16 @@ def test_a_job_passes_under_its_own_generation_alone(api, installed, prepared, p
     assert (job.DONE in done.stdout) == (api == installed)
 
 
+@helps("deploy/mobilint/compile.py", "run the same command again: it asks the compiler for its version anew")
+@helps("deploy/mobilint/compile.py", "target.python=ENV/bin/python names the compiler that was meant")
 @pytest.mark.parametrize("api, installed", [("1.1", "1.0"), ("1.1", "1.2"), ("1.2", "1.3"), ("1.3", "1.2"), ("0.12", "0.11")])
 def test_a_job_refuses_another_version_of_its_package(api, installed, prepared, python, tmp_path):
     done = run_job(job_of(api), prepared, tmp_path / "work", python(VERSIONS[installed]))
     assert done.returncode == 1 and done.stderr.startswith(job.OTHER_API)
+    assert (
+        run_job(job_of(installed), prepared, tmp_path / "anew", python(VERSIONS[installed])).returncode == 0
+    )  # asked for its version anew
+    assert run_job(job_of(api), prepared, tmp_path / "meant", python(VERSIONS[api])).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -355,6 +362,12 @@ def test_what_a_job_says_and_leaves(prepared, python, tmp_path):
 # ---- without the compiler, and going on
 
 
+@helps(
+    "deploy/mobilint/toolchain.py",
+    "install the wheel of qbcompiler for {} from https://dl.mobilint.com (free login) into a Python of 3.10 to 3.12, and name it: "
+    "target.python=ENV/bin/python",
+)
+@helps("deploy/mobilint/compile.py", "then run the same command again: it goes on from here")
 def test_without_the_compiler_everything_else_is_made_and_gone_on_with(road, python, no_compiler, call):
     done = call("deploy", *SETTINGS, no_compiler)
     refused(done, Unfinished, "neither qbcompiler nor qubee", "dl.mobilint.com", "target.python=", "docker commit", work_of(road))
@@ -370,6 +383,7 @@ def test_without_the_compiler_everything_else_is_made_and_gone_on_with(road, pyt
     assert files(bundle_of(road)) >= FILES
 
 
+@helps("deploy/mobilint/compile.py", "run it where the compiler is: copy that folder there, `python {}` in it, copy the folder back here")
 def test_a_job_run_by_hand_elsewhere_is_taken(road, python, no_compiler, call):
     given = [*SETTINGS, no_compiler, "target.sdk=1.1"]
     assert call("deploy", *given).returncode == Unfinished.exit_code
@@ -379,6 +393,7 @@ def test_a_job_run_by_hand_elsewhere_is_taken(road, python, no_compiler, call):
     assert "compile.log" not in files(bundle_of(road))
 
 
+@helps("deploy/mobilint/calibration.py", "run the same command again")
 def test_a_damaged_calibration_file_is_made_again(road, python, no_compiler, call):
     call("deploy", *SETTINGS, no_compiler)
     folder = work_of(road) / "calibration"
@@ -445,22 +460,63 @@ def test_killed_outright_and_run_again_in_processes_of_their_own(road, python, c
     ("fault", "error", "words"),
     [
         ("oom", ToolFailed, ["exit code 137", "memory", "target.samples=3"]),
-        ("zeropoint", ToolFailed, ["cannot be quantized", "src.evaluate", "zeropoint=-2147483648"]),
+        ("zeropoint", ToolFailed, ["cannot be quantized", "target.texts=FOLDER", "zeropoint=-2147483648"]),
         ("package", ToolFailed, ["'a_package_the_compiler_needs' is missing", "pip install a_package_the_compiler_needs"]),
         ("keyword", ToolFailed, ["does not know what its API has", "target.sdk=1.0"]),
-        ("cuda", ToolFailed, ["no CUDA", "target.device=cpu", "cuda12.8.1"]),
+        ("cuda", ToolFailed, ["no CUDA", "target.device=cpu"]),
         ("gpu_oom", ToolFailed, ["GPU's memory", "target.device=cpu"]),
         ("transformers", ToolFailed, ["transformers==4.57.1"]),
         ("disk", NoRoom, ["disk is full", "outputs="]),
-        ("crash", ToolFailed, ["exit code 1", "something new", "read the log"]),
+        ("crash", ToolFailed, ["exit code 1", "something new"]),
         ("no_file", ToolFailed, ["made no llama-w8.mxq"]),
         ("small", ToolFailed, ["llama-w8.mxq has 1.0 kB", "weights alone are"]),
     ],
 )
 def test_each_failure_has_its_message(fault, error, words, road, python, call):
     done = call("deploy", *SETTINGS, f"target.python={python('1.1.2', fault)}")
-    refused(done, error, *words, work_of(road))
+    refused(done, error, *words, work_of(road), way=fault not in ("crash", "no_file"))
     assert not bundle_of(road).exists() and (work_of(road) / "embedding.pt").is_file()
+
+
+@helps("deploy/mobilint/compile.py", "target.samples={} target.max_tokens={} calibrates on less", "target.weight_type=w8", "target.sdk={}")
+@helps(
+    "deploy/mobilint/compile.py",
+    "target.max_tokens={} calibrates on shorter sequences",
+    "target.device=cpu",
+    "pip install {} in that environment",
+)
+@helps(
+    "deploy/mobilint/compile.py", "target.python=ENV/bin/python names another one", "pip install transformers==4.57.1 in that environment"
+)
+@helps("deploy/mobilint/compile.py", "free space and remove {}, then run the same command again: it compiles anew")
+@helps("deploy/mobilint/plan.py", "target.languages=[en] target.texts=FOLDER calibrates on text of yours")
+@pytest.mark.parametrize(
+    ("fault", "settings"),
+    [
+        ("oom", []),
+        ("zeropoint", ["target.weight_type=w4"]),
+        ("keyword", []),
+        ("gpu_oom", []),
+        ("package", []),
+        ("transformers", []),
+        ("small", []),
+    ],
+)
+def test_each_way_out_of_a_failure(fault, settings, road, python, call, tmp_path):
+    """A stand-in without the fault is the compiler where it was mended, and another one. Only what a way out names changes, up to the compile."""
+    told = call("deploy", *SETTINGS, *settings, f"target.python={python('1.1.2', fault)}")
+    given = {"target.texts=FOLDER": [f"target.texts={texts(tmp_path / 'texts', en=SENTENCE * 200)}"]}
+    assert ways(told)
+    for way in ways(told):
+        more = [text for words, added in given.items() if words in way for text in added]
+        keys = {text.partition("=")[0] for text in typed(way)}
+        stays = [text for text in settings if text.partition("=")[0] not in keys]
+        done = call("deploy", *SETTINGS, *stays, *typed(way), *more, f"target.python={python('1.1.2')}", "dry_run=true")
+        assert done.returncode == 0, f"{way}: {done.stderr}"
+    for file in work_of(road).glob("*.mxq"):
+        file.unlink()
+    done = call("deploy", *SETTINGS, *settings, f"target.python={python('1.1.2')}")
+    assert done.returncode == 0, done.stderr
 
 
 def rotation(work: Path, matrix, name: str = "model") -> None:
@@ -499,6 +555,8 @@ def test_a_table_is_rotated_some_rows_at_a_time_as_it_would_be_at_once(monkeypat
     assert torch.equal(runtime.rotate(table, matrix, 4), (table.double() @ matrix.double()).bfloat16())
 
 
+@helps("deploy/mobilint/runtime.py", "remove {}, then run the same command again: it compiles anew")
+@helps("deploy/mobilint/runtime.py", "target.weight_type=w8 with qbcompiler 1.2 or older, which rotates nothing")
 def test_a_rotation_that_is_none_stops_the_deploy(road, python, call):
     rotation_of_another_compile = work_of(road) / "spinWeight" / "old" / "R1" / "global_rotation.pth"
     call("deploy", *SETTINGS, "target.weight_type=w4", f"target.python={python('1.1.2', 'oom')}")
@@ -507,6 +565,13 @@ def test_a_rotation_that_is_none_stops_the_deploy(road, python, call):
     done = call("deploy", *SETTINGS, "target.weight_type=w4", f"target.python={python('1.1.2', 'no_rotation')}")
     refused(done, ToolFailed, "0 are there", "target.weight_type=w8")
     assert not bundle_of(road).exists()
+    again = [*SETTINGS, "target.weight_type=w4", f"target.python={python('1.1.2')}"]
+    refused(call("deploy", *again), ToolFailed, "0 are there")  # what was compiled is kept
+    Path(re.search("remove (.*), then run", ways(done)[0])[1]).unlink()
+    assert call("deploy", *again).returncode == 0
+    assert (
+        call("deploy", *SETTINGS, *typed(ways(done)[1]), f"target.python={python('1.2.0')}", "dry_run=true", "force=true").returncode == 0
+    )
 
 
 def test_a_gpu_that_is_not_there(road, python, call):
@@ -566,6 +631,7 @@ def test_a_plan_says_everything_and_makes_nothing(road, python, call):
         (["target.weight_type=w2"], ConfigError, ["target.weight_type=w2"]),
     ],
 )
+@helps("deploy/mobilint/toolchain.py", "target.python=ENV/bin/python names the one that has Mobilint's compiler")  # as in the tests above
 def test_wrong_settings_are_refused(settings, error, words, road, call):
     refused(call("deploy", *SETTINGS, *settings), error, *words)
 
@@ -586,8 +652,25 @@ def test_wrong_settings_are_refused(settings, error, words, road, call):
         ("1.1.2", ["target.sdk=0.12"], ["API 0.12 is that of qubee, but qbcompiler 1.1.2 is installed"]),
     ],
 )
+@helps(
+    "deploy/mobilint/toolchain.py",
+    "install {} {} or older",
+    "install a newer compiler",
+    "target.sdk={} takes it for that one, unchecked",
+    "target.sdk=auto",
+)
+@helps("deploy/mobilint/toolchain.py", "target.python=ENV/bin/python names the other compiler")
+@helps("deploy/mobilint/plan.py", "install qbcompiler {}, the wheel for {}", "target=mobilint_aries", "target.weight_type={}")
 def test_a_compiler_that_cannot_do_it_is_refused(version, settings, words, road, python, call):
-    refused(call("deploy", *SETTINGS, f"target.python={python(version)}", *settings), ConfigError, *words)
+    told = call("deploy", *SETTINGS, f"target.python={python(version)}", *settings)
+    refused(told, ConfigError, *words)
+    for way in ways(told):
+        installed = re.search(r"qbcompiler (\d\.\d)|qubee", way) or "newer compiler" in way or "other compiler" in way
+        other = {"0.12.0.0": "1.1.2", "0.9.1": "0.12.0.0", "1.1.2": "0.12.0.0"}.get(version, "1.3.0")
+        keys = {text.partition("=")[0] for text in typed(way)}
+        stays = [text for text in settings if text.partition("=")[0] not in keys | {"dry_run"}] if "target=" not in way else []
+        done = call("deploy", *SETTINGS, f"target.python={python(other if installed else version)}", *stays, *typed(way), "dry_run=true")
+        assert done.returncode == 0, f"{way}: {done.stderr}"
 
 
 def test_another_api_than_the_version_has_can_be_asked_for(road, python, call):
@@ -647,6 +730,11 @@ def docker(tmp_path):
     return make
 
 
+@helps(
+    "deploy/mobilint/toolchain.py",
+    "start a container of mobilint/qbcompiler:1.0-cuda12.8.1-ubuntu22.04 (or 1.0-cpu-ubuntu22.04), pip install the wheel in it, keep it with "
+    "`docker commit`, and name the image: target.image=NAME",
+)
 def test_in_a_container(road, python, docker, call, monkeypatch):
     env, log = docker({"mine:1.1": python("1.1.2")})
     for key, value in env.items():
@@ -750,17 +838,28 @@ def test_no_sequence_comes_twice_where_nothing_can_be_joined(tmp_path, capsys):
     assert len(found) == 3 and "It makes 3 different sequences of at least 16 tokens, 10 were asked for" in capsys.readouterr().err
 
 
+@helps(
+    "deploy/mobilint/calibration.py",
+    "run the command that made the dataset again with data.calib=0.2 force=true, or with more records",
+    "target.min_tokens={}",
+)
 def test_a_split_too_small_for_one_sequence_is_refused(tmp_path):
     path = conversations(tmp_path / "c.jsonl", "Hi")
     with pytest.raises(BadData, match="makes no sequence of 512") as caught:
         calibration.from_conversations(path, load_tokenizer(CHAT), 512, 2048, 10)
     assert any("data.calib" in way for way in caught.value.fix) and any("target.languages" in way for way in caught.value.fix)
+    low = int(caught.value.fix[1].removeprefix("target.min_tokens="))
+    assert calibration.from_conversations(path, load_tokenizer(CHAT), low, 2048, 10)[0]
+    more = conversations(tmp_path / "more.jsonl", *(f"Hi, it is {n} o'clock. " * 40 for n in range(10)))
+    assert calibration.from_conversations(more, load_tokenizer(CHAT), 512, 2048, 1)[0]
 
 
 def test_an_empty_calib_split_is_refused_early(road, call, tmp_path):
     dataset = road / "empty"
     assert call("data", "run=empty", "data.calib=0", "data.val=0.1").returncode == 0
-    refused(call("deploy", *SETTINGS, f"dataset={dataset / 'data'}"), MissingInput, "calib split is empty", "data.calib=0.1")
+    refused(call("deploy", *SETTINGS, f"dataset={dataset / 'data'}"), MissingInput, "calib split is empty", "data.calib=0.1 force=true")
+    assert call("data", "run=empty", "data.calib=0.1", "data.val=0.1", "force=true").returncode == 0
+    assert call("deploy", *SETTINGS, f"dataset={dataset / 'data'}", "dry_run=true").returncode == 0
 
 
 def texts(folder: Path, **content: str) -> Path:
@@ -800,14 +899,24 @@ def test_texts_are_taken_as_the_tokenizer_takes_them(tmp_path):
 @pytest.mark.parametrize(
     ("content", "error", "words"),
     [
-        ({"en": "Too short."}, BadData, ["makes 0 sequences of at least 64 tokens", "more text", "target.min_tokens=16"]),
+        ({"en": "Too short."}, BadData, ["makes 0 sequences of at least 64 tokens", "more text"]),
         ({"ko": "x"}, MissingInput, ["no text to calibrate on for 'en'"]),
         ({"en": ""}, BadData, ["text is empty"]),
     ],
 )
+@helps(
+    "deploy/mobilint/plan.py",
+    "put UTF-8 text there, or {}.jsonl with a text a record, or leave '{}' out of target.languages",
+    "put UTF-8 text into it",
+)
+@helps("deploy/mobilint/calibration.py", "more text")
 def test_texts_that_will_not_do_are_refused(content, error, words, road, no_compiler, call, tmp_path):
     folder = texts(tmp_path / "texts", **content)
-    refused(call("deploy", *SETTINGS, "target.languages=[en]", f"target.texts={folder}", no_compiler), error, *words)
+    given = ["target.languages=[en]", f"target.texts={folder}", no_compiler]
+    told = call("deploy", *SETTINGS, *given)
+    refused(told, error, *words)
+    (folder / "en.txt").write_text(SENTENCE * 200)
+    refused(call("deploy", *SETTINGS, *given), Unfinished, "neither qbcompiler nor qubee")
 
 
 SENTENCE = "The cat sat on the mat, and it was warm there.\n"
@@ -836,6 +945,8 @@ def test_a_language_with_little_text_gives_its_even_share_in_shorter_sequences(t
     assert counts["en"] == counts["de"] == 5 and min(lengths["en"]) > 400 and all(64 <= n <= 512 for n in lengths["de"])
 
 
+@helps("deploy/mobilint/calibration.py", 'one record a line: {"text": "..."}')
+@helps("deploy/mobilint/plan.py", "remove one of the two")
 def test_a_records_file_that_is_none_is_refused(tmp_path):
     folder = texts(tmp_path / "texts")
     (folder / "en.jsonl").write_text('{"text": "a"}\n{"words": 1}\n')
@@ -844,13 +955,29 @@ def test_a_records_file_that_is_none_is_refused(tmp_path):
     (folder / "en.txt").write_text("x")
     with pytest.raises(BadData, match=r"two texts for 'en', en\.jsonl and en\.txt"):
         calibration.from_texts(folder, ("en",), load_tokenizer(CHAT), 16, 64, 2)
+    (folder / "en.txt").unlink()
+    (folder / "en.jsonl").write_text(json.dumps({"text": SENTENCE * 20}) + "\n")
+    assert len(calibration.from_texts(folder, ("en",), load_tokenizer(CHAT), 16, 64, 2)[0]) == 2
 
 
+@helps("deploy/mobilint/calibration.py", "save it as UTF-8")
 def test_text_that_is_not_utf8(tmp_path):
     folder = texts(tmp_path / "texts")
     (folder / "en.txt").write_bytes(b"caf\xe9 " * 500)
     with pytest.raises(BadData, match="not UTF-8"):
         calibration.from_texts(folder, ("en",), load_tokenizer(CHAT), 16, 64, 2)
+    (folder / "en.txt").write_text((folder / "en.txt").read_text("latin-1"), "utf-8")
+    assert len(calibration.from_texts(folder, ("en",), load_tokenizer(CHAT), 16, 64, 2)[0]) == 2
+
+
+@helps("deploy/mobilint/calibration.py", "target.samples={}", "target.min_tokens={}")
+def test_fewer_or_shorter_sequences_of_a_text_that_is_too_short(tmp_path):
+    tokenizer, folder = load_tokenizer(CHAT), texts(tmp_path / "texts", en=SENTENCE * 6)
+    with pytest.raises(BadData, match="are wanted of 'en'") as told:
+        calibration.from_texts(folder, ("en",), tokenizer, 64, 128, 4)
+    samples, low = (int(way.partition("=")[2]) for way in told.value.fix[1:])
+    assert len(calibration.from_texts(folder, ("en",), tokenizer, 64, 128, samples)[0]) == samples
+    assert len(calibration.from_texts(folder, ("en",), tokenizer, low, 128, 4)[0]) == 4
 
 
 # ---- for transformers 4

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import helps
 
 from src.core import processes
-from src.core.errors import MissingInput, WrongKind
+from src.core.errors import MissingInput, MissingTool, UserError, WrongKind, using
 from src.core.files import read_json
 from src.core.processes import silenced
 from src.models import generation
@@ -41,9 +42,15 @@ def test_a_hub_id_is_found_in_the_cache(hub):
     "name, words",
     [("someone/other", "hub"), ("./nowhere", "no such model folder"), ("a/b/c", "no such model folder"), ("tiny", "no such model folder")],
 )
+@helps("models/folder.py", "hf download {} fetches it, or says why it cannot", "give the folder of a model on this machine")
+@helps("models/folder.py", "give a folder that holds config.json, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
 def test_a_model_that_is_nowhere_is_the_users_error(hub, name, words):
     with pytest.raises(MissingInput, match=words):
         locate(name)
+    assert locate(str(ASSETS / "tiny-chat")) == ASSETS / "tiny-chat" and locate("someone/tiny")
+    if name == "someone/other":  # what `hf download` leaves behind
+        shutil.copytree(hub, hub.with_name("models--someone--other"))
+        assert locate(name).name == COMMIT
 
 
 def test_a_folder_beats_a_hub_id_of_the_same_name(hub, tmp_path, monkeypatch):
@@ -68,13 +75,19 @@ def test_pickles_and_custom_code_are_refused_unless_asked_for(folder):
         check_folder(folder, allow_pickle=True)
 
 
+@helps(
+    "models/folder.py", "git lfs pull, in that folder", "copy model.safetensors into it, or its shards with model.safetensors.index.json"
+)
 def test_lfs_pointers_and_missing_shards_are_named(folder):
+    whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(LFS + b"\noid sha256:00\nsize 1\n")
     with pytest.raises(MissingInput, match="LFS pointer"):
         check_folder(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(MissingInput, match="no weights"):
         check_folder(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    check_folder(folder)
 
 
 def test_a_grown_vocabulary_starts_at_the_mean(folder):
@@ -103,10 +116,27 @@ def test_greedy_answers_do_not_depend_on_the_batch(folder):
     assert generation.greedy(model, tokenizer, prompts[:1], max_new_tokens=2, eos_id=end)[0][1] is False
 
 
+@helps("core/errors.py", "free memory or add swap, then run the same command again")
 def test_a_fresh_process_shares_nothing_and_hands_errors_back():
+    with pytest.raises(UserError, match="was killed"):
+        processes.fresh(os._exit, 9)
     assert processes.fresh(len, [1, 2, 3]) == 3
     with pytest.raises(MissingInput, match="no such file"):
         processes.fresh(read_json, Path("/nowhere/config.json"))
+
+
+@helps("core/errors.py", "pip install {}")
+def test_a_package_that_a_library_lacks_is_named(tmp_path, monkeypatch):
+    def work() -> None:
+        with using("the tokenizer", "model"):
+            import a_package_that_is_not_here  # noqa: F401
+
+    with pytest.raises(MissingTool) as told:
+        work()
+    assert told.value.fix == ["pip install a_package_that_is_not_here"]
+    (tmp_path / "a_package_that_is_not_here.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    work()
 
 
 def test_silenced_output_is_shown_only_when_something_fails(capfd):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import FEW, ROOT, process, refused, to_its_end, write_model
+from conftest import FEW, ROOT, helps, process, refused, to_its_end, ways, write_model
 
 from src.core.artifact import open_artifact
 from src.core.errors import ConfigError, Moved
@@ -36,6 +37,21 @@ def mine(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("three years")
     return folder / "thesis.txt"
+
+
+@helps("core/artifact.py", "move it elsewhere", "force=true removes it")
+@helps("core/stage.py", "{} leaves it alone")
+@pytest.mark.parametrize("name", ["data", "data.partial"])
+def test_each_way_out_of_a_folder_in_the_way(make, place, tmp_path, name):
+    file = mine(place.with_name(name))
+    told = make()
+    refused(told, Moved, "move it elsewhere", "force=true removes it")
+    assert make(ways(told)[2].removesuffix(" leaves it alone")).returncode == 0 and file.is_file()
+    place.with_name(name).rename(tmp_path / "elsewhere")
+    assert make().returncode == 0
+    shutil.rmtree(place)
+    (tmp_path / "elsewhere").rename(place.with_name(name))
+    assert make("force=true").returncode == 0 and open_artifact(place)
 
 
 @pytest.mark.parametrize("dry", [[], ["dry_run=true"]])
@@ -124,7 +140,15 @@ def workers_of(launcher: int) -> list[psutil.Process]:
 @pytest.fixture
 def two(eighty, tmp_path) -> list[str]:
     argv = [f"outputs={tmp_path}", f"source={eighty}", f"model.path={write_model(tmp_path / 'model')}", "launch.nproc_per_node=2"]
-    return [*argv, "tuner=full", "train.log_steps=1", "train.checkpoint_steps=2", "train.eval_steps=1000", "train.samples=0", "max_loss_change=1"]
+    return [
+        *argv,
+        "tuner=full",
+        "train.log_steps=1",
+        "train.checkpoint_steps=2",
+        "train.eval_steps=1000",
+        "train.samples=0",
+        "max_loss_change=1",
+    ]
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHAT, ROOT, in_process, refused, write_model
+from conftest import CHAT, ROOT, helps, in_process, refused, typed, ways, write_model
 
 from src.core.errors import ConfigError, Moved, NoRoom, ProofFailed, ToolFailed, Unfinished, WrongKind
 from src.deploy.openvino import exporter, proof, recipe
@@ -137,29 +139,35 @@ def test_settings_that_contradict_the_model_or_the_device_are_refused(deploy, ti
         tmp_path / "odd",
     )
     other = write_model(tmp_path / "other", model_type="persimmonx")
-    refused(deploy(other), WrongKind, "persimmonx")
+    refused(deploy(other), WrongKind, "persimmonx", way=False)
 
 
 def test_a_quantized_model_is_refused(call, road):
     done = call("deploy", "run=a", f"source={road / 'a' / 'quantize'}", "target=openvino_cpu")
-    refused(done, WrongKind, "takes model, not quantized", "source=RUN/merge")
+    refused(done, WrongKind, "takes model, not quantized", f"give {road / 'a' / 'merge'}, which it was made from")
 
 
 # ---- without the exporter, and with a stand-in for it
 
 
+@helps("deploy/openvino/__init__.py", "bash scripts/openvino_env.sh {}, two minutes and 1.4 GB; then the same command goes on from here")
+@helps("deploy/openvino/__init__.py", "target.environment=FOLDER names one that has them")
 def test_without_the_exporter_all_else_is_made_and_the_next_run_goes_on(call, deploy, tiny_model, tmp_path):
     model = tiny_model()
     bare = make(tmp_path / "bare", without="optimum_intel")
     for folder, words in ((tmp_path / "nowhere", "lacks openvino, "), (bare, "lacks optimum_intel")):
         done = deploy(model, f"target.environment={folder}")
-        refused(done, Unfinished, words, "bash scripts/openvino_env.sh", "goes on from here")
+        refused(done, Unfinished, words, "bash scripts/openvino_env.sh", "target.environment=FOLDER")
     partial = tmp_path / "outputs" / "o" / "deploy-openvino_cpu.partial"
     assert {"README.md", "run.py"} <= {file.name for file in partial.iterdir()}
     assert not (tmp_path / "outputs" / "o" / "deploy-openvino_cpu").exists()
     done = deploy(model, fault="killed")
     refused(done, ToolFailed, "lack of memory")
     assert "clearing" not in done.stderr  # the environment is no part of what a bundle is
+    asked = deploy(model, f"target.environment={tmp_path / 'nowhere'}")
+    assert f"bash scripts/openvino_env.sh {tmp_path / 'nowhere'}, two minutes" in asked.stderr
+    make(tmp_path / "nowhere")  # what the script makes
+    assert deploy(model, f"target.environment={tmp_path / 'nowhere'}").returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -219,33 +227,60 @@ def test_a_copy_of_a_bundle_verifies_and_a_changed_byte_does_not(bundle, call, t
     assert call("lineage", copy, "--verify").returncode == 9
 
 
-@pytest.mark.parametrize(
-    ("fault", "error", "words"),
-    [
-        ("killed", ToolFailed, ["lack of memory", "exit code 137"]),
-        ("torchvision", ToolFailed, ["torchvision that does not go with its torch", "pip uninstall torchvision"]),
-        ("family", ToolFailed, ["does not know the model family 'ministral9'"]),
-        ("group", ToolFailed, ["rows of 64, 172", "target.group_size=-1"]),
-        ("disk", NoRoom, ["out of disk", "free space"]),
-        ("broken", ToolFailed, ["not whole", "bash scripts/openvino_env.sh"]),
-        ("no_tokenizer", ProofFailed, ["did not convert this model's tokenizer", "FunnyTokenizer"]),
-        ("ids", ProofFailed, ["the board's tokenizer file", "token 5 of 'code'"]),
-        ("template", ProofFailed, ["renders the model's chat template otherwise", "system"]),
-        ("garbage", ProofFailed, ["agree with transformers on"]),
-        ("short", ProofFailed, ["answer of 2 tokens does not end where"]),
-    ],
-)
-def test_each_known_failure_has_its_message_and_publishes_nothing(deploy, tiny_model, tmp_path, fault, error, words):
-    refused(deploy(tiny_model(), fault=fault), error, *words)
+FAULTS = {
+    "killed": (ToolFailed, ["lack of memory", "exit code 137"]),
+    "torchvision": (ToolFailed, ["torchvision that does not go with its torch", "pip uninstall torchvision"]),
+    "family": (ToolFailed, ["does not know the model family 'ministral9'"]),
+    "group": (ToolFailed, ["rows of 64, 172", "target.group_size=-1"]),
+    "disk": (NoRoom, ["out of disk", "free space"]),
+    "broken": (ToolFailed, ["not whole", "bash scripts/openvino_env.sh NEW_FOLDER"]),
+    "no_tokenizer": (ProofFailed, ["did not convert this model's tokenizer", "FunnyTokenizer"]),
+    "ids": (ProofFailed, ["the board's tokenizer file", "token 5 of 'code'"]),
+    "template": (ProofFailed, ["renders the model's chat template otherwise", "system"]),
+    "garbage": (ProofFailed, ["agree with transformers on"]),
+    "short": (ProofFailed, ["answer of 2 tokens does not end where"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_known_failure_has_its_message_and_publishes_nothing(deploy, tiny_model, tmp_path, fault):
+    error, words = FAULTS[fault]
+    refused(deploy(tiny_model(), fault=fault), error, *words, way=fault not in ("no_tokenizer", "ids", "template"))
     assert not (tmp_path / "outputs" / "o" / "deploy-openvino_cpu").exists()
+
+
+@helps("deploy/openvino/exporter.py", "pip uninstall torchvision there: language models do not need it", "target.group_size=-1")
+@helps("deploy/openvino/exporter.py", "bash scripts/openvino_env.sh NEW_FOLDER, then target.environment=NEW_FOLDER")
+@helps("deploy/openvino/exporter.py", "a newer exporter in an environment of your own: target.environment=FOLDER")
+@helps("deploy/openvino/proof.py", "put every token that ends a turn into eos_token_id of the model's generation_config.json")
+@helps("deploy/openvino/proof.py", "target.weight_type=int8", "target.weight_type=int8 loses less")
+@pytest.mark.parametrize(
+    "fault", ["family", "torchvision", *(pytest.param(f, marks=pytest.mark.slow) for f in ("group", "short", "garbage"))]
+)
+def test_each_way_out_of_a_known_failure(deploy, tiny_model, environment, tmp_path, fault):
+    """The stand-in without its fault is the tool where it was mended and, behind a link, another environment."""
+    model, narrow = tiny_model(), ["target.weight_type=int4"] if fault == "garbage" else []
+    told = deploy(model, *narrow, fault=fault)
+    (tmp_path / "new").symlink_to(environment)
+    for at, way in enumerate(ways(told)[-1:]):
+        elsewhere = [f"target.environment={tmp_path / 'new'}"] if "target.environment" in way else []
+        done = deploy(model, f"run=o{at}", *typed(way), *elsewhere)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
     [("other", "nobody has seen"), ("empty", "did not write openvino_model.bin"), ("crash", "src/core/src/model.cpp")],
 )
+@helps("deploy/openvino/exporter.py", "the log has all that it said; its first line is the command, which can be run by hand")
 def test_an_unknown_failure_shows_the_tool_s_last_lines_and_where_its_log_is(deploy, tiny_model, fault, words):
-    refused_at_length(deploy(tiny_model(), fault=fault), words, ".log", "its first line is the command")
+    done = deploy(tiny_model(), fault=fault)
+    refused_at_length(done, words, ".log", "its first line is the command")
+    log = Path(re.search(r"where: (\S+\.log)", done.stderr)[1])
+    command = log.read_text().splitlines()[0].removeprefix("$ ")
+    scratch = {**os.environ, "TMPDIR": str(log.parent)}
+    by_hand = subprocess.run(command, shell=True, cwd=log.parent, capture_output=True, text=True, env=scratch)
+    assert fault != "other" or words in by_hand.stdout + by_hand.stderr
 
 
 def test_an_export_that_ended_well_is_not_repeated(deploy, tiny_model):

@@ -8,7 +8,7 @@ import types
 
 import published
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT, helps, refused, ways
 from published import MODELS, rates, target
 from test_structure import WATCH, loaded_by
 
@@ -515,12 +515,15 @@ def test_where_nothing_helps_that_is_said(tmp_path, call):
     assert "way out: a smaller model" in said and "or:" not in said
 
 
+@helps("deploy/preflight.py", " if your board has so much")
 def test_deploy_offers_the_same_ways(tmp_path):
     from src.deploy import preflight
 
     with pytest.raises(ConfigError) as caught:
         preflight.check_fit(MODELS["Qwen2.5-7B"], target("target=ax650"))
     assert caught.value.fix == ["target.weight_type=s4", "target.board.npu_memory=9.3 if your board has so much"]
+    for way in caught.value.fix:
+        preflight.check_fit(MODELS["Qwen2.5-7B"], target(f"target=ax650 {way.split()[0]}"))
 
 
 # ---- what deploy refuses
@@ -639,14 +642,80 @@ def test_every_target_can_be_planned_for(name, tiny_model, call):
     assert ("decode: not known" in done.stdout) == (name in ("openvino_npu", "openvino_cpu", "llama2c"))
 
 
+@helps("sizing/chart.py", "plot={}")
 def test_the_picture_is_a_png_or_nothing(tiny_model, call, tmp_path):
     folder, file = tiny_model(), tmp_path / "pictures" / "plan.png"
     done = call("plan", f"model={folder}", f"plot={file}", *SHORT)
     assert done.returncode == 0 and file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n"), done.stderr
     assert [p.name for p in file.parent.iterdir()] == ["plan.png"] and f"drew {file}" in done.stderr
-    refused(call("plan", f"model={folder}", f"plot={tmp_path / 'plan.jpg'}", *SHORT), ConfigError, "plan.png")
+    told = call("plan", f"model={folder}", f"plot={tmp_path / 'plan.jpg'}", *SHORT)
+    refused(told, ConfigError, "plan.png")
+    assert call("plan", f"model={folder}", ways(told)[0], *SHORT).returncode == 0
     (tmp_path / "file").write_text("")
     refused(call("plan", f"model={folder}", f"plot={tmp_path / 'file' / 'plan.png'}", *SHORT), NoRoom)
+
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    **dict.fromkeys(("hidden_size", "intermediate_size"), 320),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_hidden_layers"), 4),
+    **{"vocab_size": 1000, "max_position_embeddings": 8192},
+}
+GPTQ = {"quant_method": "gptq", "bits": 4, "sym": True, "group_size": 128}
+
+
+@helps("sizing/takes.py", "target.context_len={} target.prompt_len={} target.prefill_chunk={}", "target.weight_type=auto", "target=ax650")
+@helps("sizing/takes.py", "target.model_type=llama, if it is a Llama in all but name", "target.context_len={}", "target={}")
+@helps("sizing/takes.py", "target.context_len={} target.prompt_len={}", "target.group_size={}", "target=openvino_cpu")
+@pytest.mark.parametrize(
+    "changes, argv",
+    [
+        ({"max_position_embeddings": 1024}, ["target=ax650", "target.context_len=2047"]),
+        ({"quantization_config": GPTQ}, ["target=ax650", "target.weight_type=s8"]),
+        (
+            {"quantization_config": GPTQ, "max_position_embeddings": 1024},
+            ["target=ax650", "target.weight_type=s8", "target.context_len=2047"],
+        ),
+        ({"model_type": "olmo"}, ["target=ax650"]),
+        ({"model_type": "smollm3"}, ["target=ax630c"]),
+        ({"model_type": "gemma2"}, ["target=mobilint_aries"]),
+        ({"max_position_embeddings": 1024}, ["target=mobilint_aries", "target.context_len=4096"]),
+        ({"model_type": "hunyuan_v1_dense"}, ["target=mobilint_regulus"]),
+        ({"model_type": "minicpm5"}, ["target=openvino_cpu"]),
+        ({"max_position_embeddings": 1024}, ["target=openvino_npu", "target.context_len=2048"]),
+        ({}, ["target=openvino_npu", "target.group_size=128"]),
+        ({"model_type": "qwen2"}, ["target=llama2c"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ["target=llama2c"]),
+        ({"hidden_act": "gelu"}, ["target=llama2c"]),
+        ({"attention_bias": True}, ["target=llama2c"]),
+        ({"head_dim": 96}, ["target=llama2c"]),
+    ],
+)
+def test_each_way_out_of_a_target_that_does_not_go_with_the_model(changes, argv, call, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
+    told = call("plan", f"model={tmp_path}", *argv)
+    assert told.returncode in (ConfigError.exit_code, WrongKind.exit_code) and "Traceback" not in told.stderr, told.stderr
+    assert ways(told) or "minicpm5" in changes.values(), told.stderr
+    for way in ways(told):
+        typed = way.partition(",")[0].split()
+        stays = [text for text in argv if text.partition("=")[0] not in {word.partition("=")[0] for word in typed}]
+        done = call("plan", f"model={tmp_path}", *(stays if "target=" not in way else []), *typed)
+        assert done.returncode == 0, f"{way}: {done.stderr}"
+
+
+@helps("sizing/takes.py", "give the model that it was quantized from", "quantize that one with quantizer=gptq_int4")
+@pytest.mark.parametrize(
+    "board, block", [("ax650", {"quant_method": "awq", "bits": 4}), ("openvino_cpu", GPTQ), ("mobilint_aries", GPTQ), ("llama2c", GPTQ)]
+)
+def test_each_way_out_of_a_quantized_model_that_a_target_does_not_take(board, block, call, tmp_path):
+    def planned(**changes):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
+        return call("plan", f"model={tmp_path}", f"target={board}")
+
+    refused(planned(quantization_config=block), WrongKind, "give the model that it was quantized from")
+    assert planned().returncode == 0
+    assert board != "ax650" or planned(quantization_config=GPTQ).returncode == 0
 
 
 def test_several_are_compared_in_a_table(seven, tiny_model, call):
@@ -673,15 +742,26 @@ def test_a_row_of_the_table_is_what_the_plan_alone_says(seven, call):
     )
 
 
+@helps("plan/__main__.py", "name one model, and one target or one GPU")
+@helps("plan/gpus.py", "leave it out: the plan then lacks the memory of these layers")
 def test_settings_without_effect_are_not_passed_over(seven, call):
     done = call("plan", f"model={seven}", "target=ax650", "tuner=qlora", "gpus=2")
     assert done.returncode == 0 and "tuner=qlora gpus=2: of training, and so without effect on ax650" in done.stderr
     both = call("plan", f"model={seven}", "target=ax650", "gpu=t4")  # neither hides the other
     assert both.returncode == 0 and len(both.stdout.splitlines()) == 6
     refused(call("plan", f"model={seven}", "target=[ax650,ax630c]", "plot=a.png"), ConfigError, "a picture is of one plan")
+    assert call("plan", f"model={seven}", "target=ax650", "plot=a.png", "dry_run=true").returncode == 0
+    layers = ["gpu=a100_80g", "tuner.modules_to_save=[embed_tokens,up_proj]"]
+    refused(call("plan", f"model={seven}", *layers), ConfigError, "tuner.modules_to_save=up_proj: the plan knows", "leave it out")
+    assert call("plan", f"model={seven}", layers[0], "tuner.modules_to_save=[embed_tokens]").returncode == 0
     refused(call("deploy", "target=[ax650,ax630c]"), ConfigError, "one target at a time", "target=ax650")
 
 
+@helps(
+    "sizing/config_reader.py",
+    "give a model folder, or the path of its config.json",
+    "give the model that it was trained on, or the merged one",
+)
 def test_a_hub_id_is_found_as_finetune_finds_it(call, tmp_path, monkeypatch):
     """In the hub's cache on disk, by its own client; of a model that is not there the reason is told as by finetune."""
     repo = tmp_path / "hub" / "models--Qwen--Qwen2.5-7B-Instruct"
@@ -697,6 +777,17 @@ def test_a_hub_id_is_found_as_finetune_finds_it(call, tmp_path, monkeypatch):
     refused(call("plan", "model=Qwen/nothing", "dry_run=true"), MissingInput, "the hub did not give a model of that name")
     refused(call("plan", "model=Qwen/Qwen2.5-7B-Instruct", "revision=v9", "dry_run=true"), MissingInput, "the hub did not give")
     refused(call("plan", "model=a/b/c"), MissingInput, "hub id")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SEVEN))
+    for wrong, error, way in (
+        ("empty", MissingInput, "give a model folder, or the path of its config.json"),
+        ("adapter", WrongKind, "give the model that it was trained on, or the merged one"),
+    ):
+        refused(call("plan", f"model={tmp_path / wrong}", "target=ax650"), error, way)
+        assert all(call("plan", f"model={model}", "target=ax650").returncode == 0 for model in (tmp_path, file))
 
 
 def test_faults_of_the_command_line(tiny_model, call, tmp_path):

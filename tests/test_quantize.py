@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import go
+from conftest import go, helps
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from src import data, evaluate, finetune, merge, quantize
 from src.core import artifact
 from src.core.compose import compose
-from src.core.errors import ConfigError, ProofFailed
-from src.models import fidelity
+from src.core.errors import ConfigError, MissingTool, ProofFailed
+from src.models import fidelity, loading
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, QuantizeVerb
 from src.training import session
@@ -72,6 +72,7 @@ def int4(here):
     return artifact.open_artifact(here / "int4" / "quantize")
 
 
+@helps("quantize.py", "quantizer=gptq_int8 loses less")
 def test_it_loads_in_plain_transformers_and_speaks_like_its_source(made, here):
     bits, made = made
     model = AutoModelForCausalLM.from_pretrained(made.path, local_files_only=True).eval()
@@ -238,15 +239,30 @@ def test_lora_that_is_not_qlora_is_refused_on_a_gptq_base(int4, here, capsys):
     assert "tuner=qlora trains adapters on a GPTQ base" in capsys.readouterr().err
 
 
+@helps("merge.py", "python -m src.evaluate source={} measures it as it is")
 def test_such_an_adapter_is_not_merged_but_measured(on_gptq, here, capsys):
     assert go(merge, f"outputs={here}", "run=q") == 4
-    assert "no whole weights to merge into" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "no whole weights to merge into" in err and f"python -m src.evaluate source={on_gptq.path} measures it as it is" in err
+    assert go(evaluate, f"outputs={here}", "run=q", f"source={on_gptq.path}", "dry_run=true") == 0
     assert go(evaluate, f"outputs={here}", "run=q", "evaluation.rows=4", "evaluation.samples=1", "evaluation.max_new_tokens=4") == 0
     report = json.loads((here / "q" / "evaluate-finetune" / "report.json").read_text())
     assert report["loss"] < report["parent_loss"]
 
 
 # ---- refused early
+
+
+@helps("models/loading.py", "pip install -r requirements.txt")
+def test_without_gptqmodel_it_is_said_what_brings_it(monkeypatch):
+    def missing(*names):
+        raise ImportError("No module named 'gptqmodel'")
+
+    with monkeypatch.context() as patch, pytest.raises(MissingTool, match="gptqmodel cannot be imported") as told:
+        patch.setattr(loading, "import_quietly", missing)
+        loading.prepare_gptq()
+    assert told.value.fix == ["pip install -r requirements.txt"] and "gptqmodel==" in (ROOT / "requirements.txt").read_text().lower()
+    loading.prepare_gptq()
 
 
 @pytest.mark.parametrize(
@@ -272,7 +288,7 @@ def test_shapes_that_cannot_be_packed_are_refused_before_torch(shape, more, word
 
 def test_an_adapter_is_refused(on_gptq, here, capsys):
     assert go(quantize, f"outputs={here}", "run=q", f"source={on_gptq.path}") == 4
-    assert "merge the adapter first" in capsys.readouterr().err
+    assert "makes a model of it" in capsys.readouterr().err
 
 
 def test_a_quantized_model_that_lost_its_source_fails_the_proof(int4, here, monkeypatch):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED, each_kind
+from conftest import ROOT, SHARED, each_kind, helps
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
@@ -474,6 +474,7 @@ def test_new_tasks_are_unlike_the_pool_and_one_another(name):
     assert reasons["a seed, used as an example only"] == 175
 
 
+@helps("distill/steps/self_instruct.py", "prompts.path=FILE names a file of seed tasks")  # as the tests of the step above have
 def test_no_seeds_is_the_users_error():
     with pytest.raises(BadData, match="no seed"):
         one(settings("self_instruct"), "new_tasks", [], Teacher(0))
@@ -618,6 +619,7 @@ def test_the_best_rows_that_are_unlike():
     }
 
 
+@helps("distill/steps/classify.py", "recipe.steps.{}.good moves the line", "recipe.steps.{}.sample scores more of them")
 def test_a_classifier_learns_from_the_sample_what_the_teacher_likes():
     draw = random.Random(0)
 
@@ -636,8 +638,19 @@ def test_a_classifier_learns_from_the_sample_what_the_teacher_likes():
     assert work.measures["educational"]["area under the ROC curve, held out"] > 0.95
     right = sum("explain" in row.data["text"] for row in out) + sum("explain" not in rows[int(a[0])].data["text"] for a in aside)
     assert right >= 285
-    with pytest.raises(BadData, match="teaches a classifier nothing"):
-        one(chosen, "educational", rows, Answers(lambda request: {"reasoning": "so", "score": 0}))
+    few = settings("code", **{"educational.sample": 60, "educational.good": 3})
+    low = Answers(
+        lambda request: {"reasoning": "so", "score": 2 if "explain" in request.messages[0]["content"].partition("How much")[0] else 1}
+    )
+    with pytest.raises(BadData, match="teaches a classifier nothing") as told:
+        one(few, "educational", rows, low)
+    assert any("recipe.steps.educational.good moves the line" in way for way in told.value.fix)
+    one(settings("code", **{"educational.sample": 60, "educational.good": 2}), "educational", rows, low)
+    rare = [text(i, i % 40 == 7) for i in range(300)]
+    with pytest.raises(BadData, match="teaches a classifier nothing") as told:
+        one(settings("code", **{"educational.sample": 10, "educational.good": 2}), "educational", rare, low)
+    assert "recipe.steps.educational.sample scores more of them" in told.value.fix
+    one(settings("code", **{"educational.sample": 300, "educational.good": 2}), "educational", rare, low)
 
 
 def test_a_mark_of_more_digits_than_a_number_may_have_is_text():
@@ -749,6 +762,7 @@ def test_only_code_that_its_tests_prove_is_kept(code, tests, reason, closed):
     assert [a[2] for a in aside] == [reason] * (reason is not None) and len(out) == (reason is None)
 
 
+@helps("distill/sandbox.py", "recipe.steps.{}.isolation=limits, in a container or machine of its own")
 def test_without_the_kernels_help_the_step_is_refused(monkeypatch, tmp_path):
     """A jail whose Landlock is another system call, which no kernel has."""
     other = tmp_path / "jail.py"
@@ -853,6 +867,7 @@ def test_the_verb_makes_a_dataset_of_a_recipe(name, call, server, tmp_path):
     assert call(*argv).stderr.count("up to date") == 1
 
 
+@helps("distill/__main__.py", "name one that is there in recipe.steps.{}")
 def test_a_recipes_evaluation_sets_are_inputs(call, server, tmp_path):
     rows = starting("prompts", 20)
     (tmp_path / "given.jsonl").write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in rows))
@@ -861,4 +876,4 @@ def test_a_recipes_evaluation_sets_are_inputs(call, server, tmp_path):
     done = call(*argv, f"recipe.steps.unseen.sets=[{tmp_path / 'exam.txt'}]")
     assert done.returncode == 0 and "1 in unseen: shares 13 words" in done.stderr, done.stderr
     refused = call(*argv, f"recipe.steps.unseen.sets=[{tmp_path / 'none.txt'}]")
-    assert refused.returncode == 3 and "none.txt" in refused.stderr
+    assert refused.returncode == 3 and "none.txt" in refused.stderr and "name one that is there in recipe.steps.unseen" in refused.stderr

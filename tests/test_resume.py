@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHAT, ROOT, begun, go, hear_ctrl_c, make_base, to_its_end
+from conftest import CHAT, ROOT, begun, go, hear_ctrl_c, helps, make_base, to_its_end
 
 from src import finetune
 from src.core import artifact
@@ -94,6 +94,7 @@ def test_what_an_unfinished_run_needs_to_go_on_is_asked_for(tmp_path, eighty, ca
     assert code == 0 and "goes on as it began, with train.micro_batch_size=auto" in said, said
 
 
+@helps("training/checkpoints.py", "launch.nproc_per_node={}", "remove {} to start over")
 def test_a_checkpoint_without_its_mark_is_not_looked_at(tmp_path):
     for step, mark in ((4, "1"), (8, None), (12, "1")):
         folder = tmp_path / f"checkpoint-{step}"
@@ -103,10 +104,11 @@ def test_a_checkpoint_without_its_mark_is_not_looked_at(tmp_path):
     assert Checkpoints.last(tmp_path, 1).name == "checkpoint-12"
     (tmp_path / "checkpoint-12" / "whole").unlink()
     assert Checkpoints.last(tmp_path, 1).name == "checkpoint-4"
-    with pytest.raises(Moved):
+    with pytest.raises(Moved) as told:
         Checkpoints.last(tmp_path, 2)
+    assert told.value.fix == ["launch.nproc_per_node=1", f"remove {tmp_path.parent} to start over"]
     shutil.rmtree(tmp_path / "checkpoint-4")
-    assert Checkpoints.last(tmp_path, 1) is None
+    assert Checkpoints.last(tmp_path, 1) is Checkpoints.last(tmp_path, 2) is None
 
 
 @pytest.mark.slow

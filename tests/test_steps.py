@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import in_process, write_model
+from conftest import helps, in_process, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -194,6 +194,8 @@ def test_one_step_of_each_tuner_teaches_what_it_always_did(tuner, base, talks, t
     assert logged(done.stderr)[0] == pytest.approx(GOLDEN[tuner], abs=2e-3)
 
 
+@helps("models/adapter_files.py", "a higher tuner.learning_rate, with force=true")
+@helps("training/saving.py", "a higher tuner.learning_rate, with force=true")
 @pytest.mark.usefixtures("proofs_in_this_process")
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 def test_a_run_of_one_step_teaches_and_one_of_no_rate_is_refused(tuner, base, talks, tmp_path):
@@ -201,7 +203,9 @@ def test_a_run_of_one_step_teaches_and_one_of_no_rate_is_refused(tuner, base, ta
     argv = [f"outputs={tmp_path}", f"source={talks}", f"model.path={base}", f"tuner={tuner}", "train.max_steps=1", *SHORT]
     tiny = in_process("finetune", *argv, "tuner.learning_rate=1e-30", "max_loss_change=1")
     assert (
-        tiny.returncode == ProofFailed.exit_code and "learnt nothing" in tiny.stderr and "fix:   raise tuner.learning_rate" in tiny.stderr
+        tiny.returncode == ProofFailed.exit_code
+        and "learnt nothing" in tiny.stderr
+        and "a higher tuner.learning_rate, with force=true" in tiny.stderr
     )
     assert not (tmp_path / "default" / "finetune").exists()
     done = in_process("finetune", *argv, "tuner.learning_rate=1e-3", "max_loss_change=1", "force=true")

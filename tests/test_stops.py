@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAT, go, make_base
+from conftest import CHAT, go, helps, make_base
 
 from src import data, finetune
 from src.core import artifact
@@ -28,6 +28,7 @@ def run(tmp_path, eighty, capsys):
     return run
 
 
+@helps("training/reports.py", "a lower tuner.learning_rate, with force=true")
 def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step_and_records(run, eighty, tmp_path, monkeypatch):
     plans, made = [], batches.BatchPlan
     monkeypatch.setattr(session, "BatchPlan", lambda *given: plans.append(made(*given)) or plans[-1])
@@ -37,16 +38,19 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step_and_records(run
     ids = [json.loads(line)["id"] for line in open(eighty / "train.jsonl")]
     named = said.split("records ")[1].split("\n")[0].split(", ")
     assert sorted(named) == sorted(ids[row] for row in plans[-1].examples(step - 1)), "those of the step, and no others"
-    assert "lower tuner.learning_rate" in said and not (tmp_path / "nan" / "finetune").exists()
+    assert "a lower tuner.learning_rate, with force=true" in said and not (tmp_path / "nan" / "finetune").exists()
+    code, said = run("nan", "tuner.learning_rate=1e-4", "train.warmup=0", "train.max_grad_norm=0", "train.max_steps=2", "force=true")
+    assert code == 0, said
 
 
 @pytest.mark.slow
 def test_a_loss_that_does_not_move_stops_the_run(run):
     code, said = run("still", "tuner.learning_rate=1e-12", "train.max_steps=40", "train.eval_steps=10")
-    assert code == ProofFailed.exit_code and "the loss does not move: by step 20" in said and "raise tuner.learning_rate" in said
+    assert code == ProofFailed.exit_code and "the loss does not move: by step 20" in said and "a higher tuner.learning_rate" in said
     assert "on the validation split, as before the first step" in said
 
 
+@helps("training/reports.py", "a higher tuner.learning_rate, with force=true")
 def test_a_constant_training_loss_stops_the_run_without_a_validation_split(run, tmp_path):
     one = [{"id": "x", "conversations": [{"from": "user", "value": "What is 1?"}, {"from": "assistant", "value": "It is a number."}]}]
     (tmp_path / "one.json").write_text(json.dumps(one))
@@ -54,6 +58,9 @@ def test_a_constant_training_loss_stops_the_run_without_a_validation_split(run, 
     still = ["tuner.learning_rate=1e-12", "tuner.dropout=0", "train.max_steps=40", "train.global_batch_size=1"]
     code, said = run("constant", *still, source=tmp_path / "one" / "data")
     assert code == ProofFailed.exit_code and "for 20 steps" in said and "records of the last step: x" in said
+    moving = ["tuner.learning_rate=1e-3", *still[1:], "train.max_steps=21", "force=true"]
+    code, said = run("constant", *moving, source=tmp_path / "one" / "data")
+    assert code == 0, said
 
 
 def test_three_reports_without_a_gradient_stop_the_run():
@@ -134,23 +141,34 @@ def test_a_given_micro_batch_is_recomputed_too_where_it_does_not_fit(run, monkey
     assert code == 0 and "activations recomputed" in said, said
 
 
+@helps("training/layout.py", "train.gradient_checkpointing=true")
 def test_a_machine_that_cannot_hold_one_conversation_says_so(run, monkeypatch):
+    asked, needed = [], rules.needed
+    monkeypatch.setattr(rules, "needed", lambda *given, **more: asked.append(needed(*given, **more)) or asked[-1])
     machine(monkeypatch, 1e8, 1e8)
-    code, said = run("tiny", "train.max_steps=2", "train.gradient_checkpointing=false")
-    assert code == NoMemory.exit_code and "train.micro_batch_size=1" in said and "this machine has 100 MB" in said
+    for given, way in (("false", "fix:   train.gradient_checkpointing=true"), ("true", "fix:   train.max_length=N, lower")):
+        code, said = run("tiny", "train.max_steps=2", f"train.gradient_checkpointing={given}")
+        assert code == NoMemory.exit_code and way in said and "this machine has 100 MB" in said
+    kept, recomputed = asked
+    machine(monkeypatch, (kept + recomputed) / 2, 1e8)
+    assert run("tiny", "train.max_steps=2", "train.gradient_checkpointing=false")[0] == NoMemory.exit_code
+    assert run("tiny", "train.max_steps=2", "train.gradient_checkpointing=true")[0] == 0
 
 
+@helps("training/layout.py", "train.{}=auto")
 def test_what_a_model_is_not_proven_to_take_is_an_error_only_where_it_was_asked_for(run, monkeypatch):
     monkeypatch.setattr(layout, "packs", lambda *args: False)
     code, said = run("padded", "train.max_steps=2")
     assert code == 0 and "batches: padded" in said
     code, said = run("asked", "train.max_steps=2", "train.packing=true")
     assert code == ProofFailed.exit_code and "train.packing=auto" in said
+    assert run("auto", "train.max_steps=2", "train.packing=auto")[0] == 0
 
 
 # ---- choices by device
 
 
+@helps("training/choices.py", "train.precision=auto", "train.optimizer=auto", "train.kernels=auto")
 def test_what_a_cpu_cannot_do_is_refused():
     from src.core.errors import ConfigError
 
@@ -159,6 +177,7 @@ def test_what_a_cpu_cannot_do_is_refused():
     for refused in (lambda: choices.precision_of("fp16"), lambda: choices.optimizer_of("adamw_8bit")):
         with pytest.raises(ConfigError, match="needs a GPU"):
             refused()
+    assert choices.precision_of("auto") and choices.optimizer_of("auto")
     with pytest.raises(MissingTool, match="liger"):
         choices.apply_kernels(None, "liger")
     choices.apply_kernels(None, "auto")

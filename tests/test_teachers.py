@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from conftest import CHAT
+from conftest import CHAT, helps
 from test_config import composed
 
 from src.core.errors import BudgetSpent, ConfigError, NoAnswer, ProofFailed
@@ -149,12 +149,13 @@ def test_replies_of_any_shape_never_crash():
     assert {"fine", "reply is not JSON", "reply is not of OpenAI's form", "empty answer", "HTTP 500"} <= seen
 
 
+@helps("distill/endpoint.py", "the same command goes on once it has", "the same command goes on then")
 def test_what_no_try_can_mend_and_the_key_is_never_told(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     server = teacher()
     for status, words, told in (
         (401, "bad key sk-secret", "OPENAI_API_KEY"),
-        (404, "no model", "teacher.model"),
+        (404, "no model", "the model that the server has: teacher.url and teacher.model"),
         (429, "insufficient_quota", "quota"),
     ):
         with pytest.raises(NoAnswer) as caught:
@@ -162,7 +163,9 @@ def test_what_no_try_can_mend_and_the_key_is_never_told(monkeypatch):
         assert told in str(caught.value) and "sk-secret" not in str(caught.value)
     with pytest.raises(NoAnswer, match="wait 7,200 s"):
         server.reply_of(429, b"{}", 10, 7200.0)
-    assert "sk-secret" not in server.reply_of(200, json.dumps(chat("it is sk-secret")).encode(), 10).text
+    assert "sk-secret" not in server.reply_of(200, json.dumps(chat("it is sk-secret")).encode(), 10).text, (
+        "and goes on once it answers again"
+    )
     monkeypatch.setenv("OPENAI_API_KEY", "two words")
     with pytest.raises(ConfigError, match="characters that no key has"):
         teacher()

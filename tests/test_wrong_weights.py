@@ -3,14 +3,15 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_model
+from conftest import helps, write_model
 from safetensors.torch import load_file, save_file
 
 from src.core.artifact import open_any
-from src.core.errors import BadData, WrongKind
+from src.core.errors import AGAIN, BadData, WrongKind
 from src.models.loading import load_any, load_model, load_tokenizer
 
 
@@ -47,6 +48,7 @@ WRONG = {
 }
 
 
+@helps("models/loading.py", "take config.json and weights of one and the same model, with its names for the tensors")
 @pytest.mark.parametrize("what", WRONG)
 def test_a_model_that_lacks_what_it_needs_is_refused(model, what):
     change, config, named = WRONG[what]
@@ -55,6 +57,10 @@ def test_a_model_that_lacks_what_it_needs_is_refused(model, what):
     with pytest.raises(BadData) as error:
         load_model(model)
     assert named in error.value.what
+    if error.value.fix != [AGAIN]:
+        assert error.value.fix == ["take config.json and weights of one and the same model, with its names for the tensors"]
+    shutil.rmtree(model)
+    load_model(write_model(model, tie_word_embeddings=False))
 
 
 def test_what_belongs_to_no_part_of_it_is_named_and_left(model, capsys):
@@ -90,13 +96,17 @@ def test_a_whole_adapter_loads(adapter):
     load_any(open_any(adapter))
 
 
+@helps("models/loading.py", "give the base it was trained on, with all files of the adapter")
 @pytest.mark.parametrize("what", LACKING)
 def test_an_adapter_that_lacks_what_it_needs_is_refused(adapter, what):
     change, named = LACKING[what]
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
     rewrite(adapter, change, "adapter_model.safetensors")
     with pytest.raises(BadData) as error:
         load_any(open_any(adapter))
-    assert named in error.value.what
+    assert named in error.value.what and error.value.fix == ["give the base it was trained on, with all files of the adapter"]
+    (adapter / "adapter_model.safetensors").write_bytes(whole)
+    load_any(open_any(adapter))
 
 
 @pytest.mark.parametrize("name", ["x.bin", "../model.safetensors", "model.safetensors/..", 7, "pytorch_model.pt"])
@@ -107,10 +117,17 @@ def test_an_index_that_names_anything_but_the_safetensors_beside_it_is_refused(m
         load_model(model)
 
 
+@helps("models/folder.py", "save it again with peft's save_pretrained, which writes adapter_model.safetensors")
 def test_a_pickled_adapter_is_never_opened(adapter):
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    from peft import PeftModel
+
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(WrongKind, match="are a pickle"):
         load_any(open_any(adapter))
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    PeftModel.from_pretrained(load_model(Path(base)), adapter).save_pretrained(adapter)
+    load_any(open_any(adapter))
 
 
 HUGE = [

@@ -27,6 +27,10 @@ from src.core.files import Files, HashCache, canonical, hash_files, read_json, r
 from src.core.log import say, size
 
 MANIFEST = "manifest.json"
+REMADE = ["copy it again from where it was made", "force=true, with the command that made it, makes it anew"]
+"""ways out of an artifact that is not as it was sealed"""
+NOT_OURS = ["move it elsewhere", "force=true removes it"]
+"""ways out of a folder in the way that Boardwalk neither finished nor began"""
 SCHEMA = 1
 PACKAGES = (
     "torch",
@@ -125,7 +129,7 @@ def kind_of_folder(path: Path) -> str:
     raise WrongKind(
         "not an artifact of this project and not a Hugging Face folder (no manifest.json, adapter_config.json or config.json)",
         where=str(path),
-        fix="give the folder that holds one of them",
+        fix="give the folder that holds one of them, which may be inside this one",
     )
 
 
@@ -138,22 +142,22 @@ def open_artifact(path: Path) -> Artifact:
     try:
         manifest = read_json(path / MANIFEST)
     except BadData as error:
-        raise Tampered(error.what, where=error.where, fix="make the artifact again with force=true") from None
+        raise Tampered(error.what, where=error.where, fix=REMADE) from None
     if manifest.get("schema") != SCHEMA or manifest.get("seal") != seal_of(manifest):
         raise Tampered(
             "the manifest was changed after it was written, or by another version",
             where=str(path / MANIFEST),
-            fix="make the artifact again with force=true",
+            fix=REMADE,
         )
     if fault := _other_kind(manifest):
-        raise Tampered(fault, where=str(path / MANIFEST), fix="make the artifact again with force=true")
+        raise Tampered(fault, where=str(path / MANIFEST), fix=REMADE)
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["size"]:
             raise Tampered(
                 f"'{name}' is missing or has another size than the manifest says",
                 where=str(path),
-                fix="make the artifact again with force=true",
+                fix=REMADE,
             )
     return Artifact(path, manifest["kind"], manifest["key"], manifest, manifest["files"])
 
@@ -228,7 +232,6 @@ def seal(
         raise ProofFailed(
             f"what was measured makes no sense: {odd[0]} is {odd[1]}",
             where=str(out),
-            fix=["look at the model: do its answers make sense?", "copy or download it again"],
         )
     ancestors: dict[str, dict[str, Any]] = {}
     for parent in inputs.values():
@@ -314,9 +317,7 @@ def building(
             os.replace(replaced, path)  # killed between the two renames below
         for foreign in in_the_way(path):
             if not force:
-                raise Moved(
-                    f"'{foreign}' is nothing that Boardwalk finished or began, so it stays", fix="move it, or force=true removes it"
-                )
+                raise Moved(f"'{foreign}' is nothing that Boardwalk finished or began, so it stays", fix=NOT_OURS)
             say(f"force=true: removes {foreign}, {described(foreign)}")
             remove(foreign)
         before = unfinished(path)
@@ -407,7 +408,7 @@ def _lock(lock: Path, path: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read(100).strip() or "another process"
-            raise Busy(f"{holder} is making this artifact", where=str(path), fix=["wait for it", "choose another run=NAME"]) from None
+            raise Busy(f"{holder} is making this artifact", where=str(path), fix=["wait until it has ended", "run=OTHER_NAME"]) from None
         file.truncate(0)
         file.write(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S},")
         file.flush()

@@ -26,6 +26,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+AGAIN = "copy or download it again, or mend it where you changed it"
+"""the way out of a damaged file"""
+MEMORY = "free memory or add swap, then run the same command again"
+NO_SPACE = ["free space, then run the same command again", "move the outputs folder to a larger disk and name it with outputs=FOLDER"]
+"""ways out of a full disk; what a run has made there is what its next stage begins with"""
+
 
 class UserError(Exception):
     """Something the user can mend.
@@ -165,7 +171,7 @@ class BudgetSpent(UserError):
 
 
 @contextlib.contextmanager
-def using(what: str, where: object, fix: str = "copy or download it again") -> Iterator[None]:
+def using(what: str, where: object, fix: str | Sequence[str] = AGAIN) -> Iterator[None]:
     """For a library at work on a user's files, which fails at damaged ones in ways of its own: raises BadData with its words, or MissingTool where
     it lacks another library. Lack of memory or disk stays what it is.
     """
@@ -174,7 +180,9 @@ def using(what: str, where: object, fix: str = "copy or download it again") -> I
     except (UserError, MemoryError):
         raise
     except ImportError as error:
-        raise MissingTool(f"{what} needs a library that is not here: {error}", where=str(where), fix="pip install it") from error
+        raise MissingTool(
+            f"{what} needs a library that is not here: {error}", where=str(where), fix=f"pip install {error.name}" if error.name else ()
+        ) from error
     except Exception as error:
         if getattr(error, "errno", None) or "out of memory" in str(error).lower():
             raise

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.core.errors import BadData, MissingInput, UserError
+from src.core.errors import AGAIN, BadData, MissingInput, UserError
 
 Files = dict[str, dict[str, Any]]
 """{relative path: {"sha256": hex, "size": bytes}}"""
-AGAIN = "mend the file, or copy or download it again"
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -116,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
-        raise MissingInput("no such file", where=str(path), fix="check the path") from None
+        raise MissingInput("no such file", where=str(path)) from None
     except UnicodeDecodeError as error:
         raise BadData(f"not UTF-8 at byte {error.start}", where=str(path), fix=AGAIN) from None
     except UnicodeEncodeError:

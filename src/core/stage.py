@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from src.core import artifact, compose
 from src.core.artifact import Artifact
-from src.core.errors import ConfigError, MissingInput, Moved, NoRoom, UserError, WrongKind
+from src.core.errors import NO_SPACE, ConfigError, MissingInput, Moved, NoRoom, UserError, WrongKind
 from src.core.files import HashCache
 from src.core.log import duration, rank, say, size, tell, warn
 from src.core.processes import Interrupted, end_with_parent, interrupted_by_signals
@@ -57,8 +58,14 @@ class Run:
         raise MissingInput(
             f"run '{self.name}' has no finished '{name}'",
             where=str(self.folder / name),
-            fix=[f"python -m src.{verb} run={self.name}"] + [f"run={other} has one" for other in others[:3]],
+            fix=[f"python -m src.{verb} {self.overrides}"] + [f"run={other} has one" for other in others[:3]],
         )
+
+    @property
+    def overrides(self) -> str:
+        """The settings that name this run."""
+        folder = self.folder.parent
+        return f"run={self.name}" + (f" outputs={folder}" if folder != Path("outputs") else "")
 
     def current(self, found: Artifact) -> Artifact:
         """The artifact, unless something it was made from was made anew since: building on it would mix two runs."""
@@ -67,7 +74,7 @@ class Run:
                 outdated,
                 where=str(found.path),
                 fix=[
-                    f"python -m src.{found.stage} run={self.name} force=true brings it up to date",
+                    f"python -m src.{found.stage} {self.overrides} force=true brings it up to date",
                     f"source={found.path} takes it as it is",
                 ],
             )
@@ -87,19 +94,26 @@ class Run:
             raise WrongKind(
                 f"this stage takes {' or '.join(sorted(kinds))}, not {found.kind}" + (f" ({found.stage})" if found.manifest else ""),
                 where=str(found.path),
-                fix=[_WAYS[found.kind]] if found.kind in _WAYS else [],
+                fix=_instead(found, kinds),
             )
         return found
 
 
-_WAYS = {
-    "adapter": "merge the adapter first: python -m src.merge, then use its output",
-    "model": "the model is already whole: give it to quantize, evaluate or deploy with source=PATH",
-    "quantized": "use the model it was quantized from: source=RUN/merge",
-    "dataset": "a dataset goes to finetune; give a model folder with source=PATH",
-    "bundle": "a bundle is where the road ends; give the model it was built from: source=RUN/merge",
-    "report": "a report is read by people; give the model it measured",
-}
+def _instead(found: Artifact, kinds: set[str]) -> list[str]:
+    """How to come from an artifact to one of `kinds`: what makes one of it, what it was made from, or what makes one at all."""
+    if found.kind == "adapter" and "model" in kinds:
+        return [f"python -m src.merge source={found.path} makes a model of it"]
+    for parent in found.manifest["parents"] if found.manifest else []:
+        if parent["kind"] in kinds:
+            return [f"give {found.path_of(parent)}, which it was made from"]
+    if "dataset" in kinds:
+        return ["python -m src.data data.path=FILE makes a dataset"]
+    return ["python -m src.finetune makes an adapter"] if kinds == {"adapter"} else ["give a folder of weights with their config.json"]
+
+
+def made_again(made: Artifact, setting: str) -> str:
+    """The way out where an artifact has to be made with another setting."""
+    return f"run the command that made {made.path} again with {setting} force=true"
 
 
 def data_sources(run: Run, given: str | None) -> Artifact:
@@ -200,7 +214,7 @@ def check_environment() -> None:
     """Raises ConfigError for a rank or a number of processes that is no number; torchrun sets them."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         if not (value := os.environ.get(name, "0")).isdecimal():
-            raise ConfigError(f"{name}={value} in the environment is no number", fix=f"unset {name}: torchrun sets it where it is needed")
+            raise ConfigError(f"{name}={value} in the environment is no number", fix=f"unset {name}")
 
 
 def _nobody_reads() -> bool:
@@ -233,19 +247,22 @@ def _lost_a_peer(error: Exception) -> bool:
 
 def _of_the_disk(error: Exception) -> UserError | None:
     """Disk-full, permission and file-in-the-way faults, also where a library wraps them in words of its own."""
-    again = "free space or fix the permissions, then run the same command again"
     if isinstance(error, OSError) and error.errno in ROOM:
         name, what = str(error.filename or ""), error.strerror or str(error)
         there = next((place for place in (Path(name), *Path(name).parents) if os.path.lexists(place)), None)
         if name and there and not os.access(there, os.R_OK | (os.X_OK if there.is_dir() else 0)):
-            return MissingInput(
-                f"it cannot be read: {what}", where=name, fix="give yourself the right to read it (chmod, chown), or copy it"
-            )
-        return NoRoom(what, where=name, fix=[again, "outputs=FOLDER_ELSEWHERE"])
+            return MissingInput(f"it cannot be read: {what}", where=name, fix=f"chmod u+rX {shlex.quote(str(there))}")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoRoom(what, where=name, fix=NO_SPACE)
+        if error.errno == errno.ENAMETOOLONG:
+            return NoRoom(what, where=name, fix="give it a shorter name")
+        return NoRoom(
+            what, where=name, fix=["give yourself the right to write there, or move away what is in its place", "outputs=FOLDER_ELSEWHERE"]
+        )
     if isinstance(error, OSError) and error.errno is None and "requested and" in str(error):  # numpy's, of a write that was cut short
-        return NoRoom(f"the disk is full: {error}", fix=[again, "outputs=FOLDER_ELSEWHERE"])
+        return NoRoom(f"the disk is full: {error}", fix=NO_SPACE)
     if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
-        return NoRoom(str(error), fix=again)
+        return NoRoom(str(error), fix=NO_SPACE)
     return None
 
 
@@ -282,7 +299,7 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     for foreign in artifact.in_the_way(path) if not cfg.force else []:
         raise Moved(
             f"'{foreign}' is in the way, and Boardwalk neither finished nor began it: {artifact.described(foreign)}",
-            fix=["move it elsewhere", f"{_other_run(stage, inputs)} leaves it alone", "force=true removes it"],
+            fix=[*artifact.NOT_OURS, f"{_other_run(stage, inputs)} leaves it alone"],
         )
     begun = artifact.unfinished(path)
     guards = stage.guards or stage.resumes
@@ -341,7 +358,7 @@ def refuse_secrets(settings: dict[str, Any], variables: Iterable[str] = ()) -> N
                 shown = setting.replace(secret, "***")
                 raise ConfigError(
                     f"{shown} holds what {name} does in the environment, and the manifest would keep it",
-                    fix=[f"leave {shown} out", "a server's key is sent from the variable that key_env names, OPENAI_API_KEY unless set"],
+                    fix=f"leave it out of {shown}; a server is sent the key in the variable that its key_env names",
                 )
 
 

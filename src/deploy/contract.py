@@ -114,5 +114,4 @@ def _differs(name: str, ours: str, a: list[int], theirs: str, b: list[int]) -> P
     at = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return ProofFailed(
         f"token {at} of '{name}' differs: {ours} has {a[at : at + 6]}, {theirs} {b[at : at + 6]}",
-        fix="a model whose tokenizer the board's runtime reproduces; the fixed set is src/deploy/contract.py",
     )

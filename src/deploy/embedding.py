@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.core.errors import BadData, WrongKind
+from src.core.errors import AGAIN, BadData, WrongKind
 from src.deploy.vendor import whole
 from src.models import safetensors_io
 from src.models.safetensors_io import Entry
@@ -38,13 +38,11 @@ def find_embedding(model_dir: Path) -> Entry:
         raise WrongKind(
             "the model's embedding table is under none of the known names" + (f"; similar: {', '.join(named)}" if named else ""),
             where=str(model_dir),
-            fix=f"a model whose table is called {KEYS[0]}",
         )
     if found.dtype not in ("BF16", "F16", "F32") or len(found.shape) != 2:
         raise WrongKind(
             f"'{found.name}' is {found.dtype} {list(found.shape)}, not a table of 16- or 32-bit floats",
             where=str(found.file),
-            fix="a model saved in bf16, fp16 or fp32",
         )
     return found
 
@@ -64,7 +62,7 @@ def chunks(entry: Entry) -> Iterator[memoryview]:
 
 
 def _cut(entry: Entry) -> BadData:
-    return BadData("the file became shorter while it was read", where=str(entry.file), fix="copy or download it again")
+    return BadData("the file became shorter while it was read", where=str(entry.file), fix=AGAIN)
 
 
 def bf16_truncated(data: bytes | memoryview, dtype: str) -> bytes | memoryview:

@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from src.core.errors import BadData, ConfigError, NoRoom, WrongKind
+from src.core.errors import NO_SPACE, BadData, ConfigError, NoRoom, WrongKind
 from src.core.files import read_json
 from src.core.log import size
 from src.models import safetensors_io
@@ -38,7 +38,7 @@ def check_headers(model_dir: Path, shape: ModelShape, embedding: safetensors_io.
         raise BadData(
             "the folder's parts do not belong together:\n" + "\n".join(f"  - {fault}" for fault in faults),
             where=str(model_dir),
-            fix="take config.json, tokenizer and weights from one and the same model",
+            fix="take config.json, tokenizer and weights of one and the same model",
         )
     if rows != shape.vocab:
         notes.append(f"vocabulary: {rows} rows in the weights, {shape.vocab} in config.json; the weights count")
@@ -64,7 +64,7 @@ def gptq_block(model_dir: Path) -> dict | None:
             raise WrongKind(
                 "an AutoGPTQ folder: its config.json has no quantization_config, where compilers look for it",
                 where=str(model_dir),
-                fix="python -m src.quantize quantizer=gptq_int4 on the unquantized model",
+                fix=takes.UNQUANTIZED,
             )
         return None
     return takes.gptq_block({"quantization_config": block}, where=str(model_dir / "config.json"))
@@ -104,7 +104,7 @@ def check_room(folder: Path, shape: ModelShape, target, also: int = 0) -> list[s
         raise NoRoom(
             f"the compile takes about {size(disk)} of disk, {size(free)} are free",
             where=str(there),
-            fix=["free space", "outputs=FOLDER_ELSEWHERE"],
+            fix=NO_SPACE,
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines.append(f"this machine has {size(memory)} of memory, {size(free)} of disk free")

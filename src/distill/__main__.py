@@ -27,7 +27,7 @@ def find(cfg: DistillVerb, run: stage.Run) -> dict[str, Artifact]:
             inputs[role] = run.source(teacher.path, kinds={"adapter", "model", "quantized"})
     for role, file in cfg.recipe.files().items():
         if not Path(file).is_file():
-            raise MissingInput("no such file", where=file, fix=f"the recipe's {role.rpartition('_')[0]} names it")
+            raise MissingInput("no such file", where=file, fix=f"name one that is there in recipe.steps.{role.rpartition('_')[0]}")
         inputs[role] = artifact.outside(Path(file), "file", run.cache)
     return inputs
 

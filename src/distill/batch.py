@@ -200,7 +200,7 @@ class Batches:
                 raise NoAnswer(
                     f"batch {self._endpoint.plain(str(batch.id))} has not ended in {LONGEST_BATCH / 3600:g} hours",
                     where=self._endpoint.url,
-                    fix=["the same command waits on", "look at the batch at the endpoint"],
+                    fix="the same command waits on",
                 )
             await asyncio.sleep(min(POLL, self._limits.back_off * 1.5 ** min(looks, 99)))
         left = dict(batch.requests)

@@ -223,7 +223,10 @@ class Dispatcher:
             raise NoAnswer(
                 f"{breaker.most} failures on end, the last: {failed}",
                 where=channel.teacher.name,
-                fix=["mend what it says; the same command goes on, with every answer so far", "teacher.limits.breaker=N waits for more"],
+                fix=[
+                    "mend what it says; the same command goes on, with every answer so far",
+                    "teacher.limits.breaker=N, higher, waits for more",
+                ],
             )
 
     async def _paused(self, gate: Gate) -> None:

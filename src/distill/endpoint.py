@@ -277,7 +277,9 @@ class RemoteTeacher:
             return NoAnswer(f"{denied[0]}: {words}", where=self.url, fix=denied[1])
         if status == 404:
             return NoAnswer(
-                f"the teacher knows no such address or model (HTTP 404): {words}", where=self.url, fix="check teacher.url and teacher.model"
+                f"the teacher knows no such address or model (HTTP 404): {words}",
+                where=self.url,
+                fix="give the address and the model that the server has: teacher.url and teacher.model",
             )
         return Failed(f"HTTP {status}", words, again=status >= 500 or status in (408, 409), together=status >= 500, wait=wait)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
-from src.core.errors import BadData, Busy, NoRoom
+from src.core.errors import NO_SPACE, BadData, Busy, NoRoom
 
 APPLICATION = 0x0B0A9D01
 """SQLite's application_id, by which a journal is told from another database"""
@@ -115,16 +115,15 @@ class Journal:
     def _in_words(self, error: sqlite3.Error) -> Exception:
         name = getattr(error, "sqlite_errorname", "")
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            return Busy("another process has the journal open", where=str(self.path), fix=["wait for it", "choose another run=NAME"])
+            return Busy("another process has the journal open", where=str(self.path), fix=["wait until it has ended", "run=OTHER_NAME"])
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY")):
-            return NoRoom(str(error), where=str(self.path), fix="free space or fix the permissions, then run the same command again")
+            return NoRoom(str(error), where=str(self.path), fix=NO_SPACE)
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or not name:
             return BadData(
                 f"the journal is damaged: {error}; it was left as it is",
                 where=str(self.path),
                 fix=[
                     "put back a copy of it",
-                    f"`sqlite3 {self.path.name} .recover` may save its answers",
                     "move it away: all is asked, and paid, anew",
                 ],
             )

@@ -171,7 +171,7 @@ async def make(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict
     check_flows(run.work)
     report(run, output.records)
     if not output.records["train"]:
-        raise BadData("no record is left to train on", where=cfg.prompts.path or cfg.recipe.name, fix="see the counts above")
+        raise BadData("no record is left to train on", where=cfg.prompts.path or cfg.recipe.name)
     aside.write(out / "set_aside.jsonl", run.steps)
     samples.write(out / "samples.html", f"{cfg.recipe.name}: samples of {cfg.run}")
     card.write(out / "README.md", cfg, inputs, run.work, run.steps, output.records, totals)
@@ -200,7 +200,7 @@ async def guess(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Estimate:
                 async for _ in records:
                     pass
         if not roots:
-            raise BadData("no record came to where teachers are asked", fix="look at the recipe's filters")
+            raise BadData("no record came to where teachers are asked")
         return estimate(by_root(costs, roots), total, run.work.draw("bootstrap"))
 
 

@@ -46,7 +46,7 @@ def check(isolation: str, step: str) -> str | None:
         raise MissingTool(
             f"programs cannot be closed off here: the kernel lacks {lacking}",
             where=f"recipe.steps.{step}",
-            fix=["run on Linux 5.13 or later with Landlock", f"recipe.steps.{step}.isolation=limits, in a container or machine of its own"],
+            fix=f"recipe.steps.{step}.isolation=limits, in a container or machine of its own",
         )
     return lacking
 

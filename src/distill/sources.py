@@ -13,7 +13,7 @@ from src.chat import json_stream
 from src.chat.conversations import CONTROL, FAULTS_LISTED
 from src.chat.formats import PARSERS, as_object, detect, tools_of
 from src.chat.json_stream import Damaged, Malformed, array, container, lines, open_text
-from src.core.errors import BadData, MissingInput
+from src.core.errors import AGAIN, BadData, MissingInput
 from src.core.files import canonical
 from src.distill.pipeline import Record
 
@@ -62,7 +62,7 @@ def survey(path: Path | None, takes: str, count: int | None, on_fault: str) -> S
         raise BadData(
             "\n".join(listed + [f"  and {faults - len(found.faults)} more"] * (faults > len(found.faults))),
             where=str(path),
-            fix=["mend the file", "prompts.on_fault=drop sets them aside, and counts them"],
+            fix=["mend the lines that are named", "prompts.on_fault=drop sets them aside, and counts them"],
         )
     if path is not None and not found.records:
         raise BadData("there is nothing to begin with", where=str(path), fix="name a file of prompts, or a folder of text")
@@ -76,11 +76,13 @@ def check(path: Path | None, takes: str) -> None:
             raise MissingInput("this recipe draws its own prompts and takes no file", where=str(path), fix="prompts.path=null")
     elif path is None:
         what = "a folder of text" if takes == "texts" else f"a file of {takes}"
-        raise MissingInput(f"this recipe begins with {what}", fix="prompts.path=PATH names it")
+        raise MissingInput(f"this recipe begins with {what}", fix=f"prompts.path={'FOLDER' if takes == 'texts' else 'FILE'} names it")
     elif not path.exists():
-        raise MissingInput("no such file or folder", where=str(path), fix="prompts.path=PATH")
+        raise MissingInput("no such file or folder", where=str(path), fix="name one that is there")
     elif path.is_dir() and takes != "texts":
-        raise MissingInput(f"a folder, and this recipe begins with a file of {takes}", where=str(path), fix="prompts.path=FILE")
+        raise MissingInput(
+            f"a folder, and this recipe begins with a file of {takes}", where=str(path), fix="prompts.path=FILE names one in it"
+        )
 
 
 def _texts(folder: Path) -> Iterator[Record | tuple[str, Malformed]]:
@@ -120,7 +122,7 @@ def _records(path: Path, takes: str) -> Iterator[Record | tuple[str, Malformed]]
                 except Malformed as fault:
                     yield f"{path.name} line {raw.line}", fault
         except Damaged as damage:
-            raise BadData(f"the JSON array is damaged: {damage}", where=f"{path} line {damage.line}", fix="fetch it again") from None
+            raise BadData(f"the JSON array is damaged: {damage}", where=f"{path} line {damage.line}", fix=AGAIN) from None
 
 
 def _record(record: dict, takes: str, number: int) -> Record:

@@ -91,7 +91,7 @@ def check_saved(folder: Path, *, moved: bool, expected: set[str]) -> int:
                     raise ProofFailed(
                         f"'{name}' changes nothing: this adapter learnt nothing",
                         where=str(file),
-                        fix="raise tuner.learning_rate",
+                        fix="a higher tuner.learning_rate, with force=true",
                     )
     if not seen:
         raise ProofFailed("no weights were saved", where=str(folder))

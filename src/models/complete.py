@@ -80,7 +80,7 @@ def compare(ours: list[list[int]], tokenizer, out: Path) -> int:
             raise ProofFailed(
                 f"the folder's tokenizer differs from its source's on {text!r}: {found} against {wanted}",
                 where=str(out),
-                fix="if the source's is the right one, remove the tokenizer files there and run it again",
+                fix="if the source's is the right one, remove the tokenizer files there and run the same command again",
             )
     return sum(map(len, ours))
 

@@ -31,7 +31,7 @@ def encode_all(records: list[dict], tokenizer, max_length: int) -> list[encoding
     if not rows:
         raise MissingInput(
             "no validation row is within evaluation.max_length",
-            fix=f"evaluation.max_length={min((len(row.input_ids) for row in found), default=max_length)}",
+            fix=f"evaluation.max_length={max(len(row.input_ids) for row in found)}" if found else (),
         )
     return rows
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from src.core import artifact
 from src.core.artifact import Artifact
-from src.core.errors import NoRoom, UserError
+from src.core.errors import NO_SPACE, NoRoom, UserError
 from src.core.files import HashCache
 from src.core.log import duration, say, size, warn
 from src.models import merging, safetensors_io
@@ -63,7 +63,7 @@ def cost(inputs: dict[str, Artifact], at: Path) -> list[str]:
         raise NoRoom(
             f"the exact sum of adapter and base takes {size(need)} of disk while this works, {size(free)} are free",
             where=str(there),
-            fix=["free space", "outputs=FOLDER_ELSEWHERE", "weights=stored takes the merge as it was rounded"],
+            fix=[*NO_SPACE, "weights=stored takes the merge as it was rounded"],
         )
     return [
         f"from the exact sum of {inputs[ROLES['adapter']].path} and its base: {size(need)} of disk in fp32 while this works; "

@@ -226,7 +226,7 @@ def judge(verb: str, change: Change, limit: float, where: Path, fix: list[str], 
         raise ProofFailed(
             f"what is saved is not what was trained: {told}",
             where=f"{where}, limit {limit:g} nats beside what other conversations would explain ({change.loss_waver:.4f} of the loss, {change.kl_waver:.4f} of KL)",
-            fix=[*fix, *([f"{setting}={max(over) * 1.1:.2g} if you accept it"] if setting else [])],
+            fix=[*fix, *([f"{setting}={max(over) * 1.1:.2g} if you accept it"] if setting and all(map(math.isfinite, over)) else [])],
         )
     say(f"{verb}: {told}")
 
@@ -234,9 +234,12 @@ def judge(verb: str, change: Change, limit: float, where: Path, fix: list[str], 
 def report(verb: str, change: Change, other: str, fix: str) -> dict:
     """Says what fewer bits lost, with a warning and a way out (`fix`) where it is more than MUCH; returns the figures for the manifest.
 
-    other: what the weights are now, such as "in int4".
+    other: what the weights are now, such as "in int4". fix: empty where nothing here loses less.
     """
     say(f"{verb}: {change.told('before', other)}")
     if change.loss - change.loss_waver > MUCH:
-        warn(f"{change.loss:.2f} nats are much to lose: answers will differ from those of the model this was made from; {fix}")
+        warn(
+            f"{change.loss:.2f} nats are much to lose: answers will differ from those of the model this was made from"
+            + (f"; {fix}" if fix else "")
+        )
     return change.metrics()

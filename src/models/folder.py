@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from src.core.artifact import Artifact
-from src.core.errors import BadData, MissingInput, WrongKind
-from src.core.files import AGAIN, read_json
+from src.core.errors import AGAIN, BadData, MissingInput, WrongKind
+from src.core.files import read_json
 from src.core.log import say
 from src.models import safetensors_io
 from src.sizing.config_reader import check_sizes
@@ -65,12 +65,13 @@ def _from_hub(path: str, download: bool, get: Callable[[], str]) -> str:
         (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError),
         f"no folder '{path}' here, and the hub did not give a model of that name",
         path,
+        [f"hf download {path} fetches it, or says why it cannot", "give the folder of a model on this machine"],
     ):
         return get()
 
 
 @contextlib.contextmanager
-def _user_fault(errors, what: str, where: str, fix: str = "check the name, the network and, for gated models, HF_TOKEN"):
+def _user_fault(errors, what: str, where: str, fix: list[str]):
     try:
         yield
     except errors as error:
@@ -93,24 +94,25 @@ def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: b
             raise MissingInput(
                 "the folder has a config.json but no weights",
                 where=str(path),
-                fix="it needs model.safetensors, or its shards with model.safetensors.index.json",
+                fix="copy model.safetensors into it, or its shards with model.safetensors.index.json",
             )
         if not allow_pickle:
             raise WrongKind(
                 "the weights are a pickle (pytorch_model.bin), which can run any code when loaded",
                 where=str(path),
-                fix=["use a safetensors version of the model", "model.allow_pickle=true if you trust its maker"],
+                fix=[
+                    "save it with transformers' save_pretrained, which writes safetensors",
+                    "finetune takes it with model.allow_pickle=true",
+                ],
             )
         files = []
     for shard in files:
         file = path / shard
         if not file.is_file():
-            raise MissingInput(f"weight file '{shard}' is missing", where=str(path), fix="copy or download it again")
+            raise MissingInput(f"weight file '{shard}' is missing", where=str(path), fix=AGAIN)
         with open(file, "rb") as stream:
             if stream.read(len(LFS)) == LFS:
-                raise MissingInput(
-                    f"'{shard}' is a Git LFS pointer, not the weights", where=str(path), fix="run `git lfs pull` in that repository"
-                )
+                raise MissingInput(f"'{shard}' is a Git LFS pointer, not the weights", where=str(path), fix="git lfs pull, in that folder")
     entries = safetensors_io.entries(path) if files else {}
     known = (len(entries), sum(entry.size for entry in entries.values() if entry.dtype in safetensors_io.ITEM)) if files else ()
     check_sizes(config, str(path / "config.json"), *known)
@@ -136,7 +138,7 @@ def _is_beside(name: object) -> bool:
 
 def check_adapter_file(path: Path) -> None:
     """Raises WrongKind for an adapter that is a pickle, which peft would take, MissingInput for one without weights, BadData for a rank beyond them."""
-    fix = "copy it again, or save it with safe_serialization=True"
+    fix = "save it again with peft's save_pretrained, which writes adapter_model.safetensors"
     if not (path / "adapter_model.safetensors").is_file():
         if (path / "adapter_model.bin").is_file():
             raise WrongKind(

@@ -10,7 +10,7 @@ from typing import Any
 
 from src.chat.template import bound_templates
 from src.core.artifact import Artifact
-from src.core.errors import BadData, MissingTool, using
+from src.core.errors import AGAIN, BadData, MissingTool, using
 from src.core.log import warn
 from src.core.processes import import_quietly, silenced
 from src.models import adapter_files, safetensors_io
@@ -113,10 +113,7 @@ def bring_back(adapter: Path, model) -> None:
             setattr(model.get_submodule(module), what, torch.nn.Parameter(stored[key].float(), requires_grad=False))
 
 
-MISMATCH = [
-    "fetch or convert the model again: config.json and the weights do not belong together",
-    "look for a prefix in the tensors' names",
-]
+MISMATCH = "take config.json and weights of one and the same model, with its names for the tensors"
 
 
 def check_loaded(path: Path, model, loaded: dict) -> None:
@@ -144,9 +141,7 @@ def check_special_ids(path: Path, model) -> None:
         value = getattr(model.generation_config, name, None)
         for one in value if isinstance(value, list) else [] if value is None else [value]:
             if isinstance(one, bool) or not isinstance(one, int) or not -1 <= one < 1 << 31:
-                raise BadData(
-                    f"{name}={str(value)[:100]} is no token id", where=str(path), fix="mend generation_config.json, or fetch it again"
-                )
+                raise BadData(f"{name}={str(value)[:100]} is no token id", where=str(path), fix=AGAIN)
 
 
 def refuse_unknown_ids(model, where: Path) -> None:
@@ -158,7 +153,7 @@ def refuse_unknown_ids(model, where: Path) -> None:
             raise BadData(
                 f"the tokenizer gives token id {largest}, and the model has {rows} rows: they do not belong together",
                 where=str(where),
-                fix="copy the model's own tokenizer files again",
+                fix="copy the model's own tokenizer files into it",
             )
 
     model.get_input_embeddings().register_forward_pre_hook(check)
@@ -220,7 +215,7 @@ def check_adapter(path: Path, model) -> None:
         raise BadData(
             "the adapter does not belong to this base: " + "; ".join(told),
             where=str(path),
-            fix="copy it again, or give the base it was trained on",
+            fix="give the base it was trained on, with all files of the adapter",
         )
 
 

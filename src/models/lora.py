@@ -95,6 +95,11 @@ def lora_targets(model, tuner: AdapterTuner) -> str | list[str]:
     return list(tuner.target_modules)
 
 
+def without(names: list[str], name: str) -> str:
+    """tuner.modules_to_save less a name."""
+    return f"tuner.modules_to_save=[{','.join(other for other in names if other != name)}]"
+
+
 def nearest(model, name: str) -> str:
     """`; did you mean 'x'?` with the layer name most like a mistyped one."""
     known = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if n and not any(True for _ in module.children())}
@@ -111,16 +116,19 @@ def layers_to_save(model, names: list[str]) -> list[str]:
     for short in names:
         matches = [(name, module) for name, module in model.named_modules() if is_called(name, short)]
         if not matches:
-            raise ConfigError(f"tuner.modules_to_save: the model has no layer called {short}{nearest(model, short)}", fix="name its layers")
+            raise ConfigError(
+                f"tuner.modules_to_save: the model has no layer called {short}{nearest(model, short)}", fix=without(names, short)
+            )
         for name, module in matches:
             inside = sorted({child for child, _ in module.named_children()})
             if inside or not any(True for _ in module.parameters()):
                 raise ConfigError(
                     f"tuner.modules_to_save: {short} is no single layer with weights",
-                    fix=f"name its layers: {', '.join(inside)}" if inside else "drop it",
+                    fix=[f"name layers in it: {', '.join(inside)}"] * bool(inside) + [without(names, short)],
                 )
             if hasattr(module, "qweight") or not all(p.is_floating_point() for p in module.parameters()):
-                raise ConfigError(f"tuner.modules_to_save: {short} is quantized and cannot be trained whole", fix=["tuner=lora", "drop it"])
+                ways = [without(names, short), *([] if hasattr(module, "qweight") else ["tuner=lora"])]
+                raise ConfigError(f"tuner.modules_to_save: {short} is quantized and cannot be trained whole", fix=ways)
             found.add(name)
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     tied = model.config.tie_word_embeddings

@@ -53,7 +53,10 @@ def plan(adapter: Artifact, base: Path, dtype: str = "auto") -> tuple[list[safet
         raise WrongKind(
             f"cannot merge this kind of adapter: {', '.join(unknown) or settings.get('peft_type')}",
             where=str(adapter.path),
-            fix="tuner=lora trains one that merges; for others peft has merge_and_unload()",
+            fix=[
+                "peft's merge_and_unload() merges it; give what it makes to quantize, evaluate and deploy",
+                "tuner=lora trains one that merges here",
+            ],
         )
     if str(start := settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "lora_ga")):
         raise WrongKind(
@@ -95,7 +98,7 @@ def table_rows(adapter: Artifact, base: int) -> int:
         raise WrongKind(
             f"the adapter's tokenizer has {tokens} tokens, its embedding {rows} rows",
             where=str(adapter.path),
-            fix="copy the tokenizer it was trained with into its folder",
+            fix="copy the tokenizer that it was trained with into its folder",
         )
     return rows
 

@@ -11,12 +11,13 @@ value's position, 16 bits for each value. So equal values give equal bytes on an
 
 import hashlib
 import json
+import math
 import threading
 from pathlib import Path
 
 import numpy as np
 
-from src.core.errors import BadData
+from src.core.errors import AGAIN, BadData
 from src.core.files import read_json
 
 CHUNK = 1 << 17
@@ -64,7 +65,7 @@ def check_range(values, dtype, name: str) -> None:
         kind = str(dtype).removeprefix("torch.")
         raise BadData(
             f"'{name}' has values from {low:.3g} to {high:.3g}, and {kind} ends at {largest:.3g}",
-            fix=["dtype=bfloat16 or float32 has the range of the base", "look at the model: a value that is not finite is a damaged one"],
+            fix="dtype=float32 has the range of the base" if math.isfinite(low) and math.isfinite(high) else AGAIN,
         )
 
 

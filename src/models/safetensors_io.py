@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.core.errors import BadData
+from src.core.errors import AGAIN, BadData
 
 ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 TORCH = {
@@ -68,9 +68,7 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
             head = stream.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else size + 1
             if length > size - 8:
-                raise BadData(
-                    "not a whole safetensors file: its header is longer than the file", where=str(file), fix="copy or download it again"
-                )
+                raise BadData("not a whole safetensors file: its header is longer than the file", where=str(file), fix=AGAIN)
             try:
                 header = json.loads(stream.read(length))
                 header.pop("__metadata__", None)
@@ -84,16 +82,14 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
                     if begin < 0 or (e["dtype"] in ITEM and stop - begin != math.prod(e["shape"]) * ITEM[e["dtype"]]):
                         raise ValueError("a tensor's bytes do not fit its shape")
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError):
-                raise BadData("not a safetensors file: its header is damaged", where=str(file), fix="copy or download it again") from None
+                raise BadData("not a safetensors file: its header is damaged", where=str(file), fix=AGAIN) from None
         if end != size:
-            raise BadData(
-                "the safetensors file is cut off, or longer than its header says", where=str(file), fix="copy or download it again"
-            )
+            raise BadData("the safetensors file is cut off, or longer than its header says", where=str(file), fix=AGAIN)
         try:
             with safe_open(file, "np"):
                 pass
         except SafetensorError as error:  # what the library that loads it does not take: tensors that overlap, other metadata
-            raise BadData(f"not a safetensors file: {error}", where=str(file), fix="copy or download it again") from None
+            raise BadData(f"not a safetensors file: {error}", where=str(file), fix=AGAIN) from None
     return found
 
 
@@ -123,7 +119,7 @@ def copy(entry: Entry, out: int, at: int) -> None:
 
 def _some(count: int, entry: Entry) -> int:
     if not count:
-        raise BadData(f"'{entry.name}' ends before its header says", where=str(entry.file), fix="copy or download it again")
+        raise BadData(f"'{entry.name}' ends before its header says", where=str(entry.file), fix=AGAIN)
     return count
 
 

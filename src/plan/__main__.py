@@ -70,7 +70,7 @@ def spread(overrides: list[str]) -> list[list[str]]:
     every = [each for kind in kinds for each in compose.each(kind, *LISTS)]
     plots = [text for text in overrides if group_of(text) == "plot"]
     if plots and len(every) > 1:
-        raise ConfigError(f"{plots[0]}: a picture is of one plan", fix="leave it out, or name one model and one target or GPU")
+        raise ConfigError(f"{plots[0]}: a picture is of one plan", fix="name one model, and one target or one GPU")
     return every
 
 
@@ -89,7 +89,7 @@ def compare(asked: list[list[str]]) -> int:
             rows.append(row(cfg, answer_of(cfg, *read(cfg))))
         except UserError as error:
             first, *more = (line.strip(" -") for line in error.what.splitlines())
-            reason = f"{first} {'; '.join(more)}".strip()
+            reason = f"{first} {'; '.join(more)}".strip() + "".join(f"; {way}" for way in error.fix[:1])
             reasons += [reason] if reason not in reasons else []
             rows.append([name_of(cfg.model), where_of(cfg), f"refused ({reasons.index(reason) + 1})", *[""] * 5])
     print(log.table(["model", "on", "", "memory", "of", "tokens/s", "seconds", "longest"], rows, right=(3, 4, 5, 6, 7)))

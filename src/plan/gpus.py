@@ -92,7 +92,7 @@ def job_of(shape: ModelShape, cfg: PlanVerb, gpu: Gpu, length: int, where: str) 
         if others := sorted({name.rsplit(".", 1)[-1] for name in lora.modules_to_save} - tables):
             raise ConfigError(
                 f"tuner.modules_to_save={','.join(others)}: the plan knows the memory of {' and '.join(sorted(tables))} only",
-                fix="leave it out of the plan",
+                fix="leave it out: the plan then lacks the memory of these layers",
             )
     targets = (
         frozenset(name.removesuffix("_proj") for name in lora.target_modules) if lora and lora.target_modules != "all-linear" else None

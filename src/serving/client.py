@@ -71,10 +71,10 @@ class Echo:
 
 
 AGAIN = "the same command goes on after the answers it has"
-NOT_OPENAI = "check that endpoint.url is an OpenAI-compatible API"
+NOT_OPENAI = "give the address of an OpenAI-compatible API as endpoint.url"
 START = [
     "start the server there, listening on all interfaces (0.0.0.0) if it is another machine",
-    "check the host and port of endpoint.url",
+    "http://HOST:PORT of the server as endpoint.url, if that is another",
 ]
 
 
@@ -102,7 +102,7 @@ class Deadline:
         return self._over(f"the server was silent for {self._timeout:g} s")
 
     def _over(self, what: str) -> NoAnswer:
-        return NoAnswer(what, where=self._where, fix=["endpoint.timeout=SECONDS waits longer", "look at the server's log"])
+        return NoAnswer(what, where=self._where, fix="endpoint.timeout=SECONDS waits longer")
 
 
 class Timed(io.RawIOBase):
@@ -241,9 +241,7 @@ class Client:
                     counts = tokens_used(usage)
                     cached = count_of((usage.get("prompt_tokens_details") or {}).get("cached_tokens")) or 0
                     if length > LONGEST_TOKEN * max_tokens:
-                        raise NoAnswer(
-                            f"the server goes on long after max_tokens={max_tokens}", where=self.url, fix="use a server that keeps it"
-                        )
+                        raise NoAnswer(f"the server goes on long after max_tokens={max_tokens}", where=self.url)
                 deadline.left()
             end = time.monotonic()
         if finish is None and streamed:
@@ -287,7 +285,9 @@ class Client:
                 raise NoAnswer("nothing listens there", where=self.url, fix=START) from None
             except ssl.SSLError as error:
                 raise NoAnswer(
-                    f"no secure connection: {error.reason or error}", where=self.url, fix="http:// for a server without TLS"
+                    f"no secure connection: {error.reason or error}",
+                    where=self.url,
+                    fix="http://HOST:PORT as endpoint.url, for a server without TLS",
                 ) from None
             except (OSError, http.client.HTTPException, UnicodeError) as error:
                 told = self.server.plain(str(error)) or type(error).__name__
@@ -312,7 +312,7 @@ class Client:
         else:
             what, fix = (
                 f"the server answers HTTP {status}",
-                "look at the server's log, and whether endpoint.url is an OpenAI-compatible API",
+                NOT_OPENAI,
             )
         with contextlib.suppress(OSError, http.client.HTTPException, NoAnswer):
             body = response.read(4096).decode(errors="replace").strip()

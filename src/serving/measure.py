@@ -45,7 +45,7 @@ def choose(client: Client, wanted: str | None) -> tuple[str, dict]:
     name = next(iter(entries)) if wanted is None else wanted
     if name not in entries:
         raise ConfigError(
-            f"the endpoint does not serve '{name}', but {_names(entries)}", where=client.url, fix="endpoint.model=NAME of these"
+            f"the endpoint does not serve '{name}', but {_names(entries)}", where=client.url, fix="endpoint.model=NAME chooses one"
         )
     entry = entries[name]
     try:
@@ -104,9 +104,7 @@ def ask(client: Client, model: str, prompts: list[tuple], out: Path, *, max_toke
     rows = list(progress(_each(one, range(len(prompts)), workers, client), "asking", len(prompts)))
     errors = [row["error"] for row in rows if "error" in row]
     if errors and len(errors) == len(rows):
-        raise NoAnswer(
-            f"each of the {len(rows)} prompts failed, the first so: {errors[0]}", where=client.url, fix="look at the server's log"
-        )
+        raise NoAnswer(f"each of the {len(rows)} prompts failed, the first so: {errors[0]}", where=client.url)
     if errors:
         warn(f"{len(errors)} of {len(rows)} prompts failed, the first so: {errors[0]}")
     if any(row.get("reasoned") for row in rows):

@@ -132,7 +132,9 @@ def key_in(variable: str) -> str | None:
     """The key in this environment variable, or None. Raises ConfigError for what can be no key."""
     key = os.environ.get(variable) or None
     if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(f"{variable} holds spaces or characters that no key has", fix=["set it again", f"unset {variable}"])
+        raise ConfigError(
+            f"{variable} holds spaces or characters that no key has", fix=[f"export {variable}=... with the key alone", f"unset {variable}"]
+        )
     return key
 
 
@@ -156,7 +158,8 @@ def _place(location: str) -> str:
     """A redirect's target without what may be secret in it."""
     with contextlib.suppress(ValueError):
         parts = urlsplit(location)
-        return f"{parts.scheme}://{parts.hostname}{parts.path}" if parts.hostname else parts.path
+        port = f":{parts.port}" if parts.port else ""
+        return f"{parts.scheme}://{parts.hostname}{port}{parts.path}" if parts.hostname else parts.path
     return "another address"
 
 

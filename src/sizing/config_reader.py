@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from src.core.errors import BadData, MissingInput, WrongKind
+from src.core.errors import AGAIN, BadData, MissingInput, WrongKind
 from src.core.files import read_json
-from src.sizing.decoder import AGAIN, LARGEST, Family, Sizes, hybrid_layer, plain_layer
+from src.sizing.decoder import LARGEST, Family, Sizes, hybrid_layer, plain_layer
 from src.sizing.families import FAMILIES
 from src.sizing.shape import ModelShape, Quantization
 
@@ -28,7 +28,7 @@ def read_config(path: str | Path) -> tuple[dict, Path]:
     if not file.is_file():
         if (path / "adapter_config.json").is_file():
             raise WrongKind(
-                "an adapter has no shape of its own", where=str(path), fix="give the model it was trained on, or the merged one"
+                "an adapter has no shape of its own", where=str(path), fix="give the model that it was trained on, or the merged one"
             )
         raise MissingInput("no config.json there", where=str(path), fix="give a model folder, or the path of its config.json")
     return read_json(file), file
@@ -141,9 +141,9 @@ def _family(config: dict, where: str, notes: list[str]) -> tuple[str, Family]:
     if not isinstance(name, str):
         raise BadData("config.json names no model_type", where=where, fix=AGAIN)
     if any(config.get(key) for key in EXPERTS):
-        raise WrongKind(f"'{name}' is a mixture of experts; the planner knows dense models only", where=where, fix="give a dense model")
+        raise WrongKind(f"'{name}' is a mixture of experts; the planner knows dense models only", where=where)
     if any(config.get(key) for key in ENCODERS):
-        raise WrongKind(f"'{name}' is not a decoder-only language model", where=where, fix="give a decoder-only language model")
+        raise WrongKind(f"'{name}' is not a decoder-only language model", where=where)
     if name not in FAMILIES:
         notes.append(f"the family '{name}' is not in src/sizing/families.py: its layers are counted as if they were Llama's")
     return name, FAMILIES.get(name, Family())

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from src.core.errors import BadData
+from src.core.errors import AGAIN, BadData
 from src.sizing.shape import Layer, Matrix
 
 LARGEST = 2**40
-AGAIN = "copy config.json again from the model's repository"
 
 
 @dataclass(frozen=True)

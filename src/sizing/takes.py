@@ -1,11 +1,10 @@
 """What each kind of target takes, by a model's config.json and the target's settings alone: the rules `deploy` goes by, and `plan` foretells. No weights."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from src.core.errors import BadData, ConfigError, WrongKind
+from src.core.errors import AGAIN, BadData, ConfigError, WrongKind
 from src.settings.targets import Axera, Llama2c, Mobilint, Openvino, Target
 from src.sizing.config_reader import shape_of
-from src.sizing.decoder import AGAIN
 from src.sizing.shape import ModelShape
 
 # Families that Pulsar2's documents and AXERA's published models name (documents 3.2 to 7.0; model repositories to 2026-08).
@@ -36,6 +35,9 @@ OPENVINO = {
 }  # fmt: skip
 
 
+UNQUANTIZED = "give the model that it was quantized from"
+
+
 def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
     """The shape of a model that the target takes. Raises what `deploy` would: WrongKind for a model it does not take, ConfigError for settings that
     do not go with it, BadData for a config.json that is no model's."""
@@ -44,7 +46,7 @@ def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
         raise WrongKind(
             f"target={target.name} takes a model, not a quantized one ({shape.quantization.method})",
             where=where,
-            fix="give the model it was quantized from",
+            fix=UNQUANTIZED,
         )
     if isinstance(target, Axera):
         gptq_block(config, where=where)
@@ -58,14 +60,27 @@ def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
     return shape
 
 
-def refuse(faults: list[str], where: str) -> None:
-    """Raises ConfigError with settings that contradict a model, each with its way out; none: nothing."""
+class Fault(NamedTuple):
+    """A setting that contradicts a model, and what to write in its place."""
+
+    what: str
+    fix: str
+
+
+def refuse(faults: list[Fault], where: str) -> None:
+    """Raises ConfigError with settings that contradict a model, and what to write for all of them; none: nothing."""
     if faults:
-        what = "\n".join(["the settings do not go with this model:", *(f"  - {fault}" for fault in faults)])
-        raise ConfigError(what, where=where, fix="change them as said")
+        what = "\n".join(["the settings do not go with this model:", *(f"  - {fault.what}" for fault in faults)])
+        raise ConfigError(what, where=where, fix=" ".join(fault.fix for fault in faults))
 
 
-def axera_faults(shape: ModelShape, target: Axera) -> list[str]:
+def other_targets(model_type: str) -> list[str]:
+    """Ways out for a family that a target does not know: targets of other vendors that do."""
+    known = {"ax650": AXERA, "mobilint_aries": MOBILINT, "openvino_npu": OPENVINO, "openvino_cpu": OPENVINO}
+    return [f"target={name}" for name, families in known.items() if model_type in families]
+
+
+def axera_faults(shape: ModelShape, target: Axera) -> list[Fault]:
     """What of the target's settings this model contradicts, each with its way out."""
     faults, family = [], target.model_type or shape.model_type
     limit, quantization = shape.max_positions, shape.quantization
@@ -73,21 +88,26 @@ def axera_faults(shape: ModelShape, target: Axera) -> list[str]:
         chunk = next((c for c in (target.prefill_chunk, 64, 32) if c < limit), 32)
         prompt = max(chunk, limit // 2 // chunk * chunk)
         faults.append(
-            f"target.context_len={target.context_len} is above the model's own limit of {limit}; write target.context_len={limit} "
-            f"target.prompt_len={prompt} target.prefill_chunk={chunk}"
+            Fault(
+                f"target.context_len={target.context_len} is above the model's own limit of {limit}",
+                fix=f"target.context_len={limit} target.prompt_len={prompt} target.prefill_chunk={chunk}",
+            )
         )
     if quantization and target.weight_type not in ("auto", f"s{quantization.bits}"):
         faults.append(
-            f"target.weight_type={target.weight_type}: the model is GPTQ int{quantization.bits} already; leave it at auto, or give the "
-            "unquantized model"
+            Fault(
+                f"target.weight_type={target.weight_type}: the model is GPTQ int{quantization.bits} already", fix="target.weight_type=auto"
+            )
         )
     if target.model_type is None and shape.model_type not in AXERA:
         faults.append(
-            f"model family '{shape.model_type}' is not known to Pulsar2; target.model_type=llama if it is a Llama in all but name, "
-            f"target.model_type={shape.model_type} tries it all the same"
+            Fault(
+                f"model family '{shape.model_type}' is not known to Pulsar2 (target.model_type={shape.model_type} tries it all the same)",
+                fix="target.model_type=llama, if it is a Llama in all but name",
+            )
         )
     if family in AX650_ONLY and target.chip != "AX650":
-        faults.append(f"model family '{family}' runs on AX650 only; target=ax650")
+        faults.append(Fault(f"model family '{family}' runs on AX650 only", fix="target=ax650"))
     return faults
 
 
@@ -106,10 +126,7 @@ def gptq_block(config: dict[str, Any], *, where: str) -> dict[str, Any] | None:
         raise WrongKind(
             f"only symmetric GPTQ int4 and int8 models in column order can be compiled; this one: {', '.join(reasons)}",
             where=where,
-            fix=[
-                "python -m src.quantize quantizer=gptq_int4 on the unquantized model",
-                "source=UNQUANTIZED_MODEL: the compiler quantizes it",
-            ],
+            fix=[UNQUANTIZED, "quantize that one with quantizer=gptq_int4"],
         )
     return {"bits": bits, "group_size": block.get("group_size")}
 
@@ -120,7 +137,7 @@ def mobilint(config: dict[str, Any], shape: ModelShape, target: Mobilint, *, whe
         raise WrongKind(
             f"Mobilint's runtime has no language model of type '{config.get('model_type')}'; it has {', '.join(MOBILINT)}",
             where=where,
-            fix="a model of one of these types, or another board: target=ax650",
+            fix=other_targets(str(config.get("model_type"))),
         )
     limit = shape.max_positions
     if limit and target.context_len > limit:
@@ -137,13 +154,16 @@ def openvino(shape: ModelShape, target: Openvino, *, where: str) -> None:
         raise WrongKind(
             f"OpenVINO's exporter (optimum-intel 2.2.0) does not know the model family '{shape.model_type}'",
             where=where,
-            fix=["a model of one of its families: llama, mistral, qwen2, qwen3, phi3, gemma2, ...", "another target"],
+            fix=other_targets(shape.model_type),
         )
-    faults, ways = [], []
-    limit = shape.max_positions
+    faults, limit = list[Fault](), shape.max_positions
     if limit and target.context_len > limit:
-        faults.append(f"target.context_len={target.context_len} is above the model's own limit of {limit}")
-        ways.append(f"target.context_len={limit} target.prompt_len={min(target.prompt_len, limit // 2)}")
+        faults.append(
+            Fault(
+                f"target.context_len={target.context_len} is above the model's own limit of {limit}",
+                fix=f"target.context_len={limit} target.prompt_len={min(target.prompt_len, limit // 2)}",
+            )
+        )
     if (
         target.weight_type == "int4"
         and target.group_size != "auto"
@@ -151,11 +171,13 @@ def openvino(shape: ModelShape, target: Openvino, *, where: str) -> None:
         and (odd := undivided(shape, target.group_size))
     ):
         fitting = next((g for g in (128, 64, 32) if not undivided(shape, g)), -1)
-        faults.append(f"target.group_size={target.group_size} does not divide the model's rows of {', '.join(map(str, odd))}")
-        ways.append(f"target.group_size={fitting if target.device == 'CPU' or fitting == 128 else -1}")
-    if faults:
-        what = "\n".join(["the settings do not go with this model:", *(f"  - {fault}" for fault in faults)])
-        raise ConfigError(what, where=where, fix=" ".join(ways))
+        faults.append(
+            Fault(
+                f"target.group_size={target.group_size} does not divide the model's rows of {', '.join(map(str, odd))}",
+                fix=f"target.group_size={fitting if target.device == 'CPU' or fitting == 128 else -1}",
+            )
+        )
+    refuse(faults, where)
 
 
 def undivided(shape: ModelShape, group: int) -> list[int]:
@@ -166,33 +188,29 @@ def undivided(shape: ModelShape, group: int) -> list[int]:
 def llama2c(config: dict[str, Any], *, where: str) -> ModelShape:
     """The shape of a Llama that llama2.c's formats and run.c can express. Raises WrongKind for every other model, BadData where its length is not said."""
 
-    def refuse(what: str, fix: str) -> None:
-        raise WrongKind(what, where=where, fix=fix)
-
     kind = config.get("model_type")
+
+    def refuse(what: str) -> None:
+        raise WrongKind(what, where=where, fix="target=openvino_cpu" if str(kind) in OPENVINO else ())
+
     if kind != "llama":
-        refuse(
-            f"target=llama2c takes Llama-architecture models only; this one is '{kind}'",
-            "target=openvino_cpu" if str(kind) in OPENVINO else "the merged folder itself runs in transformers: python -m src.evaluate",
-        )
+        refuse(f"target=llama2c takes Llama-architecture models only; this one is '{kind}'")
     if config.get("quantization_config"):
-        refuse("the model is already quantized", "deploy the merged model instead; target.format=int8_v2 quantizes it here")
+        raise WrongKind("the model is already quantized", where=where, fix=UNQUANTIZED)
     if (scaling := rope_type(config, where)) != "default":
-        refuse(f"rope scaling '{scaling}' is unknown to llama2.c", "take a model without rope scaling")
+        refuse(f"rope scaling '{scaling}' is unknown to llama2.c")
     if config.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act is '{config['hidden_act']}'; llama2.c has silu only", "take a model with silu")
+        refuse(f"hidden_act is '{config['hidden_act']}'; llama2.c has silu only")
     if biases := [key for key in ("attention_bias", "mlp_bias") if config.get(key)]:
-        refuse(f"the model has biases ({biases[0]}); llama2.c has none", "take a model without attention_bias and mlp_bias")
+        refuse(f"the model has biases ({biases[0]}); llama2.c has none")
     shape = shape_of(config, where)
     if shape.max_positions is None:
         raise BadData("config.json does not say 'max_position_embeddings'", where=where)
     head = shape.hidden // shape.heads
     if not shape.kv_heads or shape.hidden % shape.heads or shape.heads % shape.kv_heads or head % 2:
-        refuse(
-            f"{shape.heads} heads, {shape.kv_heads} KV heads do not divide hidden_size {shape.hidden} into even heads", "take another model"
-        )
+        refuse(f"{shape.heads} heads, {shape.kv_heads} KV heads do not divide hidden_size {shape.hidden} into even heads")
     if shape.head_dim != head:
-        refuse(f"head_dim {shape.head_dim} is not hidden_size / num_attention_heads = {head}, as llama2.c has it", "take another model")
+        refuse(f"head_dim {shape.head_dim} is not hidden_size / num_attention_heads = {head}, as llama2.c has it")
     return shape
 
 

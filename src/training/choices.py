@@ -17,7 +17,7 @@ from src.core.files import read_json
 from src.core.log import say
 from src.models.devices import device, say_device
 from src.settings.verbs import FinetuneVerb
-from src.training.deepspeed_config import AUTO, deepspeed_json
+from src.training.deepspeed_config import AUTO, NO_FILE, deepspeed_json
 
 M_MMAP_THRESHOLD = -3
 """glibc's malloc.h"""
@@ -70,7 +70,7 @@ def check_zero(path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     block = read_json(path).get("zero_optimization", {})
-    with using("deepspeed.config", path, "mend the file; deepspeed=zero2 or zero3 needs none"):
+    with using("deepspeed.config", path, ["remove what is named from the file", NO_FILE]):
         DeepSpeedZeroConfig(**{key: value for key, value in block.items() if value != AUTO})
 
 
@@ -99,7 +99,7 @@ def apply_kernels(model, asked: str) -> None:
 
     there = importlib.util.find_spec("liger_kernel") is not None
     if asked == "liger" and not (there and torch.cuda.is_available()):
-        raise MissingTool("train.kernels=liger needs a GPU and liger-kernel", fix=["pip install liger-kernel", "train.kernels=auto"])
+        raise MissingTool("train.kernels=liger needs a GPU and liger-kernel", fix="train.kernels=auto")
     if asked == "torch" or not there or not torch.cuda.is_available():
         return
     from liger_kernel.transformers import _apply_liger_kernel_to_instance

@@ -44,6 +44,7 @@ def deepspeed_json(cfg: FinetuneVerb, *, gpu: bool) -> dict:
     return config
 
 
+NO_FILE = "deepspeed=zero2 or deepspeed=zero3 needs no file"
 AUTO = "auto"
 """what a DeepSpeed file says for a number that the trainer's settings give"""
 
@@ -63,7 +64,7 @@ def user_deepspeed_json(path: Path, cfg: FinetuneVerb) -> dict:
     ]
     zero = theirs.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise BadData("zero_optimization must be a JSON object", where=str(path), fix="deepspeed=zero2 or zero3 needs no file")
+        raise BadData("zero_optimization must be a JSON object", where=str(path), fix=NO_FILE)
     if (found := zero.get("stage", stage)) != stage:
         faults.append(f"its ZeRO stage is {found}, the settings say {stage}")
     faults += numbers_against(theirs, cfg)
@@ -71,7 +72,7 @@ def user_deepspeed_json(path: Path, cfg: FinetuneVerb) -> dict:
         raise ConfigError(
             "deepspeed.config: " + "; ".join(faults),
             where=str(path),
-            fix=["remove them from the file", "drop deepspeed.config; deepspeed=zero2 or zero3 is enough"],
+            fix=["remove what is named from the file", NO_FILE],
         )
     return theirs | {key: AUTO for key in OURS if key in theirs}
 

@@ -262,7 +262,8 @@ def tokens_that_fit(cfg: FinetuneVerb, model, examples: Examples, layout: Layout
             need, there = rules.needed(examples.lengths[longest], each, trained=trained, shards=world), psutil.virtual_memory().total
             if need > there:
                 raise NoMemory(
-                    f"the longest conversation needs about {size(need)} beside the weights, this machine has {size(there)}", fix=SMALLER
+                    f"the longest conversation needs about {size(need)} beside the weights, this machine has {size(there)}",
+                    fix=SMALLER[2 if layout.checkpointing else 1 :],
                 )
     return rules.tokens_that_fit(left, each, trained=trained, shards=world, offload=offload)
 
@@ -270,7 +271,7 @@ def tokens_that_fit(cfg: FinetuneVerb, model, examples: Examples, layout: Layout
 SMALLER = [
     "train.micro_batch_size=1",
     "train.gradient_checkpointing=true",
-    "train.max_length=N for shorter conversations, with train.long_rows to say what becomes of the longer",
+    "train.max_length=N, lower, for shorter conversations; train.long_rows says what becomes of the longer",
     "tuner=lora or tuner=qlora, which train fewer weights",
     "deepspeed=zero3_offload, which shares what is left between processes and the host's memory",
 ]

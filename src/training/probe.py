@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from src.core.errors import NoMemory, NoRoom, ProofFailed
+from src.core.errors import NO_SPACE, NoMemory, NoRoom, ProofFailed
 from src.core.log import duration, rank, say, size
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
@@ -65,7 +65,7 @@ class Probe(TrainerCallback):
             if not loss.isfinite():
                 raise ProofFailed(
                     f"the loss of the longest batch is {loss.item()} before anything is trained",
-                    fix=["train.precision=fp32", "look at the base model: do its answers make sense?"],
+                    fix="train.precision=fp32",
                 )
             trainer.accelerator.backward(0.0 * loss)
             trainer.optimizer.step()
@@ -94,7 +94,7 @@ class Probe(TrainerCallback):
         if seen or (ours - plain).abs().max().item() > EQUAL[self.precision]:
             raise ProofFailed(
                 "on this model packed conversations, or the loss in chunks, do not give the losses of the plain model",
-                fix=["train.packing=false train.chunked_loss=false"],
+                fix="train.packing=false train.chunked_loss=false",
             )
 
     def save(self) -> int:
@@ -115,6 +115,6 @@ class Probe(TrainerCallback):
             raise NoRoom(
                 f"the run's checkpoints and result need about {size(need)}, {size(free)} are free",
                 where=str(self.out),
-                fix=["free space, then run the same command again", "outputs=FOLDER_ELSEWHERE"],
+                fix=NO_SPACE,
             )
         return written

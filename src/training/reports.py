@@ -69,7 +69,7 @@ class Reports(TrainerCallback):
                 raise ProofFailed(
                     f"the loss became {value} at step {at}",
                     where=f"{self.records}, records {', '.join(self.record_ids(at))}",
-                    fix=["lower tuner.learning_rate or raise train.warmup", "train.precision=fp32", "look at those records"],
+                    fix=["a lower tuner.learning_rate, with force=true", "train.precision=fp32 force=true"],
                 )
         self.recent = [*self.recent, *values][-STILL:]
         if len(self.recent) == STILL and max(self.recent) - min(self.recent) <= 1e-7 * abs(self.recent[-1]):
@@ -80,9 +80,7 @@ class Reports(TrainerCallback):
             f"the loss does not move: by step {step} it {how}",
             where=f"{self.records}, records of the last step: {', '.join(self.record_ids(step))}",
             fix=[
-                "raise tuner.learning_rate",
-                "shorten train.warmup, which holds the rate down",
-                "look at the row shown above: is what is marked what should be learnt?",
+                "a higher tuner.learning_rate, with force=true",
             ],
         )
 

@@ -24,7 +24,7 @@ def check(tuner: FullTuner | AdapterTuner, *, zero_stage: int, quantization: str
         raise WrongKind(
             f"the base model is quantized ({quantization})",
             where=where,
-            fix=["tuner=qlora trains adapters on a GPTQ base", "give the model it was quantized from"],
+            fix=["tuner=qlora trains adapters on a GPTQ base", "give the model that it was quantized from"],
         )
     if qlora and zero_stage == 3:
         raise ConfigError(
@@ -36,7 +36,9 @@ def check(tuner: FullTuner | AdapterTuner, *, zero_stage: int, quantization: str
     if whole and zero_stage == 3:
         raise ConfigError(f"{whole[0]} reads whole base weights, which ZeRO-3 has partitioned", fix=["deepspeed=zero2", f"drop {whole[0]}"])
     if tuner.dora and quantization:
-        raise ConfigError("tuner.dora=true: peft has no DoRA for a GPTQ base", fix=["tuner.dora=false", "give the unquantized base"])
+        raise ConfigError(
+            "tuner.dora=true: peft has no DoRA for a GPTQ base", fix=["tuner.dora=false", "give the model that it was quantized from"]
+        )
 
 
 def check_length(max_length: int, reach: int | None, *, where: str) -> None:

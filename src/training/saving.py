@@ -74,7 +74,7 @@ def check_moved(out: Path, base: Path) -> None:
         raise ProofFailed(
             "every weight is what it was in the base: this run learnt nothing",
             where=str(out),
-            fix="raise tuner.learning_rate",
+            fix="a higher tuner.learning_rate, with force=true",
         )
 
 
@@ -94,6 +94,8 @@ def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained,
     if trained.seen is None:
         return {}
     change = fidelity.compare(trained.seen, seen, len(trained.rows))
-    ways = ["tuner.rounding=stochastic keeps what was learnt"] * (full is not None and full.rounding == "nearest")
-    fidelity.judge("finetune", change, cfg.max_loss_change, out, [*ways, *["tuner.dtype=float32 keeps every bit"] * (full is not None)])
+    ways = ["tuner.rounding=stochastic force=true keeps what was learnt"] * (full is not None and full.rounding == "nearest")
+    fidelity.judge(
+        "finetune", change, cfg.max_loss_change, out, [*ways, *["tuner.dtype=float32 force=true keeps every bit"] * (full is not None)]
+    )
     return change.metrics()

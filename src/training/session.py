@@ -36,7 +36,7 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     cache = out.parent.parent / ".cache" / "tokens"
     train, val = (examples_of(cfg, inputs["dataset"], inputs["model"], split, cache) for split in ("train", "val"))
     if not len(train):
-        raise MissingInput("no training row is within train.max_length", where=str(records), fix="raise train.max_length")
+        raise MissingInput("no training row is within train.max_length", where=str(records), fix="a higher train.max_length")
     preview(train[0], tokenizer)
     learnt_from = teacher_probs(cfg, inputs["teacher"], train, tokenizer, cache) if "teacher" in inputs else None
 

@@ -80,7 +80,7 @@ def check_tokenizer(teacher: Artifact, tokenizer) -> None:
         raise WrongKind(
             f"the teacher's tokenizer differs from the student's ({at}), so its probabilities are of other tokens",
             where=str(teacher.path),
-            fix=["a teacher of the same family", "python -m src.distill: the teacher writes rows, whatever its tokenizer"],
+            fix="give a teacher with the student's tokenizer",
         )
 
 

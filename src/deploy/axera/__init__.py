@@ -34,6 +34,7 @@ from src.sizing.config_reader import read_shape
 from src.sizing.shape import ModelShape
 
 TAKES = {"model", "quantized"}
+OLDER_MAIN = "target.runtime=auto makes a bundle for the older main, with the model's own tokenizer and template"
 
 
 def wants_dataset(target: Axera) -> bool:
@@ -65,12 +66,14 @@ def check(inputs: dict[str, Artifact], target: Axera, out: Path) -> list[str]:
     ]
 
 
-def settings_against(shape: ModelShape, target: Axera) -> list[str]:
+def settings_against(shape: ModelShape, target: Axera) -> list[takes.Fault]:
     """What of the target's settings this model contradicts, each with its way out."""
     faults = takes.axera_faults(shape, target)
     known = (*chat.CHATML_TYPES, *chat.OTHER_TYPES)
     if target.tokenizer_type != "auto" and target.tokenizer_type not in known:
-        faults.append(f"target.tokenizer_type={target.tokenizer_type}: axllm has {', '.join(known)}")
+        faults.append(
+            takes.Fault(f"target.tokenizer_type={target.tokenizer_type}: axllm has {', '.join(known)}", fix="target.tokenizer_type=auto")
+        )
     return faults
 
 
@@ -183,7 +186,7 @@ def prepare(model: Artifact, shape: ModelShape, target: Axera, out: Path) -> Pre
             return made
         except (WrongKind, ProofFailed) as error:
             if target.runtime == "axllm":
-                error.fix.append("target.runtime=auto makes a bundle for the older main, with the model's own tokenizer and template")
+                error.fix.append(OLDER_MAIN)
                 raise
             why_not = error.what
             warn(
@@ -197,7 +200,6 @@ def prepare(model: Artifact, shape: ModelShape, target: Axera, out: Path) -> Pre
             where=str(model.path),
             fix=[
                 "fine-tune a base without chat template, which gives it ChatML: remove chat_template from tokenizer_config.json (and chat_template.jinja)",
-                "a version of the model that has a tokenizer.json and a chat template of plain Jinja2",
             ],
         )
     ids = server.Tokens().ids
@@ -274,7 +276,10 @@ def compiled(tool: toolchain.Toolchain | None, target: Axera, quantization: dict
             raise ToolFailed(
                 f"the compile by hand is not all here: {BY_HAND} is, but not compile.log with its words of success",
                 where=str(work),
-                fix=[f"copy build/, compile.log and {BY_HAND} back together", "force=true clears it"],
+                fix=[
+                    f"copy build/, compile.log and {BY_HAND} back together",
+                    f"remove {work / BY_HAND} to have it compiled here",
+                ],
             )
         say("the compile was brought back from another machine")
         version = re.search(r"version:\s*(\S+)", (work / BY_HAND).read_text(errors="replace"))

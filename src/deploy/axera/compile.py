@@ -7,8 +7,9 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from src.core.errors import ToolFailed, WrongKind
+from src.core.errors import MEMORY, NO_SPACE, ToolFailed, WrongKind
 from src.core.log import duration, say, size, status, warn
 from src.deploy import preflight
 from src.deploy.axera import toolchain
@@ -64,7 +65,7 @@ def compile_layers(
             log,
             cwd=work,
             env=toolchain.environment(target) if tool.image is None else None,
-            watch=(BUILT, *(text for text, _ in FAILURES)),
+            watch=(BUILT, *(one.text for one in FAILURES)),
             line=CompileProgress(),
             container=name if tool.image else None,
         )
@@ -122,10 +123,13 @@ class CompileProgress:
             status(text + (f", {duration(left)} left" if 0 < done < total else ""))
 
 
+ONCE_MORE = "compile once more: here by the same command"
+
+
 def judge(build: Path, chunk: int, weights: Weights, log: Path) -> tuple[list[Path], Path]:
     """(layer files by index, post file) in a build folder, each one checked. Raises ToolFailed at the first that is not as it must be."""
 
-    def wrong(what: str, fix: str = "run it again; if it stays, report it to AXERA with the log") -> ToolFailed:
+    def wrong(what: str, fix: str | list[str] = ONCE_MORE) -> ToolFailed:
         return ToolFailed(what, where=f"{build}, log {log}", fix=fix)
 
     layers = len(weights.layers)
@@ -135,22 +139,20 @@ def judge(build: Path, chunk: int, weights: Weights, log: Path) -> tuple[list[Pa
             found.setdefault((match["prefix"], int(match["chunk"])), {})[int(match["index"])] = file
     if len(found) > 1:
         raise wrong(
-            f"layers of more than one build lie together: {', '.join(f'{p}_p{c}' for p, c in sorted(found))}", "force=true starts clean"
+            f"layers of more than one build lie together: {', '.join(f'{p}_p{c}' for p, c in sorted(found))}",
+            f"leave one in {build}",
         )
     if not found:
         raise wrong("Pulsar2 says it is done, but no layer file is there")
     ((prefix, made), by_index) = next(iter(found.items()))
     if made != chunk:
-        raise wrong(
-            f"the layers are for chunks of {made} tokens ({prefix}_p{made}_...), target.prefill_chunk={chunk} was asked for",
-            f"target.prefill_chunk={made} if that is what you want",
-        )
+        raise wrong(f"the layers are for chunks of {made} tokens ({prefix}_p{made}_...), target.prefill_chunk={chunk} was asked for")
     missing = sorted(set(range(layers)) - by_index.keys())
     extra = sorted(by_index.keys() - set(range(layers)))
     if missing or extra:
         raise wrong(
             f"of {layers} layers, {'missing: ' + ', '.join(map(str, missing[:8])) if missing else 'too many: ' + ', '.join(map(str, extra[:8]))}",
-            "free disk space and run the same command again",
+            NO_SPACE,
         )
     posts = sorted(file for file in build.rglob("*_post.axmodel") if POST.fullmatch(file.name))
     if len(posts) != 1:
@@ -158,13 +160,13 @@ def judge(build: Path, chunk: int, weights: Weights, log: Path) -> tuple[list[Pa
     files = [by_index[index] for index in range(layers)]
     for file, least in zip((*files, posts[0]), (*weights.layers, weights.post)):
         if not file.stat().st_size:
-            raise wrong(f"{file.name} is empty", "free disk space and run the same command again")
+            raise wrong(f"{file.name} is empty", NO_SPACE)
         if (producer := onnx_producer(file)) != "Pulsar2":
             raise wrong(f"{file.name} is not an ONNX file by Pulsar2" + (f" but by {producer!r}" if producer else ""))
         if file.stat().st_size < PLAUSIBLE * least:
             raise wrong(
                 f"{file.name} has {size(file.stat().st_size)}; the weights it holds are {size(least)} in {weights.type}, so it is cut off or empty",
-                "free disk space and run the same command again",
+                NO_SPACE,
             )
     sizes = [file.stat().st_size for file in files]
     middle = statistics.median(sizes)
@@ -208,38 +210,31 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     return value, at
 
 
-# Text in the log -> (what it means, ways out). The first that was printed counts.
-FAILURES: tuple[tuple[str, tuple[str, tuple[str, ...]]], ...] = (
-    (
+class Known(NamedTuple):
+    """What a text in the log means, and the ways out."""
+
+    text: str
+    what: str
+    fix: list[str]
+
+
+OTHER_VERSION = "target.image=IMAGE of another version of Pulsar2"
+SMALLER = ["a smaller target.prefill_chunk, such as 32", "target.weight_type=s4"]
+FAILURES = (  # the first that was printed counts
+    Known(
         "model_type error",
-        ("this Pulsar2 does not know the model's family", ("target.model_type=llama if it is a Llama in all but name", "a newer Pulsar2")),
+        "this Pulsar2 does not know the model's family",
+        fix=["target.model_type=llama, if it is a Llama in all but name", OTHER_VERSION],
     ),
-    (
-        "unrecognized arguments",
-        ("Pulsar2 does not know an option that its help lists", ("another version of Pulsar2",)),
-    ),
-    (
-        "ocm alloc",
-        ("a layer does not fit the chip's on-chip memory", ("target.prefill_chunk=64", "a smaller model", "target.weight_type=s4")),
-    ),
-    (
-        "NPUBackendError",
-        ("a layer does not fit the chip", ("target.prefill_chunk=64", "a smaller model", "target.weight_type=s4")),
-    ),
-    (
-        "LLM_PREPARE",
-        ("Pulsar2 could not read the model", ("see the exception in the log",)),
-    ),
-    (
-        "No space left on device",
-        ("the disk is full", ("free space and run the same command again",)),
-    ),
-    (
+    Known("unrecognized arguments", "Pulsar2 does not know an option that its help lists", fix=[OTHER_VERSION]),
+    Known("ocm alloc", "a layer does not fit the chip's on-chip memory", fix=SMALLER),
+    Known("NPUBackendError", "a layer does not fit the chip", fix=SMALLER),
+    Known("LLM_PREPARE", "Pulsar2 could not read the model", fix=[]),
+    Known("No space left on device", "the disk is full", fix=NO_SPACE),
+    Known(
         "ermission denied",
-        (
-            "Pulsar2 may not write where it should",
-            ("remove the folder that an earlier container left as root's, then run the same command again",),
-        ),
+        "Pulsar2 may not write where it should",
+        fix=["remove the folder that an earlier container left as root's, then run the same command again"],
     ),
 )
 
@@ -248,19 +243,16 @@ def failure(done: Done, log: Path) -> ToolFailed | WrongKind:
     """What a run without the success line died of."""
     own = [line for line in done.tail.splitlines() if not line.startswith(("Traceback", "  "))]
     last = "\n".join(f"    {line[:200]}" for line in own[-6:])
-    known = next(((text, meaning) for text, meaning in FAILURES if text in done.seen), None)
-    ways: tuple[str, ...]
+    known = next((one for one in FAILURES if one.text in done.seen), None)
+    fix: list[str] = []
     if done.code == 137:
-        what, ways = (
-            "the compile was killed (exit code 137), most likely for lack of memory; AXERA asks for more than 32 GB for large models",
-            ("target.parallel=1 takes less memory", "a host with more memory, or swap"),
-        )
+        what = "the compile was killed (exit code 137), most likely for lack of memory; AXERA asks for more than 32 GB for large models"
+        fix = ["target.parallel=1 takes less memory", MEMORY]
     elif known:
-        what, ways = known[1]
-        told = next(line.strip() for line in log.read_text(errors="replace").splitlines() if known[0] in line)
-        what += f": {told[:200]}"
+        told = next(line.strip() for line in log.read_text(errors="replace").splitlines() if known.text in line)
+        what, fix = f"{known.what}: {told[:200]}", known.fix
     elif done.code:
-        what, ways = f"Pulsar2 ended with exit code {done.code}", ("see the log",)
+        what = f"Pulsar2 ended with exit code {done.code}"
     else:
-        what, ways = f"Pulsar2 ended well, but never said '{BUILT}'", ("see the log", "run the same command again")
-    return (WrongKind if known and known[0] == "model_type error" else ToolFailed)(f"{what}\n{last}", where=str(log), fix=list(ways))
+        what, fix = f"Pulsar2 ended well, but never said '{BUILT}'", [ONCE_MORE]
+    return (WrongKind if known and known.text == "model_type error" else ToolFailed)(f"{what}\n{last}", where=str(log), fix=fix)

@@ -33,16 +33,13 @@ def pieces_and_merges(spec: dict, where: str) -> tuple[list[str], list[tuple[str
         raise WrongKind(
             f"the tokenizer is {model.get('type')} without byte-level pieces, which axllm reads otherwise than transformers: without the space mark in front",
             where=where,
-            fix="a model with a byte-level BPE tokenizer, as Qwen, Llama 3 and SmolLM have",
         )
     by_id = {id: piece for piece, id in model["vocab"].items()} | {token["id"]: token["content"] for token in spec["added_tokens"]}
     # Ids between the last piece and an added token are never produced; axllm's own converter calls them <unk>.
     pieces = [by_id.get(id, "<unk>") for id in range(max(by_id) + 1)]
     merges = [(left, right) for left, right in (rule.split(" ", 1) if isinstance(rule, str) else rule for rule in model["merges"])]
     if odd := [text for text in (*pieces, *(part for rule in merges for part in rule)) if not text or re.search(r"[\r\n]", text)]:
-        raise WrongKind(
-            f"the tokenizer has the piece {odd[0]!r}, which a line of text cannot hold", where=where, fix="remove it from the tokenizer"
-        )
+        raise WrongKind(f"the tokenizer has the piece {odd[0]!r}, which a line of text cannot hold", where=where)
     patterns = [step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split"]
     return pieces, merges, FAMILIES.get(patterns[0], 0) if len(patterns) == 1 else 0
 

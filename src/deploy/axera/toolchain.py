@@ -98,7 +98,7 @@ def _probe(prefix: tuple[str, ...], version: str, image: str | None = None, imag
         raise ToolFailed(
             "Pulsar2 is here, but offers neither llm_build2 nor llm_build",
             where=" ".join(prefix),
-            fix="a version that compiles language models: 3.0 or newer; the -lite images have llm_build",
+            fix="install Pulsar2 3.0 or newer, or one of the -lite images",
         )
     found = re.search(r"version:\s*(\S+)", version)
     return Toolchain(prefix, found[1] if found else "unknown", helps, image, image_id)
@@ -171,7 +171,7 @@ def argv(tool: Toolchain, target: Axera, quantization: dict | None, input_path: 
         raise ConfigError(
             f"this Pulsar2 ({tool.version}, {tool.command}) cannot build that:\n" + "\n".join(f"  - {fault}" for fault in faults),
             where=tool.image or "pulsar2 on PATH",
-            fix="change the settings, or install another version",
+            fix=["leave these settings at their defaults", "target.image=IMAGE of a version that has them"],
         )
     return [tool.command, *(word for option, values in options.items() for value in values for word in (option, value))]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from src import ROOT
 from src.core.artifact import Artifact
-from src.core.errors import MissingInput, MissingTool, ProofFailed, WrongKind
+from src.core.errors import AGAIN, MissingInput, MissingTool, ProofFailed, WrongKind
 from src.core.files import read_json
 from src.core.log import say, size, warn
 from src.deploy.llama2c.chat import ChatPieces, find_chat
@@ -71,7 +71,7 @@ def build(inputs: dict[str, Artifact], out: Path, settings) -> dict:
         raise WrongKind(
             f"the tokenizer has id {max(tokenizer.pieces)}, the model {shape.vocab} tokens",
             where=str(model_dir),
-            fix="resize the embeddings",
+            fix=AGAIN,
         )
     stops = stop_ids(model_dir, hf)
     pieces, why = find_chat(hf)

@@ -77,7 +77,7 @@ def read_tokenizer(spec: dict, where: str) -> Tokenizer:
 
 
 def _unknown(what: str, where: str) -> WrongKind:
-    return WrongKind(f"the tokenizer has {what}, which run.c does not have", where=where, fix="take a model with a Llama tokenizer")
+    return WrongKind(f"the tokenizer has {what}, which run.c does not have", where=where, fix="target=openvino_cpu")
 
 
 def _read_byte_level(found: Tokenizer, normalizers: list[dict], steps: list[dict], where: str) -> None:

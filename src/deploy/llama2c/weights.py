@@ -103,13 +103,13 @@ def check_tensors(model_dir: Path, shape: Shape) -> None:
         if entry.shape != wanted:
             raise BadData(f"{name} has shape {list(entry.shape)}; config.json asks for {list(wanted)}", where=str(entry.file))
         if entry.dtype not in DTYPES:
-            raise WrongKind(f"{name} has dtype {entry.dtype}", where=str(entry.file), fix="deploy the merged model instead")
+            raise WrongKind(f"{name} has dtype {entry.dtype}", where=str(entry.file), fix=takes.UNQUANTIZED)
     biases = [name for name in found if name.endswith("_proj.bias")]
     if biases:
         raise WrongKind(
             f"the model has biases ({biases[0]} and {len(biases) - 1} more); llama2.c has none",
             where=str(model_dir),
-            fix="take a model without attention_bias and mlp_bias",
+            fix="target=openvino_cpu",
         )
 
 

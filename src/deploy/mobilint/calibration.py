@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from src.chat import encoding
-from src.core.errors import BadData, ToolFailed, WrongKind
+from src.core.errors import AGAIN, BadData, ToolFailed, WrongKind
 from src.core.log import progress, say, size, warn
 from src.deploy.embedding import chunks
-from src.deploy.mobilint.plan import CompilePlan, text_file
+from src.deploy.mobilint.plan import OWN_TEXT, CompilePlan, text_file
 from src.deploy.vendor import whole
 from src.models.safetensors_io import Entry
 
@@ -120,9 +120,9 @@ def from_conversations(path: Path, tokenizer, low: int, high: int, samples: int)
             f"the calib split holds {tokens:,} tokens in {len(kept)} conversations, which makes no sequence of {low}",
             where=str(path),
             fix=[
-                "python -m src.data data.calib=0.2, or more records",
+                "run the command that made the dataset again with data.calib=0.2 force=true, or with more records",
                 f"target.min_tokens={max(1, tokens // 4)}",
-                "target.languages=[en] target.texts=FOLDER calibrates on text of yours",
+                OWN_TEXT,
             ],
         )
     if counts["refused"]:
@@ -156,7 +156,7 @@ def _conversations(path: Path, tokenizer) -> Iterator[tuple[str, list[int] | Non
         raise WrongKind(
             f"the model has no chat template, and its tokenizer lacks ChatML's {', '.join(added)}: conversations cannot be rendered for it",
             where=str(tokenizer.name_or_path),
-            fix=["target.languages=[en] target.texts=FOLDER calibrates on plain text", "fine-tune it first"],
+            fix=OWN_TEXT,
         )
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -185,7 +185,15 @@ def from_texts(folder: Path, languages: tuple[str, ...], tokenizer, low: int, hi
                 f"the text makes {len(sequences)} sequences of at least {low} tokens; {wanted} are wanted of '{language}'"
                 + (f"; {short} texts are shorter than that" if short else ""),
                 where=str(path),
-                fix=["more text", f"target.samples={max(1, len(sequences)) * len(languages)}", f"target.min_tokens={max(1, low // 4)}"],
+                fix=[
+                    "more text",
+                    *([f"target.samples={len(sequences) * len(languages)}"] if sequences else []),
+                    *(
+                        [f"target.min_tokens={low // 4}"]
+                        if len(_cut_up(path, tokenizer, low // 4, low // 4, high, wanted)[0]) == wanted
+                        else []
+                    ),
+                ],
             )
         if short:
             say(f"calibration: left out {short} texts of '{language}' that are shorter than {low} tokens")
@@ -280,7 +288,7 @@ def write(found: list[Sequence], table, folder: Path) -> list[dict]:
         raise WrongKind(
             f"the tokenizer gives id {largest}, the embedding table has {table.shape[0]} rows",
             where=str(folder),
-            fix="a model whose tokenizer and weights belong together",
+            fix=AGAIN,
         )
     names = [
         f"{sequence.language}_inputs_embeds_{k}.npy" if sequence.language else f"inputs_embeds_{k}.npy" for k, sequence in enumerate(found)

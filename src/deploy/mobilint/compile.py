@@ -5,11 +5,11 @@ import shutil
 import time
 from pathlib import Path
 
-from src.core.errors import BadData, NoRoom, ToolFailed, Unfinished, UserError
+from src.core.errors import MEMORY, NO_SPACE, BadData, NoRoom, ToolFailed, Unfinished, UserError
 from src.core.files import read_json, sha256, write_json
 from src.core.log import say, size
 from src.deploy.mobilint import job, toolchain
-from src.deploy.mobilint.plan import CompilePlan
+from src.deploy.mobilint.plan import OWN_TEXT, CompilePlan
 from src.deploy.vendor import COMPILED, Done, hand_back, image_id, run
 from src.settings.targets import Mobilint
 
@@ -105,7 +105,7 @@ def check_file(plan: CompilePlan, file: Path) -> None:
         raise ToolFailed(
             f"{file.name} has {size(got)}; the model's weights alone are {size(values)} in {plan.bits} bits",
             where=str(file),
-            fix=["free disk space and remove that file, then run the same command again", "see compile.log beside it"],
+            fix=f"free space and remove {file}, then run the same command again: it compiles anew",
         )
 
 
@@ -115,7 +115,7 @@ def failure(plan: CompilePlan, done: Done, log: Path) -> UserError:
     said = [line for line in done.tail.splitlines() if not line.startswith((" ", "Traceback"))]
     last = "\n".join(f"    {line}" for line in said[-3:])
     kind = NoRoom if "No space left on device" in done.tail else ToolFailed
-    return kind(f"{what}\n  its last lines:\n{last}" if last else what, where=str(log), fix=[*fix, "the same command goes on from here"])
+    return kind(f"{what}\n  its last lines:\n{last}" if last else what, where=str(log), fix=fix)
 
 
 def _reason(plan: CompilePlan, done: Done) -> tuple[str, list[str]]:
@@ -123,37 +123,33 @@ def _reason(plan: CompilePlan, done: Done) -> tuple[str, list[str]]:
     tail, package, name = done.tail, plan.compiler.package, str(plan.compiler)
     if done.code == 137:
         return "the compiler was killed (exit code 137), most likely for lack of memory", [
-            "a machine or container with more memory; dry_run=true prints an estimate",
-            f"fewer or shorter calibration sequences: target.samples={max(1, plan.samples // 2)}, target.max_tokens={max(plan.low, plan.high // 2)}",
+            f"target.samples={max(1, plan.samples // 2)} target.max_tokens={max(plan.low, plan.high // 2)} calibrates on less",
+            MEMORY,
         ]
     if "No space left on device" in tail:
-        return "the disk is full", ["free space", "outputs=FOLDER_ELSEWHERE"]
+        return "the disk is full", NO_SPACE
     if "zeropoint=" in tail and "out of range" in tail:
         return "a layer's values cannot be quantized: its activations on the calibration data are not finite, or all the same", [
-            "python -m src.evaluate: does the model answer sensibly?",
-            "other calibration data: a larger data.calib, or target.languages and target.texts",
-            "target.weight_type=w8" if plan.bits == 4 else "a model trained at a lower learning rate",
+            *["target.weight_type=w8"] * (plan.bits == 4),
+            OWN_TEXT,
         ]
     if job.OTHER_API in tail:
         return f"version mismatch: the job was written for API {plan.compiler.api}, and another version runs it", [
             "run the same command again: it asks the compiler for its version anew",
-            "target.python or target.image names the compiler that was meant",
+            "target.python=ENV/bin/python names the compiler that was meant",
         ]
     if "CUDA out of memory" in tail or "OutOfMemoryError" in tail:
         return "the GPU's memory does not do", [
             "target.device=cpu",
-            f"shorter calibration sequences: target.max_tokens={max(plan.low, plan.high // 2)}",
+            f"target.max_tokens={max(plan.low, plan.high // 2)} calibrates on shorter sequences",
         ]
     cuda = ("No CUDA GPUs", "not compiled with CUDA", "CUDA driver", "NVIDIA driver", "CUDA error", "could not select device driver")
     if any(text in tail for text in cuda) or ("CUDA" in tail and "not available" in tail):
-        return "there is no CUDA where the compiler runs", [
-            "target.device=cpu",
-            "an image with CUDA: mobilint/qbcompiler:1.0-cuda12.8.1-ubuntu22.04",
-        ]
+        return "there is no CUDA where the compiler runs", ["target.device=cpu"]
     if missing := _between(tail, "No module named '", "'"):
         return f"the package '{missing}' is missing where the compiler runs", [
             f"pip install {missing.split('.')[0]} in that environment" if missing != package else toolchain.install(plan.chip)[0],
-            "target.python or target.image names another one",
+            "target.python=ENV/bin/python names another one",
         ]
     if any(text in tail for text in ("unexpected keyword argument", "missing 1 required", "cannot import name")) or (
         "has no attribute" in tail and "Error" in tail
@@ -164,15 +160,14 @@ def _reason(plan: CompilePlan, done: Done) -> tuple[str, list[str]]:
                 for api in reversed(toolchain.PACKAGES)
                 if api != plan.compiler.api and toolchain.PACKAGES[api] == package
             ),
-            f"a version whose keywords are known: {', '.join(toolchain.PACKAGES)}",
         ]
     if "does not recognize this architecture" in tail:
         return f"the transformers beside the compiler is too old for '{plan.config['model_type']}'", [
             "pip install transformers==4.57.1 in that environment"
         ]
     if done.code == 0 or "but made no" in tail:
-        return f"the compiler ended without an error, but made no {plan.mxq}", ["read the log", "run the same command again"]
-    return f"the compiler failed with exit code {done.code}", ["read the log"]
+        return f"the compiler ended without an error, but made no {plan.mxq}", []
+    return f"the compiler failed with exit code {done.code}", []
 
 
 def _between(text: str, before: str, after: str) -> str:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.core import stage
 from src.core.artifact import Artifact
 from src.core.errors import BadData, ConfigError, MissingInput
 from src.core.files import read_json
@@ -27,6 +28,8 @@ TRIED = {"aries": 4096, "regulus": 1024}
 """chip -> max_sequence_length and max_cache_length of Mobilint's scripts"""
 FLOAT = 4
 """bytes of an fp32 value"""
+
+OWN_TEXT = "target.languages=[en] target.texts=FOLDER calibrates on text of yours"
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def make(inputs: dict[str, Artifact], target: Mobilint) -> CompilePlan:
         raise ConfigError(
             f"language models for {target.chip.upper()} take API {' or '.join(CHIPS[target.chip])}, not {compiler.api}",
             where=str(compiler),
-            fix=[f"qbcompiler {CHIPS[target.chip][-1]}, the wheel for {target.chip.upper()}", "target=mobilint_aries"],
+            fix=[f"install qbcompiler {CHIPS[target.chip][-1]}, the wheel for {target.chip.upper()}", "target=mobilint_aries"],
         )
     if target.weight_type not in WEIGHTS[compiler.api]:
         having = [api for api, types in WEIGHTS.items() if target.weight_type in types]
@@ -183,7 +186,7 @@ def _calibration_source(inputs: dict[str, Artifact], target: Mobilint) -> tuple[
             raise MissingInput(
                 "the calib split is empty, and the compiler calibrates on it",
                 where=str(dataset.path),
-                fix=["python -m src.data data.calib=0.1", "target.languages=[en] target.texts=FOLDER calibrates on text of yours"],
+                fix=[stage.made_again(dataset, "data.calib=0.1"), OWN_TEXT],
             )
         return dataset.path / "calib.jsonl", f"the calib split of {dataset.path} through the training template"
     return Path(target.texts), f"{target.texts} ({', '.join(text_file(Path(target.texts), name).name for name in target.languages)})"
@@ -199,7 +202,9 @@ def text_file(folder: Path, language: str) -> Path:
             fix=f"put UTF-8 text there, or {language}.jsonl with a text a record, or leave '{language}' out of target.languages",
         )
     if len(both) > 1:
-        raise BadData(f"there are two texts for '{language}', {both[0].name} and {both[1].name}", where=str(folder), fix="remove one")
+        raise BadData(
+            f"there are two texts for '{language}', {both[0].name} and {both[1].name}", where=str(folder), fix="remove one of the two"
+        )
     if not both[0].stat().st_size:
-        raise BadData("the calibration text is empty", where=str(both[0]), fix="put UTF-8 text there")
+        raise BadData("the calibration text is empty", where=str(both[0]), fix="put UTF-8 text into it")
     return both[0]

@@ -12,7 +12,7 @@ from src.core.files import read_json, write_json
 from src.core.log import say
 from src.deploy.mobilint import transformers4
 from src.deploy.mobilint.plan import DEVICES, SCHEMES, CompilePlan
-from src.deploy.vendor import whole
+from src.deploy.vendor import COMPILED, whole
 from src.models import complete, safetensors_io
 from src.sizing.takes import MOBILINT
 
@@ -52,7 +52,6 @@ def write_tokenizer(model: Path, tokenizer, out: Path) -> None:
         raise WrongKind(
             f"{type(tokenizer).__name__} has no tokenizer.json, which Mobilint's runtime reads",
             where=str(model),
-            fix="a version of the model whose folder has a tokenizer.json",
         )
     copied = complete.copy(model, out)
     runs, stored = json.loads(tokenizer.backend_tokenizer.to_str()), out / "tokenizer.json"
@@ -132,14 +131,14 @@ def find_rotation(work: Path, hidden: int):
             f"a compile with SpinR1 leaves one spinWeight/<name>/R1/global_rotation.pth; {len(found)} are there",
             where=str(work),
             fix=[
-                f"remove {work}/spinWeight and compiled.json there, then run the same command again: it compiles anew",
+                anew(work),
                 UNROTATED,
             ],
         )
     rotation = load_matrix(found[0])
     if rotation is None or tuple(rotation.shape) != (hidden, hidden) or not rotation.is_floating_point():
         shape = "no tensor" if rotation is None else f"{tuple(rotation.shape)} of {rotation.dtype}"
-        raise ToolFailed(f"the rotation is not a ({hidden}, {hidden}) matrix but {shape}", where=str(found[0]), fix=UNROTATED)
+        raise ToolFailed(f"the rotation is not a ({hidden}, {hidden}) matrix but {shape}", where=str(found[0]), fix=[anew(work), UNROTATED])
     limit = ORTHOGONAL[str(rotation.dtype).removeprefix("torch.")]
     full = rotation.double()
     off = (full @ full.T - torch.eye(hidden, dtype=torch.float64)).abs().max().item()
@@ -147,10 +146,15 @@ def find_rotation(work: Path, hidden: int):
         raise ToolFailed(
             f"the rotation is not orthogonal: R R^T is {off:.2g} away from the identity (at most {limit:g})",
             where=str(found[0]),
-            fix=["compile again: force=true", UNROTATED],
+            fix=[anew(work), UNROTATED],
         )
     say(f"rotation: {found[0].relative_to(work)}, R R^T within {off:.1e} of the identity")
     return rotation
+
+
+def anew(work: Path) -> str:
+    """The way out of a compile that ended well by its own words and left what cannot be used."""
+    return f"remove {work / COMPILED}, then run the same command again: it compiles anew"
 
 
 def load_matrix(path: Path):
@@ -160,15 +164,14 @@ def load_matrix(path: Path):
     """
     import torch
 
-    fix = ["compile again: force=true", "qbcompiler 1.1 or newer, where an older one pickles its rotation", UNROTATED]
     try:
         with zipfile.ZipFile(path) as archive:
             scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
         if not scripted:
-            raise ToolFailed("the rotation is not the TorchScript module that the compiler saves", where=str(path), fix=fix)
+            raise ToolFailed("the rotation is not the TorchScript module that the compiler saves", where=str(path), fix=UNROTATED)
         return next((parameter.detach() for parameter in torch.jit.load(str(path), map_location="cpu").parameters()), None)
     except (zipfile.BadZipFile, RuntimeError, OSError) as error:
-        raise ToolFailed(f"the rotation cannot be read: {str(error).strip().splitlines()[0]}", where=str(path), fix=fix) from None
+        raise ToolFailed(f"the rotation cannot be read: {str(error).strip().splitlines()[0]}", where=str(path), fix=UNROTATED) from None
 
 
 def board_ids(folder: Path, texts: list[str]) -> list[list[int]]:

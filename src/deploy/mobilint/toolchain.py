@@ -115,7 +115,7 @@ def _api(package: str, version: str, sdk: str, where: str) -> str:
             ),
             where=where,
             fix=[
-                f"{package} {NEWEST} or older" if newer else "a newer compiler",
+                f"install {package} {NEWEST} or older" if newer else "install a newer compiler",
                 *(f"target.sdk={name} takes it for that one, unchecked" for name in reversed(PACKAGES) if PACKAGES[name] == package),
             ][: 2 if newer else None],
         )
@@ -123,7 +123,7 @@ def _api(package: str, version: str, sdk: str, where: str) -> str:
         raise ConfigError(
             f"API {api} is that of {PACKAGES[api]}, but {package} {version} is installed",
             where=where,
-            fix=["target.sdk=auto", "target.python or target.image with the other compiler"],
+            fix=["target.sdk=auto", "target.python=ENV/bin/python names the other compiler"],
         )
     return api
 

@@ -16,7 +16,7 @@ from src.core.log import size
 from src.deploy import preflight
 from src.deploy.embedding import find_embedding
 from src.deploy.openvino import card, proof, recipe
-from src.deploy.openvino.exporter import LOG, MADE, export
+from src.deploy.openvino.exporter import ANOTHER, LOG, MADE, export
 from src.deploy.vendor import finish, work_folder
 from src.models import exact_sum, fidelity, safetensors_io
 from src.models.folder import check_tokenizer, trust_of
@@ -65,8 +65,10 @@ def build(inputs: dict[str, Artifact], out: Path, target: Openvino) -> dict:
             f"OpenVINO's exporter is not on this machine: {target.environment} lacks {', '.join(missing)}",
             where=str(out),
             fix=[
-                "bash scripts/openvino_env.sh, two minutes and 1.4 GB; then run the same command again: it goes on from here",
-                "target.environment=FOLDER names an environment that has it",
+                ANOTHER
+                if Path(target.environment).exists()
+                else f"bash scripts/openvino_env.sh {target.environment}, two minutes and 1.4 GB; then the same command goes on from here",
+                "target.environment=FOLDER names one that has them",
             ],
         )
     record = export(model, shape, target, work)

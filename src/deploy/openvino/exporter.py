@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from src.core.artifact import Artifact
-from src.core.errors import NoRoom, ProofFailed, ToolFailed
+from src.core.errors import MEMORY, NO_SPACE, NoRoom, ProofFailed, ToolFailed
 from src.core.files import read_json, write_json
 from src.core.log import duration, say, size, status
 from src.deploy.openvino import recipe
@@ -21,6 +21,8 @@ MODEL = ("openvino_model.xml", "openvino_model.bin", "config.json")
 TOKENIZER = ("openvino_tokenizer.xml", "openvino_tokenizer.bin", "openvino_detokenizer.xml", "openvino_detokenizer.bin")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 READ = "the log has all that it said; its first line is the command, which can be run by hand"
+ANOTHER = "bash scripts/openvino_env.sh NEW_FOLDER, then target.environment=NEW_FOLDER"
+"""the way out of an environment that is not as the script makes it: one that it made before it takes for finished"""
 # What appears in the exporter's output -> what it is doing.
 STEPS = {
     "Loading weights": "loading the weights",
@@ -87,7 +89,6 @@ def judge(done: Done, made: Path, log: Path) -> None:
         raise ProofFailed(
             f"openvino_tokenizers did not convert this model's tokenizer: no {missing[0]}" + (f" ({reason})" if reason else ""),
             where=str(log),
-            fix="a model with a tokenizer.json that openvino_tokenizers knows (BPE, WordPiece, Unigram, sentencepiece, tiktoken)",
         )
 
 
@@ -97,23 +98,21 @@ def _known(done: Done, output: str, log: Path) -> ToolFailed | NoRoom:
         return ToolFailed(
             "the exporter was killed, most likely for lack of memory",
             where=where,
-            fix=["free memory or add swap, then run the same command again", "export on a machine with more memory"],
+            fix=MEMORY,
         )
     if "No space left on device" in output:
-        return NoRoom(
-            "the exporter ran out of disk", where=where, fix=["free space, then run the same command again", "outputs=FOLDER_ELSEWHERE"]
-        )
+        return NoRoom("the exporter ran out of disk", where=where, fix=NO_SPACE)
     if "operator torchvision::" in output:
         return ToolFailed(
             "the environment has a torchvision that does not go with its torch",
             where=where,
-            fix=["pip uninstall torchvision there: language models do not need it", "bash scripts/openvino_env.sh NEW_FOLDER"],
+            fix=["pip uninstall torchvision there: language models do not need it", ANOTHER],
         )
     if found := re.search(r"model type `([^`]+)` but Transformers does not recognize|Trying to export a (\S+) model", output):
         return ToolFailed(
             f"this exporter does not know the model family '{found[1] or found[2]}'",
             where=where,
-            fix=["a model of a family it knows", "a newer exporter in an environment of your own: target.environment=FOLDER"],
+            fix="a newer exporter in an environment of your own: target.environment=FOLDER",
         )
     if sizes := re.findall(r"channel size: (\d+)", output):
         return ToolFailed(
@@ -122,7 +121,7 @@ def _known(done: Done, output: str, log: Path) -> ToolFailed | NoRoom:
             fix="target.group_size=-1",
         )
     if "No module named" in output:
-        return ToolFailed("the exporter's environment is not whole", where=where, fix="bash scripts/openvino_env.sh mends it")
+        return ToolFailed("the exporter's environment is not whole", where=where, fix=ANOTHER)
     return ToolFailed(f"the exporter failed:\n{done.tail[-1500:]}", where=where, fix=READ)
 
 

@@ -12,7 +12,7 @@ from src.core.errors import ProofFailed, ToolFailed
 from src.core.log import say, warn
 from src.deploy import contract
 from src.deploy.openvino import recipe
-from src.deploy.openvino.exporter import OFFLINE, READ
+from src.deploy.openvino.exporter import ANOTHER, OFFLINE, READ
 from src.deploy.vendor import run
 from src.models import fidelity
 from src.models.generation import stop_ids
@@ -89,7 +89,6 @@ def prove_ids(tokenizer, out: Path, ask: Callable[..., dict]) -> dict:
         raise ProofFailed(
             f"OpenVINO GenAI renders the model's chat template otherwise than transformers: {', '.join(plain)}",
             where=str(out / "openvino_tokenizer.xml"),
-            fix="a model whose template keeps to what GenAI's reader of Jinja knows",
         )
     if differ:
         warn(
@@ -119,7 +118,7 @@ def prove_loss(model, ask: Callable[..., dict], rows: list[encoding.Encoded], ta
     told = ask("observe", rows=questions)["rows"]
     losses, log_probs, likeliest = (np.concatenate([part[name] for part in told]) for name in ("losses", "log_probs", "likeliest"))
     change = fidelity.compare(before, fidelity.Seen(losses, before.top_k_ids, log_probs, likeliest), len(rows))
-    ways = "target.weight_type=int8 loses less" if target.weight_type == "int4" else "a larger model stands 8 bits better"
+    ways = "target.weight_type=int8 loses less" if target.weight_type == "int4" else ""
     return fidelity.report("openvino", change, f"in {target.weight_type}", ways)
 
 
@@ -135,7 +134,7 @@ def prove_answers(model, model_dir: Path, out: Path, tokenizer, target: Openvino
     limit = min(target.context_len, getattr(model.config, "max_position_embeddings", None) or target.context_len)
     rows = prompts(out, tokenizer, min(target.prompt_len, limit - TOKENS))
     if not rows:
-        raise ProofFailed(f"no prompt leaves room for an answer of {TOKENS} tokens", where=str(out), fix="a larger target.context_len")
+        raise ProofFailed(f"no prompt leaves room for an answer of {TOKENS} tokens in {limit}", where=str(out))
     answer = ask("answer", prompts=rows, tokens=TOKENS)
     stops = set(stop_ids(model_dir, tokenizer))
     equal = near = agreed = made = 0
@@ -145,7 +144,7 @@ def prove_answers(model, model_dir: Path, out: Path, tokenizer, target: Openvino
             raise ProofFailed(
                 f"OpenVINO's answer of {len(ours)} tokens does not end where the model's stop tokens {sorted(stops)} say: {ours[-8:]}",
                 where=str(out / "generation_config.json"),
-                fix="the model's own generation_config.json with every stop token in eos_token_id",
+                fix="put every token that ends a turn into eos_token_id of the model's generation_config.json",
             )
         with torch.inference_mode():
             logits = model(torch.tensor([row + ours[:-1]]), use_cache=False).logits[0, len(row) - 1 :]
@@ -164,9 +163,7 @@ def prove_answers(model, model_dir: Path, out: Path, tokenizer, target: Openvino
         raise ProofFailed(
             f"OpenVINO's greedy answers agree with transformers on {agreed} of {made} tokens only",
             where=str(out),
-            fix="target.weight_type=int8"
-            if target.weight_type == "int4"
-            else "another environment: bash scripts/openvino_env.sh NEW_FOLDER",
+            fix="target.weight_type=int8" if target.weight_type == "int4" else ANOTHER,
         )
     return {
         "prompts": len(rows),
