@@ -525,7 +525,7 @@ def test_damaged_conversations(call, tmp_path, content, words):
 
 
 @pytest.mark.parametrize(
-    "make, words", [(lambda p: None, "no such file"), (lambda p: p.mkdir(), "not a file"), (lambda p: os.mkfifo(p), "not a file")]
+    "make, words", [(lambda p: None, "no such file"), (lambda p: p.mkdir(), "no file of records"), (lambda p: os.mkfifo(p), "not a file")]
 )
 def test_conversations_that_are_nowhere(call, tmp_path, make, words):
     make(tmp_path / "chats.json")

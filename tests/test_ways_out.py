@@ -14,7 +14,7 @@ from test_config import ROOTS, composed
 from src.core import compose
 from src.core.errors import ConfigError
 
-SETTING = re.compile(r"(?<![\w./{}\[-])([a-z_]+(?:\.[a-z0-9_]+)*)=([^\s,;:()]+)")
+SETTING = re.compile(r"(?<![\w./{}\[-])([a-z_]+(?:\.[a-z0-9_]+)*)=(\{[^\s}]*\}|[^\s,;:()]+)")
 COMMAND = re.compile(r"python -m src\.([a-z_]+)")
 FOREIGN = {
     *("safe_serialization", "tie_word_embeddings", "max_tokens", "init_lora_weights", "normalized"),

@@ -27,6 +27,7 @@ FAULTS_LISTED = 10
 PLACES_LISTED = 3
 NOTES_LISTED = 50
 COLUMNS_LISTED = 30
+FILES_KEPT = 100
 CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -98,6 +99,11 @@ class FileTally:
     formats: Counter[str] = field(default_factory=Counter)
     columns: dict[str, None] = field(default_factory=dict)
 
+    def seen(self) -> str:
+        """The columns, in words."""
+        more = " and more" if len(self.columns) >= COLUMNS_LISTED else ""
+        return f"columns {', '.join(name if name.isidentifier() else quote(name) for name in list(self.columns)[:COLUMNS_LISTED])}{more}"
+
     def _see(self, record: dict) -> None:
         if not record.keys() <= self.columns.keys() and len(self.columns) < COLUMNS_LISTED:
             self.columns |= dict.fromkeys(record)
@@ -127,6 +133,16 @@ class Tally:
     files: list[FileTally] = field(default_factory=list)
     log: TextIO | None = field(default=None, repr=False, compare=False)
     _seen: set[int] = field(default_factory=set, repr=False, compare=False)
+
+    def ordered(self, what: str) -> list[tuple[str, int]]:
+        """The counts of dropped or notes, the most frequent first, equal ones by name."""
+        return sorted(getattr(self, what).items(), key=lambda item: (-item[1], item[0]))
+
+    def metrics(self) -> dict:
+        """The counts for a manifest."""
+        files = {f.name: {"kind": f.kind, "rows_in": f.rows_in, "kept": f.kept} for f in self.files[:FILES_KEPT]}
+        counts = {"rows_in": self.rows_in, "rows_kept": self.kept, "dropped": dict(self.ordered("dropped"))}
+        return counts | {"formats": dict(self.formats), "notes": dict(self.ordered("notes")), "sources": files}
 
     def set_aside(self, conversation: Conversation, reason: str) -> None:
         """Count a conversation that was kept as dropped after all."""
@@ -202,10 +218,15 @@ def split_of(digest: str, seed: int, val: float, calib: float) -> str:
 
     val, calib: shares of the records. Raising calib takes records from train only; val stays as it is.
     """
-    place = int.from_bytes(hashlib.sha256(f"{seed}:{digest}".encode()).digest()[:8], "big") / 2**64
+    place = place_of(digest, seed) / 2**64
     if place < val:
         return "val"
     return "calib" if place < val + calib else "train"
+
+
+def place_of(digest: str, seed: int) -> int:
+    """Where a record lies among all there could be, from 0 to 2**64, by a hash of (seed, digest)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{digest}".encode()).digest()[:8], "big")
 
 
 def _all_files(files: list[records.File], layout: Layout, on_fault: str, tally: Tally) -> Iterator[Conversation]:

@@ -53,6 +53,8 @@ UNUSED = "the rejected answer of a pair, not used"
 TEXT_ALONE = "plain text, learnt as the assistant's with nothing before it"
 RENDERED = "plain text that looks like a conversation already written out"
 PROMPT_TURNS = "assistant turns of a prompt, not trained on"
+WEIGHT_0 = "assistant turns of weight 0, not trained on"
+WEIGHTED = "assistant turns with a weight of their own"
 PYTHON_LIST = "a list in Python's spelling instead of JSON's"
 PLACEHOLDER = "a placeholder such as {{name}} is in the text"
 DECOMPOSED = "Korean in decomposed letters (NFD), kept as it is; most tokenizers cut it into many more tokens"
@@ -148,6 +150,8 @@ def seen(record: dict, messages: Iterable[dict]) -> set[str]:
             notes.add(PLACEHOLDER)
         if not text.isascii() and _JAMO.search(text):
             notes.add(DECOMPOSED)
+        if message.get("weight") is not None and PROMPT_TURNS not in getattr(message, "notes", ()):
+            notes.add(WEIGHTED if message["weight"] else WEIGHT_0)
     if present(record, UNUSED_ANSWERS):
         notes.add(UNUSED)
     return notes
