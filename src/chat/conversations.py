@@ -264,8 +264,8 @@ def _conversations(file: records.File, layout: Layout, tally: Tally) -> Iterator
                 format, sure = (chosen, True) if chosen else _detected(record)
                 conversation = _conversation(record, format, began, raw.name, layout.roles)
             except Malformed as fault:
-                if fault.reason == "not UTF-8" and not file.kind.startswith(("Parquet", "Arrow")):
-                    fault.fix = opened.to_utf8(file.path, opened.head(file.path))
+                if fault.reason == "not UTF-8" and not tally.fixes and not file.kind.startswith(("Parquet", "Arrow")):
+                    fault.fix = opened.to_utf8(file.path)
                 tally._fault(_where(file.name, raw), _id_of(raw), fault)
                 continue
             if sure:

@@ -40,7 +40,7 @@ UNICODE = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "u
 OTHERS = {"cp949": "CP949", "gb18030": "GB18030", "cp932": "CP932", "big5": "BIG5", "cp1252": "CP1252"}
 """what a text that is not Unicode may be in: Python's name, iconv's name"""
 FOREIGN_LETTERS = 8
-"""bytes beyond ASCII, none of them UTF-8, from which on it is the file that is not UTF-8, and not a record in it"""
+"""bytes that are no UTF-8, and more than what is, from which on it is the file that is not UTF-8, and not a record in it"""
 
 
 def head(path: Path) -> bytes:
@@ -207,14 +207,25 @@ def _encoding(path: Path, begin: bytes, packed: str | None) -> str:
         return "utf-16-be"
     decoded = begin.decode("utf-8", "surrogateescape")
     wrong = len(re.findall("[\udc80-\udcff]", decoded))
-    if wrong < FOREIGN_LETTERS or b"\0" in begin or re.search("[\u0080-\ud7ff\ue000-\U0010ffff]", decoded):
+    # Some pairs of bytes of any encoding are UTF-8 by chance.
+    right = len(re.findall("[\u0080-\ud7ff\ue000-\U0010ffff]", decoded))
+    if wrong < FOREIGN_LETTERS or wrong <= 2 * right or b"\0" in begin:
         return "utf-8"
-    way = to_utf8(path, begin, packed)
+    way = _to_utf8(path, begin, packed)
     raise BadData("the file is not UTF-8", where=str(path), fix=[way, "save it as UTF-8 with the program that made it"])
 
 
-def to_utf8(path: Path, begin: bytes, packed: str | None = None) -> str:
+def to_utf8(path: Path) -> str:
     """The command that writes a text file anew in UTF-8, by the encoding it seems to be in."""
+    begin = head(path)
+    packed = _by_magic(PACKED, begin)
+    if packed:
+        with io.BufferedReader(_Unpacked(path, packed), HEAD) as file:
+            begin = _peeked(file)
+    return _to_utf8(path, begin, packed)
+
+
+def _to_utf8(path: Path, begin: bytes, packed: str | None) -> str:
     try:
         from charset_normalizer import from_bytes
     except ImportError as error:

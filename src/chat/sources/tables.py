@@ -125,7 +125,13 @@ def _arrow_faults(path: Path, kind: str) -> Iterator[None]:
         raise NoMemory(
             f"a part of the {kind} file does not fit in memory: {error}", where=str(path), fix="write it with smaller row groups"
         ) from None
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+        SystemError,
+    ) as error:  # SystemError: offsets of texts that make no sense
         if getattr(error, "errno", None):
             raise
         raise BadData(f"the {kind} file is damaged: {str(error).splitlines()[0]}", where=str(path), fix="fetch or write it again") from None
