@@ -474,12 +474,12 @@ def test_split_in(name, split):
 # ---- memory
 
 PEAK = """
-import resource, runpy, sys
+import runpy, sys
 sys.argv = sys.argv[1:]
 try:
     runpy.run_module("src.data", run_name="__main__", alter_sys=True)
-finally:
-    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+finally:  # ru_maxrss would begin with what the process that started this one held
+    print("PEAK", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
@@ -488,7 +488,7 @@ def peak(tmp_path, path: Path) -> int:
     argv = [sys.executable, "-c", PEAK, "data", f"data.path={path}", f"outputs={tmp_path / 'outputs'}", f"run={path.stem}"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert "PEAK" in done.stdout, done.stderr
-    return int(done.stdout.split("PEAK")[1])
+    return int(done.stdout.split("PEAK")[1]) // 1000
 
 
 @pytest.mark.slow
@@ -506,4 +506,4 @@ def test_a_million_rows_of_parquet_in_bounded_memory(tmp_path):
     write(tmp_path / "million.parquet", 1_000_000)
     few, million = peak(tmp_path, tmp_path / "few.parquet"), peak(tmp_path, tmp_path / "million.parquet")
     print(f"peak memory: {few} MB for a thousand rows, {million} MB for a million")
-    assert million < few + 400
+    assert million < few + 300

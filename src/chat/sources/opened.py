@@ -3,12 +3,15 @@
 What has one reading is read (gzip, bzip2, xz, zstd, a zip of one file; UTF-8, UTF-16 and UTF-32). What has not is refused with the command that helps.
 """
 
+import contextlib
+import errno
 import io
 import lzma
 import re
 import shlex
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
@@ -107,7 +110,8 @@ class _Unpacked(io.RawIOBase):
         self._path, self._kind, self._count = path, kind, 0
         self._limit = max(BOMB_SIZE, BOMB_RATIO * path.stat().st_size)
         self._archive: zipfile.ZipFile | None = None
-        self._inner: BinaryIO = self._open()
+        with _damage(path, kind):
+            self._inner: BinaryIO = self._open()
 
     def _open(self) -> BinaryIO:
         if self._kind == "gzip":
@@ -131,15 +135,8 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        try:
+        with _damage(self._path, self._kind):
             data = self._inner.read(len(buffer))
-        except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
-            if getattr(error, "errno", None):
-                raise
-            cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-            raise BadData(
-                f"the {self._kind} file is {'cut off' if cut else f'damaged: {error}'}", where=str(self._path), fix="fetch or pack it again"
-            ) from None
         self._count += len(data)
         if self._count > self._limit:
             raise BadData(
@@ -158,16 +155,32 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def _archive(path: Path) -> zipfile.ZipFile:
+@contextlib.contextmanager
+def _damage(path: Path, kind: str) -> Iterator[None]:
+    """What the unpacking libraries raise at damage, as BadData."""
     try:
+        yield
+    except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # EINVAL: a place in the file before its beginning
+            raise
+        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        raise BadData(
+            f"the {kind} file is {'cut off' if cut else f'damaged: {error}'}", where=str(path), fix="fetch or pack it again"
+        ) from None
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    with _damage(path, "zip"):
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise BadData(f"the zip file is damaged: {error}", where=str(path), fix="fetch or pack it again") from None
 
 
 def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     """The one file in a zip, what macOS adds not counted."""
-    found = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/") and Path(m.filename).name[0] != "."]
+    found = [
+        m
+        for m in archive.infolist()
+        if not m.filename.endswith("/") and not m.filename.startswith("__MACOSX/") and Path(m.filename).name[:1] != "."
+    ]
     if any(m.filename == "[Content_Types].xml" for m in found):
         raise BadData("the file is an Office document", where=str(path), fix="save it as CSV UTF-8")
     if any(m.filename.endswith("data.pkl") for m in found):

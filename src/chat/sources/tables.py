@@ -106,7 +106,7 @@ def arrow(path: Path, name: str, kind: str) -> Iterator[RawRecord]:
     """The rows of an Arrow file or stream. Raises BadData for a damaged one."""
     import pyarrow as pa
 
-    with _arrow_faults(path, "Arrow"), pa.memory_map(str(path)) as source:
+    with _arrow_faults(path, "Arrow"), pa.OSFile(str(path)) as source:
         if kind == "Arrow":
             reader = pa.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -151,16 +151,27 @@ def _rows(batches: Iterator[Any], name: str) -> Iterator[RawRecord]:
 
 
 def _values(batch: Any) -> Iterator[object]:
+    """The rows as Python's values, in place of one with a text that is not UTF-8 the Malformed that says so."""
+    import pyarrow as pa
+
     try:
+        batch.validate(full=True)  # the offsets of a damaged file can lead anywhere in memory
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+    else:
         yield from batch.to_pylist()
         return
-    except UnicodeDecodeError:
-        pass
-    for i in range(batch.num_rows):  # one text that is not UTF-8 spoils its row alone
+    for i in range(batch.num_rows):
+        row = batch.slice(i, 1)
         try:
-            yield batch.slice(i, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            yield Malformed("not UTF-8", f"byte {error.start} of a text")
+            row.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
+            yield Malformed("not UTF-8", "a text of the row holds bytes that are no UTF-8")
+        else:
+            yield row.to_pylist()[0]
 
 
 def _without_nulls(value: Any, counts: bool, found: list[bool]) -> Any:
