@@ -11,7 +11,7 @@ MEANT = {"messages": LISTS, "prompt": PROMPTS, "response": ANSWERS, "input": CON
 """our name of a column -> the names the layouts know it by, all of which give way to the one that is named"""
 NEEDED = ("messages", "prompt", "response", "chosen", "text")
 """columns that a record must have where they are named"""
-ASKING = ("instruction", "prompt", "question", "query", "problem", "request", "user", "human", "source", "input")
+ASKING = ("instruction", "prompt", "question", "query", "problem", "request", "user", "human", "input")
 ANSWERING = ("response", "answer", "output", "completion", "reply", "assistant", "solution", "target", "label", "bot", "gpt")
 """what is in the names of columns that hold questions and answers, likeliest first"""
 
@@ -48,24 +48,28 @@ def renamed(record: dict, columns: Mapping[str, str | None]) -> tuple[dict, set[
 def proposed(record: dict) -> str:
     """The setting by which a record of an unknown layout may be read, as it is typed in a shell; empty where nothing suggests itself."""
     record = {key: value for key, value in record.items() if key.isprintable() and len(key) < 100}
-    for key, value in record.items():
-        if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-            fields = _fields(value)
+    for key in record:
+        turns = _turns_in(record, key)
+        if turns and all(isinstance(turn, dict) for turn in turns):
+            fields = _fields(turns)
             return setting("columns", {"messages": key, **fields}) if fields is not None else ""
     texts = [key for key, value in record.items() if isinstance(value, str) and key.lower() not in ("id", "uuid", "source", "category")]
     answer = _likeliest(texts, ANSWERING)
     prompt = _likeliest([key for key in texts if key != answer], ASKING)
+    if len(texts) == 2:
+        answer = answer or next(name for name in reversed(texts) if name != prompt)
+        prompt = prompt or next(name for name in texts if name != answer)
     if prompt is None or answer is None:
-        if len(texts) != 2:
-            return ""
-        prompt, answer = (
-            (texts[0], texts[1]) if prompt is None and answer in (None, texts[1]) else (prompt or texts[1], answer or _other(texts, prompt))
-        )
+        return ""
     return setting("columns", {"prompt": prompt, "response": answer})
 
 
-def _other(two: list[str], one: str | None) -> str:
-    return next(name for name in two if name != one)
+def _turns_in(record: dict, key: str) -> list:
+    """The list in a column, or in its text; empty where there is none."""
+    try:
+        return listed(record, key, [])
+    except Malformed:
+        return []
 
 
 def _likeliest(names: list[str], words: tuple[str, ...]) -> str | None:

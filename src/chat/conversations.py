@@ -62,10 +62,13 @@ class Conversation:
     def digest(self) -> str:
         """sha256 hex of messages, tools and weight, so equal content has an equal digest. The record's id and those of its calls, often drawn anew
         each time a conversation is written, take no part."""
-        if not any("tool_call_id" in m or any("id" in call for call in m.get("tool_calls", ())) for m in self.messages):
-            return hashlib.sha256(self._content.encode()).hexdigest()
-        messages = tuple(map(_without_ids, self.messages))
-        return Conversation("", messages, self.tools, self.weight).digest()
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        if any("tool_call_id" in m or any("id" in call for call in m.get("tool_calls", ())) for m in self.messages):
+            return Conversation("", tuple(map(_without_ids, self.messages)), self.tools, self.weight).digest()
+        return hashlib.sha256(self._content.encode()).hexdigest()
 
 
 def _without_ids(message: dict) -> dict:

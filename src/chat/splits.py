@@ -92,5 +92,7 @@ class Splits:
 def times(digest: str, weight: float, seed: int) -> int:
     """How often a record of a source with this weight comes into train: the whole part, and once more for as large a share of records as its rest."""
     whole = int(weight)
+    if whole == weight:
+        return whole
     drawn = int.from_bytes(hashlib.sha256(f"{seed}:weight:{digest}".encode()).digest()[:8], "big") / 2**64
     return whole + (drawn < weight - whole)
