@@ -32,6 +32,8 @@ def find(cfg: DataVerb, run: stage.Run) -> dict[str, Artifact]:
 
 def _files(path: str, d: Data, run: stage.Run) -> Artifact:
     there = found(path, subset=d.subset, split=d.hub_split, revision=d.revision, download=not run.dry)
+    if there.revision:
+        say(f"data: {path} is read as of {there.revision}")
     if there.left:
         more = f" and {len(there.left) - FILES_LISTED} more" * (len(there.left) > FILES_LISTED)
         say(f"data: of {path}, data.hub_split={d.hub_split} alone is read; not {', '.join(there.left[:FILES_LISTED])}{more}")

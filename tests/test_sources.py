@@ -7,11 +7,13 @@ import io
 import json
 import lzma
 import os
+import random
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,8 +21,9 @@ import pytest
 from conftest import ROOT, refused
 from pyarrow import parquet
 
+from src.chat.conversations import Tally, read
 from src.chat.sources import found, opened, tables
-from src.core.errors import BadData, ConfigError, MissingInput, WrongKind
+from src.core.errors import BadData, ConfigError, MissingInput, UserError, WrongKind
 
 ROWS = [{"prompt": f'질문 {i}, "quoted"\nnext line', "completion": f"답 {i}; é, tab\there"} for i in range(12)]
 TURNS = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]} for r in ROWS]
@@ -211,7 +214,10 @@ def test_a_hub_id_is_read_from_the_hubs_cache(contents, call, hub_cache):
     refused(call("data", "data.path=people/chats"), ConfigError, "several subsets: fine, rest", "data.subset=fine")
     refused(call("data", "data.path=people/chats", "data.subset=best"), ConfigError, "no subset 'best'", "data.subset=fine")
     refused(call("data", "data.path=people/chats", "data.subset=fine", "data.hub_split=dev"), MissingInput, "has test, train")
-    refused(call("data", "data.path=people/none"), MissingInput, "people/none", "data.path=FILE")
+    refused(call("data", "data.path=people/none"), MissingInput, "people/none", "data.path=FILE", "HF_TOKEN")
+    refused(call("data", "data.path=people/none", "dry_run=true"), MissingInput, "among the data sets downloaded before")
+    shutil.rmtree(hub_cache / "snapshots" / ("a" * 40) / "fine")
+    refused(call("data", "data.path=people/chats", "data.subset=fine"), MissingInput, "are not there", "download them")
     refused(call("data", "data.path=people/chats", "data.subset=fine", "data.revision=v2"), MissingInput, "people/chats")
 
 
@@ -230,6 +236,27 @@ def test_a_hub_id_is_read_from_what_datasets_prepared(contents, tmp_path, monkey
     assert rows == SAME and "chats-train.arrow (Arrow stream" in said
 
 
+def test_a_hub_id_is_downloaded_once(cli, tmp_path):
+    from stand_ins.hub import COMMIT, serve
+
+    like_the_hub(tmp_path / "in")
+    address, got, server = serve(tmp_path / "in")
+    online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    command = ["data", "data.path=people/chats", "data.subset=fine", *ALL]
+    try:
+        done = cli(*command, env=online)
+        assert done.returncode == 0, done.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert f"people/chats is read as of {COMMIT}" in done.stderr and "12 records in" in done.stderr
+    assert sorted(got) == ["README.md", "fine/train-00000-of-00002.parquet", "fine/train-00001-of-00002.parquet"], "one split of one subset"
+    assert "up to date" in cli(*command, env=online | {"HF_HUB_OFFLINE": "1"}).stderr
+    refused(
+        cli(*command, "run=test", "data.hub_split=test", env=online | {"HF_HUB_OFFLINE": "1"}), MissingInput, "not there", "data.path=FILE"
+    )
+
+
 def test_a_loading_script_is_not_run(call, tmp_path):
     folder = tmp_path / "chats"
     like_the_hub(folder)
@@ -238,7 +265,16 @@ def test_a_loading_script_is_not_run(call, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("head", ["configs: 7", "configs: [a: {", "configs:\n- config_name: a\n  data_files: ../../*", "configs:\n- 5"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "configs: 7",
+        "configs: [a: {",
+        "configs:\n- config_name: a\n  data_files: ../../*",
+        "configs:\n- 5",
+        "configs:\n- config_name: a\n  data_files: https://x.org/a",
+    ],
+)
 def test_a_readme_without_sense(call, tmp_path, head):
     several(tmp_path / "in", ("README.md", f"---\n{head}\n---\n".encode()), ("a.jsonl", JSONL))
     refused(call("data", f"data.path={tmp_path / 'in'}"), BadData, "README", "data.path=FILE")
@@ -428,6 +464,31 @@ def test_a_pickle_in_an_arrow_extension_type_is_not_run(call, tmp_path):
         done = call("data", f"data.path={tmp_path / name}", "data.val=0", "data.calib=0", "force=true")
         assert done.returncode == 0, done.stderr
         assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "form", ["pairs.parquet", "turns.parquet", "file.arrow", "stream.arrow", "turns.csv", "table.zip", "lines.jsonl.zst", "utf16.json"]
+)
+def test_damaged_bytes_are_read_or_refused(tmp_path, form):
+    """Whatever is in a file, it ends no process and in no traceback."""
+    path, dice, outcomes = tmp_path / form, random.Random(form), Counter()
+    FORMS[form](path)
+    whole = path.read_bytes()
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for _ in range(dice.randint(1, 4)):
+            at, length = dice.randrange(len(damaged)), dice.randint(1, 30)
+            damaged[at : at + dice.choice([0, 1, length])] = dice.choice([b"", damaged[at : at + length], bytes([dice.randrange(256)])])
+        path.write_bytes(damaged)
+        tally = Tally()
+        try:
+            found = sum(1 for _ in read(path, format="auto", on_fault="drop", tally=tally))
+            assert tally.rows_in == found + tally.dropped.total()
+            outcomes["read"] += 1
+        except UserError as error:
+            str(error).encode()
+            outcomes["refused"] += 1
+    assert outcomes.total() == 40
 
 
 # ---- names that lead nowhere

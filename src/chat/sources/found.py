@@ -4,7 +4,7 @@ import glob
 import os
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from src.chat.sources import hub
@@ -26,16 +26,16 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Found:
-    """Files of records. root: the folder they lie in, or the one file; files: below it, in the order they are read; left: what is there and not read."""
+    """Files of records.
+
+    root: the folder they lie in, or the one file. files: below it, in the order they are read. left: what is there and not read. revision: the commit of a
+    data set of the hub.
+    """
 
     root: Path
     files: tuple[Path, ...]
     left: tuple[str, ...] = ()
-    what: str = ""
-
-    def names(self) -> list[str]:
-        """Each file's name below the root."""
-        return [file.name if file == self.root else file.relative_to(self.root).as_posix() for file in self.files]
+    revision: str | None = None
 
 
 def found(given: str, *, subset: str | None, split: str, revision: str | None, download: bool) -> Found:
@@ -55,9 +55,9 @@ def found(given: str, *, subset: str | None, split: str, revision: str | None, d
     if glob.has_magic(given):
         return _matching(given)
     if HUB_ID.fullmatch(given) and not _names_data(path):
-        folder, revision = hub.fetched(given, subset=subset, split=split, revision=revision, download=download)
-        inside = _folder(folder, subset, split)
-        return Found(inside.root, inside.files, inside.left, f"{given} at {revision}")
+        folder, commit, files = hub.fetched(given, subset=subset, split=split, revision=revision, download=download)
+        inside = Found(folder, tuple(files)) if files is not None else _folder(folder, subset, split)
+        return replace(inside, revision=commit)
     raise MissingInput(
         "no such file", where=given, fix="data.path=FILE names a file, a folder, a glob such as 'chats/*.jsonl', or a data set of the hub"
     )
@@ -81,13 +81,15 @@ def _folder(folder: Path, subset: str | None, split: str) -> Found:
         names = read_json(folder / "dataset_dict.json").get("splits")
         splits = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
         if split not in splits:
-            raise _no_split(folder, split, splits)
+            raise hub.no_split(str(folder), split, splits)
         return _saved(folder / split, folder, [f"split {name}" for name in splits if name != split])
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved(folder, folder, [])
     if hub.describes_itself(folder):
         files = hub.files_of(folder, subset=subset, split=split)
         return Found(folder, tuple(files))
+    if subset is not None:
+        raise MissingInput(f"the folder has no subsets, so none called '{subset}'", where=str(folder), fix="data.subset=null")
     files = [path for path in _walk(folder) if _names_data(path) and path.name.lower() not in NO_DATA]
     if not files:
         raise MissingInput(
@@ -115,7 +117,7 @@ def _split_by_name(folder: Path, files: list[Path], split: str) -> Found:
         return Found(folder, tuple(files))
     chosen = [file for file in files if splits[file] == split]
     if not chosen:
-        raise _no_split(folder, split, there)
+        raise hub.no_split(str(folder), split, there)
     return Found(folder, tuple(chosen), tuple(file.relative_to(folder).as_posix() for file in files if splits[file] != split))
 
 
@@ -125,15 +127,10 @@ def split_in(name: str) -> str | None:
     return next((split for split, called in SPLIT_WORDS.items() if any(word in called for word in words)), None)
 
 
-def _no_split(folder: Path, split: str, there: list[str]) -> MissingInput:
-    ways = [f"data.hub_split={name}" for name in there] or ["data.path=FILE names one of its files"]
-    return MissingInput(f"the data set has no split '{split}'; it has {', '.join(there) or 'none'}", where=str(folder), fix=ways)
-
-
 def _saved(folder: Path, root: Path, left: list[str]) -> Found:
     """The Arrow files that a folder of `save_to_disk` lists, in their order."""
     listed = read_json(folder / "state.json").get("_data_files")
     names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name and (folder / name).is_file() for name in names):
         raise BadData("its state.json lists files that are not beside it", where=str(folder), fix="save or copy the folder again")
-    return Found(root, tuple(folder / str(name) for name in names), tuple(left), "saved by datasets")
+    return Found(root, tuple(folder / str(name) for name in names), tuple(left))

@@ -16,7 +16,7 @@ from src.core.log import say
 
 ABOUT = ("README.md", "dataset_infos.json", ".huggingface.yaml")
 """files from which datasets takes what subsets and splits there are"""
-_HF_PATH = re.compile(r"hf://datasets/[^@]+@([^/]+)/(.+)")
+_HF_PATH = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
 
 
 def describes_itself(folder: Path) -> bool:
@@ -32,15 +32,39 @@ def describes_itself(folder: Path) -> bool:
 
 
 def files_of(folder: Path, *, subset: str | None, split: str) -> list[Path]:
-    """The files of one subset and split of a folder laid out as on the hub. Raises MissingInput where it has none such, WrongKind where it needs code."""
-    paths = [Path(os.path.abspath(name)) for name in _listed(str(folder), subset, split, None)]
-    if outside := next((path for path in paths if not path.is_relative_to(os.path.abspath(folder))), None):
-        raise BadData(f"its README names a file outside of it: {outside}", where=str(folder), fix="data.path=FILE names the file itself")
-    return [folder / path.relative_to(os.path.abspath(folder)) for path in paths]
+    """The files of one subset and split of a folder laid out as on the hub, others of which may be missing, as after a download of one.
+
+    Raises ConfigError or MissingInput where it has none such, WrongKind where it needs code, BadData where its README makes no sense.
+    """
+    from datasets.data_files import get_data_patterns, resolve_pattern, sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    if (folder / f"{folder.name}.py").is_file():
+        raise _needs_code(str(folder))
+    with _user_faults(str(folder), remote=False):
+        subsets = MetadataConfigs.from_dataset_card_data(DatasetCard.load(folder / "README.md").data)
+        name = subset or (subsets.get_default_config_name() if len(subsets) > 1 else next(iter(subsets)))
+        if name not in subsets:
+            raise _no_subset(str(folder), subset, list(subsets))
+        base = str(folder / str(subsets[name].get("data_dir") or ""))
+        patterns = sanitize_patterns(subsets[name]["data_files"]) if "data_files" in subsets[name] else get_data_patterns(base)
+        if split not in patterns:
+            raise no_split(str(folder), split, sorted(map(str, patterns)))
+        if elsewhere := next(
+            (pattern for pattern in patterns[split] if "://" in pattern or pattern.startswith("/") or ".." in pattern), None
+        ):
+            raise _elsewhere(str(folder), elsewhere)
+        return [
+            folder / Path(found).relative_to(os.path.abspath(folder))
+            for pattern in patterns[split]
+            for found in resolve_pattern(pattern, os.path.abspath(base))
+        ]
 
 
-def fetched(id: str, *, subset: str | None, split: str, revision: str | None, download: bool) -> tuple[Path, str]:
-    """The folder in the hub's cache that holds the files of one subset and split, each downloaded once, and the commit they are of.
+def fetched(id: str, *, subset: str | None, split: str, revision: str | None, download: bool) -> tuple[Path, str, list[Path] | None]:
+    """The folder in the hub's cache that holds the files of one subset and split, each downloaded once, the commit they are of, and the files; None in
+    place of these where nothing was downloaded now, and the folder has to tell.
 
     Raises MissingInput where it is not in the cache and the hub does not give it, or has no such subset or split; WrongKind where it needs code.
     """
@@ -54,27 +78,25 @@ def fetched(id: str, *, subset: str | None, split: str, revision: str | None, do
     if HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE or not download:
         try:
             folder = Path(snapshot_download(id, repo_type="dataset", revision=revision, local_files_only=True))
-            return folder, folder.name
+            return folder, folder.name, None
         except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
             if not datasets.config.HF_HUB_OFFLINE:
                 raise _not_there(id, error) from error
-        return _prepared(id, subset, revision)
-    listed = [_HF_PATH.fullmatch(name) for name in _listed(id, subset, split, revision)]
-    parts = [match[2] for match in listed if match]
-    with _user_faults(id, subset, remote=True):
+        return *_prepared(id, subset, revision), None
+    commit, names = _listed(id, subset, split, revision)
+    with _user_faults(id, remote=True):
         for name in ABOUT:
             with contextlib.suppress(EntryNotFoundError):
                 hf_hub_download(id, name, repo_type="dataset", revision=revision)
-        commit = next(match[1] for match in listed if match)
-        paths = [Path(hf_hub_download(id, name, repo_type="dataset", revision=commit)) for name in parts]
-    return paths[0].parents[parts[0].count("/")], commit
+        paths = [Path(hf_hub_download(id, name, repo_type="dataset", revision=commit)) for name in names]
+    return paths[0].parents[names[0].count("/")], commit, paths
 
 
 def _prepared(id: str, subset: str | None, revision: str | None) -> tuple[Path, str]:
     """The folder of Arrow files that `datasets.load_dataset` made of the data set earlier."""
     import datasets
 
-    with _user_faults(id, subset, remote=True):
+    with _user_faults(id, remote=True):
         folder = Path(datasets.load_dataset_builder(id, subset, revision=revision).cache_dir)
     return folder, folder.name
 
@@ -88,25 +110,46 @@ def _not_there(id: str, error: Exception) -> MissingInput:
     )
 
 
-def _listed(where: str, subset: str | None, split: str, revision: str | None) -> list[str]:
-    """Paths or addresses of the files of one subset and split, as datasets lists them."""
+def _listed(id: str, subset: str | None, split: str, revision: str | None) -> tuple[str, list[str]]:
+    """The commit, and the names of the files of one subset and split, as datasets lists them."""
     import datasets
 
-    with tempfile.TemporaryDirectory() as cache, _user_faults(where, subset, remote=not Path(where).is_dir()):
-        builder = datasets.load_dataset_builder(where, subset, revision=revision, cache_dir=cache)
+    with tempfile.TemporaryDirectory() as cache, _user_faults(id, remote=True, subset=subset):
+        builder = datasets.load_dataset_builder(id, subset, revision=revision, cache_dir=cache)
         by_split = builder.config.data_files or {}
-    if split not in by_split:
-        names = sorted(map(str, by_split))
-        raise MissingInput(
-            f"the data set has no split '{split}'; it has {', '.join(names) or 'none'}",
-            where=where,
-            fix=[f"data.hub_split={name}" for name in names] or ["data.path=FILE names one of its files"],
-        )
-    return [str(name) for name in by_split[split]]
+    if split not in by_split or not by_split[split]:
+        raise no_split(id, split, sorted(map(str, by_split)))
+    found = [(str(name), _HF_PATH.fullmatch(str(name))) for name in by_split[split]]
+    if elsewhere := next((name for name, match in found if not match or match[1] != id), None):
+        raise _elsewhere(id, elsewhere)
+    matches = [match for _, match in found if match]
+    return matches[0][2], [match[3] for match in matches]
+
+
+def no_split(where: str, split: str, there: list[str]) -> MissingInput:
+    ways = [f"data.hub_split={name}" for name in there] or ["data.path=FILE names one of its files"]
+    return MissingInput(f"the data set has no split '{split}'; it has {', '.join(there) or 'none'}", where=where, fix=ways)
+
+
+def _no_subset(where: str, subset: str | None, there: list[str]) -> ConfigError:
+    what = f"no subset '{subset}'; it has" if subset else "several subsets:"
+    return ConfigError(f"the data set has {what} {', '.join(there[:20])}", where=where, fix=[f"data.subset={name}" for name in there[:3]])
+
+
+def _elsewhere(where: str, name: str) -> BadData:
+    return BadData(f"its README names a file outside of it: {name}", where=where, fix="data.path=FILE names the file itself")
+
+
+def _needs_code(where: str) -> WrongKind:
+    return WrongKind(
+        "the data set is made by a loading script, which could run anything",
+        where=where,
+        fix=["data.path=FILE names the data itself", "data.revision=refs/convert/parquet, where the hub keeps one as Parquet"],
+    )
 
 
 @contextlib.contextmanager
-def _user_faults(where: str, subset: str | None, *, remote: bool) -> Iterator[None]:
+def _user_faults(where: str, *, remote: bool, subset: str | None = None) -> Iterator[None]:
     """The errors of datasets and the hub's client as ours."""
     try:
         yield
@@ -115,16 +158,14 @@ def _user_faults(where: str, subset: str | None, *, remote: bool) -> Iterator[No
         if isinstance(error, UserError | MemoryError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES):
             raise
         if isinstance(error, RuntimeError) and "script" in text:
-            raise WrongKind(
-                "the data set is made by a loading script, which could run anything",
-                where=where,
-                fix=["data.path=FILE names the data itself", "data.revision=refs/convert/parquet, where the hub keeps one as Parquet"],
-            ) from None
+            raise _needs_code(where) from None
         if isinstance(error, ValueError) and ("BuilderConfig" in text or "Config name" in text):
-            names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
-            what = f"no subset '{subset}'; it has" if subset else "several subsets:"
-            raise ConfigError(
-                f"the data set has {what} {', '.join(names[:20])}", where=where, fix=[f"data.subset={name}" for name in names[:3]]
+            raise _no_subset(where, subset, re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])) from None
+        if isinstance(error, FileNotFoundError) and not remote:
+            raise MissingInput(
+                f"files that its README names are not there: {text}",
+                where=where,
+                fix="download them, or data.path=FILE names one of its files",
             ) from None
         if remote:
             raise _not_there(where, error) from error
