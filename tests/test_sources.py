@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT, in_process, refused
 from pyarrow import parquet
 
-from src.chat.conversations import Tally, read
+from src.chat.conversations import FORMATS, Tally, read
 from src.chat.sources import found, opened, tables
 from src.core.errors import BadData, ConfigError, MissingInput, UserError, WrongKind
+from src.settings.verbs import COLUMNS
 
 ROWS = [{"prompt": f'질문 {i}, "quoted"\nnext line', "completion": f"답 {i}; é, tab\there"} for i in range(12)]
 TURNS = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]} for r in ROWS]
@@ -530,6 +531,25 @@ def test_a_folder_that_is_linked_into_itself_is_read_once(contents, tmp_path):
 )
 def test_split_in(name, split):
     assert found.split_in(name) == split
+
+
+# ---- the page
+
+
+def test_each_command_of_the_page_on_data_works(hub_cache, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "data.md").read_text()
+    commands = [shlex.split(line)[3:] for line in page.splitlines() if line.startswith("    python -m src.data")]
+    monkeypatch.chdir(tmp_path)
+    several(Path(), ("chats.jsonl", JSONL), ("chats.csv", CSV), ("held_out.jsonl", lines(ROWS[:2])), ("folder/a.jsonl", JSONL))
+    several(Path(), ("chats.jsonl.zst", zstd(JSONL)), ("odd.csv", b"Frage,Antwort\n?,!\n"))
+    dialog = [{"speaker": "customer", "said": "?"}, {"speaker": "agent", "said": "!"}]
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"dialog": dialog}))
+    write_parquet(tmp_path / "chats.parquet", ROWS)
+    assert len(commands) > 10
+    for number, overrides in enumerate(commands):
+        done = in_process("data", *overrides, f"outputs={tmp_path / 'outputs'}", f"run=r{number}")
+        assert done.returncode == 0, f"{overrides}\n{done.stderr}"
+    assert all(f"`{name}`" in page for name in (*COLUMNS, *FORMATS))
 
 
 # ---- memory
