@@ -77,7 +77,8 @@ def data(cfg: DataVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if not tally.dropped:
         (out / "dropped.jsonl").unlink()
     if not rows["train"]:
-        raise BadData("no record is left to train on", where=", ".join(d.paths), fix=_why_none(tally))
+        why = "; ".join(f"dropped {count}: {reason}" for reason, count in tally.ordered("dropped")[:3]) or "all are held out"
+        raise BadData(f"no record is left to train on ({why})", where=", ".join(d.paths), fix=_ways_to_some(tally))
     report(tally, rows)
     return tally.metrics() | {f"{split}_rows": count for split, count in rows.items()}
 
@@ -87,9 +88,11 @@ def _read(d: Data, source: Artifact, tally: Tally) -> Iterator[Conversation]:
     return progress(read(_records(source), format=layout, on_fault=d.on_fault, tally=tally), "records")
 
 
-def _why_none(tally: Tally) -> list[str]:
-    """Ways out where all was dropped: what the most frequent reason asks for."""
-    return [*tally.fixes, *(f"dropped {count}: {reason}" for reason, count in tally.ordered("dropped")[:3])] or ["more records"]
+def _ways_to_some(tally: Tally) -> list[str]:
+    """What brings records back where all are gone."""
+    ways = {HELD_OUT: "data.val=0.05 holds out a share of data.path instead", NOT_DRAWN: "data.weights=null draws none out"}
+    found = [*tally.fixes, *(way for reason, way in ways.items() if tally.dropped[reason])]
+    return found + ["data.on_fault=error lists what is wrong"] * bool(tally.fault_count) or ["more records"]
 
 
 def report(tally: Tally, rows: dict[str, int]) -> None:

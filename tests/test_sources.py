@@ -252,7 +252,8 @@ def test_a_hub_id_is_downloaded_once(cli, tmp_path):
         server.server_close()
     assert f"people/chats is read as of {COMMIT}" in done.stderr and "12 records in" in done.stderr
     assert sorted(got) == ["README.md", "fine/train-00000-of-00002.parquet", "fine/train-00001-of-00002.parquet"], "one split of one subset"
-    assert "up to date" in cli(*command, env=online | {"HF_HUB_OFFLINE": "1"}).stderr
+    again = cli(*command, env=online).stderr
+    assert "takes what was downloaded before" in again and "up to date" in again, "the hub is gone"
     refused(
         cli(*command, "run=test", "data.hub_split=test", env=online | {"HF_HUB_OFFLINE": "1"}), MissingInput, "not there", "data.path=FILE"
     )
@@ -448,6 +449,12 @@ def test_what_arrow_fills_in_is_left_out_and_said(contents, tmp_path):
     rows, said = contents(f"data.path={tmp_path / 'a.parquet'}", "data.val=0", "data.calib=0")
     assert [m[1]["tool_calls"][0]["function"]["arguments"] for m in rows] == [{"x": 1}, {"y": "two"}]
     assert f"{tables.FILLED_IN} (2)" in said
+
+
+def test_times_that_python_has_no_value_for(contents, tmp_path):
+    held = pa.table({"prompt": ["?"] * 3, "completion": ["!"] * 3, "at": pa.array([1 << 62, None, 0], pa.timestamp("ms"))})
+    parquet.write_table(held, tmp_path / "a.parquet")
+    assert "unknown column ignored: 'at' (3)" in contents(f"data.path={tmp_path / 'a.parquet'}", "data.val=0", "data.calib=0")[1]
 
 
 def test_a_pickle_in_an_arrow_extension_type_is_not_run(call, tmp_path):

@@ -60,6 +60,7 @@ PLACEHOLDER = "a placeholder such as {{name}} is in the text"
 DECOMPOSED = "Korean in decomposed letters (NFD), kept as it is; most tokenizers cut it into many more tokens"
 
 _PLACEHOLDER = re.compile(r"\{\{ ?[A-Za-z_]\w* ?\}\}")
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*[{\]]")
 _JAMO = re.compile("[\u1100-\u11ff]")
 _RENDERED = re.compile(r"^\s*(?:### ?(?:Human|User|Instruction)|Human: |User: |\[INST\]|<\|user\|>|<s>)")
 
@@ -103,7 +104,7 @@ def fits(columns: Iterable[str]) -> bool:
 
 def _holds_list(value: object) -> bool:
     """Whether a column holds turns: a list, or in a table of text its JSON."""
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+    return isinstance(value, list) or (isinstance(value, str) and bool(_LIST_OF_OBJECTS.match(value)))
 
 
 def _turns_format(record: dict, key: str) -> tuple[str, bool]:
@@ -302,7 +303,7 @@ def desired(record: dict) -> bool | None:
 def listed(record: dict, key: str, notes: list[str]) -> list:
     """The list in a column, or its JSON where the column holds text."""
     value: object = record.get(key)
-    if isinstance(value, str) and _holds_list(value):
+    if isinstance(value, str) and value.lstrip().startswith("["):
         text = value
         try:
             value = loads(text, f"{key!r}")

@@ -77,9 +77,7 @@ def container(path: Path) -> str:
     if head[0] == "{":
         return "lines"
     raise BadData(
-        f"the file begins with {quote(head[:20])}; expected [ or {{",
-        where=str(path),
-        fix=["convert it to UTF-8 JSON or JSON Lines", "name it .csv, .tsv or .txt if that is what it is"],
+        f"the file begins with {quote(head[:20])}; expected [ or {{", where=str(path), fix="convert it to UTF-8 JSON or JSON Lines"
     )
 
 

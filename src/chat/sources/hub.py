@@ -69,21 +69,23 @@ def fetched(id: str, *, subset: str | None, split: str, revision: str | None, do
     Raises MissingInput where it is not in the cache and the hub does not give it, or has no such subset or split; WrongKind where it needs code.
     """
     import datasets
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     if not download:
         say(f"looks for {id} among the data sets downloaded before, since a dry run downloads nothing")
     if HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE or not download:
-        try:
-            folder = Path(snapshot_download(id, repo_type="dataset", revision=revision, local_files_only=True))
-            return folder, folder.name, None
-        except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-            if not datasets.config.HF_HUB_OFFLINE:
-                raise _not_there(id, error) from error
-        return *_prepared(id, subset, revision), None
-    commit, names = _listed(id, subset, split, revision)
+        return *_earlier(id, subset, revision), None
+    try:
+        by_split = _listed(id, subset, revision)
+    except MissingInput:
+        with contextlib.suppress(UserError):
+            folder, commit = _earlier(id, subset, revision)
+            say(f"the hub does not give {id} now; takes what was downloaded before")
+            return folder, commit, None
+        raise
+    commit, names = _of_split(id, by_split, split)
     with _user_faults(id, remote=True):
         for name in ABOUT:
             with contextlib.suppress(EntryNotFoundError):
@@ -92,12 +94,19 @@ def fetched(id: str, *, subset: str | None, split: str, revision: str | None, do
     return paths[0].parents[names[0].count("/")], commit, paths
 
 
-def _prepared(id: str, subset: str | None, revision: str | None) -> tuple[Path, str]:
-    """The folder of Arrow files that `datasets.load_dataset` made of the data set earlier."""
+def _earlier(id: str, subset: str | None, revision: str | None) -> tuple[Path, str]:
+    """The folder of what was downloaded, or prepared by `datasets.load_dataset`, earlier, and its commit. Raises MissingInput where there is none."""
     import datasets
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    with _user_faults(id, remote=True):
-        folder = Path(datasets.load_dataset_builder(id, subset, revision=revision).cache_dir)
+    try:
+        folder = Path(snapshot_download(id, repo_type="dataset", revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        if not datasets.config.HF_HUB_OFFLINE:
+            raise _not_there(id, error) from error
+        with _user_faults(id, remote=True):
+            folder = Path(datasets.load_dataset_builder(id, subset, revision=revision).cache_dir)
     return folder, folder.name
 
 
@@ -110,16 +119,20 @@ def _not_there(id: str, error: Exception) -> MissingInput:
     )
 
 
-def _listed(id: str, subset: str | None, split: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit, and the names of the files of one subset and split, as datasets lists them."""
+def _listed(id: str, subset: str | None, revision: str | None) -> dict[str, list[str]]:
+    """{split: addresses of its files} of one subset, as datasets lists them."""
     import datasets
 
     with tempfile.TemporaryDirectory() as cache, _user_faults(id, remote=True, subset=subset):
         builder = datasets.load_dataset_builder(id, subset, revision=revision, cache_dir=cache)
-        by_split = builder.config.data_files or {}
-    if split not in by_split or not by_split[split]:
-        raise no_split(id, split, sorted(map(str, by_split)))
-    found = [(str(name), _HF_PATH.fullmatch(str(name))) for name in by_split[split]]
+        return {str(split): [str(name) for name in names] for split, names in (builder.config.data_files or {}).items()}
+
+
+def _of_split(id: str, by_split: dict[str, list[str]], split: str) -> tuple[str, list[str]]:
+    """The commit, and the names of one split's files within the data set."""
+    if not by_split.get(split):
+        raise no_split(id, split, sorted(by_split))
+    found = [(name, _HF_PATH.fullmatch(name)) for name in by_split[split]]
     if elsewhere := next((name for name, match in found if not match or match[1] != id), None):
         raise _elsewhere(id, elsewhere)
     matches = [match for _, match in found if match]

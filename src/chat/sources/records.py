@@ -8,6 +8,7 @@ from typing import TextIO
 from src.chat import json_stream
 from src.chat.json_stream import RECORD_LIMIT, Malformed, RawRecord
 from src.chat.sources import opened, tables
+from src.core.errors import BadData
 
 BY_NAME = {".csv": "CSV", ".tsv": "TSV", ".tab": "TSV", ".txt": "plain text"}
 """kinds that no first byte tells; by content a file of such a name may still be JSON"""
@@ -51,7 +52,12 @@ def file(path: Path, name: str | None = None) -> File:
     by_name = BY_NAME.get(Path(opened.name_within(path)).suffix.lower())
     if by_name and not _looks_like_json(path):
         return File(path, name or path.name, by_name)
-    return File(path, name or path.name, {"array": "JSON array", "lines": "JSON Lines"}[json_stream.container(path)])
+    try:
+        return File(path, name or path.name, {"array": "JSON array", "lines": "JSON Lines"}[json_stream.container(path)])
+    except BadData as error:
+        if "begins with" in error.what:
+            error.fix.append("name it .csv, .tsv or .txt, if that is what it is")
+        raise
 
 
 def _looks_like_json(path: Path) -> bool:
