@@ -22,7 +22,7 @@ from conftest import ROOT, in_process, refused
 from pyarrow import parquet
 
 from src.chat.conversations import FORMATS, Tally, read
-from src.chat.sources import found, opened, tables
+from src.chat.sources import found, hub, opened, tables
 from src.core.errors import BadData, ConfigError, MissingInput, UserError, WrongKind
 from src.settings.verbs import COLUMNS
 
@@ -237,6 +237,21 @@ def test_a_hub_id_is_read_from_what_datasets_prepared(contents, tmp_path, monkey
     assert rows == SAME and "chats-train.arrow (Arrow stream" in said
 
 
+def test_what_was_downloaded_is_read_where_the_hub_is_not_reached(contents, call, hub_cache, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    def gone(id, *_):
+        raise hub._not_there(id, ConnectionError("no route to host"))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_listed", gone)
+    rows, said = contents("data.path=people/chats", "data.subset=fine")
+    assert rows == SAME and "takes what was downloaded before" in said
+    refused(call("data", "data.path=people/none"), MissingInput, "no route to host", "HF_TOKEN")
+
+
 def test_a_hub_id_is_downloaded_once(cli, tmp_path):
     from stand_ins.hub import COMMIT, serve
 
@@ -252,8 +267,7 @@ def test_a_hub_id_is_downloaded_once(cli, tmp_path):
         server.server_close()
     assert f"people/chats is read as of {COMMIT}" in done.stderr and "12 records in" in done.stderr
     assert sorted(got) == ["README.md", "fine/train-00000-of-00002.parquet", "fine/train-00001-of-00002.parquet"], "one split of one subset"
-    again = cli(*command, env=online).stderr
-    assert "takes what was downloaded before" in again and "up to date" in again, "the hub is gone"
+    assert "up to date" in cli(*command, env=online | {"HF_HUB_OFFLINE": "1"}).stderr
     refused(
         cli(*command, "run=test", "data.hub_split=test", env=online | {"HF_HUB_OFFLINE": "1"}), MissingInput, "not there", "data.path=FILE"
     )
@@ -377,6 +391,14 @@ def test_another_encoding_is_refused_with_the_command_that_mends_it(contents, ca
     subprocess.run(["bash", "-ec", command], check=True, timeout=60)
     mended = shlex.split(command)[-1]
     assert sorted(m[0]["content"] for m in contents(f"data.path={mended}")[0]) == sorted(r["prompt"] for r in rows)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
+def test_unicode_that_breaks_off(call, tmp_path, name):
+    text = CSV.decode() if name == "a.csv" else json.dumps(ROWS) if name == "a.json" else JSONL.decode()
+    for codec in ("utf-16", "utf-32"):
+        (tmp_path / name).write_bytes(text.encode(codec) + b"\x00")
+        refused(call("data", f"data.path={tmp_path / name}", "data.on_fault=drop"), BadData, f"is not the {codec.upper()}", tmp_path / name)
 
 
 def test_one_text_in_another_encoding_among_others(call, tmp_path):

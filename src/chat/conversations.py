@@ -245,7 +245,8 @@ def _all_files(files: list[records.File], layout: Layout, on_fault: str, tally: 
         raise BadData(
             _listing(rows, faults, tally.faults),
             where=where,
-            fix=[*tally.fixes, "mend the file", "data.on_fault=drop leaves them out, counts them and names each in dropped.jsonl"],
+            fix=[*tally.fixes, "mend the file"]
+            + ["data.on_fault=drop leaves them out, counts them and names each in dropped.jsonl"] * (faults < rows),
         )
 
 

@@ -3,7 +3,6 @@
 A record that cannot be used comes as a `Malformed` in place of its value; an array broken beyond reading raises `Damaged`.
 """
 
-import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ class RawRecord(NamedTuple):
 def container(path: Path) -> str:
     """Whether the file is an "array" or "lines", by its first character that is not space. Raises as `read` does at once."""
     try:
-        with open_text(path) as file, unicode_of(path):
+        with open_text(path) as file:
             head = ""
             while not head and (text := file.read(CHUNK)):
                 head = text.lstrip(SPACE + "\ufeff")
@@ -84,17 +83,6 @@ def container(path: Path) -> str:
 def open_text(path: Path) -> TextIO:
     """The file's text, unpacked where it is packed (sources/opened.py)."""
     return opened.text(path)
-
-
-@contextlib.contextmanager
-def unicode_of(path: Path) -> Iterator[None]:
-    """For text in UTF-16 or UTF-32, where one wrong byte leaves no way on: raises BadData for it."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise BadData(
-            f"the file is not {error.encoding.upper()} from byte {error.start} of a piece on", where=str(path), fix="save it as UTF-8"
-        ) from None
 
 
 def quote(text: str, limit: int = 60) -> str:

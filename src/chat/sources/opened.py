@@ -78,8 +78,9 @@ def text(path: Path) -> TextIO:
             begin = _peeked(bytes_)
         _refuse_binary(path, begin, packed)
         encoding = _encoding(path, begin, packed)
-        errors = "surrogateescape" if encoding == "utf-8" else "strict"
-        return io.TextIOWrapper(cast(BinaryIO, bytes_), encoding, errors=errors, newline="\n")
+        if encoding == "utf-8":
+            return io.TextIOWrapper(cast(BinaryIO, bytes_), encoding, errors="surrogateescape", newline="\n")
+        return _Strict(path, cast(BinaryIO, bytes_), encoding, newline="\n")
     except BaseException:
         bytes_.close()
         raise
@@ -91,6 +92,34 @@ def name_within(path: Path) -> str:
         with _archive(path) as archive:
             return _only_member(path, archive).filename
     return path.stem if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zstd") else path.name
+
+
+class _Strict(io.TextIOWrapper):
+    """Text in UTF-16 or UTF-32, where one wrong byte leaves no way on: raises BadData at it."""
+
+    def __init__(self, path: Path, *how, **more):
+        super().__init__(*how, **more)
+        self._path = path
+
+    def read(self, size: int | None = -1) -> str:
+        with self._faults():
+            return super().read(size)
+
+    def readline(self, size: int = -1) -> str:  # type: ignore[override]
+        with self._faults():
+            return super().readline(size)
+
+    def __next__(self) -> str:  # type: ignore[override]
+        with self._faults():
+            return super().__next__()
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            what = f"the file is not the {error.encoding.upper()} that it begins as: {error.reason}"
+            raise BadData(what, where=str(self._path), fix="save it as UTF-8 with the program that made it") from None
 
 
 def _peeked(file: io.BufferedIOBase) -> bytes:

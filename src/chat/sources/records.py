@@ -34,7 +34,7 @@ class File:
         elif self.kind in ("Arrow", "Arrow stream"):
             yield from tables.arrow(self.path, self.name, self.kind)
         else:
-            with json_stream.open_text(self.path) as file, json_stream.unicode_of(self.path):
+            with json_stream.open_text(self.path) as file:
                 yield from self._of_text(file, known)
 
     def _of_text(self, file: TextIO, known: Sequence[str]) -> Iterator[RawRecord]:
@@ -62,7 +62,7 @@ def file(path: Path, name: str | None = None) -> File:
 
 def _looks_like_json(path: Path) -> bool:
     """Whether a file named as a table or text is JSON, or holds nothing at all, which is said of JSON."""
-    with json_stream.open_text(path) as file, json_stream.unicode_of(path):
+    with json_stream.open_text(path) as file:
         begin = file.read(json_stream.CHUNK).lstrip(json_stream.SPACE + "\ufeff")
     return not begin or begin.startswith(("[{", '{"', "version https://git-lfs"))
 
