@@ -297,6 +297,19 @@ def test_plain_text(one):
     assert formats.RENDERED in one({"text": "### Human: ?\n### Assistant: !"})[1]
 
 
+def test_turns_and_columns_that_are_not_read_are_said(one):
+    record = openai(USER | {"mood": 1}, ASSISTANT, conversations=["x", 3])
+    assert one(record)[1] == {"unknown turn field ignored: 'mood'": 1, "unknown column ignored: 'conversations'": 1}
+    assert one({"prompt": [USER | {"mood": 1}], "completion": "!"})[1] == {"unknown turn field ignored: 'mood'": 1}
+    assert one({"conversation": [{"human": "?", "assistant": "!", "mood": 1}]})[1] == {"unknown turn field ignored: 'mood'": 1}
+
+
+def test_a_system_column_beside_a_system_turn(one):
+    system = {"role": "system", "content": "S"}
+    assert one(openai(system, USER, ASSISTANT, system="S"))[0] == [system, USER, ASSISTANT]
+    assert one(openai(system, USER, ASSISTANT, system="T"))[0] == [{"role": "system", "content": "T"}, system, USER, ASSISTANT]
+
+
 def test_whole_numbers_are_texts(one):
     assert one({"question": "How many?", "answer": 7})[0][1]["content"] == "7"
 

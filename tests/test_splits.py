@@ -83,6 +83,8 @@ def test_a_file_of_ones_own_to_evaluate(made, call, tmp_path):
     found, said, manifest = made(rows, f"data.val={tmp_path / 'held.csv'}", "data.calib=0")
     assert found["val"] == ["3", "new"], "in the order of the file"
     assert "3" not in found["train"] and len(found["train"]) == 9 and "dropped 1: also in data.val" in said
+    [dropped] = (tmp_path / "outputs" / "default" / "data" / "dropped.jsonl").read_text().splitlines()
+    assert json.loads(dropped) == {"where": "chats.jsonl line 4", "id": "chats.jsonl:4", "reason": "also in data.val"}
     assert manifest["settings"]["data"]["val"] == "file" and [p["role"] for p in manifest["parents"]] == ["conversations", "val"]
     command = ["data", f"data.path={tmp_path / 'chats.jsonl'}", "data.calib=0"]
     (tmp_path / "moved.csv").write_text((tmp_path / "held.csv").read_text())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from src.chat import columns as columns_
-from src.chat.formats import KNOWN, PARSERS, as_object, desired, detect, fits, ignored, seen, tools_of, weight_of_record
+from src.chat.formats import KNOWN, PARSERS, as_object, decoded, desired, detect, fits, ignored, seen, tools_of, weight_of_record
 from src.chat.json_stream import Damaged, Malformed, RawRecord, quote
 from src.chat.sources import opened, records
 from src.chat.turns import MEDIA, is_empty
@@ -136,6 +136,7 @@ class Tally:
     files: list[FileTally] = field(default_factory=list)
     log: TextIO | None = field(default=None, repr=False, compare=False)
     _seen: set[int] = field(default_factory=set, repr=False, compare=False)
+    _last: RawRecord | None = field(default=None, repr=False, compare=False)
 
     def ordered(self, what: str) -> list[tuple[str, int]]:
         """The counts of dropped or notes, the most frequent first, equal ones by name."""
@@ -148,10 +149,10 @@ class Tally:
         return counts | {"formats": dict(self.formats), "notes": dict(self.ordered("notes")), "sources": files}
 
     def set_aside(self, conversation: Conversation, reason: str) -> None:
-        """Count a conversation that was kept as dropped after all."""
+        """Count the conversation that was kept last as dropped after all."""
         self.kept -= 1
         self.files[-1].kept -= 1
-        self._drop("", conversation.id, reason)
+        self._drop(_where(self.files[-1].name, self._last) if self._last else "", conversation.id, reason)
 
     def _drop(self, where: str, id: str | None, reason: str, detail: str = "") -> None:
         self.dropped[reason] += 1
@@ -171,7 +172,8 @@ class Tally:
             known.count += 1
             known.where += [where] * (len(known.where) < PLACES_LISTED)
 
-    def _keep(self, conversation: Conversation) -> None:
+    def _keep(self, conversation: Conversation, raw: RawRecord) -> None:
+        self._last = raw
         self.kept += 1
         self.files[-1].kept += 1
         # 64 bits of the digest do: this set is all that grows with the file.
@@ -262,6 +264,7 @@ def _conversations(file: records.File, layout: Layout, tally: Tally) -> Iterator
             own.rows_in += 1
             try:
                 record, notes = columns_.renamed(as_object(raw.value), layout.columns)
+                record = decoded(record, notes)
                 own._see(record)
                 if own.rows_in == 1 and file.is_table and chosen is None:
                     _refuse_columns(record, file)
@@ -283,7 +286,7 @@ def _conversations(file: records.File, layout: Layout, tally: Tally) -> Iterator
             if reason:
                 tally._drop(_where(file.name, raw), conversation.id, reason)
                 continue
-            tally._keep(conversation)
+            tally._keep(conversation, raw)
             yield conversation
     except Damaged as damage:
         after = f"the last good record before it is {quote(last_good)}" if last_good is not None else "there is no good record before it"

@@ -46,6 +46,9 @@ COLUMNS = {
 }
 KNOWN = tuple(sorted(set().union(*COLUMNS.values())))
 """every column that some layout reads"""
+TURN_KEYS = {"qwen": ("conversations", "conversation"), "sharegpt": ("conversations", "conversation"), "openai": ("messages",)}
+"""{layout of turns: the columns that hold them}"""
+PAIR_FIELDS = ("human", "assistant")
 TURN_NAMES = ("role", "content")
 """fields of a turn that data.columns can name too"""
 
@@ -78,7 +81,7 @@ def detect(record: dict) -> tuple[str, bool]:
     if not is_empty(record.get("chosen")):
         return "preference", True
     for key in LISTS:
-        if _holds_list(record.get(key)):
+        if isinstance(record.get(key), list):
             return _turns_format(record, key)
     if present(record, ANSWERS) and (found := present(record, PROMPTS) or present(record, ("input",))):
         format = {"prompt": "prompt_completion", "question": "question_answer"}.get(found[0], "alpaca")
@@ -102,16 +105,22 @@ def fits(columns: Iterable[str]) -> bool:
     return bool(names & {*LISTS, "chosen", "text"} or pair)
 
 
-def _holds_list(value: object) -> bool:
-    """Whether a column holds turns: a list, or in a table of text its JSON."""
-    return isinstance(value, list) or (isinstance(value, str) and bool(_LIST_OF_OBJECTS.match(value)))
+def decoded(record: dict, notes: set[str]) -> dict:
+    """The record with the turns that a column holds as JSON, as tables of text do, as a list. notes grows by what is to be said of it. Raises Malformed."""
+    found: dict = {}
+    said: list[str] = []
+    for key in LISTS:
+        value = record.get(key)
+        if isinstance(value, str) and _LIST_OF_OBJECTS.match(value):
+            found[key] = listed(record, key, said)
+    notes |= set(said)
+    return record | found if found else record
 
 
 def _turns_format(record: dict, key: str) -> tuple[str, bool]:
-    if key == "conversation" and isinstance(record[key], list) and not any(_has_role(turn) for turn in record[key]):
+    named = [turn for turn in record[key] if _has_role(turn)]
+    if key == "conversation" and not named:
         return "sharegpt", True
-    turns = listed(record, key, [])
-    named = [turn for turn in turns if isinstance(turn, dict) and ("role" in turn or "from" in turn)]
     if (named and "role" in named[0]) or (not named and key == "messages"):
         return "openai", True
     names = {turn.get("from") for turn in named if isinstance(turn.get("from"), str)}
@@ -132,12 +141,14 @@ def _has_role(turn: object) -> bool:
 def ignored(record: dict, format: str) -> set[str]:
     """Notes on what the record has beyond its format."""
     unread = {"label"} if desired(record) is None else set()
+    if format in TURN_KEYS:
+        unread |= {*LISTS} - {_turns_key(record, TURN_KEYS[format])}
     notes = {f"unknown column ignored: {quote(key)}" for key in record if key not in COLUMNS[format] - unread}
-    for key in LISTS if format in ("qwen", "sharegpt", "openai", "preference") else ():
-        turns = record.get(key)
-        for turn in turns if isinstance(turns, list) else ():
-            if _has_role(turn):
-                notes |= {f"unknown turn field ignored: {quote(field)}" for field in turn if field not in TURN_FIELDS}
+    for key in (*LISTS, *PROMPTS, *ANSWERS, "chosen"):
+        turns = record.get(key) if key in COLUMNS[format] - unread else None
+        for turn in turns if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) else ():
+            known = TURN_FIELDS if _has_role(turn) else PAIR_FIELDS
+            notes |= {f"unknown turn field ignored: {quote(field)}" for field in turn if field not in known}
     return notes
 
 
@@ -163,17 +174,25 @@ def seen(record: dict, messages: Iterable[dict]) -> set[str]:
 
 def _turns(record: dict, roles: Mapping[str, str], *keys: str) -> list[Turn]:
     """Turns in a list under one of `keys`, or under another name that lists have, in turns as this layout names their fields."""
-    field = "role" if keys[0] == "messages" else "from"
-    others = (key for key in LISTS if key not in keys and _begins_with(record.get(key), field))
-    key = next((key for key in keys if _holds_list(record.get(key))), None) or next(others, next((k for k in keys if k in record), keys[0]))
+    key = _turns_key(record, keys)
     if key == "conversation" and isinstance(record.get(key), list) and not any(_has_role(turn) for turn in record[key]):
         return _system(record) + _pairs(record[key])
-    notes: list[str] = []
-    messages = messages_of(listed(record, key, notes), key, roles)
-    if messages[0]["role"] != "system":
-        messages = _system(record) + messages
-    messages[0].notes.extend(notes)
-    return messages
+    if key not in record:
+        raise Malformed("missing field", f"the record has no {key!r}")
+    return _after_system(record, messages_of(record[key], key, roles))
+
+
+def _turns_key(record: dict, keys: tuple[str, ...]) -> str:
+    field = "role" if keys[0] == "messages" else "from"
+    others = (key for key in LISTS if key not in keys and _begins_with(record.get(key), field))
+    here = (key for key in keys if isinstance(record.get(key), list))
+    return next(here, None) or next(others, None) or next((key for key in keys if key in record), keys[0])
+
+
+def _after_system(record: dict, messages: list[Turn]) -> list[Turn]:
+    """The messages after the system turn of a column of its own, where it is not the one they begin with."""
+    own = _system(record)
+    return messages if own and own[0] == messages[0] else own + messages
 
 
 def _pairs(pairs: list) -> list[Turn]:
@@ -200,9 +219,7 @@ def _question_and_answer(record: dict, roles: Mapping[str, str]) -> list[Turn]:
 def _before(record: dict, roles: Mapping[str, str], key: str, contexts: tuple[str, ...]) -> list[Turn]:
     """System turn, history and prompt of a question and its answer."""
     if isinstance(record.get(key), list):
-        messages = messages_of(record[key], key, roles)
-        if messages[0]["role"] != "system":
-            messages = _system(record) + messages
+        messages = _after_system(record, messages_of(record[key], key, roles))
         # What a prompt quotes of earlier answers is context: other trainers of this layout learn the completion alone.
         for message in messages:
             if message["role"] == "assistant":
@@ -239,14 +256,14 @@ def _preference(record: dict, roles: Mapping[str, str]) -> list[Turn]:
     """The conversation with the chosen answer at its end."""
     answer = _answer(record, "chosen", roles)
     for key in ("conversations", "messages"):
-        if _holds_list(record.get(key)):
+        if isinstance(record.get(key), list):
             return [*_turns(record, roles, key), *answer]
     if answer[0]["role"] != "assistant":  # the prompt is in both answers, and what it quotes of earlier ones is not what was chosen
         for message in answer[:-1]:
             if message["role"] == "assistant":
                 message["weight"] = 0.0
                 message.notes.append(PROMPT_TURNS)
-        return answer if answer[0]["role"] == "system" else _system(record) + answer
+        return _after_system(record, answer)
     return [*_before(record, roles, _one_of(record, PROMPTS), CONTEXTS), *answer]
 
 
@@ -352,9 +369,7 @@ def _parser(read: Callable[..., list[Turn]], *keys: str) -> Callable[..., list]:
 
 
 PARSERS = {
-    "qwen": _parser(_turns, "conversations", "conversation"),
-    "sharegpt": _parser(_turns, "conversations", "conversation"),
-    "openai": _parser(_turns, "messages"),
+    **{format: _parser(_turns, *keys) for format, keys in TURN_KEYS.items()},
     **{format: _parser(_question_and_answer) for format in ("alpaca", "prompt_completion", "question_answer")},
     "preference": _parser(_preference),
     "text": _parser(_plain),
