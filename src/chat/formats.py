@@ -30,6 +30,8 @@ ANSWERS = ("output", "response", "completion", "answer")
 SYSTEMS = ("system", "system_prompt")
 RECORD_KEYS = (*LISTS, *PROMPTS)
 PAIR = ("chosen", "rejected")
+TURNS_IN = {*LISTS, *PROMPTS, *ANSWERS, "chosen"}
+"""columns that hold turns, or may"""
 UNUSED_ANSWERS = ("rejected", "rejected_response", "rejected_messages")
 
 SHARED_COLUMNS = {"id", "tools", "weight", *SYSTEMS, *MEDIA}
@@ -143,9 +145,10 @@ def ignored(record: dict, format: str) -> set[str]:
     unread = {"label"} if desired(record) is None else set()
     if format in TURN_KEYS:
         unread |= {*LISTS} - {_turns_key(record, TURN_KEYS[format])}
-    notes = {f"unknown column ignored: {quote(key)}" for key in record if key not in COLUMNS[format] - unread}
-    for key in (*LISTS, *PROMPTS, *ANSWERS, "chosen"):
-        turns = record.get(key) if key in COLUMNS[format] - unread else None
+    read = COLUMNS[format] - unread
+    notes = {f"unknown column ignored: {quote(key)}" for key in record if key not in read}
+    for key in record.keys() & read & TURNS_IN:
+        turns = record[key]
         for turn in turns if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) else ():
             known = TURN_FIELDS if _has_role(turn) else PAIR_FIELDS
             notes |= {f"unknown turn field ignored: {quote(field)}" for field in turn if field not in known}
