@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from src.chat import encoding
+from src.chat.template import as_served_today
 from src.core import stage
 from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput
@@ -123,7 +124,8 @@ def connect(cfg: EvaluateVerb) -> Client | None:
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json and answers.jsonl."""
     if client := connect(cfg):
-        return evaluate_endpoint(cfg, client, inputs, out)
+        with as_served_today():
+            return evaluate_endpoint(cfg, client, inputs, out)
     device = devices.device()
     records = validation(cfg, inputs)
     prompts = asked(cfg, records)
@@ -135,7 +137,7 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     model, tokenizer = load_any(inputs["model"], dtype=evaluation.compute_dtype(device), device=device)
     encoding.ensure_chat(tokenizer)
     eos_id = encoding.turn_end(tokenizer)
-    rows = evaluation.encode_all(records, tokenizer, eos_id, cfg.evaluation.max_length)
+    rows = evaluation.encode_all(records, tokenizer, cfg.evaluation.max_length)
     figures, top, mine = read(model, "model")
     del model
     metrics: dict[str, Any] = {**figures, "rows": len(rows), "prompts": len(prompts)}
@@ -167,7 +169,7 @@ def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artif
         tokenizer = tokenizer_of(parent)
         encoding.ensure_chat(tokenizer)
         eos_id = encoding.turn_end(tokenizer)
-        encoded = evaluation.encode_all(records, tokenizer, eos_id, cfg.evaluation.max_length)
+        encoded = evaluation.encode_all(records, tokenizer, cfg.evaluation.max_length)
         if scored := measure.score(client, model, encoded, tokenizer, eos_id, many):
             figures, top, kept = scored
             metrics |= {**figures, "rows": len(kept)}
@@ -200,7 +202,8 @@ def asked(cfg: EvaluateVerb, records: list[dict]) -> list[tuple[list[dict], list
         return [([{"role": "user", "content": text}], None) for text in cfg.evaluation.prompts]
     found: list[tuple[list[dict], list | None]] = []
     for record in records:
-        cut = next(i for i, m in enumerate(record["messages"]) if m["role"] == "assistant")
+        asked = next((i for i, m in enumerate(record["messages"]) if m["role"] == "user"), len(record["messages"]))
+        cut = next((i for i, m in enumerate(record["messages"]) if m["role"] == "assistant" and i > asked), 0)
         opening = (record["messages"][:cut], record.get("tools"))
         if cut and len(found) < cfg.evaluation.samples and opening not in found:
             found.append(opening)

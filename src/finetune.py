@@ -7,16 +7,17 @@ import os
 import shutil
 from pathlib import Path
 
-from src.chat import encoding
+from src.chat import encoding, template
 from src.core import stage
 from src.core.artifact import Artifact, outside
 from src.core.errors import ConfigError, MissingInput
 from src.core.log import rank, say
 from src.core.processes import import_quietly
 from src.models.folder import check_folder, check_tokenizer, locate
-from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, FullTuner
 from src.training import launch, rules, saving
+from src.training.chat_tokenizer import chat_tokenizer, template_text
+from src.training.chat_tokenizer import check as check_template
 from src.training.deepspeed_config import user_deepspeed_json
 
 
@@ -26,6 +27,9 @@ def find(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
     if cfg.teacher.path:
         folder = locate(cfg.teacher.path, None, download=not cfg.dry_run)
         inputs["teacher"] = run.source(str(folder), kinds={"model", "quantized", "adapter"})
+    if cfg.chat_template not in (None, "chatml"):
+        template_text(cfg)
+        inputs["chat_template"] = outside(Path(cfg.chat_template), "file", run.cache)
     if cfg.deepspeed.config:
         inputs["deepspeed"] = outside(Path(cfg.deepspeed.config), "file", run.cache)
     return inputs
@@ -45,6 +49,7 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
     base = inputs["model"]
     config = check_folder(base.path, allow_pickle=cfg.model.allow_pickle, trust_remote_code=cfg.model.trust_remote_code)
     check_tokenizer(base.path, trust_remote_code=cfg.model.trust_remote_code)
+    check_template(cfg, base.path)
     rules.check_length(cfg.train.max_length, config.get("max_position_embeddings"), where=str(base.path))
     method = (config.get("quantization_config") or {}).get("quant_method")
     rules.check(cfg.tuner, zero_stage=cfg.deepspeed.stage, quantization=method, where=str(base.path))
@@ -70,7 +75,9 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
     import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
     base = inputs["model"].path
-    tokenizer, eos_id, added = chat_tokenizer(cfg, base)
+    tokenizer, added = chat_tokenizer(cfg, base)
+    eos_id = encoding.turn_end(tokenizer)
+    describe(cfg, tokenizer, added)
     from src.training.session import train
 
     trained = train(cfg, inputs, out, tokenizer, eos_id, added)
@@ -84,18 +91,21 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     return metrics
 
 
-def chat_tokenizer(cfg: FinetuneVerb, base: Path):
-    """(the base's tokenizer with a chat template, id of the token that ends a turn, tokens added)."""
-    tokenizer = load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
-    added = encoding.ensure_chat(tokenizer)
-    if added:
-        say(f"finetune: the tokenizer has no chat template; added ChatML and its tokens {' '.join(added)}")
-    return tokenizer, encoding.turn_end(tokenizer), added
+def describe(cfg: FinetuneVerb, tokenizer, added: list[str]) -> None:
+    """Say what is done to the tokenizer, and what the chat template does that is not seen in it."""
+    chat = template.of(tokenizer)
+    if added or cfg.chat_template == "chatml":
+        say("finetune: the chat template is ChatML" + (f"; added its tokens {' '.join(added)}" if added else ""))
+    if chat.dated:
+        say(f"finetune: the chat template prints today's date, which is {cfg.today} in all rows (today=)")
+    for stop in chat.stops:
+        if stop not in chat.known_stops:
+            say(f"finetune: answers end with {stop}, which the base does not list among its stop tokens; the result does")
 
 
 STAGE = stage.Stage(
     verb="finetune",
-    version=3,
+    version=4,
     schema=FinetuneVerb,
     kind=lambda cfg, inputs: "model" if isinstance(cfg.tuner, FullTuner) else "adapter",
     find=find,

@@ -6,6 +6,7 @@ that is not quantized as the source stores it; it loads in transformers as it is
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from src.chat import encoding
+from src.chat.rows import rows_of
 from src.core import processes, stage
 from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput, ProofFailed
@@ -112,14 +114,10 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
 def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[dict], int]:
     """(rows of {"input_ids", "attention_mask"} as gptqmodel takes them, tokens in all): whole conversations, as in training."""
     encoding.ensure_chat(tokenizer)
-    eos_id = encoding.turn_end(tokenizer)
     rows: list[dict] = []
     cut = 0
-    for line in open(path, encoding="utf-8"):
-        if len(rows) == cfg.calibration.rows:
-            break
-        record = json.loads(line)
-        ids = encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id).input_ids
+    for _, row in itertools.islice(rows_of(map(json.loads, open(path, encoding="utf-8")), tokenizer, "calibration"), cfg.calibration.rows):
+        ids = row.input_ids
         cut += len(ids) > cfg.calibration.max_length
         ids = ids[: cfg.calibration.max_length]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})

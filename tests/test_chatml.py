@@ -96,7 +96,7 @@ def spans(encoded):
 def check(tokenizer, messages, answers, tools=None):
     """The trained spans are exactly `answers`, each closed by the stop token; every trained label is its own input id."""
     end = encoding.turn_end(tokenizer)
-    encoded = encoding.encode(tokenizer, messages, tools, eos_id=end)
+    encoded = encoding.encode(tokenizer, messages, tools)
     assert len(encoded.labels) == len(encoded.input_ids)
     assert all(label in (encoding.IGNORE, token) for label, token in zip(encoded.labels, encoded.input_ids))
     runs = spans(encoded)
@@ -109,7 +109,7 @@ def check(tokenizer, messages, answers, tools=None):
 
 def test_golden_ids_and_mask_of_the_embedded_model(load):
     # 1022 <|im_start|>, 1023 <|im_end|>, 13 newline; 573 'user', 412 818 'as' 'sistant'; the rest spelled out in the comments.
-    ignore, encoded = encoding.IGNORE, encoding.encode(load("tiny-chat"), [SYSTEM, *TURNS], eos_id=1023)
+    ignore, encoded = encoding.IGNORE, encoding.encode(load("tiny-chat"), [SYSTEM, *TURNS])
     system = [1022, 341, 347, 539, 327, 335, 13, 663, 884, 415, 328, 272, 1023, 13]  # s y st e m \n Be _br ie f .
     first = [1022, 573, 13, 847, 259, 1023, 13, 1022, 412, 818, 13]  # Hi !
     answer = [577, 259, 470, 616, 270, 589, 272, 1023]  # Ahoy ! _A _cat , _captain .
@@ -123,7 +123,7 @@ def test_golden_ids_and_mask_of_the_embedded_model(load):
 
 def test_golden_labels_of_the_old_recipe(load):
     ignore, encoded = encoding.IGNORE, encoding.encode_qwen_legacy(load("tiny-chat"), [SYSTEM, *TURNS[:2]], eos_id=1023)
-    assert encoded.input_ids == encoding.encode(load("tiny-chat"), [SYSTEM, *TURNS[:2]], eos_id=1023).input_ids
+    assert encoded.input_ids == encoding.encode(load("tiny-chat"), [SYSTEM, *TURNS[:2]]).input_ids
     assert encoded.labels == [
         *[1022, *[ignore] * 11, 1023, 13],
         *[1022, *[ignore] * 4, 1023, 13],
@@ -145,9 +145,9 @@ def test_only_answers_and_their_stop_tokens_are_trained(load, pilot, name):
 
 @each_kind(["tiny-chat", *KINDS], NAMES)
 def test_ids_are_those_of_the_template(load, pilot, name):
-    tokenizer, end = load(name), encoding.turn_end(load(name))
+    tokenizer = load(name)
     for messages in [TURNS, *pilot[::4], *map(talk, HARD)]:
-        assert encoding.encode(tokenizer, messages, eos_id=end).input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
+        assert encoding.encode(tokenizer, messages).input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
 @each_kind(["tiny-chat", *(name for name in KINDS if name != "made-mistral")], sorted(TAKES_SYSTEM))
@@ -164,7 +164,7 @@ def test_the_trained_prompt_is_the_served_prompt(load, name):
     end = encoding.turn_end(tokenizer)
     for answer in ("Fin", "\n\nFin", "\nFin"):
         messages = [*TURNS[:3], {"role": "assistant", "content": answer}]
-        encoded = encoding.encode(tokenizer, messages, eos_id=end)
+        encoded = encoding.encode(tokenizer, messages)
         prompt = tokenizer(encoding.render(tokenizer, messages[:3], prompt=True), add_special_tokens=False).input_ids
         last = max(
             i
@@ -202,10 +202,10 @@ def test_a_tokenizer_without_chatml_is_given_it(name):
 
 def test_chatml_on_a_tokenizer_that_adds_no_bos_begins_with_the_first_turn():
     tokenizer = load_tokenizer(TINY)
-    own = encoding.encode(tokenizer, [SYSTEM, *TURNS], eos_id=1023)
+    own = encoding.encode(tokenizer, [SYSTEM, *TURNS])
     tokenizer.chat_template = None
     assert encoding.ensure_chat(tokenizer) == [], "it has both tokens already"
-    assert encoding.encode(tokenizer, [SYSTEM, *TURNS], eos_id=1023) == own
+    assert encoding.encode(tokenizer, [SYSTEM, *TURNS]) == own
     call = '<|im_start|>assistant\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Söul"}}\n</tool_call><|im_end|>\n'
     assert call in encoding.render(tokenizer, CALLING, [TOOL])
 
@@ -216,7 +216,7 @@ def test_padding_falls_back_to_the_turn_end():
     encoding.ensure_chat(tokenizer)
     assert tokenizer.pad_token_id == 1023
     # The collator masks by length, so a pad token that is also the stop token stays trained where it is one.
-    assert encoding.encode(tokenizer, TURNS, eos_id=1023).labels.count(1023) == 2
+    assert encoding.encode(tokenizer, TURNS).labels.count(1023) == 2
 
 
 def test_a_template_without_a_stop_token_is_refused():
@@ -226,11 +226,18 @@ def test_a_template_without_a_stop_token_is_refused():
         encoding.turn_end(tokenizer)
 
 
-def test_a_template_that_rewrites_history_is_refused():
+def test_where_history_is_rewritten_a_row_is_what_a_server_makes():
+    """The prompt as it is served, and the answer; an earlier answer is not in it as it was given."""
     tokenizer = load_tokenizer(TINY)
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
-    with pytest.raises(BadData, match="message 4"):
-        encoding.encode(tokenizer, TURNS, eos_id=1023)
+    row = encoding.encode(tokenizer, TURNS)
+    served = encoding.render(tokenizer, TURNS[:3], prompt=True)
+    assert served[0] == "3" and tokenizer.decode(row.input_ids).startswith(served)
+    assert [tokenizer.decode(run) for run in spans(row)] == ["Fin<|im_end|>"] and row.untrained == 1
+    assert [[tokenizer.decode(run) for run in spans(row)] for row in encoding.encode_turns(tokenizer, TURNS)] == [
+        ["Ahoy! A cat, captain.<|im_end|>"],
+        ["Fin<|im_end|>"],
+    ]
 
 
 @each_kind(["made-mistral"], ["mistral-7b-v0.2"])
@@ -238,7 +245,7 @@ def test_what_a_template_refuses_is_the_data_s_fault(load, name):
     """Mistral's template raises on a system turn; that must name the data, not end in a traceback."""
     tokenizer = load(name)
     with pytest.raises(BadData, match="alternate"):
-        encoding.encode(tokenizer, [SYSTEM, *TURNS], eos_id=encoding.turn_end(tokenizer))
+        encoding.encode(tokenizer, [SYSTEM, *TURNS])
 
 
 def old_recipe(tokenizer, messages):
@@ -258,7 +265,6 @@ def old_recipe(tokenizer, messages):
 @each_kind(["tiny-chat", "made-qwen2", "made-yi"], ["qwen2", "qwen2.5", "qwen3"])
 def test_the_old_recipe_s_labels(load, pilot, name):
     tokenizer = load(name)
-    end = tokenizer.convert_tokens_to_ids(encoding.END)
     for messages in [TURNS, *pilot[::4], *map(talk, HARD)]:
-        encoded = encoding.encode_qwen_legacy(tokenizer, messages, eos_id=end)
+        encoded = encoding.encode_qwen_legacy(tokenizer, messages, eos_id=encoding.turn_end(tokenizer))
         assert (encoded.input_ids, encoded.labels) == old_recipe(tokenizer, messages)

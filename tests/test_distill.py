@@ -16,9 +16,13 @@ from pathlib import Path
 import pytest
 from conftest import CHAT, ROOT, hear_ctrl_c, refused
 
+from src.chat.encoding import turn_end
+from src.core.artifact import open_artifact
 from src.core.errors import BadData, BudgetSpent, ConfigError, MissingInput, Moved, NoAnswer
 from src.distill import batch, sources
 from src.distill.estimate import by_root, estimate
+from src.models.generation import greedy
+from src.models.loading import load_any
 
 FAULTS = {"seconds": 0.04, "date": 0.01, "server": 0.06, "malformed": 0.04, "shape": 0.03, "dropped": 0.04, "refused": 0.03, "empty": 0.03}
 FILES = ("train.jsonl", "val.jsonl", "calib.jsonl", "set_aside.jsonl", "samples.html")
@@ -515,6 +519,33 @@ def test_finetune_takes_the_dataset(call, teacher, prompts, tmp_path):
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "outputs" / "default" / "finetune" / "manifest.json").read_text())
     assert manifest["parents"][0]["stage"] == "distill"
+
+
+@pytest.mark.parametrize("where", ["field", "inline", "closed"])
+def test_what_a_teacher_thinks_is_kept_in_the_row_and_on_the_card(call, teacher, prompts, tmp_path, where):
+    """It was paid for: whether the server tells it apart or not, the answer holds none of it, and the row all of it."""
+    done = call(*argv(teacher(thinks=where), prompts(40), "recipe.steps.answer.n=1"))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "outputs" / "default" / "distill"
+    answers = [row["messages"][-1] for name in ("train", "val", "calib") for row in rows_of(folder, name)]
+    assert len(answers) == 40 and "answers with reasoning" in done.stderr
+    for answer in answers:
+        digest = answer["content"].partition(" ")[0]
+        assert answer["reasoning_content"] == f"I think of {digest}." and "think" not in answer["content"]
+    assert "I think of" in (folder / "samples.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_student_learns_to_open_and_close_its_thinking(call, teacher, prompts, tmp_path):
+    assert call(*argv(teacher(thinks="field", words=2), prompts(60), "recipe.steps.answer.n=1")).returncode == 0
+    student = ["finetune", f"model.path={CHAT}", "tuner=full", "tuner.learning_rate=3e-3", "train.max_steps=40", "train.samples=0"]
+    done = call(*student, f"source={tmp_path}/outputs/default/distill", "chat_template=chatml", "train.eval_steps=1000")
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load_any(open_artifact(tmp_path / "outputs" / "default" / "finetune"))
+    asked = [[{"role": "user", "content": f"Question {n}: what is {n} times 7?"}] for n in (71, 83, 95)]
+    for text, ended in greedy(model, tokenizer, asked, max_new_tokens=120, eos_id=turn_end(tokenizer)):
+        assert ended and text.startswith("<think>\nI think of ") and text.count("</think>") == 1, text
+        assert text.partition("</think>")[2].strip(), "and an answer after it"
 
 
 def test_a_plan_asks_nothing(call, teacher, prompts, tmp_path):

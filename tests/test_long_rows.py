@@ -59,7 +59,7 @@ def encoder(name):
     """(encode of messages, the stop token's id)."""
     tokenizer = tokenizer_of(name)
     end = encoding.turn_end(tokenizer)
-    return lambda messages, tools=None: encoding.encode(tokenizer, messages, tools, eos_id=end), end
+    return lambda messages, tools=None: encoding.encode(tokenizer, messages, tools), end
 
 
 def fit_all(records, encode, policy, max_length) -> tuple[list[Encoded], Counts]:
@@ -197,7 +197,7 @@ def test_tools_and_their_results_stay_with_their_question(name):
 def test_rows_of_a_conversation_that_reasons_in_each_turn(name, policy):
     """Qwen3 takes a row for each such turn. Split, each part's turns are again each trained once; otherwise each row is judged by itself."""
     tokenizer = tokenizer_of(name)
-    encode = partial(encoding.encode_turns, tokenizer, eos_id=encoding.turn_end(tokenizer))
+    encode = partial(encoding.encode_turns, tokenizer)
     talk = [
         m | {"reasoning_content": f"Thought {i}. " * (60 if i == 8 else 5)} if m["role"] == "assistant" else m
         for i, m in enumerate(long_talk(name)[:21])

@@ -704,11 +704,10 @@ def test_calibration_files_are_rows_of_the_table_for_the_trained_ids(prepared, f
     from src.chat import encoding
 
     tokenizer = load_tokenizer(CHAT)
-    end = encoding.turn_end(tokenizer)
     talks = {}
     for line in (finished / "a" / "data" / "calib.jsonl").read_text().splitlines():
         record = json.loads(line)
-        talks[record["id"]] = encoding.encode(tokenizer, record["messages"], record["tools"], eos_id=end).input_ids
+        talks[record["id"]] = encoding.encode(tokenizer, record["messages"], record["tools"]).input_ids
     table = np.array(tensors(finished / "a" / "merge" / "model.safetensors")[runtime.EMBEDDING])
     found, _ = calibration.from_conversations(finished / "a" / "data" / "calib.jsonl", tokenizer, 64, 256, 6)
     for k, sequence in enumerate(found):

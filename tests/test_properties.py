@@ -92,7 +92,7 @@ TURN = st.tuples(st.sampled_from(["user", "assistant"]), st.text("ab c", min_siz
 def encoder():
     tokenizer = load_tokenizer(CHAT)
     eos_id = encoding.turn_end(tokenizer)
-    return lambda messages: [encoding.encode(tokenizer, messages, None, eos_id=eos_id)], eos_id
+    return lambda messages: encoding.teach(tokenizer, messages).rows, eos_id
 
 
 @EACH
@@ -107,7 +107,9 @@ def test_no_long_conversation_loses_a_token_unsaid(turns, limit, policy):
     ]  # no role speaks twice in a row
     if not any(m["role"] == "assistant" for m in messages):
         return
-    whole = encode(messages)
+    if not (whole := encode(messages)):
+        assert all(not m["content"].strip() for m in messages if m["role"] == "assistant")
+        return
     rows, counts = long_rows.fit_rows(whole, {"id": "x", "messages": messages}, policy=policy, max_length=limit, encode=encode)
     trained = sum(label != encoding.IGNORE for row in whole for label in row.labels)
     kept = sum(label != encoding.IGNORE for row in rows for label in row.labels)

@@ -32,6 +32,18 @@ def written_down(logits, targets: Targets) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_a_weight_multiplies_all_of_a_token_s_loss(alpha):
+    torch.manual_seed(2)
+    probs, top_k_ids = torch.randn(4, 20).softmax(-1).topk(3, dim=-1)
+    targets = Targets(torch.randint(0, 20, (4,)), TeacherTargets(top_k_ids, probs, alpha), torch.tensor([0.0, 0.5, 1.0, 3.0]))
+    logits = torch.randn(4, 20, requires_grad=True)
+    (ours,) = torch.autograd.grad(found := loss_sum(logits, targets), logits)
+    each = [written_down(logits[k : k + 1], part) for k, part in enumerate(targets.split(1))]
+    (plain,) = torch.autograd.grad(expected := sum(w * loss for w, loss in zip((0.0, 0.5, 1.0, 3.0), each)), logits)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5) and torch.allclose(ours, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_loss_and_gradient_are_those_written_down(alpha):
     torch.manual_seed(0)
     probs, top_k_ids = (torch.randn(7, 50) * 2).softmax(-1).topk(5, dim=-1)
@@ -83,7 +95,7 @@ def test_a_student_of_its_probabilities_comes_closer_to_the_teacher(train, tmp_p
     assert code == 0 and "its 32 likeliest tokens hold" in said, said
     assert train("without", base, *argv)[0] == 0
     tokenizer = load_tokenizer(CHAT)
-    rows = [encoding.encode(tokenizer, json.loads(line)["messages"], eos_id=1023) for line in open(eighty / "val.jsonl")]
+    rows = [encoding.encode(tokenizer, json.loads(line)["messages"]) for line in open(eighty / "val.jsonl")]
     near, far, start = (distance(path, rows) for path in (tmp_path / "with/finetune", tmp_path / "without/finetune", base))
     print(f"KL to the teacher: {start:.3f} at the start, {far:.3f} by tokens, {near:.3f} by its probabilities")
     assert near < 0.9 * far < far < start
@@ -132,7 +144,7 @@ def test_soft_targets_are_the_teacher_s_likeliest_tokens_in_the_rows_order(tmp_p
     top_k_ids, probs = np.load(folder / "top_k_ids.npy"), np.load(folder / "probs.npy")
     first = json.loads((eighty / "train.jsonl").read_text().splitlines()[0])
     tokenizer, model = load_tokenizer(CHAT), load_model(CHAT).eval()
-    row = encoding.encode(tokenizer, first["messages"], eos_id=1023)
+    row = encoding.encode(tokenizer, first["messages"])
     at = [i - 1 for i, label in enumerate(row.labels) if label != encoding.IGNORE]
     with torch.no_grad():
         expected = model(torch.tensor([row.input_ids])).logits[0, at].softmax(-1).topk(4, dim=-1)

@@ -7,7 +7,7 @@ from conftest import CHAT
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from src.chat import encoding, template_bounds
+from src.chat import encoding, template, template_bounds
 from src.core.errors import BadData
 
 GROW = "{%% set ns = namespace(s='xx') %%}{%% for i in range(90) %%}{%% set ns.s = %s %%}{%% endfor %%}"
@@ -77,7 +77,7 @@ def test_long_conversations_are_rendered_as_without_bounds(tokenizer, monkeypatc
 
 
 def test_every_way_to_a_rendering_is_bounded(tokenizer, monkeypatch):
-    encoding.bound_templates()
+    template.bound_templates()
     monkeypatch.setattr(tokenizer, "chat_template", ENDLESS[0])
     with pytest.raises(template_bounds.Endless):
         tokenizer.apply_chat_template(TALK, tokenize=False)

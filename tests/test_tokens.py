@@ -64,7 +64,7 @@ def test_rows_are_what_the_template_makes_of_each_conversation(made):
     assert len(rows) == 90 and rows.lines.tolist() == list(range(1, 91))
     for i in (0, 41, 89):
         messages = [{"role": t["from"], "content": t["value"]} for t in CHATS[i]]
-        encoded = encoding.encode(tokenizer, messages, eos_id=1023)
+        encoded = encoding.encode(tokenizer, messages)
         assert content(rows)[i] == (encoded.input_ids, encoded.labels)
         assert rows.lengths[i] == len(encoded.input_ids) and rows.trained_tokens[i] == encoded.trained
     assert isinstance(rows.input_ids, np.memmap) and rows.input_ids.dtype == np.int32
@@ -89,11 +89,27 @@ def test_a_fault_in_another_process_is_the_user_s_error_and_leaves_nothing(made,
     monkeypatch.setattr(examples, "PORTION", 11)
     monkeypatch.setattr(examples.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(examples, "get_context", lambda kind: ready_processes())
-    base = with_template(tmp_path / "base", "{% if messages[0]['content'] == 'Refuse me.' %}{{ raise_exception('as asked') }}{% endif %}")
-    with pytest.raises(BadData, match="as asked") as error:
-        made([*CHATS, talk("Refuse me.", "No.")], base=base)
+    base = with_template(tmp_path / "base", "{% if messages[0]['content'] == 'Break.' %}{{ 1 // 0 }}{% endif %}")
+    with pytest.raises(BadData, match="ZeroDivisionError") as error:
+        made([*CHATS, talk("Break.", "No.")], base=base)
     assert error.value.where == "record '90'"
     assert folders(tmp_path) == []
+
+
+def test_what_a_template_refuses_is_left_out_and_counted_or_refused(made, tmp_path, capsys):
+    base = with_template(tmp_path / "base", "{% if messages[0]['content'] == 'Refuse me.' %}{{ raise_exception('as asked') }}{% endif %}")
+    refused = talk("Refuse me.", "No.")
+    rows = made([*CHATS, refused], base=base)
+    assert len(rows) == len(CHATS) and rows.notes == {"refused": 1} and rows.named == {"refused": ["90"]}
+    assert "train: 1 answer left out of the loss: the chat template refuses" in capsys.readouterr().err
+    with pytest.raises(BadData, match="1 of 181 answers cannot be trained") as error:
+        made([*CHATS, refused], "unseen=error", base=base)
+    assert "records '90'" in error.value.what
+    with pytest.raises(BadData, match="30 of 210 answers cannot be trained") as error:
+        made([*CHATS, *[refused] * 30], base=base, name="many")
+    assert [way.partition(":")[0] for way in error.value.fix] == ["chat_template=chatml", "unseen=skip"]
+    assert len(made([*CHATS, *[refused] * 30], "unseen=skip", base=base, name="many")) == 90
+    assert len(made([*CHATS, *[refused] * 30], "chat_template=chatml", base=base, name="many")) == 120
 
 
 def test_equal_content_is_read_and_not_made_again(made, monkeypatch, tmp_path):
@@ -155,9 +171,9 @@ def test_answers_that_qwen3_shows_without_their_reasoning_are_skipped_or_rows_of
     (base / "config.json").write_text("{}")
     chats = [talk("2 + 2?", "<think>\nTwo pairs.\n</think>\n\n4", "<think>\nThe same.\n</think>\n\nStill 4")]
     one = made(chats, base=base)
-    assert len(one) == 1 and "1 earlier answers are not trained" in capsys.readouterr().err
+    assert len(one) == 1 and "1 answer left out of the loss" in capsys.readouterr().err
     each = made(chats, "train.hidden_turns=rows", base=base)
-    assert len(each) == 2 and "not trained" not in capsys.readouterr().err
+    assert len(each) == 2 and "left out" not in capsys.readouterr().err
     decode = load_tokenizer(base).decode
     trained = [decode(row.labels[row.labels != encoding.IGNORE]) for row in (each[0], each[1])]
     assert "Two pairs." in trained[0] and "The same." in trained[1]

@@ -260,6 +260,7 @@ def test_a_row_is_a_step_of_its_process_with_its_own_positions():
 
     class Rows(list):
         trained_tokens = np.array([(row.labels != encoding.IGNORE).sum() for row in ROWS])
+        trained_weight = trained_tokens.astype(float)
 
     both = [Steps(made, Rows(ROWS), rank, pad=0) for rank in range(2)]
     assert len(both[0]) == 2
@@ -281,3 +282,35 @@ def test_padding_that_equals_the_stop_token_does_not_untrain_it():
     batch = micro_batch(rows, [0, 1], 511, packed=False)
     assert batch["keep"][0].tolist() == [True, True] + [False] * 29
     assert batch["targets"][:2].tolist() == [6, 511] and batch["attention_mask"][0].sum() == 3
+
+
+# ---- weights
+
+
+def test_a_token_weighs_in_the_loss_as_much_as_it_should(model):
+    """Weighted rows: losses and gradients are those of a plain weighted sum, packed and padded, in chunks and not, and a step divides by its weight."""
+    rows = [Example(r.input_ids, r.labels, np.full(len(r.labels), w, np.float32)) for r, w in zip(ROWS, (0.5, 2.0))] + [ROWS[3]]
+    expected: dict[str, torch.Tensor] = {}
+    total, made = 0.0, model("qwen2").train()
+    for row, weight in zip(rows, (0.5, 2.0, 1.0)):
+        logits = made(torch.from_numpy(row.input_ids).long()[None]).logits[0, :-1]
+        labels = torch.from_numpy(row.labels[1:].astype(np.int64))
+        loss = weight * torch.nn.functional.cross_entropy(logits, labels, ignore_index=encoding.IGNORE, reduction="sum")
+        loss.backward()
+        total += loss.item()
+    expected = {name: p.grad.clone() for name, p in made.named_parameters()}
+    for chunked in (True, False):
+        made.zero_grad()
+        batch = micro_batch(rows, [0, 1, 2], 0, packed=False)
+        assert len(batch["weights"]) == len(batch["targets"])
+        head = HeadLoss(made, chunked=chunked)
+        with head.learning(Targets(batch["targets"], None, batch["weights"])):
+            out = made(**layout.inputs_of(batch, "cpu"), logits_to_keep=batch["keep"], use_cache=False).logits
+        out.sum().backward()
+        head.remove()
+        assert out.sum().item() == pytest.approx(total, rel=1e-5)
+        for name, parameter in made.named_parameters():
+            assert torch.allclose(parameter.grad, expected[name], atol=2e-4), name
+    assert "weights" not in micro_batch(ROWS, [0, 1], 0, packed=True)
+    packed = micro_batch(rows, [1, 2], 0, packed=True)
+    assert packed["weights"].tolist() == [2.0] * int((rows[1].labels[1:] != -100).sum()) + [1.0] * int((rows[2].labels[1:] != -100).sum())

@@ -1,58 +1,76 @@
 """From messages to token ids and a loss mask, through the model's own chat template.
 
-The mask is built from token spans, never by searching text: for each assistant turn the template is rendered up to its opening (as a prompt
-would be), the rendering is a prefix of the whole conversation, and the turn runs from there to its stop token. What is trained is so exactly
-what a served model has to produce after the prompt it gets.
+A row is what a server makes of the conversation: the prompt it would send, then what the model has to produce after it, to the token at which servers
+stop. The mask follows from that, never from searching text: an answer is what a turn's own rendering adds after its prompt. Where a prompt opens
+the reasoning (`<think>`) and the template shows the turn without, the answer is the reasoning, what closes it, and the text.
 
 Control tokens are the template's to write. Text that would become one (a user who types <|im_end|>, an answer that quotes </s>) is refused: as a
 token it would end or forge a turn, and spelled out as text it would not be what a server makes of the same words.
 
-A template may show a turn otherwise as history than as an answer: Qwen3 takes the reasoning out of all turns before the last question. One row
-cannot hold both. `encode` makes one row and leaves the reasoning turns that it cannot show out of the loss, since trained without their reasoning
-they would teach to answer without it; `encode_turns` makes as many rows as it takes to train each turn as it is answered, which is how Qwen's own
-authors advise to prepare such data (github.com/QwenLM/Qwen3/discussions/1398). An answer without reasoning gets Qwen3's empty block only as the
-last turn. The block is trained: a prompt in thinking mode does not hold it, and the prompt of enable_thinking=False, which does, is a prefix of
-the same row.
+A template may show a turn otherwise as history than as an answer: Qwen3 takes the reasoning out of all turns before the last question, gpt-oss ends
+them with another token. One row cannot hold both. `encode` makes one row and leaves out of the loss the turns that it does not show as they are
+answered; `encode_turns` makes as many rows as it takes to train each, which is how Qwen's own authors advise to prepare such data
+(github.com/QwenLM/Qwen3/discussions/1398). An answer without reasoning gets Qwen3's empty block only as the last turn, and is trained without it in
+history. The block is trained: a prompt in thinking mode does not hold it, and the prompt of enable_thinking=False, which does, is a prefix of the
+same row.
+
+Nothing is taught that the template does not show: a call that it does not print would be an empty answer, an answer to a result that it drops a guess.
 """
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
-from src.core.errors import BadData, WrongKind, using
+from src.chat import template, unseen
+from src.chat.template import CHATML, END, START, THINKING, ChatTemplate, Unteachable, reasoning_of
+from src.core.errors import BadData
 
-START, END = "<|im_start|>", "<|im_end|>"
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}"
-    "{% for call in message['tool_calls'] or [] %}{{ '\\n<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' }}{% endfor %}"
-    "{{ '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 IGNORE = -100
 QWEN_SYSTEM = "You are a helpful assistant."
-PROBE = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good morning."}]
+EMPTY_BLOCK = re.compile("^(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}" for a, b in THINKING) + r")\s*")
+"""reasoning without a word in it"""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as training input.
+    """One row of training input.
 
-    input_ids: token ids. labels: the same ids where the loss counts, -100 elsewhere; both of the same length.
-    untrained: assistant turns out of the loss, because the row shows them otherwise than a model would answer them.
+    input_ids: token ids. labels: the same ids where the loss counts, -100 elsewhere. weights: of each label in the loss, None where all are 1. All of
+    the same length. untrained: assistant turns out of the loss, because the row shows them otherwise than a model would answer them.
     """
 
     input_ids: list[int]
     labels: list[int]
     untrained: int = 0
+    weights: list[float] | None = None
 
     @property
     def trained(self) -> int:
         """Tokens the loss counts."""
         return sum(label != IGNORE for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A conversation's rows, none where it teaches nothing, and counts of what they do not teach as it stands there; see chat.unseen for the reasons."""
+
+    rows: list[Encoded]
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An answer to train: the prompt, the text to produce after it to its stop token, and what the template prints behind."""
+
+    prompt: str
+    answer: str
+    behind: str
+    stop: str
+    reasons: bool
+    weight: float
 
 
 def ensure_chat(tokenizer) -> list[str]:
@@ -67,175 +85,231 @@ def ensure_chat(tokenizer) -> list[str]:
         starts_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         tokenizer.add_special_tokens({"extra_special_tokens": [START, END]} if missing else {})
         tokenizer.eos_token = END
-        tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + TEMPLATE
+        tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + CHATML
         added = missing
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return added
 
 
-def render(tokenizer, messages: Sequence[dict], tools=None, *, prompt: bool = False) -> str:
-    """The conversation as text; with prompt=True opened for the assistant's next turn.
+def set_up(tokenizer, *, text: str | None, keywords: dict, reasoning: str, today: str) -> list[str]:
+    """Give a tokenizer the chat template that is asked for; returns the tokens added, see ensure_chat.
 
-    Arguments of tool calls may be objects or their JSON; templates get objects, as servers of the OpenAI protocol give them.
-    Raises BadData where the template refuses such turns, or arguments are neither.
+    text: a template in place of its own, "chatml" for ours. keywords: of the template. reasoning, today: see settings.verbs. All of it is saved with
+    the tokenizer, so that whoever renders with it later renders alike.
     """
-    from jinja2 import TemplateError
-
-    bound_templates()
-    messages = [_with_objects(message) if message.get("tool_calls") else message for message in messages]
-    given = {"tools": list(tools) if tools else None, "tokenize": False, "add_generation_prompt": prompt}
-    with using(
-        "the chat template", tokenizer.name_or_path, "mend chat_template in tokenizer_config.json, or remove it to train with ChatML"
-    ):
-        try:
-            return tokenizer.apply_chat_template(messages, **given)
-        except TemplateError as error:
-            raise BadData(f"the chat template refuses this conversation: {error}") from None
+    if text:
+        tokenizer.chat_template = None if text == "chatml" else text
+    added = ensure_chat(tokenizer)
+    tokenizer.chat_template = template.with_defaults(str(tokenizer.chat_template), keywords)
+    settings = {"reasoning": reasoning, "today": today}
+    tokenizer.init_kwargs[template.SETTINGS] = {name: value for name, value in settings.items() if value != template.USUAL[name]}
+    if not tokenizer.init_kwargs[template.SETTINGS]:
+        del tokenizer.init_kwargs[template.SETTINGS]
+    return added
 
 
-@lru_cache
-def bound_templates() -> None:
-    """From here on no chat template loops without end (template_bounds)."""
-    from src.chat import template_bounds
-
-    template_bounds.install()
-
-
-def _with_objects(message: dict) -> dict:
-    """The message with the arguments of each tool call as an object."""
-    calls = []
-    for call in message["tool_calls"]:
-        function = call.get("function", call)
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError as error:
-                raise BadData(f"a tool call's arguments are no JSON: {error}") from None
-        if not isinstance(arguments, dict):
-            raise BadData("a tool call's arguments are no JSON object")
-        function = function | {"arguments": arguments}
-        calls.append(call | {"function": function} if "function" in call else function)
-    return message | {"tool_calls": calls}
+def render(tokenizer, messages: Sequence[dict], tools=None, *, prompt: bool = False) -> str:
+    """The conversation as text; with prompt=True opened for the assistant's next turn. Raises as ChatTemplate.render."""
+    return template.of(tokenizer).render(messages, tools, prompt=prompt)
 
 
 def turn_end(tokenizer) -> int:
-    """Id of the special token that ends an assistant turn in this template."""
-    head = render(tokenizer, PROBE[:1], prompt=True)
-    whole = render(tokenizer, PROBE)
-    closing = whole[len(head) :].rpartition(PROBE[1]["content"])[2]
-    special = set(tokenizer.convert_tokens_to_ids(list(_special_tokens(tokenizer))))
-    eos_id = next((i for i in tokenizer(closing, add_special_tokens=False).input_ids if i in special), None)
-    if not whole.startswith(head) or eos_id is None:
-        raise WrongKind(
-            "the chat template does not end an assistant turn with a special token, so a tuned model could not learn to stop",
-            where=str(tokenizer.name_or_path),
-            fix="remove chat_template from tokenizer_config.json (and chat_template.jinja) to train with ChatML",
-        )
-    return eos_id
+    """Id of the special token that ends a plain answer in this template."""
+    return tokenizer.convert_tokens_to_ids(template.of(tokenizer).turn_end)
 
 
-def encode(tokenizer, messages: Sequence[dict], tools=None, *, eos_id: int) -> Encoded:
-    """Token ids and labels of one conversation; trained are the assistant's text and the token `eos_id` that closes it.
+def encode(tokenizer, messages: Sequence[dict], tools=None) -> Encoded:
+    """One row of a conversation; trained are the assistant's turns, each with the token that ends it.
 
-    The row ends with the last assistant turn, which is always trained; messages after it teach nothing. An earlier turn is out of the loss, and
-    counted in `untrained`, where the row does not show it after the prompt it answered, or shows it without its reasoning.
+    The row ends with the last turn that can be taught, which is always trained; messages after it teach nothing. An earlier turn is out of the loss,
+    and counted in `untrained`, where the row does not show it as it is answered.
 
-    Raises BadData where there is no assistant turn, a text holds a control token, or the template does not render the last turn after its prompt.
+    Raises BadData where a text holds a control token, Unteachable where there is no turn to train.
     """
-    _refuse_control(tokenizer, messages, tools, eos_id)
-    turns = _assistant_turns(messages)
-    text, cuts = _answers(tokenizer, messages[: turns[-1] + 1], tools, eos_id, turns, exact=False)
-    return _labelled(*_ids(tokenizer, text, list(cuts.values())), eos_id, len(turns) - len(cuts))
+    return _some(teach(tokenizer, messages, tools))[0]
 
 
-def encode_turns(tokenizer, messages: Sequence[dict], tools=None, *, eos_id: int) -> list[Encoded]:
-    """The rows, as few as can be, that together train each assistant turn exactly once and exactly as the template shows it as an answer.
+def encode_turns(tokenizer, messages: Sequence[dict], tools=None) -> list[Encoded]:
+    """The rows, as few as can be, that together train each turn that can be taught exactly once and exactly as the template shows it as an answer.
 
     One row where the template shows history as it was answered; up to one a turn where it does not. Raises as `encode`.
     """
-    _refuse_control(tokenizer, messages, tools, eos_id)
-    left = turns = _assistant_turns(messages)
-    rows = []
-    while left:
-        text, cuts = _answers(tokenizer, messages[: left[-1] + 1], tools, eos_id, left, exact=True)
-        shown = turns.index(left[-1]) + 1
-        rows.append(_labelled(*_ids(tokenizer, text, list(cuts.values())), eos_id, shown - len(cuts)))
-        left = [i for i in left if i not in cuts]
-    return rows[::-1]
+    return _some(teach(tokenizer, messages, tools, each=True))
 
 
-def _assistant_turns(messages: Sequence[dict]) -> list[int]:
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
+def teach(tokenizer, messages: Sequence[dict], tools=None, *, each: bool = False) -> Taught:
+    """The row of a conversation, or with each=True the rows that train each of its turns, and what of it they do not teach.
+
+    Raises BadData where a text holds a control token or there is no assistant turn, Unteachable where the template refuses the conversation.
+    """
+    chat = template.of(tokenizer)
+    _refuse_control(chat, messages, tools)
+    if not any(message["role"] == "assistant" for message in messages):
         raise BadData("no assistant turn, so nothing to train on")
-    return turns
+    turns, notes = _turns(chat, messages, tools)
+    rows = []
+    left = turns
+    while left:
+        row, trained = _row(tokenizer, left, turns.index(left[-1]) + 1, exact=each)
+        rows.append(row)
+        left = [turn for turn in left if turn not in trained] if each else []
+    if not each and rows and rows[0].untrained:
+        notes["hidden"] += rows[0].untrained
+    return Taught(rows[::-1], notes)
 
 
-def _refuse_control(tokenizer, messages: Sequence[dict], tools, eos_id: int) -> None:
+def _some(taught: Taught) -> list[Encoded]:
+    if not taught.rows:
+        raise Unteachable("no answer of it can be taught: " + unseen.in_words(taught.notes))
+    return taught.rows
+
+
+def _refuse_control(chat: ChatTemplate, messages: Sequence[dict], tools) -> None:
     """Raises BadData where a text of the conversation would become a control token."""
-    control = _control_tokens(tokenizer, str(tokenizer.chat_template), eos_id)
+    control = _control_tokens(chat)
     places = [f"message {i + 1} ({message['role']})" for i, message in enumerate(messages)]
     for place, part in zip([*places, "the tools"], [*messages, list(tools or [])]):
         if found := control.search(json.dumps(part, ensure_ascii=False)):
             raise BadData(f"{found[0]} in {place} is a control token of this model and would end or forge a turn")
 
 
-@lru_cache(maxsize=4)
-def _control_tokens(tokenizer, template: str, eos_id: int) -> re.Pattern:
+@lru_cache(maxsize=8)
+def _control_tokens(chat: ChatTemplate) -> re.Pattern:
     """The special tokens that the template writes, and those at which a server stops or which fill a batch.
 
     Others, such as MiniCPM4's <|tool_call|>, are an answer's to use; <unk> is no one's.
     """
-    written = template + render(tokenizer, PROBE)
-    stops = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.convert_ids_to_tokens(eos_id)}
-    found = {token for token in _special_tokens(tokenizer) if token in written or token in stops}
+    written = str(chat.tokenizer.chat_template) + chat.render(template.PROBE)
+    stops = {chat.tokenizer.eos_token, chat.tokenizer.pad_token, chat.turn_end}
+    found = {token for token in template.special_tokens(chat.tokenizer) if token in written or token in stops} | {chat.turn_end}
     return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))))
 
 
-def _special_tokens(tokenizer) -> set[str]:
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return (added | set(tokenizer.all_special_tokens)) - {tokenizer.unk_token}
+# ---- what is answered
 
 
-def _answers(tokenizer, messages: Sequence[dict], tools, eos_id: int, turns: Sequence[int], *, exact: bool) -> tuple[str, dict[int, int]]:
-    """The conversation as text, and of those `turns` that it shows as they are answered, the character position where each answer begins.
-
-    exact: compare every turn with the template's rendering of it as an answer; otherwise only those that reason. The last message is one of
-    `turns` and of those found. Raises BadData where it is not rendered after its prompt.
-    """
-    whole, stop = render(tokenizer, messages, tools), tokenizer.convert_ids_to_tokens(eos_id)
-    cuts = {}
-    for i in turns:
-        head = render(tokenizer, messages[:i], tools, prompt=True)
-        if not whole.startswith(head):
+def _turns(chat: ChatTemplate, messages: Sequence[dict], tools) -> tuple[list[Turn], Counter[str]]:
+    """The turns to train, in order, and counts of what is left out or not shown."""
+    notes: Counter[str] = Counter()
+    messages, taken, whole = _accepted(chat, messages, tools, notes)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    turns = []
+    for i, message in enumerate(messages[: last + 1]):
+        if message["role"] != "assistant":
             continue
-        if i + 1 < len(messages) and (exact or _reasons(messages[i])):
-            before, closing, _ = render(tokenizer, messages[: i + 1], tools).rpartition(stop)
-            if not whole.startswith(before + closing):
-                continue
-        cuts[i] = len(head)
-    if len(messages) - 1 not in cuts:
-        raise BadData(
-            f"the chat template renders message {len(messages)} differently as a prompt and as history, so its tokens cannot be told apart"
-        )
-    return whole, cuts
+        turn = _turn(chat, messages, taken, tools, whole, i, last)
+        if isinstance(turn, str):
+            notes[turn] += 1
+            continue
+        thought, said = reasoning_of(message)
+        if thought.strip() and thought.strip() not in turn.answer and chat.reasoning != "drop":
+            notes["reasoning"] += 1
+        if message.get("tool_calls") and said.strip() and said.strip() not in turn.answer:
+            notes["beside"] += 1
+        turns.append(turn)
+    if turns:
+        shown = chat.shows(messages[: last + 1], tools, None)
+        notes["system"] += not shown.system
+        notes["tools"] += not shown.tools
+    return turns, +notes
 
 
-def _reasons(message: dict) -> bool:
-    return bool(message.get("reasoning_content")) or "</think>" in (message.get("content") or "")
+def _accepted(chat: ChatTemplate, messages: Sequence[dict], tools, notes: Counter) -> tuple[Sequence[dict], list[dict], str]:
+    """(messages, those as the template takes them, their rendering to the last answer). Where it refuses what is given: with ids of its own kind, and
+    without what the assistant says before any user. Raises Unteachable where it refuses that too."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    first = next(i for i, message in enumerate(messages) if message["role"] != "system" or i == last)
+    begins = next((i for i, message in enumerate(messages[first:], first) if message["role"] != "assistant"), last)
+    shorter = [*messages[:first], *messages[begins:]]
+    refusal = None
+    for some, anew in ((messages, False), (messages, True), (shorter, False), (shorter, True)):
+        if not any(message["role"] == "assistant" for message in some):
+            continue
+        taken = chat.taken(some, anew=anew)
+        end = max(i for i, message in enumerate(some) if message["role"] == "assistant") + 1
+        try:
+            whole = chat.rendered(taken[:end], tools)
+        except Unteachable as error:
+            refusal = refusal or error
+            continue
+        if some is shorter:
+            notes["opening"] += begins - first
+        return some, taken, whole
+    assert refusal
+    raise refusal
 
 
-def _labelled(ids: list[int], starts: list[int], eos_id: int, untrained: int) -> Encoded:
-    """The row with labels from each start to the first `eos_id` at or after it."""
-    labels = [IGNORE] * len(ids)
-    for start, limit in zip(starts, [*starts[1:], len(ids)]):
-        stop = next((k for k in range(start, limit) if ids[k] == eos_id), None)
-        if stop is None:
-            raise BadData("an assistant turn has no stop token after the template")
-        labels[start : stop + 1] = ids[start : stop + 1]
-    return Encoded(ids, labels, untrained)
+def _turn(chat: ChatTemplate, messages, taken, tools, whole: str, i: int, last: int) -> Turn | str:
+    """The answer of message i, or the reason why it is not taught. whole: the rendering up to message `last`."""
+    message = messages[i]
+    thought, said = reasoning_of(message)
+    weight = message.get("weight", 1)
+    if not weight:
+        return "weight"
+    if not said.strip() and not message.get("tool_calls"):
+        return "empty"
+    if i:
+        try:
+            prompt = chat.rendered(taken[:i], tools, prompt=True)
+        except Unteachable:
+            return "opening"
+    elif (opening := chat.opening(message, tools)) is None:
+        return "opening"
+    else:
+        prompt = opening
+    shown = chat.shows(messages[: i + 1], tools, messages[i + 1] if i + 1 < len(messages) else None)
+    if not shown.calls:
+        return "calls"
+    if shown.hidden:
+        return "unseen"
+    if not shown.text and not message.get("tool_calls"):
+        return "text"
+    if shown.stop is None or shown.early:
+        return "stop"
+    answer = ""
+    if shown.faithful and whole.startswith(prompt):
+        ends_here = shown.closing and i == last
+        answer = whole[len(prompt) :] if ends_here else whole[len(prompt) : whole.find(shown.stop, len(prompt)) + len(shown.stop)]
+    if not answer or said.strip() not in answer or (shown.reasoning and thought.strip() not in answer):
+        # Later messages may change how a turn stands in history.
+        full = whole if i == last else chat.rendered(taken[: i + 1], tools)
+        text = chat.after(prompt, full, asked=taken[i - 1]["content"] if i else "", thought=thought)
+        if text is None:
+            return "unlike"
+        answer = text if shown.closing else text[: text.rfind(shown.stop) + len(shown.stop)]
+    if shown.closing and not answer.endswith(shown.closing):
+        answer += shown.closing
+    if shown.stop in answer[: -len(shown.stop)] or not answer.endswith(shown.stop):
+        return "stop"
+    if shown.text and said.strip() not in answer:
+        return "text"
+    return Turn(prompt, answer, shown.behind, shown.stop, bool(thought.strip()), weight)
+
+
+# ---- rows
+
+
+def _row(tokenizer, turns: list[Turn], shown: int, *, exact: bool) -> tuple[Encoded, list[Turn]]:
+    """(the row that ends with the last of the turns, those of them it trains). shown: how many of the conversation's turns stand in it."""
+    last = turns[-1]
+    text = last.prompt + last.answer + last.behind
+    trained, starts = [], []
+    for turn in turns:
+        as_answered = turn is last or text.startswith(turn.prompt + turn.answer)
+        if not as_answered and not exact and not turn.reasons:
+            as_answered = text.startswith(turn.prompt + EMPTY_BLOCK.sub("", turn.answer))
+        if as_answered:
+            trained.append(turn)
+            starts.append(len(turn.prompt))
+    ids, at = _ids(tokenizer, text, starts)
+    labels, weights = [IGNORE] * len(ids), [1.0] * len(ids)
+    for turn, start, limit in zip(trained, at, [*at[1:], len(ids)]):
+        stop = ids.index(tokenizer.convert_tokens_to_ids(turn.stop), start, limit) + 1
+        labels[start:stop] = ids[start:stop]
+        weights[start:stop] = [turn.weight] * (stop - start)
+    weighted = any(turn.weight != 1 for turn in trained)
+    return Encoded(ids, labels, shown - len(trained), weights if weighted else None), trained
 
 
 def _ids(tokenizer, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
@@ -272,13 +346,13 @@ def _ids_by_piece(tokenizer, text: str, cuts: list[int]) -> tuple[list[int], lis
     return ids, starts
 
 
-def encode_qwen_legacy(tokenizer, messages: Sequence[dict], tools=None, *, eos_id: int) -> Encoded:
+def encode_qwen_legacy(tokenizer, messages: Sequence[dict], *, eos_id: int) -> Encoded:
     """Token ids and labels as Qwen's finetune.py makes them (QwenLM/Qwen, `preprocess`): every turn's markers and newline are trained too,
-    a default system turn is put first where there is none, and each piece is tokenized by itself. Tools are not known to it.
+    a default system turn is put first where there is none, and each piece is tokenized by itself. Tools, calls and weights are not known to it.
 
     Raises BadData where a text holds a control token.
     """
-    _refuse_control(tokenizer, messages, tools, eos_id)
+    _refuse_control(template.of(tokenizer), messages, None)
     start, newline = tokenizer.convert_tokens_to_ids(START), tokenizer("\n", add_special_tokens=False).input_ids
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": QWEN_SYSTEM}, *messages]

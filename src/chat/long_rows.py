@@ -105,7 +105,8 @@ def _end(row: Encoded, max_length: int) -> Encoded:
     """The last max_length tokens. The first of them has nothing before it to be predicted from, so it is not trained."""
     if len(row.input_ids) <= max_length:
         return row
-    return Encoded(row.input_ids[-max_length:], [IGNORE, *row.labels[-max_length:][1:]], row.untrained)
+    weights = row.weights[-max_length:] if row.weights else None
+    return Encoded(row.input_ids[-max_length:], [IGNORE, *row.labels[-max_length:][1:]], row.untrained, weights)
 
 
 def _split_turns(encoded: list[Encoded], messages: Sequence[dict], max_length: int, encode) -> tuple[list[Encoded], int, int]:

@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes, pass_context
@@ -30,6 +31,7 @@ LARGEST_BITS = 1 << 12
 WITH_A_WIDTH = ("center", "indent", "slice", "batch", "wordwrap", "truncate", "tojson", "round")
 """filters whose numbers say how much to make"""
 
+_day: contextvars.ContextVar[date | None] = contextvars.ContextVar("day", default=None)
 _left: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar("steps", default=None)
 
 
@@ -50,6 +52,16 @@ def spend(steps: float) -> None:
         left[0] -= steps
         if left[0] < 0:
             raise Endless("it loops, or makes text, far beyond what the conversation holds")
+
+
+@contextmanager
+def as_of(day: date) -> Iterator[None]:
+    """What a template prints of today's date (transformers' strftime_now) is of this day, unless a block around says another."""
+    token = _day.set(_day.get() or day)
+    try:
+        yield
+    finally:
+        _day.reset(token)
 
 
 @contextmanager
@@ -119,6 +131,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             _made(text)  # going through it costs as making it did
             _check_numbers(args, kwargs)
             _check_growth(function.__name__, text, args)
+        if getattr(function, "__name__", "") == "strftime_now" and (day := _day.get()):
+            function = day.strftime
         return _made(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

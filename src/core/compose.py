@@ -8,11 +8,11 @@ import functools
 import itertools
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from src import ROOT
 from src.core.errors import ConfigError
@@ -94,13 +94,13 @@ def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
     valid = []
     for override in keyed:
         key = override.key_or_group
-        if key in known or _inside(tree, key):
+        if key in known or _inside(tree, key) or key.rpartition(".")[0] in _open(schema):
             valid.append(override)
         else:
             faults.append(f"{override.input_line}: unknown setting '{key}'{_elsewhere(verb, key, groups) or _nearest(key, known)}")
     found: list[M] = []
     try:
-        tree = _plain(composed, valid)
+        tree = _plain(composed, valid, _open(schema))
         faults += [f"{key}: must be given, as {key}=VALUE" for key, value in _leaves(tree).items() if value == "???"]
         found.append(schema.model_validate(tree))
     except ValidationError as error:
@@ -155,7 +155,18 @@ def _read(configs: Path, verb: str, options: tuple[str, ...]) -> DictConfig:
         return hydra.compose(verb, list(options))
 
 
-def _plain(tree: DictConfig, changes: Iterable[Override] = ()) -> dict[str, Any]:
+def _open(schema: type[BaseModel], prefix: str = "") -> set[str]:
+    """Dotted keys of the settings that hold any keys of the user's, such as template."""
+    found = set()
+    for name, field in schema.model_fields.items():
+        if typing.get_origin(field.annotation) is dict and typing.get_args(field.annotation)[1] is JsonValue:
+            found.add(prefix + name)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= _open(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def _plain(tree: DictConfig, changes: Iterable[Override] = (), opened: Set[str] = frozenset()) -> dict[str, Any]:
     """The tree as plain containers, with single settings changed; required values that were not given stay as the string '???'.
 
     Hydra itself would take a setting that is called as a folder of configs/ for a choice of that group.
@@ -164,10 +175,11 @@ def _plain(tree: DictConfig, changes: Iterable[Override] = ()) -> dict[str, Any]
 
     for change in changes:
         value, old = change.value(), OmegaConf.select(tree, change.key_or_group, throw_on_missing=False)
-        if isinstance(value, int | float) and not isinstance(value, bool) and (old is None or isinstance(old, str)):
+        own = change.key_or_group.rpartition(".")[0] in opened
+        if isinstance(value, int | float) and not isinstance(value, bool) and (old is None or isinstance(old, str)) and not own:
             value = str(change.input_line).partition("=")[2].strip()  # text that looks like a number: run=2024_01_05 is not 20240105
         # An empty group, such as teacher.extra, has no keys to merge into and takes any.
-        OmegaConf.update(tree, change.key_or_group, value, merge=old != {})
+        OmegaConf.update(tree, change.key_or_group, value, merge=old != {}, force_add=own)
     return _container(tree)
 
 

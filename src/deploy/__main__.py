@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from src.chat.template import as_served_today
 from src.core import artifact, stage
 from src.core.artifact import Artifact
 from src.deploy.vendor import BY_HAND, COMPILED, WORK
@@ -78,7 +79,8 @@ def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
 def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Builds from the exact weights; their folder stays in an unfinished bundle, for the compile that goes on from there."""
     start = exact_sum.write(inputs, out / exact_sum.FOLDER)
-    metrics = builder(cfg).build({**inputs, "model": start, "stored": inputs["model"]}, out, cfg.target)
+    with as_served_today():
+        metrics = builder(cfg).build({**inputs, "model": start, "stored": inputs["model"]}, out, cfg.target)
     if start is not inputs["model"]:
         shutil.rmtree(start.path)
     return metrics

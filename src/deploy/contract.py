@@ -58,11 +58,10 @@ def prove(tokenizer, out: Path, board: Callable[[list[str]], list[list[int]]]) -
     """
     talks, refused = [], []
     if tokenizer.chat_template:
-        eos_id = encoding.turn_end(tokenizer)
         for name, (messages, tools) in conversations().items():
             try:
                 text = encoding.render(tokenizer, messages, tools, prompt=True)
-                row = encoding.encode(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], tools, eos_id=eos_id)
+                row = encoding.encode(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], tools)
             except BadData as error:
                 refused.append(f"{name}: {error.what}")
                 continue

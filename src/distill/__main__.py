@@ -75,7 +75,7 @@ def distill(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict:
 
 
 STAGE = stage.Stage(
-    verb="distill", version=2, schema=DistillVerb, kind="dataset", find=find, check=check, around=around, run=distill, doc=__doc__
+    verb="distill", version=3, schema=DistillVerb, kind="dataset", find=find, check=check, around=around, run=distill, doc=__doc__
 )
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Protocol, Self
 
 import aiohttp
 
+from src.chat.template import said_apart
 from src.core.errors import NoAnswer
 from src.core.files import canonical
 from src.distill.pipeline import Request
@@ -30,7 +31,7 @@ PER_MESSAGE = 32
 
 @dataclass(frozen=True)
 class TeacherReply:
-    """One answer. finish: stop or length. prompt_tokens, tokens: the teacher's own count; None where it gives none."""
+    """One answer. reasoning: what the teacher thought before it, which is no part of text. finish: stop or length. prompt_tokens, tokens: the teacher's own count; None where it gives none."""
 
     text: str
     reasoning: str
@@ -246,6 +247,8 @@ class RemoteTeacher:
             message = choice["message"] if "message" in choice else {"content": choice["text"]}
             text, finish = message.get("content") or "", choice.get("finish_reason")
             reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+            if not reasoning:
+                text, reasoning = said_apart(text)
             refusal = message.get("refusal")
             (text + reasoning).encode()
         except (AttributeError, IndexError, KeyError, TypeError) as error:

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Self
 
-from src.chat import encoding
+from src.chat import encoding, template
 from src.core.artifact import Artifact
 from src.core.errors import BadData
 from src.distill.endpoint import Failed, TeacherReply, digest
@@ -144,10 +144,12 @@ class LocalModel:
     def _reply(self, waiting: Waiting, row: list[int]) -> TeacherReply:
         row = row[: self._limit(waiting)]
         stop = next((k for k, token in enumerate(row) if token in self._stops), None)
-        text = self._tokenizer.decode(row[:stop], skip_special_tokens=True)
+        chat = template.of(self._tokenizer)
+        text, thought = template.said_apart(self._tokenizer.decode(row[:stop], skip_special_tokens=False), (chat.thinking,))
+        text, thought = chat.without_markers(text), chat.without_markers(thought)
         cut = min((at for at in map(text.find, waiting.request.stop) if at >= 0), default=None)
         finish = "length" if stop is None and cut is None else "stop"
-        return TeacherReply(text[:cut], "", finish, len(waiting.ids), len(row) if stop is None else stop + 1)
+        return TeacherReply(text[:cut], thought, finish, len(waiting.ids), len(row) if stop is None else stop + 1)
 
 
 def _generator(waiting: Waiting):

@@ -11,6 +11,7 @@ from src.chat.conversations import CONTROL, Conversation, split_of
 from src.core.files import canonical
 from src.distill.journal import Journal
 from src.distill.pipeline import Record, Records, SetAside, Work
+from src.distill.texts import append_answer
 from src.settings.verbs import Holdout
 
 SPLITS = ("train", "val", "calib")
@@ -74,7 +75,8 @@ class Output:
         """The columns that trainers of preferences read: prompt, chosen and rejected, each a list of turns."""
         if "preference" not in self._files:
             self._files["preference"] = open(self._out / "preference.jsonl", "w", encoding="utf-8")
-        answers = {name: [{"role": "assistant", "content": record.data[name]}] for name in ("chosen", "rejected")}
+        thoughts = record.data.get("reasoning", {})
+        answers = {name: append_answer([], record.data[name], thoughts.get(record.data[name], "")) for name in ("chosen", "rejected")}
         self._files["preference"].write(_spelled({"id": record.id, "prompt": record.messages[:-1], **answers}) + "\n")
         self.records["preference"] += 1
 

@@ -105,6 +105,12 @@ def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def append_answer(messages: list[dict], text: str) -> list[dict]:
-    """The conversation with an assistant's turn more."""
-    return [*messages, {"role": "assistant", "content": text}]
+def append_answer(messages: list[dict], text: str, reasoning: str = "") -> list[dict]:
+    """The conversation with an assistant's turn more, with what the teacher thought before it, unless that holds what would break a record."""
+    thought = {"reasoning_content": reasoning.strip()} if reasoning.strip() and not _CONTROL.search(reasoning) else {}
+    return [*messages, {"role": "assistant", "content": text, **thought}]
+
+
+def reasoning_by_answer(answers: Iterable[Answer]) -> dict[str, str]:
+    """{usable text of an answer: what the teacher thought before it}, of those that have any."""
+    return {answer.text.strip(): answer.reasoning for answer in answers if answer.reasoning.strip()}

@@ -3,8 +3,10 @@
 import shutil
 from pathlib import Path
 
+from src.chat import template
 from src.core import processes
 from src.core.errors import ProofFailed
+from src.core.files import read_json, write_json
 from src.models.loading import load_tokenizer
 
 TOKENIZER = (
@@ -48,6 +50,19 @@ def copy(source: Path, out: Path, *, tokenizer: bool = True) -> list[str]:
                 partial.rename(target)
                 copied.append(str(file.relative_to(source)))
     return copied
+
+
+def set_chat(out: Path, tokenizer) -> None:
+    """Give a folder's tokenizer files the chat template and settings of `tokenizer`, where they have others."""
+    text, settings = str(tokenizer.chat_template), tokenizer.init_kwargs.get(template.SETTINGS)
+    path = out / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if text == template.text_of(out) and settings == config.get(template.SETTINGS):
+        return
+    kept = {name: value for name, value in config.items() if name not in ("chat_template", template.SETTINGS)}
+    write_json(path, kept | ({template.SETTINGS: settings} if settings else {}))
+    (out / "chat_template.json").unlink(missing_ok=True)
+    (out / "chat_template.jinja").write_text(text, "utf-8")
 
 
 def prove(out: Path, tokenizer, *, trust_remote_code: bool = False) -> int:

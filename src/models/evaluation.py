@@ -3,6 +3,7 @@
 import math
 
 from src.chat import encoding
+from src.chat.rows import rows_of
 from src.core.errors import BadData, MissingInput
 from src.core.log import progress, warn
 from src.models import generation
@@ -14,22 +15,24 @@ def compute_dtype(device: str) -> str:
     return "auto" if device == "cuda" else "float32"
 
 
-def encode_all(records: list[dict], tokenizer, eos_id: int, max_length: int) -> list[encoding.Encoded]:
-    """Validation records as token ids and labels; those longer than max_length tokens are left out, and counted."""
-    rows, long = [], 0
-    for record in records:
-        try:
-            encoded = encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id)
-        except BadData as error:
-            raise BadData(error.what, where=f"record '{record['id']}'") from None
-        if len(encoded.input_ids) > max_length:
-            long += 1
-        else:
-            rows.append(encoded)
-    if long:
+def encode_all(records: list[dict], tokenizer, max_length: int) -> list[encoding.Encoded]:
+    """Validation records as token ids and labels; those that teach nothing or are longer than max_length tokens are left out, and counted.
+
+    Raises BadData where the chat template shows none of them, MissingInput where all are longer.
+    """
+    found = [row for _, row in rows_of(records, tokenizer, "validation")]
+    if records and not found:
+        raise BadData(
+            "the chat template shows no answer of the validation split", fix="fine-tune with chat_template=chatml, which shows them"
+        )
+    rows = [row for row in found if len(row.input_ids) <= max_length]
+    if long := len(found) - len(rows):
         warn(f"left out {long} of {len(records)} validation rows longer than evaluation.max_length={max_length}")
     if not rows:
-        raise MissingInput("no validation row is within evaluation.max_length", fix="raise evaluation.max_length")
+        raise MissingInput(
+            "no validation row is within evaluation.max_length",
+            fix=f"evaluation.max_length={min((len(row.input_ids) for row in found), default=max_length)}",
+        )
     return rows
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from src.chat import encoding
+from src.chat.rows import rows_of
 from src.core.artifact import Artifact, is_finished, open_artifact
-from src.core.errors import BadData, ProofFailed, UserError
+from src.core.errors import ProofFailed, UserError
 from src.core.log import progress, say, warn
 from src.models import complete
 from src.models.folder import has_tokenizer, trust_of
@@ -131,13 +132,8 @@ def held_out(dataset: Path | None, tokenizer, config: dict) -> list[encoding.Enc
 
 
 def _encoded(file: Path, tokenizer) -> Iterator[encoding.Encoded]:
-    eos_id = encoding.turn_end(tokenizer)
     with open(file, encoding="utf-8") as lines:
-        for record in map(json.loads, lines):
-            try:
-                yield encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id)
-            except BadData as error:
-                raise BadData(error.what, where=f"record '{record['id']}'") from None
+        yield from (row for _, row in rows_of(map(json.loads, lines), tokenizer, "held-out conversations"))
 
 
 def observe(logits_of: Callable, rows: list[encoding.Encoded], what: str, at: np.ndarray | None = None) -> Seen:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from src.chat import template
 from src.chat.encoding import render
 from src.core.files import read_json
 from src.models.vocabulary import vocabulary_rows
@@ -38,7 +39,8 @@ def greedy(
 
     offered = tools or [None] * len(prompts)
     ids = [tokenizer(render(tokenizer, p, t, prompt=True), add_special_tokens=False).input_ids for p, t in zip(prompts, offered)]
-    stops = sorted({eos_id, *_as_list(model.generation_config.eos_token_id)})
+    ends = {eos_id, *turn_ends(tokenizer)}
+    stops = sorted({*ends, *_as_list(model.generation_config.eos_token_id)})
     longest = max(map(len, ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_id
     room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -53,7 +55,7 @@ def greedy(
     answers = []
     for row in out[:, longest:].tolist():
         stop = next((k for k, token in enumerate(row) if token in stops), None)
-        answers.append((tokenizer.decode(row[:stop], skip_special_tokens=True), stop is not None and row[stop] == eos_id))
+        answers.append((tokenizer.decode(row[:stop], skip_special_tokens=True), stop is not None and row[stop] in ends))
     return answers
 
 
@@ -71,6 +73,11 @@ def logits(model, rows: list[list[int]] | None = None):
         return torch.cat([model(torch.tensor([row], device=device), use_cache=False).logits[0].float().cpu() for row in rows]).numpy()
 
 
+def turn_ends(tokenizer) -> list[int]:
+    """Ids that end a turn in the tokenizer's chat template; none without one."""
+    return tokenizer.convert_tokens_to_ids(template.of(tokenizer).stops) if tokenizer.chat_template else []
+
+
 def stop_ids(folder: Path, tokenizer) -> list[int]:
     """Ids that end an answer: generation_config.json's (config.json's without one) and the tokenizer's eos."""
     path = folder / "generation_config.json"
@@ -79,10 +86,10 @@ def stop_ids(folder: Path, tokenizer) -> list[int]:
 
 
 def write_generation_config(out: Path, source: Path, tokenizer, eos_id: int) -> None:
-    """generation_config.json of the source model, with the turn's stop token first among its stop ids."""
+    """generation_config.json of the source model, with the turn's stop token first among its stop ids, then that of a turn that calls."""
     path = source / "generation_config.json"
     config = read_json(path) if path.is_file() else {}
-    config["eos_token_id"] = [eos_id, *(i for i in _as_list(config.get("eos_token_id")) if i != eos_id)]
+    config["eos_token_id"] = list(dict.fromkeys([eos_id, *turn_ends(tokenizer), *_as_list(config.get("eos_token_id"))]))
     if tokenizer.pad_token_id is not None:
         config["pad_token_id"] = tokenizer.pad_token_id
     (out / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n")

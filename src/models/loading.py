@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from src.chat.encoding import bound_templates
+from src.chat.template import bound_templates
 from src.core.artifact import Artifact
 from src.core.errors import BadData, MissingTool, using
 from src.core.log import warn

@@ -4,9 +4,20 @@ A string under a field is its documentation and its line in `--help`. A field ma
 it makes, so it takes no part in an artifact's key.
 """
 
+from datetime import date
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_serializer, field_validator, model_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from src.settings.base import Fraction, Settings, Unkeyed, check_address
 from src.settings.recipes import Recipe
@@ -343,6 +354,16 @@ class FinetuneVerb(SourcedVerb):
     """a larger model to learn from"""
     max_loss_change: Annotated[PositiveFloat, Unkeyed]
     """nats that the loss on held-out conversations may differ between what was trained and what is saved, beside what other conversations would explain"""
+    chat_template: str | None
+    """null: the base's, or chatml where it has none; chatml: ours, which shows tools, calls, results, system turns and reasoning; FILE: a Jinja file"""
+    template: dict[str, JsonValue]
+    """keywords for the chat template, such as template.enable_thinking=false; saved in the result's template, so that every server has them"""
+    reasoning: Literal["template", "inline", "drop"]
+    """reasoning of answers: as the template shows it; inline: in the text, in the model family's own tags; drop: not learnt"""
+    unseen: Literal["auto", "skip", "error"]
+    """what the chat template does not show is left out of the loss, counted and said: auto up to a tenth of the answers; skip any share; error none"""
+    today: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+    """the day that a chat template is told which prints today's date, so that the same rows are made on any day"""
     legacy_mask: Literal["none", "qwen"]
     """none: train on the assistant's text and its <|im_end|>; qwen: the labels of Qwen's finetune.py, turn markers included"""
     train_new_tokens: Literal["auto", "never"]
@@ -351,6 +372,12 @@ class FinetuneVerb(SourcedVerb):
     """where curves go besides the terminal and the manifest"""
     launch: Annotated[Launch, Unkeyed]
     """processes and machines"""
+
+    @field_validator("today")
+    @classmethod
+    def _is_a_day(cls, value: str) -> str:
+        date.fromisoformat(value)
+        return value
 
 
 class MergeVerb(SourcedVerb):

@@ -117,7 +117,7 @@ class ExampleSource(Protocol):
 
 class Steps(torch.utils.data.Dataset):
     """What one process computes in each step: its micro_batches, and how many tokens the step has over all processes: of rows, trained, and laid
-    out with padding."""
+    out with padding; and the sum of its tokens' weights."""
 
     def __init__(self, plan: BatchPlan, examples: Examples, rank: int, pad: int):
         self.plan, self.data, self.rank, self.pad = plan, examples, rank, pad
@@ -131,6 +131,7 @@ class Steps(torch.utils.data.Dataset):
             "micro_batches": [micro_batch(self.data, bins[self.rank], self.pad, packed=self.plan.packed) for bins in layout],
             "tokens": int(self.plan.lengths[examples].sum()),
             "trained": int(self.data.trained_tokens[examples].sum()),
+            "weight": float(self.data.trained_weight[examples].sum()),
             "laid": sum(self.plan.size(bins) for bins in itertools.chain(*layout)),
         }
 
@@ -140,7 +141,7 @@ def micro_batch(data: ExampleSource, examples: list[int], pad: int, *, packed: b
 
     input_ids: int64 (1, tokens) where packed, with position_ids that begin at 0 in every row and where each begins (cu_seq_lens, int32); else
     (rows, longest), padded on the right, with attention_mask. keep: bool of the same shape, true where the next token is trained. targets: those
-    tokens, int64 (trained,), row after row. rows: as given. No rows make a pass over one padding token with nothing trained, for processes that must keep step with others.
+    tokens, int64 (trained,), row after row; weights: of them, fp32 (trained,), where any is not 1. rows: as given. No rows make a pass over one padding token with nothing trained, for processes that must keep step with others.
     """
     found = [data[example] for example in examples]
     ids = [example.input_ids for example in found] or [np.array([pad], dtype=np.int32)]
@@ -164,4 +165,9 @@ def micro_batch(data: ExampleSource, examples: list[int], pad: int, *, packed: b
         batch = {"input_ids": block(ids, pad), "attention_mask": block([[1] * len(example) for example in ids], 0)}
         shifted = block(after, encoding.IGNORE)
     keep = shifted != encoding.IGNORE
-    return batch | {"keep": keep, "targets": shifted[keep], "examples": examples}
+    made = batch | {"keep": keep, "targets": shifted[keep], "examples": examples}
+    if any(example.weights is not None for example in found):
+        own = [np.ones(len(example.labels), np.float32) if example.weights is None else example.weights for example in found]
+        trained = [weights[1:][example.labels[1:] != encoding.IGNORE] for weights, example in zip(own, found)]
+        made["weights"] = torch.from_numpy(np.concatenate(trained))
+    return made

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from src.chat import encoding, long_rows
+from src.chat import encoding, long_rows, template, unseen
+from src.chat.template import Unteachable
 from src.core.artifact import Artifact, key_of, package_versions
 from src.core.cache import kept_or_made
 from src.core.errors import BadData
 from src.core.files import read_json, sha256, write_json
 from src.core.log import progress, rank, warn
 from src.core.processes import end_with_parent
-from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb
+from src.training.chat_tokenizer import chat_tokenizer, template_text
 from src.training.checkpoints import from_first
 
 PORTION = 256
@@ -32,10 +33,14 @@ PORTION = 256
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: input_ids and labels, int32 of shape (tokens,); labels are -100 where the loss does not count, first token always."""
+    """One conversation: input_ids and labels, int32 of shape (tokens,); labels are -100 where the loss does not count, first token always.
+
+    weights: of each token in the loss, fp32 of the same shape; None where all are 1.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +48,19 @@ class Examples:
     """Rows of one split, read from disk as they are needed.
 
     offsets: int64 of shape (rows + 1,); row i is tokens offsets[i] to offsets[i + 1]. lines: number of each row's record in the split's file, from 1.
+    weights: of every token in the loss, fp32; None where all are 1. notes: what is not taught, see chat.unseen; answers: assistant turns in all.
     key: of the content the rows were made from.
     """
 
     input_ids: np.ndarray
     trained: np.ndarray
+    weights: np.ndarray | None
     offsets: np.ndarray
     lines: np.ndarray
     counts: long_rows.Counts
-    unseen: dict[str, int]
+    notes: Counter[str]
+    named: dict[str, list[str]]
+    answers: int
     key: str
 
     def __len__(self) -> int:
@@ -60,7 +69,8 @@ class Examples:
     def __getitem__(self, i: int) -> Example:
         span = slice(self.offsets[i], self.offsets[i + 1])
         ids = np.asarray(self.input_ids[span])
-        return Example(ids, np.where(self.trained[span], ids, encoding.IGNORE))
+        labels = np.where(self.trained[span], ids, encoding.IGNORE)
+        return Example(ids, labels, None if self.weights is None else np.asarray(self.weights[span]))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -75,6 +85,13 @@ class Examples:
         """Tokens of each row that the loss counts, int64."""
         return np.diff(np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])[self.offsets])
 
+    @functools.cached_property
+    def trained_weight(self) -> np.ndarray:
+        """Sum of the weights of each row's trained tokens, float64."""
+        if self.weights is None:
+            return self.trained_tokens.astype(np.float64)
+        return np.diff(np.concatenate([[0], np.cumsum(np.where(self.trained, self.weights, 0), dtype=np.float64)])[self.offsets])
+
 
 def examples_of(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str, cache: Path) -> Examples:
     """The rows of one split under the settings' length policy. Rank 0 makes them if `cache` does not hold them; the others read what it made.
@@ -85,12 +102,9 @@ def examples_of(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str
     if rank() == 0:
         folder = kept_or_made(folder, partial(make, cfg, dataset.path / f"{split}.jsonl", base.path, split), open_examples)
     examples = open_examples(from_first(folder))
-    if tools := examples.unseen.get("tools"):
-        warn(f"{split}: the chat template ignores the tools of {tools} rows")
-    if turns := examples.unseen.get("turns"):
-        warn(
-            f"{split}: {turns} earlier answers are not trained, since the chat template takes their reasoning out of history; train.hidden_turns=rows trains each in a row of its own"
-        )
+    for line in unseen.report(examples.notes, split):
+        warn(line)
+    unseen.check(examples.notes, examples.answers, examples.named, policy=cfg.unseen, split=split)
     t = cfg.train
     for line in long_rows.report(examples.counts, split, f"train.max_length={t.max_length}"):
         warn(line)
@@ -104,8 +118,8 @@ def content_key(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str
         "split": dataset.files[f"{split}.jsonl"]["sha256"],
         "tokenizer": {name: f["sha256"] for name, f in base.files.items() if not name.endswith((".safetensors", ".bin"))},
         "train": {name: getattr(cfg.train, name) for name in ("max_length", "long_rows", "hidden_turns")},
-        "legacy_mask": cfg.legacy_mask,
-        "code": [sha256(Path(module)) for module in (encoding.__file__, long_rows.__file__, __file__)],
+        "chat": [cfg.legacy_mask, template_text(cfg), cfg.template, cfg.reasoning, cfg.today],
+        "code": [sha256(Path(module)) for module in (template.__file__, encoding.__file__, long_rows.__file__, __file__)],
         "packages": {name: package_versions()[name] for name in ("tokenizers", "transformers")},
     }
     return key_of("tokens", 1, settings, {})
@@ -114,8 +128,10 @@ def content_key(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str
 def make(cfg: FinetuneVerb, source: Path, base: Path, split: str, folder: Path) -> None:
     """Tokenize a split into `folder`."""
     portions = list(line_portions(source))
-    counts, lengths, lines = long_rows.Counts(), [0], []
-    unseen: Counter[str] = Counter()
+    counts, lengths, lines, answers = long_rows.Counts(), [0], [], 0
+    notes: Counter[str] = Counter()
+    named: dict[str, list[str]] = {}
+    weighted: list[tuple[int, np.ndarray]] = []
     with (
         open(folder / "input_ids.bin", "wb") as ids,
         open(folder / "trained.bin", "wb") as trained,
@@ -124,13 +140,24 @@ def make(cfg: FinetuneVerb, source: Path, base: Path, split: str, folder: Path) 
         for portion in progress(made, f"tokenizing {split}", total=len(portions)):
             portion.input_ids.tofile(ids)
             portion.trained.tofile(trained)
+            if portion.weights is not None:
+                weighted.append((sum(lengths), portion.weights))
             lengths += portion.lengths
             lines += portion.lines
             counts += portion.counts
-            unseen += portion.unseen
+            notes += portion.notes
+            answers += portion.answers
+            for why, names in portion.named.items():
+                named[why] = [*named.get(why, []), *names][: long_rows.NAMED]
+    if weighted:
+        weights = np.lib.format.open_memmap(folder / "weights.npy", "w+", np.float32, (sum(lengths),))
+        weights[:] = 1
+        for begin, some in weighted:
+            weights[begin : begin + len(some)] = some
+        weights.flush()
     np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
     np.save(folder / "lines.npy", np.array(lines, dtype=np.int64))
-    write_json(folder / "counts.json", {"rows": vars(counts), "unseen": dict(unseen)})
+    write_json(folder / "counts.json", {"rows": vars(counts), "notes": dict(notes), "named": named, "answers": answers})
 
 
 def open_examples(folder: Path) -> Examples:
@@ -144,7 +171,18 @@ def open_examples(folder: Path) -> Examples:
     kept = read_json(folder / "counts.json")
     lengths = Counter({int(length): count for length, count in kept["rows"]["lengths"].items()})
     counts = long_rows.Counts(**kept["rows"] | {"lengths": lengths, "named": tuple(map(tuple, kept["rows"]["named"]))})
-    return Examples(**flat, offsets=offsets, lines=np.load(folder / "lines.npy"), counts=counts, unseen=kept["unseen"], key=folder.name)
+    weights = np.load(folder / "weights.npy", mmap_mode="r") if (folder / "weights.npy").is_file() else None
+    return Examples(
+        **flat,
+        weights=weights,
+        offsets=offsets,
+        lines=np.load(folder / "lines.npy"),
+        counts=counts,
+        notes=Counter(kept["notes"]),
+        named=kept["named"],
+        answers=kept["answers"],
+        key=folder.name,
+    )
 
 
 # ---- in parallel
@@ -152,15 +190,18 @@ def open_examples(folder: Path) -> Examples:
 
 @dataclass(frozen=True)
 class Portion:
-    """The rows of a stretch of the split's file: flat tokens, which of them are trained, tokens per row, line of each row's record, and what was
-    left out or not shown by the template."""
+    """The rows of a stretch of the split's file: flat tokens, which of them are trained and their weights, tokens per row, line of each row's record,
+    and what was left out or not shown by the template, with the ids of the first such records."""
 
     input_ids: np.ndarray
     trained: np.ndarray
+    weights: np.ndarray | None
     lengths: list[int]
     lines: list[int]
     counts: long_rows.Counts
-    unseen: Counter
+    notes: Counter[str]
+    named: dict[str, list[str]]
+    answers: int
 
 
 def line_portions(source: Path) -> Iterator[tuple[int, int, int]]:
@@ -205,48 +246,62 @@ class Encoder:
 
     def __init__(self, cfg: FinetuneVerb, base: Path, source: Path):
         self.cfg, self.source = cfg, source
-        self.tokenizer = load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
-        encoding.ensure_chat(self.tokenizer)
-        self.eos_id = encoding.turn_end(self.tokenizer)
+        self.tokenizer, _ = chat_tokenizer(cfg, base)
 
     def __call__(self, portion: tuple[int, int, int]) -> Portion:
         start, first, count = portion
-        ids, trained, lengths, lines, counts = [], [], [], [], long_rows.Counts()
-        unseen: Counter[str] = Counter()
+        ids, trained, weights, lengths, lines, counts = [], [], [], [], [], long_rows.Counts()
+        notes, named, answers = Counter[str](), dict[str, list[str]](), 0
         with open(self.source, "rb") as file:
             file.seek(start)
             for number, line in enumerate(itertools.islice(file, count), first):
                 record = json.loads(line)
-                examples, found = self.examples(record)
-                counts, unseen = counts + found, unseen + self.unseen(record, examples)
+                examples, found, missed = self.examples(record)
+                counts, notes = counts + found, notes + missed
+                answers += sum(message["role"] == "assistant" for message in record["messages"])
+                for why in missed:
+                    if len(named.setdefault(why, [])) < long_rows.NAMED:
+                        named[why].append(str(record["id"]))
                 for example in examples:
                     ids += example.input_ids
                     # Nothing stands before a first token to predict it from.
                     trained += [False, *(label != encoding.IGNORE for label in example.labels[1:])]
+                    weights += [float(record.get("weight", 1)) * weight for weight in example.weights or [1.0] * len(example.input_ids)]
                     lengths.append(len(example.input_ids))
                     lines.append(number)
-        return Portion(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_), lengths, lines, counts, unseen)
+        own = np.array(weights, dtype=np.float32)
+        kept = own if (own != 1).any() else None
+        flat = np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_), kept
+        return Portion(*flat, lengths, lines, counts, notes, named, answers)
 
-    def examples(self, record: dict) -> tuple[list[encoding.Encoded], long_rows.Counts]:
-        t, encode = self.cfg.train, lambda messages: self.encode(messages, record.get("tools"))
+    def examples(self, record: dict) -> tuple[list[encoding.Encoded], long_rows.Counts, Counter[str]]:
+        """A record's rows, what became of it for its length, and what of it is not taught."""
+        t, notes = self.cfg.train, Counter[str]()
+
+        def encode(messages: Sequence[dict]) -> list[encoding.Encoded]:
+            notes.clear()
+            if self.cfg.legacy_mask == "qwen":
+                return [encoding.encode_qwen_legacy(self.tokenizer, messages, eos_id=encoding.turn_end(self.tokenizer))]
+            taught = encoding.teach(self.tokenizer, messages, record.get("tools"), each=t.hidden_turns == "rows")
+            notes.update(taught.notes)
+            return taught.rows
+
         try:
             made = encode(record["messages"])
-            return long_rows.fit_rows(made, record, policy=t.long_rows, max_length=t.max_length, encode=encode)
+        except Unteachable:
+            return [], long_rows.Counts(), Counter(refused=sum(m["role"] == "assistant" for m in record["messages"]))
         except BadData as error:
             raise BadData(
-                error.what, where=f"record '{record['id']}'", fix="mend the record, or use a model whose template takes such turns"
+                error.what, where=f"record '{record['id']}'", fix="take that text out of the record, or leave the record out"
             ) from None
+        whole = notes.copy()
+        if not made:
+            return [], long_rows.Counts(), whole
 
-    def encode(self, messages: list[dict], tools: list | None) -> list[encoding.Encoded]:
-        if self.cfg.legacy_mask == "qwen":
-            return [encoding.encode_qwen_legacy(self.tokenizer, messages, tools, eos_id=self.eos_id)]
-        if self.cfg.train.hidden_turns == "rows":
-            return encoding.encode_turns(self.tokenizer, messages, tools, eos_id=self.eos_id)
-        return [encoding.encode(self.tokenizer, messages, tools, eos_id=self.eos_id)]
+        def part(messages: Sequence[dict]) -> list[encoding.Encoded]:
+            with contextlib.suppress(Unteachable):  # a template may refuse a part of what it takes whole
+                return encode(messages)
+            return []
 
-    def unseen(self, record: dict, examples: list[encoding.Encoded]) -> Counter:
-        """What of a record is not trained on as it stands there: tools that its template does not show, answers it shows otherwise as history."""
-        tools, messages = record.get("tools"), record["messages"]
-        ignored = tools and encoding.render(self.tokenizer, messages) == encoding.render(self.tokenizer, messages, tools)
-        hidden = sum(example.untrained for example in examples) if self.cfg.train.hidden_turns == "skip" else 0
-        return Counter({"tools": int(bool(ignored)), "turns": hidden})
+        rows, counts = long_rows.fit_rows(made, record, policy=t.long_rows, max_length=t.max_length, encode=part)
+        return rows, counts, whole

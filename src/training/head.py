@@ -9,8 +9,9 @@ true one, and zero where the student agrees on all of them.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 
@@ -28,22 +29,23 @@ class TeacherTargets:
 
 @dataclass(frozen=True)
 class Targets:
-    """What is learnt at each trained position. tokens: int64 (tokens,). teacher: what it holds likely there; None without one."""
+    """What is learnt at each trained position. tokens: int64 (tokens,). teacher: what it holds likely there; None without one. weights: of each
+    token's loss, fp32 (tokens,); None where all are 1."""
 
     tokens: torch.Tensor
     teacher: TeacherTargets | None = None
+    weights: torch.Tensor | None = None
 
     def split(self, size: int) -> Iterator["Targets"]:
-        if (teacher := self.teacher) is None:
-            return map(Targets, self.tokens.split(size))
-        parts = zip(self.tokens.split(size), teacher.top_k_ids.split(size), teacher.probs.split(size))
-        return (Targets(tokens, TeacherTargets(ids, probs, teacher.alpha)) for tokens, ids, probs in parts)
+        return (self.each(itemgetter(slice(at, at + size))) for at in range(0, max(len(self.tokens), 1), size))
 
     def to(self, device) -> "Targets":
-        move = lambda tensor: tensor.to(device, non_blocking=True)
-        if (teacher := self.teacher) is None:
-            return Targets(move(self.tokens))
-        return Targets(move(self.tokens), TeacherTargets(move(teacher.top_k_ids), move(teacher.probs), teacher.alpha))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Targets":
+        """The targets with every tensor changed alike."""
+        teacher = self.teacher and TeacherTargets(change(self.teacher.top_k_ids), change(self.teacher.probs), self.teacher.alpha)
+        return Targets(change(self.tokens), teacher, None if self.weights is None else change(self.weights))
 
 
 class HeadLoss:
@@ -94,14 +96,14 @@ def may_chunk(model, *, zero_stage: int) -> bool:
     return zero_stage != 3 or not any(True for _ in model.get_output_embeddings().children())
 
 
-def share_of_step(losses: torch.Tensor, trained: int, world_size: int) -> torch.Tensor:
+def share_of_step(losses: torch.Tensor, trained: float, world_size: int) -> torch.Tensor:
     """What a micro-batch adds to the mean over all trained tokens of a step, of the sum of its losses: the step's loss is a mean over tokens, not
     over conversations, forward passes or processes.
 
-    trained: tokens of the whole step, over all processes. world_size: DDP and ZeRO average gradients over so many processes, and what they average
+    trained: weights of the tokens of the whole step, their number where all are 1, over all processes. world_size: DDP and ZeRO average gradients over so many processes, and what they average
     has to be summed.
     """
-    return losses / max(trained, 1) * world_size
+    return losses / (trained or 1) * world_size
 
 
 def token_results(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -120,22 +122,26 @@ def loss_and_gradient(logits: torch.Tensor, targets: Targets) -> tuple[torch.Ten
     """(sum of the losses, its gradient), fp32; the gradient is written over the logits, fp32 (tokens, vocabulary).
 
     With q the student's probabilities and p the teacher's, both with the share r of all tokens that are not among the k likeliest: the gradient of
-    the cross-entropy is q - one-hot; that of KL is q - p at the k, and q (1 - p_r / q_r) at the others.
+    the cross-entropy is q - one-hot; that of KL is q - p at the k, and q (1 - p_r / q_r) at the others. A token's weight multiplies both.
     """
-    at = targets.tokens[:, None]
+    at, weights = targets.tokens[:, None], 1.0 if targets.weights is None else targets.weights[:, None]
     logits.sub_(logits.amax(-1, keepdim=True))
     wanted = logits.gather(-1, at)
     total = logits.exp_().sum(-1, keepdim=True)
-    q, hard = logits.div_(total), (total.log() - wanted).sum()
+    q, hard = logits.div_(total), ((total.log() - wanted) * weights).sum()
     if (teacher := targets.teacher) is None:
-        return hard, q.scatter_add_(-1, at, torch.full_like(total, -1.0))
+        gradient = q.scatter_add_(-1, at, torch.full_like(total, -1.0))
+        return hard, gradient if targets.weights is None else gradient.mul_(weights)
     alpha, p = teacher.alpha, teacher.probs
     known = q.gather(-1, teacher.top_k_ids)
     rest_p, rest_q = (1 - x.sum(-1, keepdim=True).clamp(max=1) for x in (p, known))
     rest_q = rest_q.clamp(min=1e-7)
-    kl = torch.special.xlogy(p, p / known.clamp(min=1e-30)).sum() + torch.special.xlogy(rest_p, rest_p / rest_q).sum()
+    kl = (torch.special.xlogy(p, p / known.clamp(min=1e-30)) * weights).sum() + (
+        torch.special.xlogy(rest_p, rest_p / rest_q) * weights
+    ).sum()
     q.mul_(1 - alpha * rest_p / rest_q).scatter_(-1, teacher.top_k_ids, known - alpha * p)
-    return alpha * kl + (1 - alpha) * hard, q.scatter_add_(-1, at, torch.full_like(total, alpha - 1.0))
+    gradient = q.scatter_add_(-1, at, torch.full_like(total, alpha - 1.0))
+    return alpha * kl + (1 - alpha) * hard, gradient if targets.weights is None else gradient.mul_(weights)
 
 
 class _Loss(torch.autograd.Function):

@@ -45,6 +45,7 @@ def finish(cfg: FinetuneVerb, base: Path, tokenizer, eos_id: int, out: Path, *, 
     generation.write_generation_config(out, base, tokenizer, eos_id)
     if keep_tokenizer:
         complete.copy(base, out)
+        complete.set_chat(out, tokenizer)
     else:
         tokenizer.save_pretrained(out)
         complete.copy(base, out, tokenizer=False)

@@ -12,7 +12,7 @@ from src.core.errors import MissingInput
 from src.core.files import read_json
 from src.core.log import rank, say
 from src.core.processes import Interrupted
-from src.models import adapter_files, fidelity, lora, token_rows
+from src.models import adapter_files, fidelity, generation, lora, token_rows
 from src.models.loading import keep_gptq_trainable, load_model, nf4_config
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 from src.settings.verbs import FinetuneVerb, FullTuner, QloraTuner
@@ -113,6 +113,7 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, eos_id: int, added: li
     control = sorted(
         {
             eos_id,
+            *generation.turn_ends(tokenizer),
             *(i for i in tokenizer.convert_tokens_to_ids([encoding.START, encoding.END]) if i is not None and i != tokenizer.unk_token_id),
         }
     )

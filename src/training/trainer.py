@@ -79,9 +79,9 @@ class ChatTrainer(Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """A step, and its trained tokens over all processes."""
+        """A step, and the weight of its trained tokens over all processes."""
         step = next(epoch_iterator)
-        return [step], step["trained"]
+        return [step], step["weight"]
 
     def _track_num_input_tokens(self, inputs):
         self.state.num_input_tokens_seen += inputs["tokens"]
@@ -113,7 +113,8 @@ class ChatTrainer(Trainer):
     def targets(self, batch: dict) -> Targets:
         """What a micro-batch teaches: its tokens and, in training, the teacher's probabilities."""
         known = self.teacher_probs.of(batch["examples"]) if self.teacher_probs and self.model.training and batch["examples"] else None
-        return Targets(batch["targets"], TeacherTargets(*known, self.alpha) if known else None).to(self.args.device)
+        weights = batch.get("weights") if self.model.training else None  # what is measured counts every token alike
+        return Targets(batch["targets"], TeacherTargets(*known, self.alpha) if known else None, weights).to(self.args.device)
 
     def forward(self, model, batch: dict, *, losses: bool = True) -> torch.Tensor:
         """What the output layer makes of the trained positions: see HeadLoss, or logits (tokens, vocabulary) without one or without `losses`."""

@@ -51,6 +51,8 @@ class Behaviour:
     batch_lost: float = 0.0
     """share of a batch's requests that expire on their first try"""
     words: int = 20
+    thinks: str | None = None
+    """where it puts what it thinks: "field" (reasoning_content), "inline" (<think> before the answer), "closed" (as inline, but its prompt opened it)"""
 
 
 class Server:
@@ -179,7 +181,11 @@ class Server:
         usage = {"prompt_tokens": max(1, int(len(given.encode()) * behaviour.tokens_per_byte)), "completion_tokens": len(text.split())}
         self.prompt_tokens += usage["prompt_tokens"]
         self.tokens += usage["completion_tokens"]
-        said = {"text": text} if "prompt" in asked else {"message": {"role": "assistant", "content": text}}
+        thought = f"I think of {digest}." if behaviour.thinks and not schema else None
+        before = {"inline": f"<think>\n{thought}\n</think>\n\n", "closed": f"{thought}\n</think>\n\n"}
+        message = {"role": "assistant", "content": before.get(behaviour.thinks or "", "") + text if thought else text}
+        message |= {"reasoning_content": thought} if behaviour.thinks == "field" and thought else {}
+        said = {"text": text} if "prompt" in asked else {"message": message}
         found = {"object": "completion", "choices": [{"index": 0, **said, "finish_reason": "length" if cut else "stop"}]}
         return found | ({"usage": usage} if behaviour.usage else {})
 

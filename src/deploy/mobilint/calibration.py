@@ -158,12 +158,11 @@ def _conversations(path: Path, tokenizer) -> Iterator[tuple[str, list[int] | Non
             where=str(tokenizer.name_or_path),
             fix=["target.languages=[en] target.texts=FOLDER calibrates on plain text", "fine-tune it first"],
         )
-    eos_id = encoding.turn_end(tokenizer)
     with open(path, encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
             try:
-                yield record["id"], encoding.encode(tokenizer, record["messages"], record.get("tools"), eos_id=eos_id).input_ids
+                yield record["id"], encoding.encode(tokenizer, record["messages"], record.get("tools")).input_ids
             except BadData:
                 yield record["id"], None
 

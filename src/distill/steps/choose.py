@@ -24,7 +24,11 @@ async def best_of(records: Records, settings: BestOf, work: Work) -> Records:
         if values[best] < settings.at_least:
             raise SetAside(f"best answer below {settings.at_least:g} by {settings.by}")
         scores = record.data["ratings"][best] if settings.by == "ratings" else {"agreement": round(values[best], 3)}
-        return derive(record, messages=append_answer(record.messages, answers[best]), scores=scores)
+        return derive(
+            record,
+            messages=append_answer(record.messages, answers[best], record.data.get("reasoning", {}).get(answers[best], "")),
+            scores=scores,
+        )
 
     async for record in work.each(records, choose):
         yield record
@@ -47,7 +51,11 @@ async def pair(records: Records, settings: Pair, work: Work) -> Records:
         other = lowest if settings.rejected == "lowest" else work.draw(work.step, record.id).choice(others)
         scores = {**record.data["ratings"][best], "chosen": round(means[best], 3), "rejected": round(means[other], 3)}
         return derive(
-            record, messages=append_answer(record.messages, answers[best]), scores=scores, chosen=answers[best], rejected=answers[other]
+            record,
+            messages=append_answer(record.messages, answers[best], record.data.get("reasoning", {}).get(answers[best], "")),
+            scores=scores,
+            chosen=answers[best],
+            rejected=answers[other],
         )
 
     async for record in work.each(records, choose):

@@ -42,7 +42,7 @@ async def evolve(records: Records, settings: Evolve, work: Work) -> Records:
 
 async def _answered(record: Record, settings: Evolve, work: Work) -> Record:
     answer = await work.ask(request(record.messages, settings.teacher, settings.answer))
-    return derive(record, answer, messages=append_answer(record.messages, usable(answer.text)))
+    return derive(record, answer, messages=append_answer(record.messages, usable(answer.text), answer.reasoning))
 
 
 async def _evolved(record: Record, root: str, number: int, operation: str, template: str, settings: Evolve, work: Work) -> Record:

@@ -2,7 +2,7 @@
 
 from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.requests import ask_all, given, request
-from src.distill.texts import all_usable, append_answer, derive
+from src.distill.texts import all_usable, append_answer, derive, reasoning_by_answer
 from src.settings.recipes import Respond
 
 
@@ -19,9 +19,12 @@ async def respond(records: Records, settings: Respond, work: Work) -> Records:
         texts = all_usable(answer.text for answer in answers)
         if len(texts) < settings.n:
             work.count("answers missing", settings.n - len(texts))
+        thoughts = reasoning_by_answer(answers)
+        if thoughts:
+            work.count("answers with reasoning", len(thoughts))
         if settings.n == 1:
-            return derive(record, *answers, messages=append_answer(messages, texts[0]))
-        return derive(record, *answers, messages=messages, answers=texts)
+            return derive(record, *answers, messages=append_answer(messages, texts[0], thoughts.get(texts[0], "")))
+        return derive(record, *answers, messages=messages, answers=texts, reasoning=thoughts)
 
     async for record in work.each(records, answer):
         yield record
