@@ -64,6 +64,8 @@ PYTHON_LIST = "a list in Python's spelling instead of JSON's"
 PLACEHOLDER = "a placeholder such as {{name}} is in the text"
 DECOMPOSED = "Korean in decomposed letters (NFD), kept as it is; most tokenizers cut it into many more tokens"
 
+PYTHON_LIST_LIMIT = 1 << 20
+
 _PLACEHOLDER = re.compile(r"\{\{ ?[A-Za-z_]\w* ?\}\}")
 _LIST_OF_OBJECTS = re.compile(r"\s*\[\s*[{\]]")
 _JAMO = re.compile("[\u1100-\u11ff]")
@@ -338,7 +340,9 @@ def listed(record: dict, key: str, notes: list[str]) -> list:
 
 
 def _python_list(text: str, fault: Malformed) -> object:
-    """A list as pandas writes one into a CSV. Raises `fault` where the text is no such thing either."""
+    """A list as pandas writes one into a CSV. Raises `fault` where the text is no such thing either, or so long that to parse it takes gigabytes."""
+    if len(text) > PYTHON_LIST_LIMIT:
+        raise fault
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
