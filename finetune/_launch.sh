@@ -6,7 +6,7 @@ usage() {
 usage: bash $0 [-m MODEL] [-d DATA.json] [--deepspeed zero2|zero3|FILE.json] [key=value ...]
 
   -m, --model      Hugging Face folder or hub id          (model.path)
-  -d, --data       conversations, JSON or JSON Lines      (data.path; the data stage runs first, and is skipped when unchanged)
+  -d, --data       file, folder, glob or hub id of chats  (data.path; the data stage runs first, and is skipped when unchanged)
   --deepspeed      none, zero2, zero2_offload, zero3, zero3_offload, or a DeepSpeed JSON file
   key=value        any setting of python -m src.finetune (see its --help), or of python -m src.data where it begins with data.
 
@@ -18,7 +18,7 @@ TEXT
 quoted() { printf "'%s'" "$(printf '%s' "$1" | sed -e "s/\(\\\\*\)'/\1\1\\\\'/g" -e 's/\(\\*\)$/\1\1/' -e 's/\${/\\${/g')"; }
 
 # Everything runs from the project's root, where outputs/ is; a relative path is the caller's.
-here() { case $1 in /*) printf %s "$1" ;; *) if [ -e "$1" ]; then printf %s "$PWD/$1"; else printf %s "$1"; fi ;; esac; }
+here() { case $1 in /*) printf %s "$1" ;; *) if [ -e "$1" ] || compgen -G "$1" >/dev/null; then printf %s "$PWD/$1"; else printf %s "$1"; fi ;; esac; }
 
 launch() {
   local root python data=() train=() common=() given_data=""

@@ -3,67 +3,119 @@
 A record's split follows from a seeded hash of its content alone, so adding rows never moves old ones.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from src.chat.conversations import Tally, read, split_of
+from src.chat.conversations import Conversation, Layout, Tally, read
+from src.chat.sources import records
+from src.chat.sources.found import found
+from src.chat.splits import SPLITS, Splits, times
 from src.core import artifact, stage
 from src.core.artifact import Artifact
-from src.core.errors import BadData, MissingInput
+from src.core.errors import BadData
 from src.core.log import progress, say, warn
-from src.settings.verbs import DataVerb
+from src.settings.verbs import Data, DataVerb
 
-SPLITS = ("train", "val", "calib")
+FILES_LISTED = 10
+HELD_OUT, NOT_DRAWN = "also in data.val", "not drawn, by data.weights"
 
 
 def find(cfg: DataVerb, run: stage.Run) -> dict[str, Artifact]:
-    path = Path(cfg.data.path)
-    if not path.is_file():
-        raise MissingInput(
-            "no such file" if not path.exists() else "not a file", where=str(path), fix="data.path=FILE names a JSON or JSON Lines file"
-        )
-    return {"conversations": artifact.outside(path, "file", run.cache)}
+    """The files of each path, by content; their roles are conversations, conversations 2, ... and val for a file of one's own."""
+    inputs = {}
+    for number, path in enumerate(cfg.data.paths, 1):
+        inputs["conversations" if number == 1 else f"conversations {number}"] = _files(path, cfg.data, run)
+    if isinstance(cfg.data.val, str):
+        inputs["val"] = _files(cfg.data.val, cfg.data, run)
+    return inputs
+
+
+def _files(path: str, d: Data, run: stage.Run) -> Artifact:
+    there = found(path, subset=d.subset, split=d.hub_split, revision=d.revision, download=not run.dry)
+    if there.revision:
+        say(f"data: {path} is read as of {there.revision}")
+    if there.left:
+        more = f" and {len(there.left) - FILES_LISTED} more" * (len(there.left) > FILES_LISTED)
+        say(f"data: of {path}, data.hub_split={d.hub_split} alone is read; not {', '.join(there.left[:FILES_LISTED])}{more}")
+    return artifact.outside(there.root, "file", run.cache, there.files)
+
+
+def check(cfg: DataVerb, inputs: dict[str, Artifact]) -> list[str]:
+    """What is read, by kind. Raises where a file is none of records."""
+    files = [file for role in inputs for file in _records(inputs[role])]
+    more = [f"and {len(files) - FILES_LISTED} more files"] * (len(files) > FILES_LISTED)
+    return [f"reads {file.name} ({file.kind})" for file in files[:FILES_LISTED]] + more
+
+
+def _records(source: Artifact) -> list[records.File]:
+    return [records.file(source.path if source.path.is_file() else source.path / name, name) for name in source.files]
 
 
 def data(cfg: DataVerb, inputs: dict[str, Artifact], out: Path) -> dict:
-    """Writes train.jsonl, val.jsonl and calib.jsonl: one {"id", "messages", "tools"} a line."""
-    tally = Tally()
-    rows = dict.fromkeys(SPLITS, 0)
-    files = {split: open(out / f"{split}.jsonl", "w", encoding="utf-8") for split in SPLITS}
-    try:
-        records = read(inputs["conversations"].path, format=cfg.data.format, on_fault=cfg.data.on_fault, tally=tally)
-        for conversation in progress(records, "records"):
-            split = split_of(conversation.digest(), cfg.data.split_seed, cfg.data.val, cfg.data.calib)
-            files[split].write(conversation.to_json() + "\n")
-            rows[split] += 1
-    finally:
-        for file in files.values():
-            file.close()
+    """Writes train.jsonl, val.jsonl and calib.jsonl, one {"id", "messages", "tools"} and "weight" where it is not 1 a line; dropped.jsonl where records
+    were dropped."""
+    d, tally, held_out = cfg.data, Tally(), set()
+    own_val = isinstance(d.val, str)
+    splits = Splits(out, seed=d.split_seed, val=0 if isinstance(d.val, str) else d.val, calib=d.calib, exact=d.split == "exact")
+    with open(out / "dropped.jsonl", "w", encoding="ascii") as tally.log:
+        try:
+            for conversation in _read(d, inputs["val"], tally) if own_val else ():
+                held_out.add(conversation.digest())
+                splits.write("val", conversation)
+            for role, weight in zip((role for role in inputs if role != "val"), d.weights or [1.0] * len(inputs)):
+                for conversation in _read(d, inputs[role], tally):
+                    digest = conversation.digest()
+                    if digest in held_out:
+                        tally.set_aside(conversation, HELD_OUT)
+                    elif count := times(digest, weight, d.split_seed):
+                        splits.add(conversation, count)
+                    else:
+                        tally.set_aside(conversation, NOT_DRAWN)
+            rows = splits.finish()
+        finally:
+            splits.close()
+    if not tally.dropped:
+        (out / "dropped.jsonl").unlink()
     if not rows["train"]:
-        raise BadData("no record is left to train on", where=cfg.data.path, fix="see the counts above")
+        why = "; ".join(f"dropped {count}: {reason}" for reason, count in tally.ordered("dropped")[:3]) or "all are held out"
+        raise BadData(f"no record is left to train on ({why})", where=", ".join(d.paths), fix=_ways_to_some(tally))
     report(tally, rows)
-    return {
-        "rows_in": tally.rows_in,
-        "rows_kept": tally.kept,
-        "dropped": dict(tally.dropped),
-        "formats": dict(tally.formats),
-        "notes": dict(tally.notes),
-        **{f"{split}_rows": count for split, count in rows.items()},
-    }
+    return tally.metrics() | {f"{split}_rows": count for split, count in rows.items()}
+
+
+def _read(d: Data, source: Artifact, tally: Tally) -> Iterator[Conversation]:
+    layout = Layout(d.format, d.columns, d.roles)
+    return progress(read(_records(source), format=layout, on_fault=d.on_fault, tally=tally), "records")
+
+
+def _ways_to_some(tally: Tally) -> list[str]:
+    """What brings records back where all are gone."""
+    ways = {HELD_OUT: "data.val=0.05 holds out a share of data.path instead", NOT_DRAWN: "data.weights=null draws none out"}
+    found = [*tally.fixes, *(way for reason, way in ways.items() if tally.dropped[reason])]
+    return found + ["data.on_fault=error lists what is wrong"] * bool(tally.fault_count) or ["more records"]
 
 
 def report(tally: Tally, rows: dict[str, int]) -> None:
-    """Say what was read, kept, dropped and inferred."""
+    """Say what was read, kept, dropped and inferred, in an order that follows from the counts alone."""
+    for file in tally.files[:FILES_LISTED]:
+        say(
+            f"data: {file.name} ({file.kind}, {', '.join(file.formats) or 'no layout'}): {file.rows_in} records in, {file.kept} kept; {file.seen()}"
+        )
+    if len(tally.files) > FILES_LISTED:
+        say(f"data: and {len(tally.files) - FILES_LISTED} more files")
     say(f"data: {tally.rows_in} records in ({', '.join(tally.formats)}), {tally.kept} kept: " + ", ".join(f"{rows[s]} {s}" for s in SPLITS))
-    for reason, count in tally.dropped.most_common():
+    for reason, count in tally.ordered("dropped"):
         say(f"data: dropped {count}: {reason}")
-    for note, count in tally.notes.most_common():
+    if tally.dropped:
+        say("data: each dropped record is named in dropped.jsonl")
+    for note, count in tally.ordered("notes"):
         say(f"data: {note} ({count})")
     for split in ("val", "calib"):
         if not rows[split]:
             warn(f"the {split} split is empty; raise data.{split}, or add records")
 
 
-STAGE = stage.Stage(verb="data", version=1, schema=DataVerb, kind="dataset", find=find, run=data, doc=__doc__)
+STAGE = stage.Stage(verb="data", version=2, schema=DataVerb, kind="dataset", find=find, check=check, run=data, doc=__doc__)
 
 if __name__ == "__main__":
     stage.main(STAGE)

@@ -202,6 +202,8 @@ def test_it_works_from_any_folder_and_makes_its_outputs_in_the_project(launch, t
     assert settings(calls[0])[1].data.path == str(elsewhere / "rel" / "chat.json"), "a path that is there is the caller's"
     assert settings(calls[1])[1].model.path == "someone/tiny", "one that is not may be a hub id"
     assert (tmp_path / "calls.path").read_text() == str(ROOT)
+    _, calls = launch("finetune_ds.sh", "-d", "rel/*.json", "-m", "someone/tiny", cwd=elsewhere)
+    assert settings(calls[-2])[1].data.path == str(elsewhere / "rel" / "*.json"), "a pattern that something matches, too"
 
 
 def test_settings_are_looked_at_before_the_data_is_read(launch):

@@ -682,7 +682,7 @@ GOOD = {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant",
         (b'{"a": 1}', ""),
         (json.dumps([GOOD]).encode()[:-5], "line 1"),
         ((json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:-3] + "\n").encode(), "2"),
-        (json.dumps([GOOD]).encode("utf-16"), "UTF-8"),
+        (json.dumps([GOOD]).encode("utf-16")[:-8], "ends"),
         (json.dumps([GOOD | {"id": "café"}], ensure_ascii=False).encode("latin-1"), "UTF-8"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "UTF-8"),
         (b"\x00" * 100, ""),
@@ -699,7 +699,7 @@ def test_damaged_conversations(call, tmp_path, content, words):
 
 
 @pytest.mark.parametrize(
-    "make, words", [(lambda p: None, "no such file"), (lambda p: p.mkdir(), "not a file"), (lambda p: os.mkfifo(p), "not a file")]
+    "make, words", [(lambda p: None, "no such file"), (lambda p: p.mkdir(), "no file of records"), (lambda p: os.mkfifo(p), "not a file")]
 )
 def test_conversations_that_are_nowhere(call, tmp_path, make, words):
     make(tmp_path / "chats.json")

@@ -18,7 +18,7 @@ from src.core import compose
 from src.core.errors import ConfigError
 from src.training import layout
 
-SETTING = re.compile(r"(?<![\w./{}\[-])([a-z_]+(?:\.[a-z0-9_]+)*)=([^\s,;:()]+)")
+SETTING = re.compile(r"(?<![\w./{}\[-])([a-z_]+(?:\.[a-z0-9_]+)*)=(\{[^\s}]*\}|[^\s,;:()]+)")
 COMMAND = re.compile(r"python -m src\.([a-z_]+)")
 FOREIGN = {
     *("tie_word_embeddings", "max_tokens", "init_lora_weights", "normalized"),

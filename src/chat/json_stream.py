@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from src.chat.sources import opened
 from src.core.errors import BadData, MissingInput
 
 CHUNK = 1 << 20
@@ -19,15 +20,16 @@ _SPACES = re.compile(f"[{SPACE}]*")
 
 
 class Malformed(Exception):
-    """One record is unusable. reason: a few words to count by; the message adds the detail."""
+    """One record is unusable. reason: a few words to count by; the message adds the detail; fix: a way out beside those of all malformed records."""
 
-    def __init__(self, reason: str, detail: str = ""):
+    def __init__(self, reason: str, detail: str = "", fix: str = ""):
         self.reason = reason
+        self.fix = fix
         super().__init__(f"{reason}: {detail}" if detail else reason)
 
 
 class Damaged(Exception):
-    """The array cannot be read beyond `line`."""
+    """The file cannot be read beyond `line`."""
 
     def __init__(self, line: int, what: str):
         self.line = line
@@ -35,27 +37,29 @@ class Damaged(Exception):
 
 
 class RawRecord(NamedTuple):
-    """A record as it lies in the file. line: from 1; name: its id if it brings none; value: the decoded JSON, or why there is none."""
+    """A record as it lies in the file.
+
+    line: from 1; 0 in a file without lines. name: its id if it brings none. value: the decoded JSON, or why there is none. notes: what was left out of it.
+    """
 
     line: int
     name: str
     value: object
+    notes: tuple[str, ...] = ()
 
 
 def container(path: Path) -> str:
     """Whether the file is an "array" or "lines", by its first character that is not space. Raises as `read` does at once."""
     try:
-        if not path.is_file():
-            raise MissingInput("not a file" if path.exists() else "no such file", where=str(path), fix="name a JSON or JSON Lines file")
-        with open_text(path, "utf-8-sig") as file:
+        with open_text(path) as file:
             head = ""
             while not head and (text := file.read(CHUNK)):
-                head = text.lstrip(SPACE)
+                head = text.lstrip(SPACE + "\ufeff")
     except OSError as error:
         raise MissingInput(f"the file cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from error
 
     if not head:
-        raise BadData("the file is empty", where=str(path), fix="name a JSON or JSON Lines file of conversations")
+        raise BadData("the file is empty", where=str(path), fix="name a file of conversations")
     if head.startswith("version https://git-lfs.github.com/spec/v1"):
         raise BadData(
             "the file is a Git LFS pointer, not the data it stands for", where=str(path), fix="run `git lfs pull` where it came from"
@@ -76,9 +80,9 @@ def container(path: Path) -> str:
     )
 
 
-def open_text(path: Path, encoding: str = "utf-8") -> TextIO:
-    # Bytes that are not UTF-8 become lone surrogates: they spoil the record they are in, not the file.
-    return open(path, encoding=encoding, errors="surrogateescape", newline="\n")
+def open_text(path: Path) -> TextIO:
+    """The file's text, unpacked where it is packed (sources/opened.py)."""
+    return opened.text(path)
 
 
 def quote(text: str, limit: int = 60) -> str:

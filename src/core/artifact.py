@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -106,9 +106,12 @@ def key_of(stage: str, version: int, settings: dict[str, Any], parents: dict[str
     return hashlib.sha256(canonical({"stage": stage, "version": version, "settings": settings, "parents": parents})).hexdigest()
 
 
-def outside(path: Path, kind: str, cache: HashCache | None = None) -> Artifact:
-    """A file or folder this project did not make, named by the hashes of its content."""
-    files = hash_files(path, cache)
+def outside(path: Path, kind: str, cache: HashCache | None = None, only: Sequence[Path] | None = None) -> Artifact:
+    """A file or folder this project did not make, named by the hashes of its content.
+
+    only: the files of a folder that are taken from it, in the order they are to be in; all if not given.
+    """
+    files = hash_files(path, cache, only)
     if not files:
         raise MissingInput("the folder is empty", where=str(path))
     return Artifact(path, kind, content_key(files), None, files)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_files(root: Path, cache: "HashCache | None" = None) -> Files:
-    """{relative path: {"sha256", "size"}} of every regular file under root (or of root itself, a file), sorted.
+def hash_files(root: Path, cache: "HashCache | None" = None, only: Sequence[Path] | None = None) -> Files:
+    """{relative path: {"sha256", "size"}} of every regular file under root (or of root itself, a file), sorted; or of those in `only`, in their order.
 
     cache: earlier hashes, reused while path, size, modification time and inode all stay the same.
     Hidden files and folders and Python's caches are not content.
@@ -39,7 +40,7 @@ def hash_files(root: Path, cache: "HashCache | None" = None) -> Files:
     known = cache.read() if cache else {}
     fresh = dict(known)
     found = {}
-    for path in [root] if root.is_file() else _walk(root):
+    for path in [root] if root.is_file() else _walk(root) if only is None else only:
         stat = path.stat()
         mark = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
         digest = known.get(mark) or sha256(path)

@@ -1,0 +1,281 @@
+"""What a file is by its first bytes, and its text: unpacked and decoded as it is read, so that memory does not follow its size.
+
+What has one reading is read (gzip, bzip2, xz, zstd, a zip of one file; UTF-8, UTF-16 and UTF-32). What has not is refused with the command that helps.
+"""
+
+import contextlib
+import errno
+import io
+import lzma
+import re
+import shlex
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO, cast
+
+from src.core.errors import BadData, MissingInput, MissingTool
+
+HEAD = 1 << 16
+"""bytes looked at to tell what a file is"""
+BOMB_SIZE, BOMB_RATIO = 1 << 30, 200
+"""a file that unpacks to more than so many bytes, and to more than so many times its own, is refused"""
+
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+TABLES = {b"PAR1": "Parquet", b"ARROW1\0\0": "Arrow", b"\xff\xff\xff\xff": "Arrow stream"}
+FOREIGN = {
+    b"\x80\x03": ("a Python pickle, which can run any code when it is read", "write it as JSON Lines with the program that made it"),
+    b"\x80\x04": ("a Python pickle, which can run any code when it is read", "write it as JSON Lines with the program that made it"),
+    b"\x80\x05": ("a Python pickle, which can run any code when it is read", "write it as JSON Lines with the program that made it"),
+    b"SQLite format 3\0": ("an SQLite database", "sqlite3 -json {path} 'SELECT * FROM a_table' > {stem}.json"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x {path}"),
+    b"Rar!": ("a RAR archive", "unrar x {path}"),
+    b"PK\x05\x06": ("an empty zip archive", "pack it again"),
+    b"%PDF": ("a PDF", "convert it to text"),
+    b"\xd0\xcf\x11\xe0": ("an old Office document", "save it as CSV UTF-8"),
+    b"FEA1": ("Feather of version 1", "write it as Parquet with the program that made it"),
+    b"Obj\x01": ("an Avro file", "write it as Parquet or JSON Lines"),
+    b"ORC": ("an ORC file", "write it as Parquet or JSON Lines"),
+    b"\x89HDF": ("an HDF5 file", "write it as Parquet or JSON Lines"),
+}
+UNICODE = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+OTHERS = {"cp949": "CP949", "gb18030": "GB18030", "cp932": "CP932", "big5": "BIG5", "cp1252": "CP1252"}
+"""what a text that is not Unicode may be in: Python's name, iconv's name"""
+FOREIGN_LETTERS = 8
+"""bytes that are no UTF-8, and more than what is, from which on it is the file that is not UTF-8, and not a record in it"""
+
+
+def head(path: Path) -> bytes:
+    """The first bytes of a file as it lies there. Raises MissingInput where there is none, or it cannot be read."""
+    try:
+        if not path.is_file():
+            raise MissingInput(
+                "not a file" if path.exists() else "no such file", where=str(path), fix="data.path=FILE names a file of records"
+            )
+        with open(path, "rb") as file:
+            return file.read(HEAD)
+    except OSError as error:
+        raise MissingInput(f"the file cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from error
+
+
+def table(path: Path) -> str | None:
+    """ "Parquet", "Arrow" or "Arrow stream" where the file is one by its first bytes."""
+    return _by_magic(TABLES, head(path))
+
+
+def text(path: Path) -> TextIO:
+    """The file's text from its beginning, lines ended as they are. Bytes that are not UTF-8 become lone surrogates: they spoil their record, not the file.
+
+    Raises MissingInput where there is no such file; BadData where it is no text, packed in a way that has no one reading, or in another encoding;
+    BadData while reading for damage in what is packed.
+    """
+    begin = head(path)
+    packed = _by_magic(PACKED, begin)
+    bytes_ = cast(io.BufferedIOBase, open(path, "rb")) if packed is None else io.BufferedReader(_Unpacked(path, packed), HEAD)
+    try:
+        if packed:
+            begin = _peeked(bytes_)
+        _refuse_binary(path, begin, packed)
+        encoding = _encoding(path, begin, packed)
+        if encoding == "utf-8":
+            return io.TextIOWrapper(cast(BinaryIO, bytes_), encoding, errors="surrogateescape", newline="\n")
+        return _Strict(path, cast(BinaryIO, bytes_), encoding, newline="\n")
+    except BaseException:
+        bytes_.close()
+        raise
+
+
+def name_within(path: Path) -> str:
+    """The file's name without what says that it is packed: chats.csv of chats.csv.gz; of a zip that of the file in it."""
+    if _by_magic(PACKED, head(path)) == "zip":
+        with _archive(path) as archive:
+            return _only_member(path, archive).filename
+    return path.stem if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zstd") else path.name
+
+
+class _Strict(io.TextIOWrapper):
+    """Text in UTF-16 or UTF-32, where one wrong byte leaves no way on: raises BadData at it."""
+
+    def __init__(self, path: Path, *how, **more):
+        super().__init__(*how, **more)
+        self._path = path
+
+    def read(self, size: int | None = -1) -> str:
+        with self._faults():
+            return super().read(size)
+
+    def readline(self, size: int = -1) -> str:  # type: ignore[override]
+        with self._faults():
+            return super().readline(size)
+
+    def __next__(self) -> str:  # type: ignore[override]
+        with self._faults():
+            return super().__next__()
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            what = f"the file is not the {error.encoding.upper()} that it begins as: {error.reason}"
+            raise BadData(what, where=str(self._path), fix="save it as UTF-8 with the program that made it") from None
+
+
+def _peeked(file: io.BufferedIOBase) -> bytes:
+    """The first bytes of what is unpacked, still to be read. A packed file gives them a few at a time."""
+    assert isinstance(file, io.BufferedReader)
+    return file.peek(HEAD)
+
+
+def _by_magic(table: dict[bytes, str], begin: bytes) -> str | None:
+    return next((name for magic, name in table.items() if begin.startswith(magic)), None)
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes in a packed file. Raises BadData for damage, and for what unpacks to far more than data does."""
+
+    def __init__(self, path: Path, kind: str):
+        self._path, self._kind, self._count = path, kind, 0
+        self._limit = max(BOMB_SIZE, BOMB_RATIO * path.stat().st_size)
+        self._archive: zipfile.ZipFile | None = None
+        with _damage(path, kind):
+            self._inner: BinaryIO = self._open()
+
+    def _open(self) -> BinaryIO:
+        if self._kind == "gzip":
+            import gzip
+
+            return cast(BinaryIO, gzip.open(self._path))
+        if self._kind == "bzip2":
+            import bz2
+
+            return cast(BinaryIO, bz2.open(self._path))
+        if self._kind == "xz":
+            return cast(BinaryIO, lzma.open(self._path))
+        if self._kind == "zip":
+            self._archive = _archive(self._path)
+            return cast(BinaryIO, self._archive.open(_only_member(self._path, self._archive)))
+        import pyarrow
+
+        return cast(BinaryIO, pyarrow.CompressedInputStream(pyarrow.OSFile(str(self._path)), "zstd"))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        with _damage(self._path, self._kind):
+            data = self._inner.read(len(buffer))
+        self._count += len(data)
+        if self._count > self._limit:
+            raise BadData(
+                f"the {self._kind} file unpacks to more than {BOMB_RATIO} times its size, which no records do",
+                where=str(self._path),
+                fix="unpack it yourself, and look at what is in it",
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._inner.close()
+            if self._archive:
+                self._archive.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _damage(path: Path, kind: str) -> Iterator[None]:
+    """What the unpacking libraries raise at damage, as BadData."""
+    try:
+        yield
+    except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # EINVAL: a place in the file before its beginning
+            raise
+        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        raise BadData(
+            f"the {kind} file is {'cut off' if cut else f'damaged: {error}'}", where=str(path), fix="fetch or pack it again"
+        ) from None
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    with _damage(path, "zip"):
+        return zipfile.ZipFile(path)
+
+
+def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    """The one file in a zip, what macOS adds not counted."""
+    found = [
+        m
+        for m in archive.infolist()
+        if not m.filename.endswith("/") and not m.filename.startswith("__MACOSX/") and Path(m.filename).name[:1] != "."
+    ]
+    if any(m.filename == "[Content_Types].xml" for m in found):
+        raise BadData("the file is an Office document", where=str(path), fix="save it as CSV UTF-8")
+    if any(m.filename.endswith("data.pkl") for m in found):
+        raise BadData("the file is a PyTorch pickle, which can run any code", where=str(path), fix="write it as JSON Lines")
+    if len(found) != 1:
+        folder = shlex.quote(str(path.with_suffix("")))
+        raise BadData(
+            f"the zip holds {len(found)} files, and in which order they belong together is not known",
+            where=str(path),
+            fix=[f"unzip {shlex.quote(str(path))} -d {folder}", f"then data.path={folder}"],
+        )
+    if found[0].flag_bits & 1:
+        raise BadData("the zip is encrypted", where=str(path), fix=f"unzip {shlex.quote(str(path))}")
+    return found[0]
+
+
+def _refuse_binary(path: Path, begin: bytes, packed: str | None) -> None:
+    quoted = {"path": shlex.quote(str(path)), "stem": shlex.quote(str(path.with_suffix("")))}
+    for magic, (what, fix) in FOREIGN.items():
+        if begin.startswith(magic):
+            raise BadData(f"the file is {what}", where=str(path), fix=fix.format(**quoted))
+    if begin[257:262] == b"ustar":
+        raise BadData("the file is a tar archive", where=str(path), fix=["tar xf {path}".format(**quoted), "then data.path=FOLDER"])
+    within = _by_magic(PACKED | TABLES, begin) if packed else None
+    if within:
+        unpack = {"gzip": "gunzip -k", "bzip2": "bunzip2 -k", "xz": "unxz -k", "zstd": "unzstd", "zip": "unzip"}[str(packed)]
+        raise BadData(f"unpacked, the {packed} file is {within}; it is unpacked once", where=str(path), fix=f"{unpack} {quoted['path']}")
+
+
+def _encoding(path: Path, begin: bytes, packed: str | None) -> str:
+    """The encoding of a text that begins so. Raises BadData where it is none of Unicode's."""
+    if marked := _by_magic(UNICODE, begin):
+        return marked
+    if re.match(rb"[\[{\s\w\"]\0[^\0]\0", begin):
+        return "utf-16-le"
+    if re.match(rb"\0[\[{\s\w\"]\0[^\0]", begin):
+        return "utf-16-be"
+    decoded = begin.decode("utf-8", "surrogateescape")
+    wrong = len(re.findall("[\udc80-\udcff]", decoded))
+    # Some pairs of bytes of any encoding are UTF-8 by chance.
+    right = len(re.findall("[\u0080-\ud7ff\ue000-\U0010ffff]", decoded))
+    if wrong < FOREIGN_LETTERS or wrong <= 2 * right or b"\0" in begin:
+        return "utf-8"
+    way = _to_utf8(path, begin, packed)
+    raise BadData("the file is not UTF-8", where=str(path), fix=[way, "save it as UTF-8 with the program that made it"])
+
+
+def to_utf8(path: Path) -> str:
+    """The command that writes a text file anew in UTF-8, by the encoding it seems to be in."""
+    begin = head(path)
+    packed = _by_magic(PACKED, begin)
+    if packed:
+        with io.BufferedReader(_Unpacked(path, packed), HEAD) as file:
+            begin = _peeked(file)
+    return _to_utf8(path, begin, packed)
+
+
+def _to_utf8(path: Path, begin: bytes, packed: str | None) -> str:
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError as error:
+        raise MissingTool(f"charset-normalizer is not here: {error}", fix="pip install charset-normalizer") from None
+    best = from_bytes(begin, cp_isolation=list(OTHERS)).best()
+    source = OTHERS.get(best.encoding if best else "", "CP1252")
+    target = shlex.quote(str(path.with_name(f"utf8-{name_within(path)}")))
+    if packed:
+        reader = {"gzip": "gzip -dc", "bzip2": "bzip2 -dc", "xz": "xz -dc", "zstd": "zstd -dc", "zip": "unzip -p"}[packed]
+        return f"{reader} {shlex.quote(str(path))} | iconv -f {source} -t UTF-8 > {target}"
+    return f"iconv -f {source} -t UTF-8 {shlex.quote(str(path))} > {target}"
