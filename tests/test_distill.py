@@ -265,7 +265,7 @@ def test_the_budget_is_never_passed_and_a_higher_one_goes_on(call, teacher, prom
     assert 2000 < state["tokens"] <= 4000
     ((tokens, money),) = journal(tmp_path, "SELECT sum(tokens), sum(money) FROM totals")
     assert state["tokens"] <= tokens <= 4000 and money <= 0.004
-    assert call(*argv(server, path, budget, *prices, "run=first", "prompts.count=5")).returncode == 0
+    assert call(*argv(teacher(), path, budget, *prices, "run=first", "prompts.count=5")).returncode == 0
     key, value = budget.split("=")
     again = call(*argv(server, path, f"{key}={float(value) * 1000:.0f}", *prices))
     assert again.returncode == 0, again.stderr
@@ -474,7 +474,7 @@ def test_what_a_recipe_begins_with_has_to_be_there(call, tmp_path):
     told = call("distill", *own, f"prompts.path={tmp_path / 'some.jsonl'}", "dry_run=true")
     refused(told, MissingInput, "draws its own prompts and takes no file", "prompts.path=null")
     assert call("distill", *own, "prompts.path=null", "dry_run=true").returncode == 0
-    (tmp_path / "none").write_text("")
+    (tmp_path / "none").write_text("[]")
     refused(
         call("distill", *plain, f"prompts.path={tmp_path / 'none'}"),
         BadData,

@@ -523,7 +523,7 @@ def test_deploy_offers_the_same_ways(tmp_path):
         preflight.check_fit(MODELS["Qwen2.5-7B"], target("target=ax650"))
     assert caught.value.fix == ["target.weight_type=s4", "target.board.npu_memory=9.3 if your board has so much"]
     for way in caught.value.fix:
-        preflight.check_fit(MODELS["Qwen2.5-7B"], target(f"target=ax650 {way.split()[0]}"))
+        preflight.check_fit(MODELS["Qwen2.5-7B"], target("target=ax650", way.split()[0]))
 
 
 # ---- what deploy refuses
