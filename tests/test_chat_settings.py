@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import CHAT, go, refused
+from conftest import CHAT, go, helps, refused
 from test_template_kinds import CALL, TOOL, calls, result, says, user
 
 from src import data, evaluate, finetune, merge
@@ -93,10 +93,13 @@ def test_a_template_from_a_file_is_an_input_of_the_run(here, capsys):
     assert "chat_template" in capsys.readouterr().err
 
 
+@helps("training/chat_tokenizer.py", "chat_template=chatml, or chat_template=FILE names a Jinja file")
 def test_what_cannot_be_is_refused_before_anything_is_done(here, call):
     given = ["finetune", f"source={here}/chats/data", f"model.path={here}/base", "dry_run=true"]
     refused(call(*given, "template.thinkin=true"), ConfigError, "does not read thinkin; did you mean 'thinking'?", "template.thinkin")
     refused(call(*given, "chat_template=nowhere.jinja"), MissingInput, "nowhere.jinja", "chat_template=chatml")
     refused(call(*given, "today=tomorrow"), ConfigError, "today=tomorrow")
     refused(call(*given, "templat.thinking=true"), ConfigError, "unknown setting 'templat.thinking'")
-    assert call(*given, "template.thinking=true", "chat_template=null").returncode == 0
+    (here / "there.jinja").write_text(template.CHATML)
+    for taken in ("template.thinking=true", "chat_template=chatml", f"chat_template={here}/there.jinja"):
+        assert call(*given, taken).returncode == 0

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import NO_SHARED, SHARED, each_kind
+from conftest import NO_SHARED, SHARED, each_kind, helps
 from makers import KINDS, tokenizer_folder
 
 from src.chat import encoding
@@ -219,11 +219,15 @@ def test_padding_falls_back_to_the_turn_end():
     assert encoding.encode(tokenizer, TURNS).labels.count(1023) == 2
 
 
+@helps("chat/template.py", "remove chat_template from tokenizer_config.json (and chat_template.jinja) to train with ChatML")
 def test_a_template_without_a_stop_token_is_refused():
     tokenizer = load_tokenizer(TINY)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     with pytest.raises(WrongKind, match="stop"):
         encoding.turn_end(tokenizer)
+    tokenizer.chat_template = None
+    encoding.ensure_chat(tokenizer)
+    assert encoding.turn_end(tokenizer) == 1023
 
 
 def test_where_history_is_rewritten_a_row_is_what_a_server_makes():

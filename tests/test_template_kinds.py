@@ -3,12 +3,14 @@
 import json
 
 import pytest
-from conftest import CHAT
+from conftest import CHAT, helps
 from test_chatml import TOOL, spans
 
 from src.chat import encoding, template, unseen
+from src.chat.rows import rows_of
 from src.chat.template import Unteachable
 from src.core.errors import BadData, ConfigError
+from src.models import evaluation
 from src.models.loading import load_tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -276,6 +278,43 @@ def test_chatml_of_ours_shows_everything():
     assert encoding.render(tokenizer, talk[1:2], [TOOL]).startswith(f"{START}system\nThese functions can be called")
 
 
+@helps("models/evaluation.py", "fine-tune with chat_template=chatml, which shows them")
+def test_a_validation_split_of_which_nothing_is_shown():
+    records = [{"id": "a", "messages": TOLD[:2], "tools": None}]
+    tokenizer = made(PLAIN, [], END)
+    with pytest.raises(BadData, match="shows no answer of the validation split"):
+        evaluation.encode_all(records, tokenizer, 512)
+    encoding.set_up(tokenizer, text="chatml", keywords={}, reasoning="template", today="2026-01-01")
+    assert len(evaluation.encode_all(records, tokenizer, 512)) == 1
+
+
+@helps("chat/template.py", "mend chat_template in tokenizer_config.json (or chat_template.jinja), or remove it to train with ChatML")
+def test_a_template_that_breaks_is_mended_or_removed():
+    tokenizer = made(PLAIN + "{{ 1 // 0 }}", [], END)
+    with pytest.raises(BadData, match="ZeroDivisionError") as error:
+        encoding.encode(tokenizer, [user("Hi!"), says("Ahoy!")])
+    assert "mend chat_template" in error.value.fix[0]
+    for mended in (PLAIN, None):
+        tokenizer.chat_template = mended
+        encoding.ensure_chat(tokenizer)
+        assert encoding.encode(tokenizer, [user("Hi!"), says("Ahoy!")]).trained
+
+
+@helps("chat/encoding.py", "take that text out of the record, or leave the record out")
+def test_a_control_token_is_taken_out_of_the_text():
+    tokenizer = made(PLAIN, [], END)
+    records = [
+        {"id": "a", "messages": [user("What is <|im_end|>?"), says("An end.")]},
+        {"id": "b", "messages": [user("Hi!"), says("Ahoy!")]},
+    ]
+    with pytest.raises(BadData, match="control token") as error:
+        list(rows_of(records, tokenizer, "test"))
+    assert error.value.where == "record 'a'" and error.value.fix == ["take that text out of the record, or leave the record out"]
+    assert len(list(rows_of(records[1:], tokenizer, "test"))) == 1
+    records[0]["messages"][0] = user("What is im_end?")
+    assert len(list(rows_of(records, tokenizer, "test"))) == 2
+
+
 def test_an_end_token_that_is_no_special_one_ends_a_turn_too():
     tokenizer = load_tokenizer(CHAT)
     tokenizer.add_tokens(["[END]"])
@@ -302,6 +341,7 @@ def test_a_template_s_date_is_one_day_for_all_rows():
         assert encoding.render(tokenizer, [user("Hi!")]) == today and not today.startswith("02 March 2027")
 
 
+@helps("chat/template.py", "it reads {}", "template={}: it reads no keyword")
 def test_keywords_are_the_template_s_own_from_then_on(tmp_path):
     """They are saved in the template, so that whoever loads the folder renders alike, and can still say otherwise."""
     text = "{% if thinking is defined and thinking %}{{ 'think ' + level }}{% endif %}" + PLAIN
@@ -317,6 +357,11 @@ def test_keywords_are_the_template_s_own_from_then_on(tmp_path):
     with pytest.raises(ConfigError, match="does not read thinkin; did you mean 'thinking'") as error:
         template.check_keywords(text, {"thinkin": True})
     assert error.value.fix == ["it reads level, thinking"]
+    template.check_keywords(text, dict.fromkeys(["level", "thinking"], True))
+    with pytest.raises(ConfigError, match="does not read thinking") as error:
+        template.check_keywords(PLAIN, {"thinking": True})
+    assert error.value.fix == ["template={}: it reads no keyword"]
+    template.check_keywords(PLAIN, {})
     for value in (None, 1.5, "a 'quoted' \"text\"\n", ["x", {"y": False}]):
         given = template.with_defaults("{{ value | tojson }}", {"value": value})
         tokenizer.chat_template = given

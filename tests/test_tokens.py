@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import CHAT, in_process, ready_processes
+from conftest import CHAT, helps, in_process, ready_processes
 from makers import tokenizer_folder
 
 from src.chat import encoding
@@ -96,6 +96,7 @@ def test_a_fault_in_another_process_is_the_user_s_error_and_leaves_nothing(made,
     assert folders(tmp_path) == []
 
 
+@helps("chat/unseen.py", "chat_template=chatml: a template that shows calls, results and system turns")
 def test_what_a_template_refuses_is_left_out_and_counted_or_refused(made, tmp_path, capsys):
     base = with_template(tmp_path / "base", "{% if messages[0]['content'] == 'Refuse me.' %}{{ raise_exception('as asked') }}{% endif %}")
     refused = talk("Refuse me.", "No.")

@@ -160,7 +160,8 @@ def modules() -> dict[str, Module]:
     return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): Module(file) for file in files}
 
 
-def ways_out() -> set[tuple[str, str]]:
+@functools.cache
+def ways_out() -> frozenset[tuple[str, str]]:
     """(file under src, text with {} for what is put in) of everything that is given as `fix=`, through constants, names and functions."""
     found = set[tuple[str, str]]()
 
@@ -220,7 +221,7 @@ def ways_out() -> set[tuple[str, str]]:
                     zip(node.args.kwonlyargs, node.args.kw_defaults)
                 )
                 [text(module, default, None, ()) for name, default in named.items() if name.arg == "fix" and default]
-    return found
+    return frozenset(found)
 
 
 def marked() -> dict[tuple[str, str], str]:

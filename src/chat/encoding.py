@@ -171,7 +171,10 @@ def _refuse_control(chat: ChatTemplate, messages: Sequence[dict], tools) -> None
     places = [f"message {i + 1} ({message['role']})" for i, message in enumerate(messages)]
     for place, part in zip([*places, "the tools"], [*messages, list(tools or [])]):
         if found := control.search(json.dumps(part, ensure_ascii=False)):
-            raise BadData(f"{found[0]} in {place} is a control token of this model and would end or forge a turn")
+            raise BadData(
+                f"{found[0]} in {place} is a control token of this model and would end or forge a turn",
+                fix="take that text out of the record, or leave the record out",
+            )
 
 
 @lru_cache(maxsize=8)

@@ -22,9 +22,7 @@ def rows_of(records: Iterable[dict], tokenizer, what: str) -> Iterator[tuple[dic
             notes["refused"] += sum(message["role"] == "assistant" for message in record["messages"])
             continue
         except BadData as error:
-            raise BadData(
-                error.what, where=f"record '{record['id']}'", fix="take that text out of the record, or leave the record out"
-            ) from None
+            raise BadData(error.what, where=f"record '{record['id']}'", fix=error.fix) from None
         notes += taught.notes
         yield from ((record, row) for row in taught.rows)
     for line in unseen.report(notes, what):

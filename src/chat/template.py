@@ -138,7 +138,11 @@ class ChatTemplate:
         offered = list(tools) if tools else [] if self.takes.tools else None
         given = {"tools": offered, "tokenize": False, "add_generation_prompt": prompt}
         where = self.tokenizer.name_or_path
-        with using("the chat template", where, "mend chat_template in tokenizer_config.json, or remove it to train with ChatML"):
+        with using(
+            "the chat template",
+            where,
+            "mend chat_template in tokenizer_config.json (or chat_template.jinja), or remove it to train with ChatML",
+        ):
             try:
                 with template_bounds.as_of(self._day):
                     return self.tokenizer.apply_chat_template(taken, **given)

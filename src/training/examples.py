@@ -291,9 +291,7 @@ class Encoder:
         except Unteachable:
             return [], long_rows.Counts(), Counter(refused=sum(m["role"] == "assistant" for m in record["messages"]))
         except BadData as error:
-            raise BadData(
-                error.what, where=f"record '{record['id']}'", fix="take that text out of the record, or leave the record out"
-            ) from None
+            raise BadData(error.what, where=f"record '{record['id']}'", fix=error.fix) from None
         whole = notes.copy()
         if not made:
             return [], long_rows.Counts(), whole
