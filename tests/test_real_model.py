@@ -3,6 +3,9 @@
 The model comes from the package registry (scripts/real_model.py); where that does not have it, everything here is skipped, and said.
 """
 
+import contextlib
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from src.chat import encoding
 from src.core import artifact
+from src.models.generation import greedy
+from src.models.loading import load_any, load_model, load_tokenizer
 
 pytestmark = pytest.mark.slow
 ADAPTED = ["train.max_steps=24", "train.eval_steps=100", "train.log_steps=8"]
@@ -109,3 +115,99 @@ def test_the_openvino_bundle_answers_as_trained(merged, place):
     m = metrics(place, run, "deploy-openvino_cpu")
     print(f"{run}: OpenVINO int8 {m['loss_after']:.4f} ({m['loss_after'] - m['loss_before']:+.4f}), KL {m['kl']:.4f}")
     within(m, 0.1, 0.03)
+
+
+# ---- tools
+
+CITIES = [
+    "Oslo",
+    "Bern",
+    "Rome",
+    "Lima",
+    "Cairo",
+    "Seoul",
+    "Busan",
+    "Kyoto",
+    "Osaka",
+    "Quito",
+    "Paris",
+    "Lyon",
+    "Turin",
+    "Milan",
+    "Porto",
+    "Lagos",
+    "Accra",
+    "Tunis",
+    "Delhi",
+    "Hanoi",
+    "Perth",
+    "Leeds",
+    "Cork",
+    "Graz",
+]
+LOOKS = {
+    "get_weather": "How is the weather in {}?",
+    "get_time": "What time is it in {}?",
+    "find_hotel": "I need a bed for the night in {}.",
+}
+
+
+def tool_chat(function: str, city: str) -> dict:
+    """A conversation that asks, calls, is told and answers."""
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "description": question.format("a city"),
+                "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            },
+        }
+        for name, question in LOOKS.items()
+    ]
+    call = {"type": "function", "function": {"name": function, "arguments": {"city": city}}}
+    return {
+        "messages": [
+            {"role": "user", "content": LOOKS[function].format(city)},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": json.dumps({"city": city, "found": "yes"})},
+            {"role": "assistant", "content": f"I found it for {city}."},
+        ],
+        "tools": tools,
+    }
+
+
+def right_calls(model, tokenizer) -> tuple[int, int]:
+    """(calls of the right function with the right city, questions), for cities that no training row names."""
+    asked = [tool_chat(function, city) for function in LOOKS for city in ("Vienna", "Dublin", "Tokyo", "Havana")]
+    prompts, tools = [row["messages"][:1] for row in asked], [row["tools"] for row in asked]
+    answers = greedy(model, tokenizer, prompts, max_new_tokens=50, eos_id=encoding.turn_end(tokenizer), tools=tools)
+    right = 0
+    for row, (text, ended) in zip(asked, answers):
+        found = re.search(r"<tool_call>\s*(\{.*\})\s*</tool_call>", text, re.DOTALL)
+        with contextlib.suppress(ValueError):
+            right += bool(found) and ended and json.loads(found[1]) == row["messages"][1]["tool_calls"][0]["function"]
+    return right, len(asked)
+
+
+def test_a_template_that_drops_calls_is_noticed_and_with_ours_the_model_learns_to_call(place):
+    rows = [tool_chat(function, city) for function in LOOKS for city in CITIES]
+    (place / "tools.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    verb(place, "tools", "data", f"data.path={place}/tools.jsonl")
+    given = [
+        f"model.path={place}/model",
+        "train.max_steps=24",
+        "train.eval_steps=100",
+        "train.samples=0",
+        "tuner.rank=16",
+        "tuner.learning_rate=1e-3",
+    ]
+    said = verb(place, "tools", "finetune", *given, code=6)
+    assert "the chat template does not print their tool calls" in said and "chat_template=chatml" in said
+    verb(place, "tools", "finetune", *given, "chat_template=chatml")
+    base, tokenizer = load_model(place / "model", dtype="float32").eval(), load_tokenizer(place / "model")
+    encoding.set_up(tokenizer, text="chatml", keywords={}, reasoning="template", today="2026-01-01")
+    before, count = right_calls(base, tokenizer)
+    after, _ = right_calls(*load_any(artifact.open_artifact(place / "tools" / "finetune"), dtype="float32"))
+    print(f"right calls: {before} of {count} before, {after} after")
+    assert before < count / 2 and after > 0.8 * count
