@@ -625,18 +625,10 @@ def test_no_records(load):
         load(b" [ \n ] ")
 
 
-def test_no_file(tmp_path, monkeypatch):
+def test_no_file(tmp_path):
     for path, what in ((tmp_path / "none.json", "no such file"), (tmp_path, "not a file")):
         with pytest.raises(MissingInput, match=what):
             read(path, format="auto", on_fault="error", tally=Tally())
-
-    def denied(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    (tmp_path / "chat.json").write_bytes(LINES)
-    monkeypatch.setattr(json_stream, "open_text", denied)
-    with pytest.raises(MissingInput, match="Permission denied"):
-        read(tmp_path / "chat.json", format="auto", on_fault="error", tally=Tally())
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ from functools import cache, partial
 from itertools import accumulate
 
 import pytest
-from conftest import ROOT, SHARED, each_kind
+from conftest import ROOT, SHARED, each_kind, helps
 from makers import KINDS, tokenizer_folder
 from test_chatml import CALLING, SYSTEM, TOOL, spans
 
 from src.chat import encoding
 from src.chat.conversations import Tally, read
 from src.chat.encoding import IGNORE, Encoded
-from src.chat.long_rows import POLICIES, Counts, check, exchanges, fit, fit_rows, report, shortest_limit
+from src.chat.long_rows import POLICIES, Counts, check, exchanges, fit, fit_rows, report
 from src.core.errors import BadData
 from src.models.loading import load_tokenizer
 
@@ -329,13 +329,16 @@ def test_policy_error_names_the_first_ten_and_how_many():
     check(lost(1000, []), 1, policy="error", max_length=512)
 
 
+@helps("chat/long_rows.py", "train.max_length={}")
 @each_kind(["made-qwen2.5"], ["qwen2.5"])
 def test_the_length_named_is_the_smallest_that_does(name):
     encode, _ = encoder(name)
     records = records_of(name, True)
     _, counts = fit_all(records, encode, "drop", 100)
     for limit in (0, 0.01, 0.05, 0.2):
-        length = shortest_limit(counts, limit)
+        with pytest.raises(BadData) as stopped:
+            check(counts, limit, policy="drop", max_length=100)
+        length = int(stopped.value.fix[0].removeprefix("train.max_length="))
         check(fit_all(records, encode, "drop", length)[1], limit, policy="drop", max_length=length)
         with pytest.raises(BadData):
             check(fit_all(records, encode, "drop", length - 1)[1], limit, policy="drop", max_length=length - 1)

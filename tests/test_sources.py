@@ -1,5 +1,6 @@
 """Data as it comes: every kind of file, folder and name that `data.path` takes holds the same rows; what is hostile or damaged ends in a clear error."""
 
+import base64
 import bz2
 import csv
 import gzip
@@ -12,18 +13,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import ROOT, in_process, refused
+from conftest import ROOT, helps, in_process, refused, typed, ways
 from pyarrow import parquet
 
 from src.chat.conversations import FORMATS, Tally, read
 from src.chat.sources import found, hub, opened, tables
-from src.core.errors import BadData, ConfigError, MissingInput, UserError, WrongKind
+from src.core.errors import AGAIN, BadData, ConfigError, MissingInput, MissingTool, NoMemory, UserError, WrongKind
 from src.settings.verbs import COLUMNS
 
 ROWS = [{"prompt": f'질문 {i}, "quoted"\nnext line', "completion": f"답 {i}; é, tab\there"} for i in range(12)]
@@ -171,13 +173,17 @@ def test_several_paths_are_read_in_order(contents, tmp_path):
     assert "a.jsonl (JSON Lines, prompt_completion): 4 records in, 4 kept" in said and "b.csv (CSV, prompt_completion): 8 records" in said
 
 
+@helps("chat/sources/hub.py", "data.hub_split={}")
 def test_a_folder_with_splits_reads_one_and_says_so(contents, call, tmp_path):
     FORMS["splits"](tmp_path / "in")
     assert "data.hub_split=train alone is read; not notes.txt, data/test-0.jsonl" in contents(f"data.path={tmp_path}/in")[1]
     assert len(contents(f"data.path={tmp_path}/in", "data.hub_split=test", "data.val=0", "data.calib=0")[0]) == 1
-    refused(call("data", f"data.path={tmp_path}/in", "data.hub_split=dev"), MissingInput, "has test, train", "data.hub_split=test")
     saved_dict(tmp_path / "dict")
-    refused(call("data", f"data.path={tmp_path}/dict", "data.hub_split=dev"), MissingInput, "has train, test", "data.hub_split=train")
+    for folder, words in (("in", "has test, train"), ("dict", "has train, test")):
+        done = call("data", f"data.path={tmp_path / folder}", "data.hub_split=dev")
+        refused(done, MissingInput, words)
+        assert set(ways(done)) == {"data.hub_split=test", "data.hub_split=train"}
+        assert contents(f"data.path={tmp_path / folder}", "data.hub_split=train")[0] == SAME
 
 
 def test_a_change_in_any_file_changes_the_key(call, tmp_path):
@@ -208,6 +214,7 @@ def hub_cache(tmp_path, monkeypatch):
     return repo
 
 
+@helps("chat/sources/hub.py", "data.subset={}", "hf download {} --repo-type dataset fetches it, or says why it cannot")
 def test_a_hub_id_is_read_from_the_hubs_cache(contents, call, hub_cache):
     rows, said = contents("data.path=people/chats", "data.subset=fine")
     assert rows == SAME and "fine/train-00000-of-00002.parquet (Parquet, prompt_completion): 6 records in" in said
@@ -215,11 +222,14 @@ def test_a_hub_id_is_read_from_the_hubs_cache(contents, call, hub_cache):
     refused(call("data", "data.path=people/chats"), ConfigError, "several subsets: fine, rest", "data.subset=fine")
     refused(call("data", "data.path=people/chats", "data.subset=best"), ConfigError, "no subset 'best'", "data.subset=fine")
     refused(call("data", "data.path=people/chats", "data.subset=fine", "data.hub_split=dev"), MissingInput, "has test, train")
-    refused(call("data", "data.path=people/none"), MissingInput, "people/none", "data.path=FILE", "HF_TOKEN")
+    refused(call("data", "data.path=people/none"), MissingInput, "hf download people/none --repo-type dataset", hub.ANYTHING)
     refused(call("data", "data.path=people/none", "dry_run=true"), MissingInput, "among the data sets downloaded before")
     shutil.rmtree(hub_cache / "snapshots" / ("a" * 40) / "fine")
-    refused(call("data", "data.path=people/chats", "data.subset=fine"), MissingInput, "are not there", "download them")
+    refused(call("data", "data.path=people/chats", "data.subset=fine"), MissingInput, "are not there", AGAIN, hub.ONE_FILE)
+    assert contents(f"data.path={hub_cache / 'snapshots' / ('a' * 40) / 'other.jsonl'}", "data.val=0", "data.calib=0")[0]
     refused(call("data", "data.path=people/chats", "data.subset=fine", "data.revision=v2"), MissingInput, "people/chats")
+    shutil.copytree(hub_cache, hub_cache.with_name("datasets--people--none"))  # what `hf download` leaves behind
+    assert contents("data.path=people/none", "data.subset=rest", "data.val=0", "data.calib=0")[0]
 
 
 def test_a_hub_id_is_read_from_what_datasets_prepared(contents, tmp_path, monkeypatch):
@@ -249,7 +259,7 @@ def test_what_was_downloaded_is_read_where_the_hub_is_not_reached(contents, call
     monkeypatch.setattr(hub, "_listed", gone)
     rows, said = contents("data.path=people/chats", "data.subset=fine")
     assert rows == SAME and "takes what was downloaded before" in said
-    refused(call("data", "data.path=people/none"), MissingInput, "no route to host", "HF_TOKEN")
+    refused(call("data", "data.path=people/none"), MissingInput, "no route to host", "hf download people/none")
 
 
 def test_a_hub_id_is_downloaded_once(cli, tmp_path):
@@ -273,11 +283,16 @@ def test_a_hub_id_is_downloaded_once(cli, tmp_path):
     )
 
 
-def test_a_loading_script_is_not_run(call, tmp_path):
+@helps("chat/sources/hub.py", "data.path=FILE names one of its files")
+def test_a_loading_script_is_not_run(call, contents, tmp_path):
     folder = tmp_path / "chats"
     like_the_hub(folder)
     (folder / "chats.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    refused(call("data", f"data.path={folder}"), WrongKind, "loading script", "data.path=FILE")
+    done = call("data", f"data.path={folder}")
+    refused(done, WrongKind, "loading script")
+    assert ways(done) == [hub.ONE_FILE]
+    (folder / "chats.csv").write_bytes(CSV)
+    assert contents(f"data.path={folder / 'chats.csv'}")[0] == SAME
     assert not (tmp_path / "ran").exists()
 
 
@@ -291,9 +306,11 @@ def test_a_loading_script_is_not_run(call, tmp_path):
         "configs:\n- config_name: a\n  data_files: https://x.org/a",
     ],
 )
-def test_a_readme_without_sense(call, tmp_path, head):
+@helps("chat/sources/hub.py", "data.path=FILE names the file itself")
+def test_a_readme_without_sense(call, contents, tmp_path, head):
     several(tmp_path / "in", ("README.md", f"---\n{head}\n---\n".encode()), ("a.jsonl", JSONL))
-    refused(call("data", f"data.path={tmp_path / 'in'}"), BadData, "README", "data.path=FILE")
+    refused(call("data", f"data.path={tmp_path / 'in'}"), BadData, "README", "data.path=FILE names ")
+    assert contents(f"data.path={tmp_path / 'in' / 'a.jsonl'}")[0] == SAME
 
 
 # ---- what is packed
@@ -317,11 +334,15 @@ def test_damage_in_what_is_packed(call, tmp_path, monkeypatch):
         refused(call("data", f"data.path={path}", "data.on_fault=drop"), BadData, path)
 
 
-def test_a_bomb_does_not_go_off(call, tmp_path, monkeypatch):
+@helps("chat/sources/opened.py", "unpack it yourself, and look at what is in it")
+def test_a_bomb_does_not_go_off(call, contents, tmp_path, monkeypatch):
     monkeypatch.setattr(opened, "BOMB_SIZE", 1 << 20)
-    for name, content in (("a.jsonl.gz", gzip.compress(b"\n" * (1 << 23))), ("a.zip", zipped(a__jsonl=b" " * (1 << 23)))):
+    whole = b"\n" * (1 << 21) + JSONL
+    for name, content in (("a.jsonl.gz", gzip.compress(whole)), ("a.zip", zipped(a__jsonl=whole))):
         (tmp_path / name).write_bytes(content)
         refused(call("data", f"data.path={tmp_path / name}"), BadData, "200 times its size", tmp_path / name)
+    (tmp_path / "a.jsonl").write_bytes(gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()))
+    assert contents(f"data.path={tmp_path / 'a.jsonl'}")[0] == SAME
 
 
 def test_one_long_line_in_a_packed_file_is_one_bad_record(contents, tmp_path, monkeypatch):
@@ -348,23 +369,83 @@ FOREIGN = {
     "lfs.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer"),
     "empty.csv": (b"", "the file is empty"),
     "blank.csv": (b"\n\n", "the file is empty"),
+    "chats": (CSV, "the file begins with 'prompt,completion"),
+    "log.json": (b"2026-01-01 started\n", "the file begins with '2026"),
+    "whole.json": (json.dumps({"data": ROWS}, indent=1).encode(), "one JSON object over several lines"),
+}
+MENDED = {
+    "git lfs pull, in the folder it came from": ("", JSONL),
+    opened.CSV_UTF_8: (".csv", CSV),
+    opened.JSON_LINES: (".jsonl", JSONL),
+    "keep only the list of records that is in it": ("", json.dumps(ROWS).encode()),
+    AGAIN: ("", JSONL),
+}
+"""{what a user is told to do: (the suffix of the file that is made so, what is in it)}"""
+
+
+@helps("chat/json_stream.py", "git lfs pull, in the folder it came from", "keep only the list of records that is in it")
+@helps("chat/sources/opened.py", "save it as CSV UTF-8", "write it as JSON Lines with the program that made it")
+@helps("chat/sources/records.py", "name it .csv, .tsv or .txt, if that is what it is")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_no_file_of_records(call, contents, tmp_path, name):
+    content, words = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    done = call("data", f"data.path={tmp_path / name}")
+    refused(done, BadData, words, tmp_path / name)
+    if name == "chats":
+        assert ways(done)[1] == "name it .csv, .tsv or .txt, if that is what it is"
+        (tmp_path / name).rename(tmp_path / "chats.csv")
+        assert contents(f"data.path={tmp_path / 'chats.csv'}")[0] == SAME
+    elif ways(done)[0] in MENDED:
+        suffix, mended = MENDED[ways(done)[0]]
+        path = (tmp_path / name).with_suffix(suffix or Path(name).suffix)
+        path.write_bytes(zipped(a__jsonl=mended) if suffix == "" and path.suffix == ".zip" else CSV if path.suffix == ".csv" else mended)
+        assert contents(f"data.path={path}")[0] == SAME
+
+
+def tarred(**files: bytes) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, content in files.items():
+            about = tarfile.TarInfo(name.replace("__", "."))
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+    return packed.getvalue()
+
+
+TWO = {"a__jsonl": lines(ROWS[:5]), "b__jsonl": lines(ROWS[5:])}
+ENCRYPTED = base64.b64decode(
+    "UEsDBBQACQAIAKxlel0GKwY2LQAAACMAAAAHAAAAYS5qc29ubIikgekx+WlJ3kVTACO9hhm4J/CoyVyWQFXR23kWf0ks5FBHOxmQdX4cPXDn8FBLBwgGKwY2"
+    "LQAAACMAAABQSwECHgMUAAkACACsZXpdBisGNi0AAAAjAAAABwAAAAAAAAABAAAApIEAAAAAYS5qc29ubFBLBQYAAAAAAQABADUAAABiAAAAAAA="
+)
+"""{"prompt": "?", "completion": "!"} in a.jsonl, by `zip -P secret`"""
+PACKS = {
+    "two.zip": (zipped(**TWO), SAME),
+    "two": (zipped(**TWO), SAME),
+    "my two.v1.tar": (tarred(**TWO), SAME),
+    "two.tar.gz": (gzip.compress(tarred(**TWO)), SAME),
+    "two.tar.zip": (zipped(a__tar=tarred(**TWO)), SAME),
+    "twice.jsonl.gz": (gzip.compress(gzip.compress(JSONL)), SAME),
+    "twice.zip": (zipped(**{"in/a__jsonl__xz": lzma.compress(JSONL)}), SAME),
+    "table.parquet.bz2": (None, SAME),
+    "secret.zip": (ENCRYPTED, [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]]),
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_what_is_no_file_of_records(call, tmp_path, name):
-    content, words = FOREIGN[name]
-    (tmp_path / name).write_bytes(content)
-    refused(call("data", f"data.path={tmp_path / name}"), BadData, words, tmp_path / name)
-
-
-def test_the_way_out_of_a_zip_of_several_files_helps(contents, call, tmp_path):
-    (tmp_path / "two.zip").write_bytes(zipped(a__jsonl=lines(ROWS[:5]), b__jsonl=lines(ROWS[5:])))
-    said = call("data", f"data.path={tmp_path / 'two.zip'}").stderr
-    folder = said.split("unzip ")[1].split(" -d ")[1].split()[0]
-    with zipfile.ZipFile(tmp_path / "two.zip") as archive:  # as `unzip -d` does, which may not be installed
-        archive.extractall(folder)
-    assert f"then data.path={folder}" in said and contents(f"data.path={folder}")[0] == SAME
+@helps("chat/sources/opened.py", "unzip {} -d {}, then data.path={}", "unzip -P PASSWORD {} -d {}, then data.path={}")
+@helps("chat/sources/opened.py", "mkdir {} && {} {} | tar x -C {}, then data.path={}", "{} {} > {}, then data.path={}")
+@pytest.mark.parametrize("name", PACKS)
+def test_the_way_out_of_what_is_packed_helps(contents, call, tmp_path, name):
+    content, rows = PACKS[name]
+    path = tmp_path / name
+    write_parquet(path, ROWS)
+    path.write_bytes(content or bz2.compress(path.read_bytes()))
+    [way] = ways(call("data", f"data.path='{path}'"))
+    command, setting = way.split(", then ")
+    if not shutil.which(shlex.split(command.partition("&& ")[2] or command)[0]):
+        pytest.skip(f"not here: {command}")
+    subprocess.run(["bash", "-ec", command.replace("PASSWORD", "secret")], check=True, timeout=60, capture_output=True)
+    assert contents(*shlex.split(setting), "data.val=0", "data.calib=0")[0] == rows
 
 
 # ---- encodings
@@ -377,28 +458,51 @@ SPOKEN = {
 }
 
 
-@pytest.mark.parametrize("name, packed", [("chats.csv", False), ("chats.jsonl", False), ("chats.csv.gz", True)])
+CODED = {
+    "chats.csv": bytes,
+    "chats.jsonl": bytes,
+    "chats.csv.gz": gzip.compress,
+    "chats.csv.zip": lambda content: zipped(**{"in/chats__csv": content}),
+}
+
+
+@pytest.mark.parametrize("name", CODED)
 @pytest.mark.parametrize("encoding", SPOKEN)
-def test_another_encoding_is_refused_with_the_command_that_mends_it(contents, call, tmp_path, encoding, name, packed):
+@helps("chat/sources/opened.py", "iconv -f {} -t UTF-8 {} > {}", "{} {} | iconv -f {} -t UTF-8 > {}")
+def test_another_encoding_is_refused_with_the_command_that_mends_it(contents, call, tmp_path, encoding, name):
     codec, text = SPOKEN[encoding]
     rows = [{"prompt": f"{text} {i}", "completion": text} for i in range(4)]
     content = table(rows=rows) if ".csv" in name else lines(rows).decode()
     path = tmp_path / name
-    path.write_bytes(gzip.compress(content.encode(codec)) if packed else content.encode(codec))
+    path.write_bytes(CODED[name](content.encode(codec)))
     done = call("data", f"data.path={path}")
     refused(done, BadData, "not UTF-8", f"iconv -f {encoding} -t UTF-8", path)
-    command = done.stderr.split("fix:")[1].splitlines()[0].strip()
+    command = ways(done)[0]
+    if not shutil.which(command.split()[0]):
+        pytest.skip(f"not here: {command}")
     subprocess.run(["bash", "-ec", command], check=True, timeout=60)
     mended = shlex.split(command)[-1]
     assert sorted(m[0]["content"] for m in contents(f"data.path={mended}")[0]) == sorted(r["prompt"] for r in rows)
 
 
+@helps("chat/sources/opened.py", "pip install charset-normalizer")
+def test_the_encoding_needs_a_package(call, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_bytes(table(rows=[{"prompt": SPOKEN["CP949"][1], "completion": "."}]).encode("cp949"))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "charset_normalizer", None)
+        refused(call("data", f"data.path={tmp_path / 'a.csv'}"), MissingTool, "pip install charset-normalizer")
+    refused(call("data", f"data.path={tmp_path / 'a.csv'}"), BadData, "iconv -f CP949")
+
+
+@helps("chat/sources/opened.py", "save it as UTF-8 with the program that made it")
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
 def test_unicode_that_breaks_off(call, tmp_path, name):
     text = CSV.decode() if name == "a.csv" else json.dumps(ROWS) if name == "a.json" else JSONL.decode()
     for codec in ("utf-16", "utf-32"):
         (tmp_path / name).write_bytes(text.encode(codec) + b"\x00")
-        refused(call("data", f"data.path={tmp_path / name}", "data.on_fault=drop"), BadData, f"is not the {codec.upper()}", tmp_path / name)
+        refused(call("data", f"data.path={tmp_path / name}", "data.on_fault=drop"), BadData, f"is not the {codec.upper()}", opened.UTF_8)
+    (tmp_path / name).write_text(text, newline="")
+    assert call("data", f"data.path={tmp_path / name}").returncode == 0
 
 
 def test_one_text_in_another_encoding_among_others(call, tmp_path):
@@ -421,21 +525,62 @@ def test_a_row_of_a_csv_spoils_itself_alone(contents, call, tmp_path):
     ]
 
 
+@helps("chat/sources/tables.py", "give each column a name of its own", "put the columns' names into the first line")
+@helps("chat/conversations.py", "data.columns={prompt:NAME,response:NAME} says what is what (in quotes; all names: docs/data.md)")
 @pytest.mark.parametrize(
-    "content, words",
+    "content, words, way",
     [
-        (b'prompt,completion\r\nx,"y\r\nz,w\r\n', "a quote that opens in this row is never closed"),
-        (b"prompt,prompt\r\nx,y\r\n", "names 'prompt' twice"),
-        (b'prompt,"completion\r\nx,y\r\n', "no row of a table"),
-        (b"prompt,completion\r\n", "holds no records"),
-        (b",\r\nx,y\r\n", "names no columns"),
-        (b"x,y\r\nz,w\r\n", "its columns fit no layout: 'x', 'y'"),
+        (b'prompt,completion\r\nx,"y\r\nz,w\r\n', "a quote that opens in this row is never closed", AGAIN),
+        (b"prompt,prompt\r\nx,y\r\n", "names 'prompt' twice", "give each column a name of its own"),
+        (b'prompt,"completion\r\nx,y\r\n', "no row of a table", AGAIN),
+        (b"prompt,completion\r\n", "holds no records", AGAIN),
+        (b",\r\nx,y\r\n", "names no columns", "put the columns' names into the first line"),
+        (b"x,y\r\nz,w\r\n", "its columns fit no layout: 'x', 'y'", "data.columns={prompt:NAME,response:NAME}"),
+        (b"x,y,z\r\nz,w,v\r\n", "its columns fit no layout: 'x', 'y', 'z'", "data.columns={prompt:NAME,response:NAME}"),
     ],
 )
-def test_a_csv_without_sense(call, tmp_path, content, words):
+def test_a_csv_without_sense(call, tmp_path, content, words, way):
     (tmp_path / "a.csv").write_bytes(content)
+    command = ["data", f"data.path={tmp_path / 'a.csv'}", "data.val=0", "data.calib=0"]
     for on_fault in ("error", "drop"):
-        refused(call("data", f"data.path={tmp_path / 'a.csv'}", f"data.on_fault={on_fault}"), BadData, words, tmp_path / "a.csv")
+        done = call(*command, f"data.on_fault={on_fault}")
+        refused(done, BadData, words, tmp_path / "a.csv", way)
+    if "NAME" in way:
+        command.append(way.replace("NAME", "x", 1).replace("NAME", "y"))
+    else:
+        (tmp_path / "a.csv").write_bytes(b"prompt,completion\r\nx,y\r\n")
+    assert call(*command).returncode == 0
+
+
+@helps("chat/sources/tables.py", "write it with smaller {}")
+@pytest.mark.parametrize("kind, way", [("pairs.parquet", "row groups"), ("stream.arrow", "record batches")])
+def test_a_table_whose_parts_are_too_large(call, contents, tmp_path, monkeypatch, kind, way):
+    """Readers with memory for six rows at a time."""
+    rows = tables._rows
+
+    def fits(count: int) -> None:
+        if count > 6:
+            raise MemoryError("malloc of size 1 failed")
+
+    class Reader(parquet.ParquetFile):
+        def iter_batches(self, *how, **more):
+            [fits(self.metadata.row_group(i).num_rows) for i in range(self.num_row_groups)]
+            return super().iter_batches(*how, **more)
+
+    def few(batches, name):
+        return rows((batch for batch in batches if kind == "pairs.parquet" or not fits(batch.num_rows)), name)
+
+    monkeypatch.setattr(tables, "_rows", few)
+    monkeypatch.setattr(parquet, "ParquetFile", Reader)
+    held, path = pa.Table.from_pylist(ROWS), tmp_path / kind
+    if kind == "pairs.parquet":
+        parquet.write_table(held, path)
+    else:
+        with pa.ipc.new_stream(str(path), held.schema) as writer:
+            writer.write_table(held)
+    refused(call("data", f"data.path={path}"), NoMemory, f"write it with smaller {way}")
+    FORMS[kind](path)
+    assert contents(f"data.path={path}")[0] == SAME
 
 
 def test_long_cells(contents, tmp_path):
@@ -524,7 +669,10 @@ def test_damaged_bytes_are_read_or_refused(tmp_path, form):
 # ---- names that lead nowhere
 
 
-def test_names_that_lead_nowhere(call, tmp_path):
+@helps("chat/sources/hub.py", "data.path=FILE names a file, a folder, a glob such as 'chats/*.jsonl', or a data set of the hub")
+@helps("chat/sources/found.py", "ls {} shows what is there")
+@helps("chat/sources/found.py", "data.path=FILE names one; of a folder those named {} are read, packed or not")
+def test_names_that_lead_nowhere(call, contents, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "gone").symlink_to(tmp_path / "nothing.jsonl")
     (tmp_path / "empty").mkdir()
@@ -533,11 +681,64 @@ def test_names_that_lead_nowhere(call, tmp_path):
         "gone": "leads nowhere",
         "empty": "no file of records",
         "x*.jsonl": "no file matches",
+        "empty/**/none/*.jsonl": "no file matches",
         "none.jsonl": "no such file",
     }.items():
-        refused(call("data", f"data.path='{tmp_path / path}'"), MissingInput, words, tmp_path / path)
-    refused(call("data", "data.path=chats/none.jsonl.gz"), MissingInput, "no such file")
+        done = call("data", f"data.path='{tmp_path / path}'")
+        refused(done, MissingInput, words, tmp_path / path)
+        if "*" in path:
+            several(tmp_path, ("empty/chats.dat", JSONL), ("chats.dat", JSONL))
+            listed = subprocess.run(ways(done)[0].removesuffix(" shows what is there"), shell=True, capture_output=True, text=True)
+            assert "chats.dat" in listed.stdout.split()
+        else:
+            assert "data.path=FILE names " in ways(done)[0]
+    refused(call("data", "data.path=chats/none.jsonl.gz"), MissingInput, "no such file", hub.ANYTHING)
     refused(call("data", "data.path=[]"), ConfigError, "data.path")
+    refused(call("data", f"data.path={tmp_path / 'empty'}"), MissingInput, "data.path=FILE names one")
+    for there in (tmp_path / "empty" / "chats.dat", f"{tmp_path}/*.dat"):
+        assert contents(f"data.path='{there}'")[0] == SAME
+
+
+@helps("chat/sources/found.py", "data.subset=null")
+def test_a_folder_without_subsets(call, contents, tmp_path):
+    several(tmp_path / "in", ("a.jsonl", JSONL))
+    done = call("data", f"data.path={tmp_path / 'in'}", "data.subset=fine")
+    refused(done, MissingInput, "none called 'fine'")
+    assert contents(f"data.path={tmp_path / 'in'}", "data.subset=fine", *ways(done))[0] == SAME
+
+
+def test_a_saved_folder_that_lacks_a_file_is_copied_again(call, contents, tmp_path):
+    saved(tmp_path / "whole", ROWS)
+    shutil.copytree(tmp_path / "whole", tmp_path / "in")
+    next((tmp_path / "in").glob("*.arrow")).unlink()
+    refused(call("data", f"data.path={tmp_path / 'in'}"), BadData, "files that are not beside it", AGAIN)
+    shutil.copytree(tmp_path / "whole", tmp_path / "in", dirs_exist_ok=True)
+    assert contents(f"data.path={tmp_path / 'in'}")[0] == SAME
+
+
+@helps("data.py", "data.on_fault=error lists what is wrong", "more records")
+@helps("chat/conversations.py", "mend the records that are named")
+@helps("chat/conversations.py", "data.on_fault=drop leaves them out, counts them and names each in dropped.jsonl")
+def test_records_that_are_malformed(call, contents, tmp_path):
+    path = tmp_path / "a.jsonl"
+    bad = lines([{"prompt": "?", "completion": 5.5}] * 2)
+    path.write_bytes(bad)
+    command = ["data", f"data.path={path}"]
+    done = call(*command, "data.on_fault=drop")
+    refused(done, BadData, "no record is left to train on (dropped 2: malformed")
+    done = call(*command, *typed(ways(done)[0]))
+    refused(done, BadData, "2 of 2 records are malformed", f"{path.name} line 1", "mend the records that are named")
+    path.write_bytes(bad + JSONL)
+    done = call(*command)
+    rows, said = contents(command[1], *typed(ways(done)[1]))
+    assert rows == SAME and "dropped 2: malformed" in said
+    assert len((tmp_path / "outputs" / "default" / "data" / "dropped.jsonl").read_text().splitlines()) == 2
+    path.write_bytes(JSONL)
+    assert contents(command[1])[0] == SAME
+    path.write_bytes(lines([{"prompt": "?", "completion": " "}]))
+    refused(call(*command, "force=true"), BadData, "every assistant turn is empty", "more records")
+    path.write_bytes(path.read_bytes() + JSONL)
+    assert contents(command[1])[0] == SAME
 
 
 def test_a_folder_that_is_linked_into_itself_is_read_once(contents, tmp_path):

@@ -242,11 +242,12 @@ NOT_HERE = {
     ("training/reports.py", "train.precision=fp32 force=true"),
     ("deploy/axera/compile.py", "remove the folder that an earlier container left as root's, then run the same command again"),
     ("deploy/axera/chat.py", "target.tokenizer_type=TYPE where axllm has the model's own: {}"),
+    ("chat/sources/hub.py", "data.revision=refs/convert/parquet, where the hub keeps one as Parquet"),
     ("distill/batch.py", "teacher.batch=false asks one by one"),
     ("distill/batch.py", "the same command goes on"),
 }
-"""ways out of what no test here runs into: a GPU's memory or fp16, ZeRO-3 inside its engine, a container's root, a batch API that fails"""
-NOT_YET = ("chat/", "data.py", "training/examples.py")
+"""ways out of what no test here runs into: a GPU's memory or fp16, ZeRO-3 inside its engine, a container's root, what the hub made of a data set, a batch API that fails"""
+NOT_YET = ("chat/template.py", "chat/unseen.py", "chat/rows.py", "training/examples.py")
 """files whose ways out have no tests yet"""
 
 

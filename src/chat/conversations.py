@@ -19,7 +19,7 @@ from src.chat.formats import KNOWN, PARSERS, as_object, decoded, desired, detect
 from src.chat.json_stream import Damaged, Malformed, RawRecord, quote
 from src.chat.sources import opened, records
 from src.chat.turns import MEDIA, is_empty
-from src.core.errors import BadData
+from src.core.errors import AGAIN, BadData
 
 FORMATS = tuple(PARSERS)
 DEPTH_LIMIT = 100
@@ -209,7 +209,7 @@ def read(path: Path | Sequence[records.File], *, format: str | Layout, on_fault:
         records before has to be thrown away.
     Memory follows the largest record, not the file, save for the set that finds duplicates (some 70 bytes a record).
 
-    Raises MissingInput (at once, not at the first record) if there is no such file or it cannot be read; BadData at once if it is empty or none of
+    Raises MissingInput (at once, not at the first record) if there is no such file; BadData at once if it is empty or none of
     records; BadData while reading for damage beyond which no record can be found; BadData at the end if it holds no record, or for the malformed ones.
     """
     layout = Layout(format) if isinstance(format, str) else format
@@ -242,12 +242,12 @@ def _all_files(files: list[records.File], layout: Layout, on_fault: str, tally: 
     rows, faults = tally.rows_in - rows_before, tally.fault_count - faults_before
     where = str(files[0].path) if len(files) == 1 else ", ".join(file.name for file in files[:3]) + f" ({len(files)} files)"
     if not rows:
-        raise BadData("the file holds no records", where=where, fix="name a file of conversations")
+        raise BadData("the file holds no records", where=where, fix=AGAIN)
     if faults and on_fault == "error":
         raise BadData(
             _listing(rows, faults, tally.faults),
             where=where,
-            fix=[*tally.fixes, "mend the file"]
+            fix=[*tally.fixes, "mend the records that are named"]
             + ["data.on_fault=drop leaves them out, counts them and names each in dropped.jsonl"] * (faults < rows),
         )
 
@@ -291,9 +291,9 @@ def _conversations(file: records.File, layout: Layout, tally: Tally) -> Iterator
     except Damaged as damage:
         after = f"the last good record before it is {quote(last_good)}" if last_good is not None else "there is no good record before it"
         raise BadData(
-            f"the {file.kind} is damaged: {damage}; {after}",
+            f"the {file.kind} is damaged, and records beyond the damage cannot be found: {damage}; {after}",
             where=f"{file.path} line {damage.line}",
-            fix=["fetch or export the file again", "mend it there; records beyond the damage cannot be found"],
+            fix=AGAIN,
         ) from None
 
 

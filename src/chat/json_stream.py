@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from src.chat.sources import opened
-from src.core.errors import BadData, MissingInput
+from src.core.errors import AGAIN, BadData
 
 CHUNK = 1 << 20
 RECORD_LIMIT = 64 << 20
@@ -50,19 +50,16 @@ class RawRecord(NamedTuple):
 
 def container(path: Path) -> str:
     """Whether the file is an "array" or "lines", by its first character that is not space. Raises as `read` does at once."""
-    try:
-        with open_text(path) as file:
-            head = ""
-            while not head and (text := file.read(CHUNK)):
-                head = text.lstrip(SPACE + "\ufeff")
-    except OSError as error:
-        raise MissingInput(f"the file cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from error
+    with open_text(path) as file:
+        head = ""
+        while not head and (text := file.read(CHUNK)):
+            head = text.lstrip(SPACE + "\ufeff")
 
     if not head:
-        raise BadData("the file is empty", where=str(path), fix="name a file of conversations")
+        raise BadData("the file is empty", where=str(path), fix=AGAIN)
     if head.startswith("version https://git-lfs.github.com/spec/v1"):
         raise BadData(
-            "the file is a Git LFS pointer, not the data it stands for", where=str(path), fix="run `git lfs pull` where it came from"
+            "the file is a Git LFS pointer, not the data it stands for", where=str(path), fix="git lfs pull, in the folder it came from"
         )
     if head[0] == "[":
         return "array"
@@ -75,9 +72,7 @@ def container(path: Path) -> str:
         )
     if head[0] == "{":
         return "lines"
-    raise BadData(
-        f"the file begins with {quote(head[:20])}; expected [ or {{", where=str(path), fix="convert it to UTF-8 JSON or JSON Lines"
-    )
+    raise BadData(f"the file begins with {quote(head[:20])}; expected [ or {{", where=str(path), fix=opened.JSON_LINES)
 
 
 def open_text(path: Path) -> TextIO:

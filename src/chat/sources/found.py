@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from src.chat.sources import hub
-from src.core.errors import BadData, MissingInput
+from src.core.errors import AGAIN, BadData, MissingInput
 from src.core.files import read_json
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tab", ".parquet", ".pq", ".arrow", ".feather", ".txt")
@@ -50,7 +50,7 @@ def found(given: str, *, subset: str | None, split: str, revision: str | None, d
     if path.exists() or path.is_symlink():
         if not path.is_file():
             what = "not a file" if path.exists() else "a link that leads nowhere, or to itself"
-            raise MissingInput(what, where=given, fix="data.path=FILE names a file, a folder, a glob or a data set of the hub")
+            raise MissingInput(what, where=given, fix=hub.ANYTHING)
         return Found(path, (path,))
     if glob.has_magic(given):
         return _matching(given)
@@ -58,9 +58,7 @@ def found(given: str, *, subset: str | None, split: str, revision: str | None, d
         folder, commit, files = hub.fetched(given, subset=subset, split=split, revision=revision, download=download)
         inside = Found(folder, tuple(files)) if files is not None else _folder(folder, subset, split)
         return replace(inside, revision=commit)
-    raise MissingInput(
-        "no such file", where=given, fix="data.path=FILE names a file, a folder, a glob such as 'chats/*.jsonl', or a data set of the hub"
-    )
+    raise MissingInput("no such file", where=given, fix=hub.ANYTHING)
 
 
 def _names_data(path: Path) -> bool:
@@ -71,7 +69,8 @@ def _names_data(path: Path) -> bool:
 def _matching(pattern: str) -> Found:
     files = sorted(path for name in glob.glob(pattern, recursive=True) if (path := Path(name)).is_file())
     if not files:
-        raise MissingInput("no file matches", where=pattern, fix=f"ls {shlex.quote(str(Path(pattern).parent))} shows what is there")
+        there = next(place for place in (*Path(pattern).parents, Path()) if not glob.has_magic(str(place)) and place.is_dir())
+        raise MissingInput("no file matches", where=pattern, fix=f"ls {shlex.quote(str(there))} shows what is there")
     return Found(Path(os.path.commonpath([file.parent for file in files])), tuple(files))
 
 
@@ -132,5 +131,5 @@ def _saved(folder: Path, root: Path, left: list[str]) -> Found:
     listed = read_json(folder / "state.json").get("_data_files")
     names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name and (folder / name).is_file() for name in names):
-        raise BadData("its state.json lists files that are not beside it", where=str(folder), fix="save or copy the folder again")
+        raise BadData("its state.json lists files that are not beside it", where=str(folder), fix=AGAIN)
     return Found(root, tuple(folder / str(name) for name in names), tuple(left))

@@ -11,9 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from src.core.errors import BadData, ConfigError, MissingInput, UserError, WrongKind
+from src.core.errors import AGAIN, BadData, ConfigError, MissingInput, UserError, WrongKind
 from src.core.log import say
 
+ANYTHING = "data.path=FILE names a file, a folder, a glob such as 'chats/*.jsonl', or a data set of the hub"
+ONE_FILE = "data.path=FILE names one of its files"
 ABOUT = ("README.md", "dataset_infos.json", ".huggingface.yaml")
 """files from which datasets takes what subsets and splits there are"""
 _HF_PATH = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
@@ -41,7 +43,7 @@ def files_of(folder: Path, *, subset: str | None, split: str) -> list[Path]:
     from huggingface_hub import DatasetCard
 
     if (folder / f"{folder.name}.py").is_file():
-        raise _needs_code(str(folder))
+        raise _needs_code(str(folder), remote=False)
     with _user_faults(str(folder), remote=False):
         subsets = MetadataConfigs.from_dataset_card_data(DatasetCard.load(folder / "README.md").data)
         name = subset or (subsets.get_default_config_name() if len(subsets) > 1 else next(iter(subsets)))
@@ -115,7 +117,7 @@ def _not_there(id: str, error: Exception) -> MissingInput:
     return MissingInput(
         f"no file or folder '{id}' here, and the hub did not give a data set of that name: {first}",
         where=id,
-        fix=["data.path=FILE names a file that is here", "check the name, the network and, for gated data sets, HF_TOKEN"],
+        fix=[f"hf download {id} --repo-type dataset fetches it, or says why it cannot", ANYTHING],
     )
 
 
@@ -140,7 +142,7 @@ def _of_split(id: str, by_split: dict[str, list[str]], split: str) -> tuple[str,
 
 
 def no_split(where: str, split: str, there: list[str]) -> MissingInput:
-    ways = [f"data.hub_split={name}" for name in there] or ["data.path=FILE names one of its files"]
+    ways = [f"data.hub_split={name}" for name in there] or [ONE_FILE]
     return MissingInput(f"the data set has no split '{split}'; it has {', '.join(there) or 'none'}", where=where, fix=ways)
 
 
@@ -153,12 +155,9 @@ def _elsewhere(where: str, name: str) -> BadData:
     return BadData(f"its README names a file outside of it: {name}", where=where, fix="data.path=FILE names the file itself")
 
 
-def _needs_code(where: str) -> WrongKind:
-    return WrongKind(
-        "the data set is made by a loading script, which could run anything",
-        where=where,
-        fix=["data.path=FILE names the data itself", "data.revision=refs/convert/parquet, where the hub keeps one as Parquet"],
-    )
+def _needs_code(where: str, remote: bool) -> WrongKind:
+    converted = ["data.revision=refs/convert/parquet, where the hub keeps one as Parquet"] * remote
+    return WrongKind("the data set is made by a loading script, which could run anything", where=where, fix=[ONE_FILE, *converted])
 
 
 @contextlib.contextmanager
@@ -171,15 +170,15 @@ def _user_faults(where: str, *, remote: bool, subset: str | None = None) -> Iter
         if isinstance(error, UserError | MemoryError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES):
             raise
         if isinstance(error, RuntimeError) and "script" in text:
-            raise _needs_code(where) from None
+            raise _needs_code(where, remote) from None
         if isinstance(error, ValueError) and ("BuilderConfig" in text or "Config name" in text):
             raise _no_subset(where, subset, re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])) from None
         if isinstance(error, FileNotFoundError) and not remote:
             raise MissingInput(
                 f"files that its README names are not there: {text}",
                 where=where,
-                fix="download them, or data.path=FILE names one of its files",
+                fix=[AGAIN, ONE_FILE],
             ) from None
         if remote:
             raise _not_there(where, error) from error
-        raise BadData(f"its README cannot be used: {text}", where=where, fix="data.path=FILE names one of its files") from error
+        raise BadData(f"its README cannot be used: {text}", where=where, fix=ONE_FILE) from error

@@ -15,29 +15,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
-from src.core.errors import BadData, MissingInput, MissingTool
+from src.core.errors import AGAIN, BadData, MissingInput, MissingTool
 
 HEAD = 1 << 16
 """bytes looked at to tell what a file is"""
 BOMB_SIZE, BOMB_RATIO = 1 << 30, 200
 """a file that unpacks to more than so many bytes, and to more than so many times its own, is refused"""
 
+JSON_LINES = "write it as JSON Lines with the program that made it"
+UTF_8 = "save it as UTF-8 with the program that made it"
+CSV_UTF_8 = "save it as CSV UTF-8"
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+READERS = {"gzip": "gzip -dc", "bzip2": "bzip2 -dc", "xz": "xz -dc", "zstd": "zstd -dc", "zip": "unzip -p"}
+"""what writes to a pipe what is in a packed file"""
 TABLES = {b"PAR1": "Parquet", b"ARROW1\0\0": "Arrow", b"\xff\xff\xff\xff": "Arrow stream"}
 FOREIGN = {
-    b"\x80\x03": ("a Python pickle, which can run any code when it is read", "write it as JSON Lines with the program that made it"),
-    b"\x80\x04": ("a Python pickle, which can run any code when it is read", "write it as JSON Lines with the program that made it"),
-    b"\x80\x05": ("a Python pickle, which can run any code when it is read", "write it as JSON Lines with the program that made it"),
-    b"SQLite format 3\0": ("an SQLite database", "sqlite3 -json {path} 'SELECT * FROM a_table' > {stem}.json"),
+    b"\x80\x03": ("a Python pickle, which can run any code when it is read", JSON_LINES),
+    b"\x80\x04": ("a Python pickle, which can run any code when it is read", JSON_LINES),
+    b"\x80\x05": ("a Python pickle, which can run any code when it is read", JSON_LINES),
+    b"SQLite format 3\0": ("an SQLite database", "sqlite3 -json {path} 'SELECT * FROM A_TABLE' > {stem}.json"),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x {path}"),
     b"Rar!": ("a RAR archive", "unrar x {path}"),
-    b"PK\x05\x06": ("an empty zip archive", "pack it again"),
+    b"PK\x05\x06": ("an empty zip archive", AGAIN),
     b"%PDF": ("a PDF", "convert it to text"),
-    b"\xd0\xcf\x11\xe0": ("an old Office document", "save it as CSV UTF-8"),
-    b"FEA1": ("Feather of version 1", "write it as Parquet with the program that made it"),
-    b"Obj\x01": ("an Avro file", "write it as Parquet or JSON Lines"),
-    b"ORC": ("an ORC file", "write it as Parquet or JSON Lines"),
-    b"\x89HDF": ("an HDF5 file", "write it as Parquet or JSON Lines"),
+    b"\xd0\xcf\x11\xe0": ("an old Office document", CSV_UTF_8),
+    b"FEA1": ("Feather of version 1", JSON_LINES),
+    b"Obj\x01": ("an Avro file", JSON_LINES),
+    b"ORC": ("an ORC file", JSON_LINES),
+    b"\x89HDF": ("an HDF5 file", JSON_LINES),
 }
 UNICODE = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 OTHERS = {"cp949": "CP949", "gb18030": "GB18030", "cp932": "CP932", "big5": "BIG5", "cp1252": "CP1252"}
@@ -47,16 +52,11 @@ FOREIGN_LETTERS = 8
 
 
 def head(path: Path) -> bytes:
-    """The first bytes of a file as it lies there. Raises MissingInput where there is none, or it cannot be read."""
-    try:
-        if not path.is_file():
-            raise MissingInput(
-                "not a file" if path.exists() else "no such file", where=str(path), fix="data.path=FILE names a file of records"
-            )
-        with open(path, "rb") as file:
-            return file.read(HEAD)
-    except OSError as error:
-        raise MissingInput(f"the file cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from error
+    """The first bytes of a file as it lies there. Raises MissingInput where there is none."""
+    if not path.is_file():
+        raise MissingInput("not a file" if path.exists() else "no such file", where=str(path))
+    with open(path, "rb") as file:
+        return file.read(HEAD)
 
 
 def table(path: Path) -> str | None:
@@ -119,7 +119,7 @@ class _Strict(io.TextIOWrapper):
             yield
         except UnicodeDecodeError as error:
             what = f"the file is not the {error.encoding.upper()} that it begins as: {error.reason}"
-            raise BadData(what, where=str(self._path), fix="save it as UTF-8 with the program that made it") from None
+            raise BadData(what, where=str(self._path), fix=UTF_8) from None
 
 
 def _peeked(file: io.BufferedIOBase) -> bytes:
@@ -193,9 +193,7 @@ def _damage(path: Path, kind: str) -> Iterator[None]:
         if getattr(error, "errno", None) not in (None, errno.EINVAL):  # EINVAL: a place in the file before its beginning
             raise
         cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-        raise BadData(
-            f"the {kind} file is {'cut off' if cut else f'damaged: {error}'}", where=str(path), fix="fetch or pack it again"
-        ) from None
+        raise BadData(f"the {kind} file is {'cut off' if cut else f'damaged: {error}'}", where=str(path), fix=AGAIN) from None
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
@@ -211,19 +209,26 @@ def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
         if not m.filename.endswith("/") and not m.filename.startswith("__MACOSX/") and Path(m.filename).name[:1] != "."
     ]
     if any(m.filename == "[Content_Types].xml" for m in found):
-        raise BadData("the file is an Office document", where=str(path), fix="save it as CSV UTF-8")
+        raise BadData("the file is an Office document", where=str(path), fix=CSV_UTF_8)
     if any(m.filename.endswith("data.pkl") for m in found):
-        raise BadData("the file is a PyTorch pickle, which can run any code", where=str(path), fix="write it as JSON Lines")
+        raise BadData("the file is a PyTorch pickle, which can run any code", where=str(path), fix=JSON_LINES)
     if len(found) != 1:
-        folder = shlex.quote(str(path.with_suffix("")))
+        folder = _beside(path)
         raise BadData(
             f"the zip holds {len(found)} files, and in which order they belong together is not known",
             where=str(path),
-            fix=[f"unzip {shlex.quote(str(path))} -d {folder}", f"then data.path={folder}"],
+            fix=f"unzip {shlex.quote(str(path))} -d {folder}, then data.path={folder}",
         )
     if found[0].flag_bits & 1:
-        raise BadData("the zip is encrypted", where=str(path), fix=f"unzip {shlex.quote(str(path))}")
+        folder = _beside(path)
+        way = f"unzip -P PASSWORD {shlex.quote(str(path))} -d {folder}, then data.path={folder}"
+        raise BadData("the zip is encrypted", where=str(path), fix=way)
     return found[0]
+
+
+def _beside(path: Path) -> str:
+    """A folder for what is in an archive, as it is typed in a shell."""
+    return shlex.quote(str(path.with_name(f"{path.name.strip('.').partition('.')[0]}-unpacked")))
 
 
 def _refuse_binary(path: Path, begin: bytes, packed: str | None) -> None:
@@ -232,11 +237,14 @@ def _refuse_binary(path: Path, begin: bytes, packed: str | None) -> None:
         if begin.startswith(magic):
             raise BadData(f"the file is {what}", where=str(path), fix=fix.format(**quoted))
     if begin[257:262] == b"ustar":
-        raise BadData("the file is a tar archive", where=str(path), fix=["tar xf {path}".format(**quoted), "then data.path=FOLDER"])
+        folder = _beside(path)
+        way = f"mkdir {folder} && {READERS.get(str(packed), 'cat')} {quoted['path']} | tar x -C {folder}, then data.path={folder}"
+        raise BadData("the file is a tar archive", where=str(path), fix=way)
     within = _by_magic(PACKED | TABLES, begin) if packed else None
-    if within:
-        unpack = {"gzip": "gunzip -k", "bzip2": "bunzip2 -k", "xz": "unxz -k", "zstd": "unzstd", "zip": "unzip"}[str(packed)]
-        raise BadData(f"unpacked, the {packed} file is {within}; it is unpacked once", where=str(path), fix=f"{unpack} {quoted['path']}")
+    if packed and within:
+        target = shlex.quote(str(path.with_name(f"unpacked-{Path(name_within(path)).name}")))
+        way = f"{READERS[packed]} {quoted['path']} > {target}, then data.path={target}"
+        raise BadData(f"unpacked, the {packed} file is {within}; it is unpacked once", where=str(path), fix=way)
 
 
 def _encoding(path: Path, begin: bytes, packed: str | None) -> str:
@@ -254,7 +262,7 @@ def _encoding(path: Path, begin: bytes, packed: str | None) -> str:
     if wrong < FOREIGN_LETTERS or wrong <= 2 * right or b"\0" in begin:
         return "utf-8"
     way = _to_utf8(path, begin, packed)
-    raise BadData("the file is not UTF-8", where=str(path), fix=[way, "save it as UTF-8 with the program that made it"])
+    raise BadData("the file is not UTF-8", where=str(path), fix=[way, UTF_8])
 
 
 def to_utf8(path: Path) -> str:
@@ -274,8 +282,7 @@ def _to_utf8(path: Path, begin: bytes, packed: str | None) -> str:
         raise MissingTool(f"charset-normalizer is not here: {error}", fix="pip install charset-normalizer") from None
     best = from_bytes(begin, cp_isolation=list(OTHERS)).best()
     source = OTHERS.get(best.encoding if best else "", "CP1252")
-    target = shlex.quote(str(path.with_name(f"utf8-{name_within(path)}")))
+    target = shlex.quote(str(path.with_name(f"utf8-{Path(name_within(path)).name}")))
     if packed:
-        reader = {"gzip": "gzip -dc", "bzip2": "bzip2 -dc", "xz": "xz -dc", "zstd": "zstd -dc", "zip": "unzip -p"}[packed]
-        return f"{reader} {shlex.quote(str(path))} | iconv -f {source} -t UTF-8 > {target}"
+        return f"{READERS[packed]} {shlex.quote(str(path))} | iconv -f {source} -t UTF-8 > {target}"
     return f"iconv -f {source} -t UTF-8 {shlex.quote(str(path))} > {target}"

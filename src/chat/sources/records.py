@@ -46,7 +46,7 @@ class File:
 
 
 def file(path: Path, name: str | None = None) -> File:
-    """What kind of file of records it is, named `name`, or as the file is. Raises MissingInput if there is no such file or it cannot be read; BadData if it is none of records."""
+    """What kind of file of records it is, named `name`, or as the file is. Raises MissingInput if there is no such file; BadData if it is none of records."""
     if kind := opened.table(path):
         return File(path, name or path.name, kind)
     by_name = BY_NAME.get(Path(opened.name_within(path)).suffix.lower())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from src.chat.json_stream import RECORD_LIMIT, Damaged, Malformed, RawRecord, quote
-from src.core.errors import BadData, NoMemory
+from src.core.errors import AGAIN, BadData, NoMemory
 
 BATCH_ROWS = 1024
 """rows turned into Python's values at a time at most"""
@@ -69,7 +69,7 @@ def _header(rows: Iterator[list[str]], path: Path) -> list[str]:
     try:
         columns = [column.strip() for column in next(rows, [])]
     except csv.Error as error:
-        raise BadData(f"the header is no row of a table: {error}", where=f"{path} line 1", fix="mend the first line") from None
+        raise BadData(f"the header is no row of a table: {error}", where=f"{path} line 1", fix=AGAIN) from None
     if not any(columns):
         raise BadData("the first line names no columns", where=str(path), fix="put the columns' names into the first line")
     if twice := next((column for column in columns if columns.count(column) > 1), None):
@@ -123,7 +123,9 @@ def _arrow_faults(path: Path, kind: str) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise NoMemory(
-            f"a part of the {kind} file does not fit in memory: {error}", where=str(path), fix="write it with smaller row groups"
+            f"a part of the {kind} file does not fit in memory: {error}",
+            where=str(path),
+            fix=f"write it with smaller {'row groups' if kind == 'Parquet' else 'record batches'}",
         ) from None
     except (
         pa.ArrowException,
@@ -134,7 +136,7 @@ def _arrow_faults(path: Path, kind: str) -> Iterator[None]:
     ) as error:  # SystemError: offsets of texts that make no sense
         if getattr(error, "errno", None):
             raise
-        raise BadData(f"the {kind} file is damaged: {str(error).splitlines()[0]}", where=str(path), fix="fetch or write it again") from None
+        raise BadData(f"the {kind} file is damaged: {str(error).splitlines()[0]}", where=str(path), fix=AGAIN) from None
 
 
 def _rows(batches: Iterator[Any], name: str) -> Iterator[RawRecord]:
