@@ -74,11 +74,11 @@ def adapter(place) -> artifact.Artifact:
         ("full", ["tuner=full"]),
         pytest.param("full-fp32", ["tuner=full", "tuner.dtype=float32"], marks=pytest.mark.slow),
         pytest.param("full-fp16", ["tuner=full", "tuner.dtype=float16"], marks=pytest.mark.slow),
-        ("full-in-bf16", ["tuner=full", "train.precision=bf16"]),
+        pytest.param("full-in-bf16", ["tuner=full", "train.precision=bf16"], marks=pytest.mark.slow),
         pytest.param("full-fp16-in-bf16", ["tuner=full", "tuner.dtype=float16", "train.precision=bf16"], marks=pytest.mark.slow),
         ("lora", LORA),
         ("lora-in-bf16", [*LORA, "train.precision=bf16"]),
-        ("qlora", [*LORA, "tuner=qlora"]),
+        pytest.param("qlora", [*LORA, "tuner=qlora"], marks=pytest.mark.slow),
     ],
 )
 def test_the_last_validation_is_what_evaluate_finds(run, argv, place):

@@ -307,7 +307,16 @@ def test_a_job_passes_under_its_own_generation_alone(api, installed, prepared, p
 
 @helps("deploy/mobilint/compile.py", "run the same command again: it asks the compiler for its version anew")
 @helps("deploy/mobilint/compile.py", "target.python=ENV/bin/python names the compiler that was meant")
-@pytest.mark.parametrize("api, installed", [("1.1", "1.0"), ("1.1", "1.2"), ("1.2", "1.3"), ("1.3", "1.2"), ("0.12", "0.11")])
+@pytest.mark.parametrize(
+    "api, installed",
+    [
+        ("1.1", "1.0"),
+        pytest.param("1.1", "1.2", marks=pytest.mark.slow),
+        pytest.param("1.2", "1.3", marks=pytest.mark.slow),
+        ("1.3", "1.2"),
+        pytest.param("0.12", "0.11", marks=pytest.mark.slow),
+    ],
+)
 def test_a_job_refuses_another_version_of_its_package(api, installed, prepared, python, tmp_path):
     done = run_job(job_of(api), prepared, tmp_path / "work", python(VERSIONS[installed]))
     assert done.returncode == 1 and done.stderr.startswith(job.OTHER_API)
