@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import helps
+from conftest import ROOT, helps
 
 from src.core import processes
 from src.core.errors import MissingInput, MissingTool, UserError, WrongKind, using
@@ -147,3 +149,16 @@ def test_silenced_output_is_shown_only_when_something_fails(capfd):
         os.write(2, b"the reason")
         raise RuntimeError
     assert "the reason" in "".join(capfd.readouterr())
+
+
+def test_importing_a_quantizer_leaves_the_hub_s_cache_where_it_is(tmp_path):
+    """tokenicer sets HF_HOME for the process and all it starts, where nobody has."""
+    given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_CACHE"))}
+    code = (
+        "import os; from src.core.processes import import_quietly; before = dict(os.environ); import_quietly('gptqmodel'); import tokenicer; "
+        "names = [n for n in os.environ if n.startswith('HF_') or n == 'TRANSFORMERS_CACHE']; assert all(os.environ[n] == before.get(n) for n in names), names; "
+        "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=given | {"HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1].startswith(str(tmp_path))

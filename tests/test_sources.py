@@ -267,7 +267,13 @@ def test_a_hub_id_is_downloaded_once(cli, tmp_path):
 
     like_the_hub(tmp_path / "in")
     address, got, server = serve(tmp_path / "in")
-    online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    online = {
+        "HF_ENDPOINT": address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     command = ["data", "data.path=people/chats", "data.subset=fine", *ALL]
     try:
         done = cli(*command, env=online)

@@ -88,9 +88,29 @@ def fresh(function: Callable[..., T], *args: Any) -> T:
 def import_quietly(*modules: str) -> None:
     """Import libraries that greet (peft brings gptqmodel, torchao and bitsandbytes) without their greetings."""
     prepare_gptq_workers()
-    with silenced():
+    with silenced(), hub_cache_kept():
         for module in modules:
             importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def hub_cache_kept() -> Iterator[None]:
+    """The hub's cache stays where it is: tokenicer, which gptqmodel imports, moves it to /tmp for this process and its children where nobody has set it."""
+    from huggingface_hub import constants
+
+    before = dict(os.environ)
+    there = {"HF_HOME": constants.HF_HOME, "HF_HUB_CACHE": constants.HF_HUB_CACHE, "TRANSFORMERS_CACHE": constants.HF_HUB_CACHE}
+    there["HF_MODULES_CACHE"] = os.path.join(constants.HF_HOME, "modules")
+    with contextlib.suppress(OSError):  # a home that cannot be written: tokenicer would fail to make its folders there
+        for folder in there.values():
+            os.makedirs(folder, exist_ok=True)
+        os.environ.update({name: folder for name, folder in there.items() if name not in before})
+    try:
+        yield
+    finally:
+        for name in there:
+            if name not in before:
+                os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
