@@ -64,7 +64,8 @@ make_env() {
     from=(-r "$root/requirements.txt")
   else
     echo "making $root/.venv from requirements.lock and $lock, about two minutes" >&2
-    from=(--require-hashes -r "$root/requirements.lock" -r "$root/$lock")
+    # A lock is whole: left to resolve, pip takes a newer release than the one locked for a package with extras, and stops.
+    from=(--require-hashes --no-deps -r "$root/requirements.lock" -r "$root/$lock")
   fi
   "$python" -m pip install -qq --disable-pip-version-check --no-input "${from[@]}" || return 7
   echo "$want" >"$stamp"

@@ -136,7 +136,7 @@ def wheel_of(lock: str) -> str:
 @pytest.mark.parametrize("lock", ["requirements.cpu.lock", "requirements.cuda.lock"])
 def test_the_wheel_of_torch_that_pip_takes_decides_the_lock(make_env, lock):
     said, installed = make_env(wheel_of(lock))
-    assert installed == [f"--require-hashes -r requirements.lock -r {lock}"]
+    assert installed == [f"--require-hashes --no-deps -r requirements.lock -r {lock}"]
     assert f"from requirements.lock and {lock}" in said
 
 
