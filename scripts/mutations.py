@@ -29,8 +29,8 @@ STEPS = ("tests/test_steps.py",)
 MUTATIONS = {
     "mask off by one": Mutation(
         "src/chat/encoding.py",
-        "labels[start : stop + 1] = ids[start : stop + 1]",
-        "labels[start + 1 : stop + 1] = ids[start + 1 : stop + 1]",
+        "labels[start:stop] = ids[start:stop]",
+        "labels[start + 1 : stop] = ids[start + 1 : stop]",
         ("tests/test_chatml.py",),
     ),
     "targets not shifted": Mutation(

@@ -6,14 +6,14 @@ A record's split follows from a seeded hash of its content alone, so adding rows
 from collections.abc import Iterator
 from pathlib import Path
 
-from src.chat.conversations import Conversation, Layout, Tally, read
-from src.chat.sources import records
-from src.chat.sources.found import found
-from src.chat.splits import SPLITS, Splits, times
 from src.core import artifact, stage
 from src.core.artifact import Artifact
 from src.core.errors import BadData
 from src.core.log import progress, say, warn
+from src.records.conversations import Conversation, RecordLayout, Tally, read
+from src.records.sources import kinds
+from src.records.sources.found import found
+from src.records.splits import SPLITS, Splits, times
 from src.settings.verbs import Data, DataVerb
 
 FILES_LISTED = 10
@@ -47,8 +47,8 @@ def check(cfg: DataVerb, inputs: dict[str, Artifact]) -> list[str]:
     return [f"reads {file.name} ({file.kind})" for file in files[:FILES_LISTED]] + more
 
 
-def _records(source: Artifact) -> list[records.File]:
-    return [records.file(source.path if source.path.is_file() else source.path / name, name) for name in source.files]
+def _records(source: Artifact) -> list[kinds.File]:
+    return [kinds.file(source.path if source.path.is_file() else source.path / name, name) for name in source.files]
 
 
 def data(cfg: DataVerb, inputs: dict[str, Artifact], out: Path) -> dict:
@@ -84,7 +84,7 @@ def data(cfg: DataVerb, inputs: dict[str, Artifact], out: Path) -> dict:
 
 
 def _read(d: Data, source: Artifact, tally: Tally) -> Iterator[Conversation]:
-    layout = Layout(d.format, d.columns, d.roles)
+    layout = RecordLayout(d.format, d.columns, d.roles)
     return progress(read(_records(source), format=layout, on_fault=d.on_fault, tally=tally), "records")
 
 

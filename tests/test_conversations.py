@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT, SHARED, each_kind
 
 from src.chat import conversations, json_stream
-from src.chat.conversations import FORMATS, Conversation, Tally, read, split_of
 from src.core.errors import BadData, MissingInput
+from src.records.conversations import FORMATS, Conversation, Tally, read, split_of
 
 CHAT = SHARED / "chat"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -201,3 +202,10 @@ def test_python_s_range_is_the_same_wherever_it_is_said():
     assert project["tool"]["uv"]["environments"] == ["sys_platform == 'linux' and python_version < '3.14'"]
     assert "(3, 11) <= sys.version_info < (3, 14)" in (ROOT / "scripts" / "env.sh").read_text()
     assert "Python 3.11, 3.12 or 3.13" in (ROOT / "README.md").read_text()
+
+
+def test_each_mutation_finds_what_it_changes():
+    """scripts/mutations.py, run by hand, looks for a line of the code as it is."""
+    namespace = runpy.run_path(str(ROOT / "scripts" / "mutations.py"), run_name="read")
+    lost = [name for name, mutation in namespace["MUTATIONS"].items() if (ROOT / mutation.file).read_text().count(mutation.right) != 1]
+    assert not lost and len(namespace["MUTATIONS"]) == 14

@@ -7,9 +7,9 @@ import shlex
 import pytest
 from conftest import refused
 
-from src.chat import columns, formats, turns
-from src.chat.conversations import Layout, Tally, read
 from src.core.errors import BadData, ConfigError
+from src.records import columns, formats, turns
+from src.records.conversations import RecordLayout, Tally, read
 
 USER, ASSISTANT = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
@@ -22,7 +22,7 @@ def one(tmp_path):
     def make(record, **layout):
         (tmp_path / "chat.jsonl").write_text(json.dumps(record))
         tally = Tally()
-        [found] = read(tmp_path / "chat.jsonl", format=Layout(**layout), on_fault="error", tally=tally)
+        [found] = read(tmp_path / "chat.jsonl", format=RecordLayout(**layout), on_fault="error", tally=tally)
         return list(found.messages), dict(tally.notes), found.weight
 
     return make
@@ -35,7 +35,7 @@ def fault(tmp_path):
     def make(record, **layout):
         (tmp_path / "chat.jsonl").write_text(json.dumps(record))
         with pytest.raises(BadData) as caught:
-            list(read(tmp_path / "chat.jsonl", format=Layout(**layout), on_fault="error", tally=Tally()))
+            list(read(tmp_path / "chat.jsonl", format=RecordLayout(**layout), on_fault="error", tally=Tally()))
         return caught.value.what, caught.value.fix
 
     return make

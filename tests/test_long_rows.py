@@ -11,11 +11,11 @@ from makers import KINDS, tokenizer_folder
 from test_chatml import CALLING, SYSTEM, TOOL, spans
 
 from src.chat import encoding
-from src.chat.conversations import Tally, read
 from src.chat.encoding import IGNORE, Encoded
 from src.chat.long_rows import POLICIES, Counts, check, exchanges, fit, fit_rows, report
 from src.core.errors import BadData
 from src.models.loading import load_tokenizer
+from src.records.conversations import Tally, read
 
 NAMES = ("qwen2.5", "qwen3", "yi-6b-chat", "mistral-7b-v0.2")
 MADE = ("made-qwen2.5", "made-qwen3", "made-yi", "made-mistral")

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from src.chat import encoding, json_stream, long_rows
-from src.chat.json_stream import Damaged, Malformed
 from src.models.loading import load_tokenizer
+from src.records.json_stream import Damaged, Malformed
 from src.training.batches import BatchPlan
 
 EACH = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

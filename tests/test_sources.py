@@ -23,9 +23,9 @@ import pytest
 from conftest import ROOT, helps, in_process, refused, typed, ways
 from pyarrow import parquet
 
-from src.chat.conversations import FORMATS, Tally, read
-from src.chat.sources import found, hub, opened, tables
 from src.core.errors import AGAIN, BadData, ConfigError, MissingInput, MissingTool, NoMemory, UserError, WrongKind
+from src.records.conversations import FORMATS, Tally, read
+from src.records.sources import found, hub, opened, tables
 from src.settings.verbs import COLUMNS
 
 ROWS = [{"prompt": f'질문 {i}, "quoted"\nnext line', "completion": f"답 {i}; é, tab\there"} for i in range(12)]
@@ -173,7 +173,7 @@ def test_several_paths_are_read_in_order(contents, tmp_path):
     assert "a.jsonl (JSON Lines, prompt_completion): 4 records in, 4 kept" in said and "b.csv (CSV, prompt_completion): 8 records" in said
 
 
-@helps("chat/sources/hub.py", "data.hub_split={}")
+@helps("records/sources/hub.py", "data.hub_split={}")
 def test_a_folder_with_splits_reads_one_and_says_so(contents, call, tmp_path):
     FORMS["splits"](tmp_path / "in")
     assert "data.hub_split=train alone is read; not notes.txt, data/test-0.jsonl" in contents(f"data.path={tmp_path}/in")[1]
@@ -214,7 +214,7 @@ def hub_cache(tmp_path, monkeypatch):
     return repo
 
 
-@helps("chat/sources/hub.py", "data.subset={}", "hf download {} --repo-type dataset fetches it, or says why it cannot")
+@helps("records/sources/hub.py", "data.subset={}", "hf download {} --repo-type dataset fetches it, or says why it cannot")
 def test_a_hub_id_is_read_from_the_hubs_cache(contents, call, hub_cache):
     rows, said = contents("data.path=people/chats", "data.subset=fine")
     assert rows == SAME and "fine/train-00000-of-00002.parquet (Parquet, prompt_completion): 6 records in" in said
@@ -289,7 +289,7 @@ def test_a_hub_id_is_downloaded_once(cli, tmp_path):
     )
 
 
-@helps("chat/sources/hub.py", "data.path=FILE names one of its files")
+@helps("records/sources/hub.py", "data.path=FILE names one of its files")
 def test_a_loading_script_is_not_run(call, contents, tmp_path):
     folder = tmp_path / "chats"
     like_the_hub(folder)
@@ -312,7 +312,7 @@ def test_a_loading_script_is_not_run(call, contents, tmp_path):
         "configs:\n- config_name: a\n  data_files: https://x.org/a",
     ],
 )
-@helps("chat/sources/hub.py", "data.path=FILE names the file itself")
+@helps("records/sources/hub.py", "data.path=FILE names the file itself")
 def test_a_readme_without_sense(call, contents, tmp_path, head):
     several(tmp_path / "in", ("README.md", f"---\n{head}\n---\n".encode()), ("a.jsonl", JSONL))
     refused(call("data", f"data.path={tmp_path / 'in'}"), BadData, "README", "data.path=FILE names ")
@@ -340,7 +340,7 @@ def test_damage_in_what_is_packed(call, tmp_path, monkeypatch):
         refused(call("data", f"data.path={path}", "data.on_fault=drop"), BadData, path)
 
 
-@helps("chat/sources/opened.py", "unpack it yourself, and look at what is in it")
+@helps("records/sources/opened.py", "unpack it yourself, and look at what is in it")
 def test_a_bomb_does_not_go_off(call, contents, tmp_path, monkeypatch):
     monkeypatch.setattr(opened, "BOMB_SIZE", 1 << 20)
     whole = b"\n" * (1 << 21) + JSONL
@@ -352,7 +352,7 @@ def test_a_bomb_does_not_go_off(call, contents, tmp_path, monkeypatch):
 
 
 def test_one_long_line_in_a_packed_file_is_one_bad_record(contents, tmp_path, monkeypatch):
-    from src.chat import json_stream
+    from src.records import json_stream
 
     monkeypatch.setattr(json_stream, "RECORD_LIMIT", 10_000)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(JSONL + b'{"prompt": "' + b"x" * 100_000 + b'"}\n'))
@@ -389,9 +389,9 @@ MENDED = {
 """{what a user is told to do: (the suffix of the file that is made so, what is in it)}"""
 
 
-@helps("chat/json_stream.py", "git lfs pull, in the folder it came from", "keep only the list of records that is in it")
-@helps("chat/sources/opened.py", "save it as CSV UTF-8", "write it as JSON Lines with the program that made it")
-@helps("chat/sources/records.py", "name it .csv, .tsv or .txt, if that is what it is")
+@helps("records/json_stream.py", "git lfs pull, in the folder it came from", "keep only the list of records that is in it")
+@helps("records/sources/opened.py", "save it as CSV UTF-8", "write it as JSON Lines with the program that made it")
+@helps("records/sources/kinds.py", "name it .csv, .tsv or .txt, if that is what it is")
 @pytest.mark.parametrize("name", FOREIGN)
 def test_what_is_no_file_of_records(call, contents, tmp_path, name):
     content, words = FOREIGN[name]
@@ -438,8 +438,8 @@ PACKS = {
 }
 
 
-@helps("chat/sources/opened.py", "unzip {} -d {}, then data.path={}", "unzip -P PASSWORD {} -d {}, then data.path={}")
-@helps("chat/sources/opened.py", "mkdir {} && {} {} | tar x -C {}, then data.path={}", "{} {} > {}, then data.path={}")
+@helps("records/sources/opened.py", "unzip {} -d {}, then data.path={}", "unzip -P PASSWORD {} -d {}, then data.path={}")
+@helps("records/sources/opened.py", "mkdir {} && {} {} | tar x -C {}, then data.path={}", "{} {} > {}, then data.path={}")
 @pytest.mark.parametrize("name", PACKS)
 def test_the_way_out_of_what_is_packed_helps(contents, call, tmp_path, name):
     content, rows = PACKS[name]
@@ -474,7 +474,7 @@ CODED = {
 
 @pytest.mark.parametrize("name", CODED)
 @pytest.mark.parametrize("encoding", SPOKEN)
-@helps("chat/sources/opened.py", "iconv -f {} -t UTF-8 {} > {}", "{} {} | iconv -f {} -t UTF-8 > {}")
+@helps("records/sources/opened.py", "iconv -f {} -t UTF-8 {} > {}", "{} {} | iconv -f {} -t UTF-8 > {}")
 def test_another_encoding_is_refused_with_the_command_that_mends_it(contents, call, tmp_path, encoding, name):
     codec, text = SPOKEN[encoding]
     rows = [{"prompt": f"{text} {i}", "completion": text} for i in range(4)]
@@ -491,7 +491,7 @@ def test_another_encoding_is_refused_with_the_command_that_mends_it(contents, ca
     assert sorted(m[0]["content"] for m in contents(f"data.path={mended}")[0]) == sorted(r["prompt"] for r in rows)
 
 
-@helps("chat/sources/opened.py", "pip install charset-normalizer")
+@helps("records/sources/opened.py", "pip install charset-normalizer")
 def test_the_encoding_needs_a_package(call, tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_bytes(table(rows=[{"prompt": SPOKEN["CP949"][1], "completion": "."}]).encode("cp949"))
     with monkeypatch.context() as without:
@@ -500,7 +500,7 @@ def test_the_encoding_needs_a_package(call, tmp_path, monkeypatch):
     refused(call("data", f"data.path={tmp_path / 'a.csv'}"), BadData, "iconv -f CP949")
 
 
-@helps("chat/sources/opened.py", "save it as UTF-8 with the program that made it")
+@helps("records/sources/opened.py", "save it as UTF-8 with the program that made it")
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
 def test_unicode_that_breaks_off(call, tmp_path, name):
     text = CSV.decode() if name == "a.csv" else json.dumps(ROWS) if name == "a.json" else JSONL.decode()
@@ -531,8 +531,8 @@ def test_a_row_of_a_csv_spoils_itself_alone(contents, call, tmp_path):
     ]
 
 
-@helps("chat/sources/tables.py", "give each column a name of its own", "put the columns' names into the first line")
-@helps("chat/conversations.py", "data.columns={prompt:NAME,response:NAME} says what is what (in quotes; all names: docs/data.md)")
+@helps("records/sources/tables.py", "give each column a name of its own", "put the columns' names into the first line")
+@helps("records/conversations.py", "data.columns={prompt:NAME,response:NAME} says what is what (in quotes; all names: docs/data.md)")
 @pytest.mark.parametrize(
     "content, words, way",
     [
@@ -558,7 +558,7 @@ def test_a_csv_without_sense(call, tmp_path, content, words, way):
     assert call(*command).returncode == 0
 
 
-@helps("chat/sources/tables.py", "write it with smaller {}")
+@helps("records/sources/tables.py", "write it with smaller {}")
 @pytest.mark.parametrize("kind, way", [("pairs.parquet", "row groups"), ("stream.arrow", "record batches")])
 def test_a_table_whose_parts_are_too_large(call, contents, tmp_path, monkeypatch, kind, way):
     """Readers with memory for six rows at a time."""
@@ -675,9 +675,9 @@ def test_damaged_bytes_are_read_or_refused(tmp_path, form):
 # ---- names that lead nowhere
 
 
-@helps("chat/sources/hub.py", "data.path=FILE names a file, a folder, a glob such as 'chats/*.jsonl', or a data set of the hub")
-@helps("chat/sources/found.py", "ls {} shows what is there")
-@helps("chat/sources/found.py", "data.path=FILE names one; of a folder those named {} are read, packed or not")
+@helps("records/sources/hub.py", "data.path=FILE names a file, a folder, a glob such as 'chats/*.jsonl', or a data set of the hub")
+@helps("records/sources/found.py", "ls {} shows what is there")
+@helps("records/sources/found.py", "data.path=FILE names one; of a folder those named {} are read, packed or not")
 def test_names_that_lead_nowhere(call, contents, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "gone").symlink_to(tmp_path / "nothing.jsonl")
@@ -705,7 +705,7 @@ def test_names_that_lead_nowhere(call, contents, tmp_path):
         assert contents(f"data.path='{there}'")[0] == SAME
 
 
-@helps("chat/sources/found.py", "data.subset=null")
+@helps("records/sources/found.py", "data.subset=null")
 def test_a_folder_without_subsets(call, contents, tmp_path):
     several(tmp_path / "in", ("a.jsonl", JSONL))
     done = call("data", f"data.path={tmp_path / 'in'}", "data.subset=fine")
@@ -723,8 +723,8 @@ def test_a_saved_folder_that_lacks_a_file_is_copied_again(call, contents, tmp_pa
 
 
 @helps("data.py", "data.on_fault=error lists what is wrong", "more records")
-@helps("chat/conversations.py", "mend the records that are named")
-@helps("chat/conversations.py", "data.on_fault=drop leaves them out, counts them and names each in dropped.jsonl")
+@helps("records/conversations.py", "mend the records that are named")
+@helps("records/conversations.py", "data.on_fault=drop leaves them out, counts them and names each in dropped.jsonl")
 def test_records_that_are_malformed(call, contents, tmp_path):
     path = tmp_path / "a.jsonl"
     bad = lines([{"prompt": "?", "completion": 5.5}] * 2)

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 from conftest import refused
 
-from src.chat.conversations import Conversation, place_of
-from src.chat.splits import SPLITS, Splits, times
 from src.core.errors import BadData, MissingInput
+from src.records.conversations import Conversation, place_of
+from src.records.splits import SPLITS, Splits, times
 
 
 def pair(n) -> dict:

@@ -11,7 +11,7 @@ from conftest import FEW, ROOT, VERBS, write_model
 
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 HEAVY = {"torch", "transformers", "peft", "deepspeed", "gptqmodel", "datasets", "accelerate"}
-FLOORS = (("settings",), ("core",), ("chat", "sizing"), ("models",), ("serving",), ("training",))
+FLOORS = (("settings",), ("core",), ("records", "chat", "sizing"), ("models",), ("serving",), ("training",))
 """the rooms of src/ from the ground up; the verbs live above them all"""
 # Prints what was loaded after the verb has ended, however it ended.
 WATCH = """

@@ -11,9 +11,9 @@ from makers import KINDS, tokenizer_folder
 from test_chatml import CALLING, SYSTEM, TOOL, spans
 
 from src.chat import encoding
-from src.chat.conversations import Tally, read
 from src.core.errors import BadData
 from src.models.loading import load_tokenizer
+from src.records.conversations import Tally, read
 
 NAMES = ("qwen2", "qwen2.5", "qwen3", "yi-6b-chat", "minicpm4", "mistral-7b-v0.2")
 # Conversations of ../shared, one in so many of them.

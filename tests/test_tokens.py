@@ -159,6 +159,14 @@ def test_long_conversations_are_counted_also_when_they_come_from_the_cache(made,
         made(long, "train.max_length=72", "train.long_rows=error")
 
 
+def test_the_old_labels_leave_out_what_they_do_not_know(made, capsys):
+    """Qwen's finetune.py would train a call as an empty answer, and knows no weight."""
+    weighted = [{"from": "user", "value": "Hi!"}, {"from": "assistant", "value": "Ahoy!", "weight": 0.5}]
+    rows = made([*CHATS, weighted], "legacy_mask=qwen")
+    assert len(rows) == len(CHATS) and rows.notes["legacy"] == 1
+    assert "legacy_mask=qwen knows no tool calls, reasoning or weights" in capsys.readouterr().err
+
+
 def test_the_first_token_of_a_row_is_never_trained(made):
     """The labels of Qwen's finetune.py count the first marker, which nothing stands before."""
     rows = made(CHATS, "legacy_mask=qwen")

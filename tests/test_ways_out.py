@@ -242,7 +242,7 @@ NOT_HERE = {
     ("training/reports.py", "train.precision=fp32 force=true"),
     ("deploy/axera/compile.py", "remove the folder that an earlier container left as root's, then run the same command again"),
     ("deploy/axera/chat.py", "target.tokenizer_type=TYPE where axllm has the model's own: {}"),
-    ("chat/sources/hub.py", "data.revision=refs/convert/parquet, where the hub keeps one as Parquet"),
+    ("records/sources/hub.py", "data.revision=refs/convert/parquet, where the hub keeps one as Parquet"),
     ("distill/batch.py", "teacher.batch=false asks one by one"),
     ("distill/batch.py", "the same command goes on"),
 }

@@ -1,1 +1,1 @@
-"""A conversation, from a file to token ids and labels."""
+"""A model's chat template, and a conversation through it: token ids and labels."""

@@ -62,7 +62,7 @@ class Taught:
 
 
 @dataclass(frozen=True)
-class Turn:
+class TrainedTurn:
     """An answer to train: the prompt, the text to produce after it to its stop token, and what the template prints behind."""
 
     prompt: str
@@ -192,7 +192,7 @@ def _control_tokens(chat: ChatTemplate) -> re.Pattern:
 # ---- what is answered
 
 
-def _turns(chat: ChatTemplate, messages: Sequence[dict], tools) -> tuple[list[Turn], Counter[str]]:
+def _turns(chat: ChatTemplate, messages: Sequence[dict], tools) -> tuple[list[TrainedTurn], Counter[str]]:
     """The turns to train, in order, and counts of what is left out or not shown."""
     notes: Counter[str] = Counter()
     messages, taken, whole = _accepted(chat, messages, tools, notes)
@@ -243,7 +243,7 @@ def _accepted(chat: ChatTemplate, messages: Sequence[dict], tools, notes: Counte
     raise refusal
 
 
-def _turn(chat: ChatTemplate, messages, taken, tools, whole: str, i: int, last: int) -> Turn | str:
+def _turn(chat: ChatTemplate, messages, taken, tools, whole: str, i: int, last: int) -> TrainedTurn | str:
     """The answer of message i, or the reason why it is not taught. whole: the rendering up to message `last`."""
     message = messages[i]
     thought, said = reasoning_of(message)
@@ -287,13 +287,13 @@ def _turn(chat: ChatTemplate, messages, taken, tools, whole: str, i: int, last: 
         return "stop"
     if shown.text and said.strip() not in answer:
         return "text"
-    return Turn(prompt, answer, shown.behind, shown.stop, bool(thought.strip()), weight)
+    return TrainedTurn(prompt, answer, shown.behind, shown.stop, bool(thought.strip()), weight)
 
 
 # ---- rows
 
 
-def _row(tokenizer, turns: list[Turn], shown: int, *, exact: bool) -> tuple[Encoded, list[Turn]]:
+def _row(tokenizer, turns: list[TrainedTurn], shown: int, *, exact: bool) -> tuple[Encoded, list[TrainedTurn]]:
     """(the row that ends with the last of the turns, those of them it trains). shown: how many of the conversation's turns stand in it."""
     last = turns[-1]
     text = last.prompt + last.answer + last.behind

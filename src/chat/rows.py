@@ -10,20 +10,23 @@ from src.core.log import warn
 
 
 def rows_of(records: Iterable[dict], tokenizer, what: str) -> Iterator[tuple[dict, encoding.Encoded]]:
-    """Each record of a split with its row. A record that teaches nothing is left out; behind the last of them that is said, with what else is not taught.
+    """Each record of a split with its row. A record that teaches nothing is left out; behind the last that is asked for that is said, with what else
+    is not taught.
 
     what: "calibration", in front of what is said. Raises BadData, naming the record, where a text holds a control token.
     """
     notes: Counter[str] = Counter()
-    for record in records:
-        try:
-            taught = encoding.teach(tokenizer, record["messages"], record.get("tools"))
-        except Unteachable:
-            notes["refused"] += sum(message["role"] == "assistant" for message in record["messages"])
-            continue
-        except BadData as error:
-            raise BadData(error.what, where=f"record '{record['id']}'", fix=error.fix) from None
-        notes += taught.notes
-        yield from ((record, row) for row in taught.rows)
-    for line in unseen.report(notes, what):
-        warn(line)
+    try:
+        for record in records:
+            try:
+                taught = encoding.teach(tokenizer, record["messages"], record.get("tools"))
+            except Unteachable:
+                notes["refused"] += sum(message["role"] == "assistant" for message in record["messages"])
+                continue
+            except BadData as error:
+                raise BadData(error.what, where=f"record '{record['id']}'", fix=error.fix) from None
+            notes += taught.notes
+            yield from ((record, row) for row in taught.rows)
+    finally:
+        for line in unseen.report(notes, what):
+            warn(line)

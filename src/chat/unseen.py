@@ -12,6 +12,7 @@ LEFT_OUT = {
     "stop": "no token at their end, or one within, would end them on a server",
     "opening": "they begin a conversation, and the chat template has no prompt for that",
     "refused": "the chat template refuses their conversation",
+    "legacy": "legacy_mask=qwen knows no tool calls, reasoning or weights, which their conversation has; legacy_mask=none does",
     "empty": "they are empty",
     "weight": "their weight is 0",
     "hidden": "the chat template shows them otherwise as history; train.hidden_turns=rows trains each in a row of its own",

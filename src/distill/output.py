@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from src.chat.conversations import CONTROL, Conversation, split_of
 from src.core.files import canonical
 from src.distill.journal import Journal
 from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.texts import append_answer
+from src.records.conversations import CONTROL, Conversation, split_of
 from src.settings.verbs import Holdout
 
 SPLITS = ("train", "val", "calib")

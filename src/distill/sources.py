@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from src.chat import json_stream
-from src.chat.conversations import CONTROL, FAULTS_LISTED
-from src.chat.formats import PARSERS, as_object, detect, tools_of
-from src.chat.json_stream import Damaged, Malformed, array, container, lines, open_text
 from src.core.errors import AGAIN, BadData, MissingInput
 from src.core.files import canonical
 from src.distill.pipeline import Record
+from src.records import json_stream
+from src.records.conversations import CONTROL, FAULTS_LISTED
+from src.records.formats import PARSERS, as_object, detect, tools_of
+from src.records.json_stream import Damaged, Malformed, array, container, lines, open_text
 
 LARGEST_TEXT = 64 << 20
 """bytes of a document at most"""

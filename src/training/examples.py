@@ -281,6 +281,9 @@ class Encoder:
         def encode(messages: Sequence[dict]) -> list[encoding.Encoded]:
             notes.clear()
             if self.cfg.legacy_mask == "qwen":
+                if any(m["role"] == "tool" or m.keys() & {"tool_calls", "reasoning_content", "weight"} for m in messages):
+                    notes["legacy"] += sum(message["role"] == "assistant" for message in messages)
+                    return []
                 return [encoding.encode_qwen_legacy(self.tokenizer, messages, eos_id=encoding.turn_end(self.tokenizer))]
             taught = encoding.teach(self.tokenizer, messages, record.get("tools"), each=t.hidden_turns == "rows")
             notes.update(taught.notes)

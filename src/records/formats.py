@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
-from src.chat.json_stream import Malformed, quote
-from src.chat.turns import (
+from src.records.json_stream import Malformed, quote
+from src.records.turns import (
     MEDIA,
     NUMBER,
     QWEN_ROLES,

@@ -7,9 +7,9 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from src.chat.sources import hub
 from src.core.errors import AGAIN, BadData, MissingInput
 from src.core.files import read_json
+from src.records.sources import hub
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tab", ".parquet", ".pq", ".arrow", ".feather", ".txt")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".zip")

@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
-from src.chat import columns as columns_
-from src.chat.formats import KNOWN, PARSERS, as_object, decoded, desired, detect, fits, ignored, seen, tools_of, weight_of_record
-from src.chat.json_stream import Damaged, Malformed, RawRecord, quote
-from src.chat.sources import opened, records
-from src.chat.turns import MEDIA, is_empty
 from src.core.errors import AGAIN, BadData
+from src.records import columns as columns_
+from src.records.formats import KNOWN, PARSERS, as_object, decoded, desired, detect, fits, ignored, seen, tools_of, weight_of_record
+from src.records.json_stream import Damaged, Malformed, RawRecord, quote
+from src.records.sources import kinds, opened
+from src.records.turns import MEDIA, is_empty
 
 FORMATS = tuple(PARSERS)
 DEPTH_LIMIT = 100
@@ -77,7 +77,7 @@ def _without_ids(message: dict) -> dict:
 
 
 @dataclass
-class Fault:
+class RecordFault:
     """what: what is wrong; count: in how many records; where: the first of them, such as "file.json line 12, record 'identity_3'"."""
 
     what: str
@@ -93,7 +93,7 @@ class Fault:
 
 @dataclass
 class FileTally:
-    """What one file held: kind as in sources.records.File; columns in the order they came, the first thirty."""
+    """What one file held: kind as in sources.kinds.File; columns in the order they came, the first thirty."""
 
     name: str
     kind: str
@@ -128,7 +128,7 @@ class Tally:
     rows_in: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[RecordFault] = field(default_factory=list)
     fault_count: int = 0
     fixes: dict[str, None] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
@@ -167,7 +167,7 @@ class Tally:
             self.fixes[fault.fix] = None
         known = next((one for one in self.faults if one.what == str(fault)), None)
         if known is None and len(self.faults) < FAULTS_LISTED:
-            self.faults.append(known := Fault(str(fault)))
+            self.faults.append(known := RecordFault(str(fault)))
         if known:
             known.count += 1
             known.where += [where] * (len(known.where) < PLACES_LISTED)
@@ -190,7 +190,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RecordLayout:
     """How records are to be understood: format, one of FORMATS, or "auto", in each file the format of the first record that tells.
 
     columns: {our name: the file's name of a column, or None} (columns.renamed). roles: names of roles beside the known ones, and the role of each.
@@ -201,10 +201,10 @@ class Layout:
     roles: Mapping[str, str] = field(default_factory=dict)
 
 
-def read(path: Path | Sequence[records.File], *, format: str | Layout, on_fault: str, tally: Tally) -> Iterator[Conversation]:
+def read(path: Path | Sequence[kinds.File], *, format: str | RecordLayout, on_fault: str, tally: Tally) -> Iterator[Conversation]:
     """Yield the conversations of one file, or of several in their order, counting every record in `tally`.
 
-    format: a Layout, or the format of one.
+    format: a RecordLayout, or the format of one.
     on_fault: "drop" counts malformed records and goes on; "error" goes on too, to find them all, and raises when all is read, so whatever was made of the
         records before has to be thrown away.
     Memory follows the largest record, not the file, save for the set that finds duplicates (some 70 bytes a record).
@@ -212,10 +212,10 @@ def read(path: Path | Sequence[records.File], *, format: str | Layout, on_fault:
     Raises MissingInput (at once, not at the first record) if there is no such file; BadData at once if it is empty or none of
     records; BadData while reading for damage beyond which no record can be found; BadData at the end if it holds no record, or for the malformed ones.
     """
-    layout = Layout(format) if isinstance(format, str) else format
+    layout = RecordLayout(format) if isinstance(format, str) else format
     if layout.format not in ("auto", *FORMATS) or on_fault not in ("error", "drop"):
         raise ValueError(f"format={layout.format!r}, on_fault={on_fault!r}")
-    return _all_files([records.file(path)] if isinstance(path, Path) else list(path), layout, on_fault, tally)
+    return _all_files([kinds.file(path)] if isinstance(path, Path) else list(path), layout, on_fault, tally)
 
 
 def split_of(digest: str, seed: int, val: float, calib: float) -> str:
@@ -234,7 +234,7 @@ def place_of(digest: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{digest}".encode()).digest()[:8], "big")
 
 
-def _all_files(files: list[records.File], layout: Layout, on_fault: str, tally: Tally) -> Iterator[Conversation]:
+def _all_files(files: list[kinds.File], layout: RecordLayout, on_fault: str, tally: Tally) -> Iterator[Conversation]:
     """`read` without its first checks."""
     rows_before, faults_before = tally.rows_in, tally.fault_count
     for file in files:
@@ -252,7 +252,7 @@ def _all_files(files: list[records.File], layout: Layout, on_fault: str, tally: 
         )
 
 
-def _conversations(file: records.File, layout: Layout, tally: Tally) -> Iterator[Conversation]:
+def _conversations(file: kinds.File, layout: RecordLayout, tally: Tally) -> Iterator[Conversation]:
     """The conversations of one file. Raises BadData for damage, and for a table whose columns fit no layout."""
     chosen, began = (None, "the file began as") if layout.format == "auto" else (layout.format, "data.format is")
     own = FileTally(file.name, file.kind)
@@ -305,7 +305,7 @@ def _detected(record: dict) -> tuple[str, bool]:
         raise
 
 
-def _refuse_columns(record: dict, file: records.File) -> None:
+def _refuse_columns(record: dict, file: kinds.File) -> None:
     """Raises BadData where no row of a table can be in a layout, whatever its cells say."""
     if not fits(record):
         way = columns_.proposed(record)
@@ -317,7 +317,7 @@ def _refuse_columns(record: dict, file: records.File) -> None:
         )
 
 
-def _listing(rows: int, count: int, faults: list[Fault]) -> str:
+def _listing(rows: int, count: int, faults: list[RecordFault]) -> str:
     lines = [f"{count} of {rows} records are malformed", *(f"  {fault}" for fault in faults)]
     listed = sum(fault.count for fault in faults)
     return "\n".join(lines + [f"  and {count - listed} more"] * (count > listed))

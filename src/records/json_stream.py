@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from src.chat.sources import opened
 from src.core.errors import AGAIN, BadData
+from src.records.sources import opened
 
 CHUNK = 1 << 20
 RECORD_LIMIT = 64 << 20

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from src.chat import json_stream
-from src.chat.json_stream import RECORD_LIMIT, Malformed, RawRecord
-from src.chat.sources import opened, tables
 from src.core.errors import BadData
+from src.records import json_stream
+from src.records.json_stream import RECORD_LIMIT, Malformed, RawRecord
+from src.records.sources import opened, tables
 
 BY_NAME = {".csv": "CSV", ".tsv": "TSV", ".tab": "TSV", ".txt": "plain text"}
 """kinds that no first byte tells; by content a file of such a name may still be JSON"""

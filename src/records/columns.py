@@ -3,9 +3,9 @@
 import shlex
 from collections.abc import Mapping
 
-from src.chat.formats import ANSWERS, CONTEXTS, LISTS, PROMPTS, REASONING, SYSTEMS, TURN_NAMES, listed
-from src.chat.json_stream import Malformed, quote
-from src.chat.turns import ROLES
+from src.records.formats import ANSWERS, CONTEXTS, LISTS, PROMPTS, REASONING, SYSTEMS, TURN_NAMES, listed
+from src.records.json_stream import Malformed, quote
+from src.records.turns import ROLES
 
 MEANT = {"messages": LISTS, "prompt": PROMPTS, "response": ANSWERS, "input": CONTEXTS, "system": SYSTEMS, "reasoning": REASONING}
 """our name of a column -> the names the layouts know it by, all of which give way to the one that is named"""

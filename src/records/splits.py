@@ -4,7 +4,7 @@ import hashlib
 from array import array
 from pathlib import Path
 
-from src.chat.conversations import Conversation, place_of
+from src.records.conversations import Conversation, place_of
 
 SPLITS = ("train", "val", "calib")
 

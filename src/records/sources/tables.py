@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from src.chat.json_stream import RECORD_LIMIT, Damaged, Malformed, RawRecord, quote
 from src.core.errors import AGAIN, BadData, NoMemory
+from src.records.json_stream import RECORD_LIMIT, Damaged, Malformed, RawRecord, quote
 
 BATCH_ROWS = 1024
 """rows turned into Python's values at a time at most"""

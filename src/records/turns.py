@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 
-from src.chat.json_stream import Decoder, Malformed, quote, why
+from src.records.json_stream import Decoder, Malformed, quote, why
 
 CALL = "call"
 """in place of a role: the turn is an assistant's call of tools"""
