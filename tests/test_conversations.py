@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 from conftest import ROOT, SHARED, each_kind
 
-from src.chat import conversations, json_stream
 from src.core.errors import BadData, MissingInput
+from src.records import conversations, json_stream
 from src.records.conversations import FORMATS, Conversation, Tally, read, split_of
 
 CHAT = SHARED / "chat"

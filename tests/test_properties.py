@@ -10,8 +10,9 @@ from conftest import CHAT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from src.chat import encoding, json_stream, long_rows
+from src.chat import encoding, long_rows
 from src.models.loading import load_tokenizer
+from src.records import json_stream
 from src.records.json_stream import Damaged, Malformed
 from src.training.batches import BatchPlan
 
