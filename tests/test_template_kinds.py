@@ -394,3 +394,62 @@ def test_every_reason_is_counted_and_too_many_are_refused():
     with pytest.raises(BadData, match="does not show their reasoning"):
         unseen.check(encoding.Counter(reasoning=1), 100, {}, policy="error", split="train")
     unseen.check(encoding.Counter(hidden=9, weight=3, empty=1), 10, {}, policy="error", split="train")
+
+
+MERGING = (  # the assistant's turns in a row are one (Apertus); a system turn stands at the top wherever it was (DeepSeek V3.2)
+    "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}{% for m in messages if m.role != 'system' %}"
+    "{% if m.role != 'assistant' %}{{ '<|im_start|>' + m.content + '<|im_end|><|im_start|>' }}{% else %}{{ m.content }}"
+    "{% if loop.last or loop.nextitem.role != 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% endif %}{% endfor %}"
+)
+MARKED = (  # GLM: a turn ends where the next role's marker stands
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+MARKERS = ["<|user|>", "<|system|>", "<|assistant|>", "<|tool|>"]
+ONE_END = (  # Phi-3: no results, and a token behind all
+    "{% for m in messages if m.role != 'tool' %}{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+MIDDLE = {"role": "system", "content": "Now shout."}
+
+
+@pytest.mark.parametrize(
+    "text, special, eos, conversation, answers",
+    [
+        (MERGING, [], END, [user("A?"), says("One."), says("Two."), user("B?"), says("Three.")], ["One.", "Two.", "Three."]),
+        (MERGING, [], END, [SYSTEM, user("A?"), says("One."), MIDDLE, user("B?"), says("Three.")], ["One.", "Three."]),
+        (MARKED, MARKERS, END, [user("A?"), says("One."), says("Two."), user("B?"), says("Three.")], ["One.", "Two.", "Three."]),
+        (MARKED, MARKERS, END, [user("A?"), says("One."), MIDDLE, user("B?"), says("Three.")], ["One.", "Three."]),
+        (ONE_END, MARKERS, "<|end|>", [user("A?"), says("One."), result("3"), says("Two.")], ["One."]),
+    ],
+)
+def test_an_answer_holds_no_other_turn_and_ends_where_servers_stop(text, special, eos, conversation, answers):
+    tokenizer = made(text, [*special, END], eos)
+    stops = template.of(tokenizer).stops
+    taught = encoding.teach(tokenizer, conversation, each=True)
+    trained = [tokenizer.decode(ids) for row in taught.rows for ids in spans(row)]
+    trained = [answer for answer in "".join(trained).split(stops[0]) if answer]  # one may begin right behind another
+    assert sorted(trained) == sorted(answers)
+    assert len(trained) + sum(taught.notes[why] for why in unseen.LEFT_OUT) == sum(m["role"] == "assistant" for m in conversation)
+
+
+def test_what_follows_a_message_without_text_is_no_traceback():
+    """Of a turn after one that calls alone, where the prompt is not how history goes on."""
+    assert template.of(made(PLAIN, [], END)).after("a turn begins", "a turn ended", asked="", thought="") is None
+
+
+def test_a_system_turn_that_only_one_prompt_hides_is_said():
+    text = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content if messages[-1].role != 'tool' and messages[-2].role != 'tool' }}{% else %}"
+        + HEAD
+        + "{{ m.content + (m.tool_calls | tojson if m.tool_calls else '') + '<|im_end|>' }}{% endif %}{% endfor %}"
+        + GENERATION
+    )
+    assert encoding.teach(made(text, [], END), [SYSTEM, *TOLD, user("And?"), says("So.")], each=True).notes["system"] == 1
+
+
+def test_a_word_of_the_template_that_is_no_variable_is_no_keyword():
+    text = "{% for m in messages %}{% generation %}{{ m.thinking + 'effort' if deep }}{% endgeneration %}{{ documents }}{% endfor %}"
+    template.check_keywords(text, {"deep": True})
+    for word in ("thinking", "effort", "m", "if", "documents"):
+        with pytest.raises(ConfigError, match=f"does not read {word}"):
+            template.check_keywords(text, {word: True})

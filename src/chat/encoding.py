@@ -197,7 +197,7 @@ def _turns(chat: ChatTemplate, messages: Sequence[dict], tools) -> tuple[list[Tr
     notes: Counter[str] = Counter()
     messages, taken, whole = _accepted(chat, messages, tools, notes)
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    turns = []
+    turns, seen = [], []
     for i, message in enumerate(messages[: last + 1]):
         if message["role"] != "assistant":
             continue
@@ -211,10 +211,9 @@ def _turns(chat: ChatTemplate, messages: Sequence[dict], tools) -> tuple[list[Tr
         if message.get("tool_calls") and said.strip() and said.strip() not in turn.answer:
             notes["beside"] += 1
         turns.append(turn)
-    if turns:
-        shown = chat.shows(messages[: last + 1], tools, None)
-        notes["system"] += not shown.system
-        notes["tools"] += not shown.tools
+        seen.append(chat.shows(messages[: i + 1], tools, messages[i + 1] if i + 1 < len(messages) else None))
+    notes["system"] += not all(shown.system for shown in seen)
+    notes["tools"] += not all(shown.tools for shown in seen)
     return turns, +notes
 
 
@@ -268,10 +267,12 @@ def _turn(chat: ChatTemplate, messages, taken, tools, whole: str, i: int, last: 
         return "unseen"
     if not shown.text and not message.get("tool_calls"):
         return "text"
-    if shown.stop is None or shown.early:
+    if shown.stop is None or shown.early or (shown.closing and shown.stop not in chat.stops):
         return "stop"
     answer = ""
-    if shown.faithful and whole.startswith(prompt):
+    # A template may write two turns of the assistant as one, and put a later system turn anywhere.
+    moved = any(m["role"] == "system" for m in messages[i + 1 : last]) or (i < last and messages[i + 1]["role"] == "assistant")
+    if shown.faithful and not moved and whole.startswith(prompt):
         ends_here = shown.closing and i == last
         answer = whole[len(prompt) :] if ends_here else whole[len(prompt) : whole.find(shown.stop, len(prompt)) + len(shown.stop)]
     if not answer or said.strip() not in answer or (shown.reasoning and thought.strip() not in answer):

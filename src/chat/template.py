@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +221,10 @@ class ChatTemplate:
         if not self._special.sub("", opener).strip():
             return rest
         asked = asked.strip()
+        if not asked or asked not in prompt:
+            return None
         anchor = asked + prompt.rpartition(asked)[2]
-        place = full.rfind(anchor) if asked and asked in prompt else -1
+        place = full.rfind(anchor)
         return full[place + len(anchor) :] if place >= 0 else None
 
     @property
@@ -238,7 +240,7 @@ class ChatTemplate:
             fix="remove chat_template from tokenizer_config.json (and chat_template.jinja) to train with ChatML",
         )
 
-    @property
+    @cached_property
     def stops(self) -> list[str]:
         """Tokens that end a turn: a plain answer's first, then one of a turn that calls, where that is another."""
         calling = _marked([PROBE[0], PROBE[1] | {"content": "", "tool_calls": [{}]}])
@@ -301,10 +303,11 @@ class ChatTemplate:
         seen = lambda part: part in own
         calls = [_mark(i, f"call{k}") for k in range(len(turn.get("tool_calls") or ()))]
         reasons = self.reasoning != "drop" and ("reasoning_content" in turn or INLINE.match(turn["content"]))
-        then = following and following["role"] != "assistant" and _marked([*messages, following])[-1]
+        then = following and following["role"] in ("user", "tool") and _marked([*messages, following])[-1]
         if not then:
             then = {"role": "tool", "content": _mark(i + 1)} if calls else {"role": "user", "content": _mark(i + 1)}
-        later = self._tried([*marked, then], tools) or self._tried([*marked, {"role": "user", "content": _mark(i + 1)}], tools) or ""
+        further = (self._tried([*marked, one], tools) or "" for one in (then, {"role": "user", "content": _mark(i + 1)}))
+        later = next((text for text in further if _mark(i + 1) in text), "")  # one that it does not show is no further turn
         marks = [_mark(i), _mark(i, "reasoning"), *calls]
         ends = _behind(own, marks)
         goes_on = _behind(later.partition(_mark(i + 1))[0], marks)
@@ -411,9 +414,9 @@ def text_of(folder: Path) -> str | None:
 def check_keywords(text: str | None, keywords: dict) -> None:
     """Raises ConfigError for keywords that a template does not read."""
     own = {"messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception", "bos_token", "eos_token"}
-    words = set(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", text or "")) - own
-    if unknown := [word for word in keywords if word not in words]:
-        read = sorted(_keywords(text or "") - own)
+    own |= {"documents", "continue_final_message"}  # transformers sets or takes these itself, so no default reaches the template
+    read = sorted(_keywords(text or "") - own)
+    if unknown := [word for word in keywords if word not in read]:
         near = difflib.get_close_matches(unknown[0], read, 1)
         raise ConfigError(
             f"the chat template does not read {', '.join(unknown)}" + (f"; did you mean '{near[0]}'?" if near else ""),
@@ -426,10 +429,11 @@ def _keywords(text: str) -> set[str]:
     """Names that a template reads and does not set."""
     from jinja2 import Environment, TemplateError, meta
 
+    text = re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{#\1\2#}", text)  # transformers' own tag
     try:
         return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text))
-    except TemplateError:  # transformers' own tags
-        return set()
+    except TemplateError:  # whoever renders it is told why
+        return set(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", text))
 
 
 def with_defaults(text: str, keywords: dict) -> str:
