@@ -225,6 +225,18 @@ def test_weights_of_records(one, given, weight):
     assert one(openai(USER, ASSISTANT, weight=given))[2] == weight
 
 
+@pytest.mark.parametrize("given", [10**400, 1e308, 1e39, 1e-50])
+def test_a_weight_that_fp32_does_not_hold_is_refused(fault, given):
+    for record in (openai(USER, ASSISTANT, weight=given), openai(USER, ASSISTANT | {"weight": given})):
+        assert "bad weight" in fault(record)[0]
+
+
+def test_a_column_that_is_named_and_not_there_is_said(one):
+    record = {"q": "?", "a": "!", "weight": 2}
+    notes = one(record, columns={"prompt": "q", "response": "a", "weight": "wieght"})[1]
+    assert notes["no such column, which data.columns names: 'wieght'"] == 1
+
+
 def test_what_weighs_nothing_is_dropped(tmp_path):
     records = [openai(USER, ASSISTANT, weight=0), openai(USER, ASSISTANT | {"train": False}), openai(USER, ASSISTANT)]
     (tmp_path / "chat.json").write_text(json.dumps(records))

@@ -37,6 +37,7 @@ def renamed(record: dict, columns: Mapping[str, str | None]) -> tuple[dict, set[
     found = {key: value for key, value in record.items() if key not in out_of_the_way | taken}
     found |= {ours: record[theirs] for ours, theirs in named.items() if theirs in record}
     notes = {f"column left out by data.columns: {quote(key)}" for key in record if key in out_of_the_way - taken}
+    notes |= {f"no such column, which data.columns names: {quote(theirs)}" for theirs in named.values() if theirs not in record}
     fields = {theirs: ours for ours, theirs in columns.items() if ours in TURN_NAMES and theirs is not None}
     for key in LISTS if fields else ():
         if key in found:

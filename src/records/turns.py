@@ -24,6 +24,8 @@ UNREADABLE = ("refusal", *MEDIA)
 REASONING = ("reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
 SWITCHES = ("train", "training", "loss")
+SMALLEST = 1e-6
+"""weight but for 0; the largest is its inverse: a record's times a turn's is multiplied in fp32, where 1e39 is infinite and 1e-50 nothing"""
 TURN_FIELDS = {
     *("role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call"),
     *REASONING,
@@ -248,6 +250,8 @@ def weight_of(value: object, key: str, place: str, *, switch: bool = False) -> f
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         shown = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else kind(value)
         raise Malformed("bad weight", f"{place}: {key!r} is {shown}; a weight is a number from 0 on")
+    if value and not SMALLEST <= value <= 1 / SMALLEST:
+        raise Malformed("bad weight", f"{place}: {key!r} is beyond {SMALLEST:g} to {1 / SMALLEST:g}, which the loss is summed in")
     return float(value)
 
 
