@@ -299,6 +299,23 @@ def test_undesired_answers_are_not_learnt(tmp_path):
     assert tally.dropped == {"marked as not desired (label false)": 1}
 
 
+def test_a_label_beside_other_answers_is_a_class(one):
+    """Dropping the false ones of a set of yes and no would tilt what is learnt."""
+    for record in (
+        {"question": "Is it so?", "answer": "No", "label": False},
+        {"instruction": "Is it so?", "output": "No", "label": "false"},
+    ):
+        assert one(record)[1] == {"unknown column ignored: 'label'": 1}
+
+
+def test_a_label_beside_turns_is_read(tmp_path):
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"messages": turns, "label": label} for label in (True, False)]))
+    tally = Tally()
+    assert len(list(read(tmp_path / "chat.json", format="auto", on_fault="error", tally=tally))) == 1
+    assert tally.dropped == {"marked as not desired (label false)": 1} and not tally.notes
+
+
 def test_a_label_that_is_none_of_these_is_said(one):
     assert one({"prompt": "?", "completion": "!", "label": 3})[1] == {"unknown column ignored: 'label'": 1}
 

@@ -282,7 +282,7 @@ def _conversations(file: kinds.File, layout: RecordLayout, tally: Tally) -> Iter
             own.formats[format] += 1
             for note in sorted({*notes, *raw.notes, *ignored(record, format), *seen(record, conversation.messages)}):
                 tally._note(note)
-            reason = "marked as not desired (label false)" if desired(record) is False else _useless(conversation)
+            reason = "marked as not desired (label false)" if desired(record, format) is False else _useless(conversation)
             if reason:
                 tally._drop(_where(file.name, raw), conversation.id, reason)
                 continue

@@ -144,10 +144,11 @@ def _has_role(turn: object) -> bool:
 
 def ignored(record: dict, format: str) -> set[str]:
     """Notes on what the record has beyond its format."""
-    unread = {"label"} if desired(record) is None else set()
+    judged = desired(record, format) is not None
+    unread = set() if judged else {"label"}
     if format in TURN_KEYS:
         unread |= {*LISTS} - {_turns_key(record, TURN_KEYS[format])}
-    read = COLUMNS[format] - unread
+    read = COLUMNS[format] - unread | ({"label"} if judged else set())
     notes = {f"unknown column ignored: {quote(key)}" for key in record if key not in read}
     for key in record.keys() & read & TURNS_IN:
         turns = record[key]
@@ -316,9 +317,10 @@ def weight_of_record(record: dict) -> float:
     return weight_of(value, "weight", "the record")
 
 
-def desired(record: dict) -> bool | None:
-    """Whether a record's answer is one to learn or to unlearn, where its label says so as data sets for KTO do."""
-    label = record.get("label")
+def desired(record: dict, format: str) -> bool | None:
+    """Whether a record's answer is one to learn or to unlearn, where its label says so as data sets for KTO do: beside a completion, or beside turns.
+    Beside other questions and answers a label is more likely the class that the answer names."""
+    label = record.get("label") if format in TURN_KEYS or "completion" in record else None
     return {"true": True, "false": False}.get(str(label).lower()) if isinstance(label, bool | str) else None
 
 
