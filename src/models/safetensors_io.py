@@ -106,6 +106,30 @@ def load(entry: Entry):
     return raw.view(getattr(torch, TORCH[entry.dtype])).reshape(entry.shape)
 
 
+def load_wide(entry: Entry, into=None):
+    """The tensor an entry describes in fp32, exactly where it is stored in 16 bits; no other form of the whole is in memory.
+
+    into: fp32 of its shape, whose memory is taken; a new tensor without one.
+    """
+    import torch
+
+    wide = torch.empty(entry.shape) if into is None else into
+    flat, dtype = wide.view(-1), getattr(torch, TORCH[entry.dtype])
+    piece = torch.empty(min(PIECE, entry.size), dtype=torch.uint8)
+    view, at = memoryview(piece.numpy().data), 0
+    with open(entry.file, "rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        while at < len(flat):
+            part = view[: (len(flat) - at) * ITEM[entry.dtype]]
+            rest = part
+            while rest:
+                rest = rest[_some(stream.readinto(rest), entry) :]
+            values = piece[: len(part)].view(dtype)
+            flat[at : at + len(values)] = values
+            at += len(values)
+    return wide
+
+
 def copy(entry: Entry, out: int, at: int) -> None:
     """Copy the bytes of a stored tensor into an open file (its descriptor) from byte `at` on."""
     buffer, done = memoryview(bytearray(min(PIECE, entry.size))), 0
