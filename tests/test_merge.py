@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from src import data, finetune, merge
+from src.chat import encoding
 from src.core import artifact, processes
 from src.core.errors import ProofFailed, WrongKind
-from src.chat import encoding
 from src.models import by_layer, fidelity, generation, merging, seen
 from src.models.folder import check_folder
 from src.models.loading import load_any, load_tokenizer
@@ -494,7 +494,9 @@ def test_layer_by_layer_is_the_whole_model(tied, rows_trained, tmp_path):
     for found in folders:
         walk, _ = by_layer.load(found, base if found.kind == "adapter" else None)
         assert all(p.is_meta for name, p in walk.layers[0].named_parameters() if "lora" not in name)
-        apart, together = (seen.observe(read, rows) for read in (seen.by_layer(walk, "a"), seen.whole(load_any(found, dtype="float32", base=base)[0], "b")))
+        apart, together = (
+            seen.observe(read, rows) for read in (seen.by_layer(walk, "a"), seen.whole(load_any(found, dtype="float32", base=base)[0], "b"))
+        )
         assert (apart.likeliest == together.likeliest).all()
         assert np.abs(apart.losses - together.losses).max() < 1e-5
 

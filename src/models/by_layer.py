@@ -10,6 +10,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from src.core.artifact import Artifact
 from src.core.files import read_json
 from src.core.log import progress
+from src.core.processes import import_quietly
 from src.models import adapter_files, loading, merging, safetensors_io
 from src.models.folder import base_of, check_adapter_file, has_tokenizer, trust_of
-from src.models.vocabulary import vocabulary_rows
+from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 
 TOGETHER = 1024
 """tokens of the rows that go through a layer together, padding included: enough for the products to reach the processor's speed"""
@@ -32,10 +34,11 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor belongs, and where it is stored: its entry, or a function that loads what transformers had to store otherwise."""
+    """Where a tensor belongs, and where it is stored: its entry, or a function that loads it. full: its name in the folder."""
 
     module: torch.nn.Module
     name: str
+    full: str
     source: safetensors_io.Entry | Callable[[], torch.Tensor]
 
     def load(self, into: torch.Tensor | None) -> torch.Tensor:
@@ -66,7 +69,7 @@ class Pass:
     calls: list[tuple[tuple, dict]] = field(default_factory=list)
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """The part of a forward pass that was wanted is done."""
 
 
@@ -109,6 +112,20 @@ class ByLayer:
                     self._spare[tuple(meta.shape)].append(place.module._parameters[place.name].data)
                 place.module._parameters[place.name] = meta
 
+    def names(self, number: int) -> list[tuple[str, torch.nn.Module]]:
+        """(name in the folder, without ".weight"; module) of a layer's modules that have a weight."""
+        return [(p.full.removesuffix(".weight"), p.module) for p in self.places.tensors[number] if p.name == "weight"]
+
+    def take(self, tensor: Callable[[str], torch.Tensor]) -> None:
+        """From here on every weight is what `tensor` gives for its name in the folder, read anew each time; those held all along are replaced once."""
+        tensors = {
+            what: [replace(place, source=partial(tensor, place.full)) for place in places] for what, places in self.places.tensors.items()
+        }
+        self.places = replace(self.places, tensors=tensors)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.is_meta:
+                parameter.data.copy_(tensor(name))
+
     # ---- a pass
 
     def batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
@@ -136,12 +153,12 @@ class ByLayer:
                 if number == 0:
                     begun.hidden = hidden
                 if number == len(self.layers) - 1:
-                    raise _Reached
+                    raise Reached
                 return self._as_given(hidden)
 
             return forward
 
-        with self._layers_as(note), contextlib.suppress(_Reached), torch.no_grad():
+        with self._layers_as(note), contextlib.suppress(Reached), torch.no_grad():
             self._forward(begun)
         return begun
 
@@ -207,11 +224,11 @@ class ByLayer:
         def ask(number: int) -> Callable:
             def forward(*args, **kwargs):
                 found.append(isinstance(self._forwards[0](*args, **kwargs), tuple))
-                raise _Reached
+                raise Reached
 
             return forward
 
-        with self.held(0), self._layers_as(ask), contextlib.suppress(_Reached), torch.no_grad():
+        with self.held(0), self._layers_as(ask), contextlib.suppress(Reached), torch.no_grad():
             self._forward(begun)
         return found[0]
 
@@ -252,7 +269,9 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple
     if not (on_disk := modules_on_disk(base, trust, ends=False)) or any(base.glob("*.bin")):
         return None
     model = loading.load_model(base, dtype="float32", trust_remote_code=trust, on_disk=on_disk)
-    model = loading.with_adapter(model, artifact.path, max(tokens, len(tokenizer)))
+    loading.grow_for_adapter(model, artifact.path, len(tokenizer))
+    grow_vocabulary(model, tokens)
+    model = loading.with_adapter(model, artifact.path)
     bring_back(artifact.path, model)
     loading.refuse_unknown_ids(model, artifact.path)
     return ByLayer(model, nf4=artifact.metrics.get("nf4")), tokenizer
@@ -261,6 +280,7 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple
 def modules_on_disk(path: Path, trust_remote_code: bool, *, ends: bool = True) -> dict[str, str]:
     """transformers' device_map of a model whose layers stay on disk, with its `ends`, embedding and output layer, or without: {module: "disk" or "cpu"};
     empty where its layers are no one list."""
+    import_quietly("transformers.modeling_utils", "transformers.quantizers.auto")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -291,19 +311,19 @@ def places_of(model: torch.nn.Module, path: Path, scratch: tempfile.TemporaryDir
         stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         for own, parameter in module.named_parameters(recurse=False) if stored is not None else ():
             if parameter.is_meta:
-                what = ends.get(id(module)) or next(number for layer, number in inside.items() if name == layer or name.startswith(f"{layer}."))
-                tensors[what].append(Place(module, own, _source(stored.dataset, f"{name}.{own}", entries)))
+                what = ends.get(id(module)) or next(
+                    number for layer, number in inside.items() if name == layer or name.startswith(f"{layer}.")
+                )
+                full = stored.dataset.index.get(f"{name}.{own}", {}).get("weight_name", f"{name}.{own}")
+                source = entries.get(full) or partial(stored.dataset.__getitem__, f"{name}.{own}")
+                tensors[what].append(Place(module, own, full, source))
     if model.config.get_text_config().tie_word_embeddings and "head" in tensors:
-        tensors["head"] = [replace(place, source=tensors["embedding"][0].source) for place in tensors["head"]]
+        tensors["head"] = [
+            replace(place, source=tensors["embedding"][0].source, full=tensors["embedding"][0].full) for place in tensors["head"]
+        ]
     remove_hook_from_module(model, recurse=True)
     del model.hf_device_map
     return Places([model.get_submodule(name) for name in inside], dict(tensors), scratch)
-
-
-def _source(stored, name: str, entries: dict[str, safetensors_io.Entry]) -> safetensors_io.Entry | Callable[[], torch.Tensor]:
-    """stored: accelerate's OffloadedWeightsLoader, which knows the file of each tensor, or has it in one of its own."""
-    known = stored.index.get(name, {}).get("weight_name", name)
-    return entries.get(known) or (lambda: stored[name])
 
 
 def bring_back(adapter: Path, model: torch.nn.Module) -> None:

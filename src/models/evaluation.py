@@ -10,10 +10,9 @@ from src.chat.rows import rows_of
 from src.core.artifact import Artifact
 from src.core.errors import BadData, MissingInput
 from src.core.log import warn
-from src.models import by_layer, devices, generation, held, seen
+from src.models import devices, generation, seen
 from src.models.loading import load_any
 from src.models.seen import Reader
-from src.models.vocabulary import grow_vocabulary
 from src.settings.verbs import Evaluation
 
 
@@ -29,15 +28,14 @@ class Measured:
     def model(self):
         """The whole model, loaded when first asked for."""
         if self._model is None:
-            narrow = held.dtype_of(self.artifact) if self.device == "cpu" else "auto"
-            self._model, _ = load_any(self.artifact, dtype=narrow, device=self.device)
-            grow_vocabulary(self._model, self.tokens)
-            if self.device == "cpu":
-                held.hold(self._model)
+            dtype = "held" if self.device == "cpu" else "auto"
+            self._model, _ = load_any(self.artifact, dtype=dtype, device=self.device, tokens=self.tokens)
         return self._model
 
     @property
     def reader(self) -> Reader:
+        from src.models import by_layer
+
         what = f"measuring {self.role}"
         walk = by_layer.load(self.artifact, tokens=self.tokens) if self.device == "cpu" and self._model is None else None
         return seen.by_layer(walk[0], what) if walk else seen.whole(self.model, what)

@@ -18,7 +18,7 @@ from src.chat.rows import rows_of
 from src.core.artifact import Artifact, is_finished, open_artifact
 from src.core.errors import ProofFailed, UserError, using
 from src.core.log import say, size, warn
-from src.models import by_layer, complete, safetensors_io, seen
+from src.models import complete, safetensors_io, seen
 from src.models.devices import fits_whole
 from src.models.folder import has_tokenizer, trust_of
 from src.models.loading import load_any
@@ -176,11 +176,15 @@ def compare(before: Seen, after: Seen, rows: int) -> Change:
 
 def reader(artifact: Artifact, dtype: str, device: str, base: Path | None = None, what: str = "proof") -> Reader:
     """Asks a model in the artifact's folder: on a CPU in fp32 layer by layer where that can be, else whole."""
+    from src.models import by_layer
+
     if device == "cpu" and dtype == "float32" and (found := by_layer.load(artifact, base)):
         return seen.by_layer(found[0], what)
     parameters = sum(math.prod(entry.shape) for entry in safetensors_io.entries(base or artifact.path).values())
     if dtype == "float32" and not fits_whole(parameters, device):
-        say(f"{what}: twice the model in fp32, {size(8 * parameters)}, does not fit in memory, so it is computed in the dtype that is stored")
+        say(
+            f"{what}: twice the model in fp32, {size(8 * parameters)}, does not fit in memory, so it is computed in the dtype that is stored"
+        )
         dtype = "auto"
     return seen.whole(load_any(artifact, dtype=dtype, device=device, base=base)[0], what)
 

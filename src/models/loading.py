@@ -132,34 +132,53 @@ def refuse_unknown_ids(model, where: Path) -> None:
     model.get_input_embeddings().register_forward_pre_hook(check)
 
 
-def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", base: Path | None = None):
-    """(model in eval mode, tokenizer) of an adapter, a model or a quantized artifact. base: where the adapter's base is, if not where it was."""
-    trust = bool(trust_of(artifact))
-    if artifact.kind != "adapter":
-        tokenizer = load_tokenizer(artifact.path, trust_remote_code=trust)
-        model = load_model(artifact.path, dtype=dtype, trust_remote_code=trust)
-        refuse_unknown_ids(model, artifact.path)
-        return model.to(device).eval(), tokenizer
-    base, quantization = base or base_of(artifact), None
-    if nf4 := artifact.metrics.get("nf4"):
-        quantization = nf4_config(**nf4)
-    tokenizer = load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base, trust_remote_code=trust)
-    pickle = _allowed(artifact, "allow_pickle")
-    model = load_model(base, dtype=dtype, trust_remote_code=trust, allow_pickle=pickle, quantization=quantization)
-    model = with_adapter(model, artifact.path, len(tokenizer))
+def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", base: Path | None = None, tokens: int = 0):
+    """(model in eval mode, tokenizer) of an adapter, a model or a quantized artifact.
+
+    dtype: auto for the stored one, held for the stored one computing in fp32 (see held), or a name. base: where the adapter's base is, if not where it
+    was. tokens: ids it has to know; its vocabulary grows to as many.
+    """
+    from src.models import held
+
+    trust, adapter = bool(trust_of(artifact)), artifact.path if artifact.kind == "adapter" else None
+    if adapter:
+        check_adapter_file(adapter)
+    folder = (base or base_of(artifact)) if adapter else artifact.path
+    own = adapter if adapter and has_tokenizer(adapter) else folder
+    tokenizer = load_tokenizer(own, trust_remote_code=trust)
+    nf4 = artifact.metrics.get("nf4") if adapter else None
+    model = load_model(
+        folder,
+        dtype=held.dtype_of(folder) if dtype == "held" else dtype,
+        trust_remote_code=trust,
+        allow_pickle=bool(adapter) and _allowed(artifact, "allow_pickle"),
+        quantization=nf4_config(**nf4) if nf4 else None,
+    )
+    if adapter:
+        grow_for_adapter(model, adapter, len(tokenizer))
+    grow_vocabulary(model, tokens)
+    if dtype == "held":
+        held.hold(model)
+    if adapter:
+        model = with_adapter(model, adapter)
     refuse_unknown_ids(model, artifact.path)
     return model.to(device).eval(), tokenizer
 
 
-def with_adapter(model, adapter: Path, tokens: int):
-    """peft's model of an adapter on its base, whose vocabulary grows as it did in training. tokens: of the tokenizer."""
+def grow_for_adapter(model, adapter: Path, tokens: int) -> None:
+    """Give a base as many rows as it had in the adapter's training: those of the tables the adapter holds, into as many of which peft loads them, or
+    those of its tokenizer's `tokens`."""
+    if rows := adapter_files.table_rows(adapter):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    else:
+        grow_vocabulary(model, tokens)
+
+
+def with_adapter(model, adapter: Path):
+    """peft's model of an adapter on its base."""
     import_quietly("peft", "gptqmodel")
     from peft import PeftModel
 
-    if rows := adapter_files.table_rows(adapter):
-        model.resize_token_embeddings(rows, mean_resizing=False)  # peft loads the tables of an adapter into as many rows only
-    else:
-        grow_vocabulary(model, tokens)
     with using("the adapter", adapter), warnings.catch_warnings():
         # Of layers that are on disk: ByLayer does what torch says was not done.
         warnings.filterwarnings("ignore", message="for .*: copying from a non-meta parameter")

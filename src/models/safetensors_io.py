@@ -93,6 +93,15 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
     return found
 
 
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator:
+    """A file as the safetensors library opens it, for its metadata."""
+    from safetensors import safe_open
+
+    with safe_open(file, "np") as stored:
+        yield stored
+
+
 def load(entry: Entry):
     """The tensor an entry describes, as a torch tensor in memory of its own."""
     import torch

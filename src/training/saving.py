@@ -90,7 +90,7 @@ def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained,
     made = {"settings": cfg.model_dump(mode="json"), "metrics": metrics, "parents": []}
     saved = Artifact(out, "model" if full else "adapter", "", made, {})
     given = (trained.rows, trained.seen and trained.seen.top_k_ids, None if full else base)
-    ids, _, seen = processes.fresh(fidelity.reload, saved, compute, device, *given)
+    ids, seen = processes.fresh(fidelity.reload, saved, compute, device, *given)
     complete.compare(ids, tokenizer, out)
     if trained.seen is None:
         return {}
