@@ -6,15 +6,16 @@ and loses most of a small update (docs/fidelity.md).
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
+from src.chat import encoding
 from src.core import processes, stage
 from src.core.artifact import Artifact
 from src.core.errors import ProofFailed, WrongKind
 from src.core.files import read_json
-from src.core.log import say
+from src.core.log import say, ticks
 from src.models import complete, fidelity, merging, safetensors_io, seen
-from src.models.devices import device_that_fits, give_back_memory
 from src.models.folder import base_of, check_folder, trust_of
 from src.models.loading import tokenizer_of
 from src.settings.verbs import MergeVerb
@@ -52,37 +53,55 @@ def check(cfg: MergeVerb, inputs: dict[str, Artifact]) -> list[str]:
     return [f"{adapter.path} into {base.path}, written as {cfg.dtype}, rounding {cfg.rounding}"]
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What the adapter on its base is. rows, seen: what it says at them. held_out: whether they are conversations. ids: of its tokenizer, see complete."""
+
+    rows: list[encoding.Encoded]
+    seen: seen.Seen
+    held_out: bool
+    ids: list[list[int]]
+
+
 def merge(cfg: MergeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    """Each part in a process of its own, so that the second reads the result from disk alone, and neither holds what the other needs."""
     adapter, base = inputs["adapter"], inputs["model"].path
+    figures = processes.fresh(write, cfg, adapter, base, out)
+    trained = processes.fresh(observe, adapter, base, out)
+    return {**figures, **prove(cfg, adapter, out, trained)}
+
+
+def write(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path) -> dict:
+    """Make the merged folder."""
     written, changes = merging.plan(adapter, base, cfg.dtype)
     tensor = merging.merged_tensors(adapter, base, written, changes, cfg.rounding)
-    safetensors_io.write(out, written, tensor, safetensors_io.parse_size(cfg.shard_size))
+    with ticks(len(written), "merging tensors") as tick:
+        safetensors_io.write(out, written, tensor, safetensors_io.parse_size(cfg.shard_size), tick)
     merging.add_files(adapter, base, out, written)
-    adapted = sum(bool(merging.LORA & change.keys()) for change in changes.values())
-    return {"tensors": len(written), "adapted": adapted, **prove(cfg, adapter, base, out, written)}
+    return {"tensors": len(written), "adapted": sum(bool(merging.LORA & change.keys()) for change in changes.values())}
 
 
-def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: list[safetensors_io.Entry]) -> dict:
-    """The proof's figures: what training's last pass said, or the adapter on its base, against the merged folder, loaded alone, in a fresh process,
-    offline; tokenizers are compared too.
+def observe(adapter: Artifact, base: Path, out: Path) -> Trained:
+    """What training's last pass said, where it is on record; else the adapter on its base is asked for held-out rows, or for random tokens."""
+    tokenizer = tokenizer_of(adapter, base)
+    ids = complete.ids_of(tokenizer)
+    if known := fidelity.Record.load(adapter.path):
+        return Trained(known.rows, known.seen, True, ids)
+    config = read_json(out / "config.json")
+    held = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer, config)
+    rows = held or fidelity.probes(config["vocab_size"])
+    return Trained(rows, seen.observe(fidelity.reader(adapter, "float32", None, base), rows), bool(held), ids)
+
+
+def prove(cfg: MergeVerb, adapter: Artifact, out: Path, trained: Trained) -> dict:
+    """The proof's figures: the adapter on its base against the merged folder, loaded alone, in a fresh process, offline; tokenizers are compared too.
 
     Raises ProofFailed where log-probabilities, or the loss on held-out conversations, differ by more than their limits.
     """
-    parameters = sum(math.prod(entry.shape) for entry in written)
-    device = device_that_fits(parameters)
-    tokenizer = tokenizer_of(adapter)
-    if known := fidelity.Record.load(adapter.path):
-        rows, trained = known.rows, known.seen
-    else:
-        config = read_json(out / "config.json")
-        held = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer, config)
-        rows = held or fidelity.probes(config["vocab_size"])
-        trained = seen.observe(fidelity.reader(adapter, "float32", device, base), rows)
-        give_back_memory()
     merged = Artifact(out, "model", "", adapter.manifest, {})
-    ids, saved = processes.fresh(fidelity.reload, merged, "float32", device, rows, trained.top_k_ids, None)
-    complete.compare(ids, tokenizer, out)
-    error = fidelity.distance(trained, saved)
+    ids, saved = processes.fresh(fidelity.reload, merged, "float32", None, trained.rows, trained.seen.top_k_ids, None)
+    complete.compare(ids, trained.ids, out)
+    error = fidelity.distance(trained.seen, saved)
     tolerance = TOLERANCE[read_json(out / "config.json")["dtype"]] if cfg.tolerance == "auto" else cfg.tolerance
     if not error <= tolerance:
         raise ProofFailed(
@@ -92,9 +111,9 @@ def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: lis
         )
     say(f"merge: log-probabilities equal those of the adapter on its base within {error:.1e} (tolerance {tolerance:.0e})")
     figures = {"logit_error": error, "tolerance": tolerance}
-    if not known and not held:
+    if not trained.held_out:
         return figures
-    change = fidelity.compare(trained, saved, len(rows))
+    change = fidelity.compare(trained.seen, saved, len(trained.rows))
     ways = ["rounding=stochastic keeps what was learnt"] * (cfg.rounding == "nearest") + ["dtype=float32 keeps every bit"]
     fidelity.judge("merge", change, cfg.max_loss_change, out, ways)
     return figures | change.metrics()

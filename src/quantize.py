@@ -7,6 +7,7 @@ that is not quantized as the source stores it; it loads in transformers as it is
 import itertools
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from src import __version__
@@ -18,7 +19,6 @@ from src.core.errors import ConfigError, MissingInput, ProofFailed, WrongKind
 from src.core.files import read_json, write_json
 from src.core.log import say, warn
 from src.models import complete, exact_sum, fidelity, safetensors_io, seen
-from src.models.devices import give_back_memory
 from src.models.folder import check_folder, check_tokenizer, trust_of
 from src.models.loading import load_tokenizer
 from src.models.safetensors_io import Entry
@@ -60,7 +60,29 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Made:
+    """A folder that has been written. figures: of its making. rows, before: what the weights it was made from say at them. held_out: whether they are
+    held-out conversations. ids: of its source's tokenizer, see complete."""
+
+    start: Artifact
+    figures: dict
+    rows: list[encoding.Encoded]
+    before: seen.Seen
+    held_out: bool
+    ids: list[list[int]]
+
+
 def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    """Each part in a process of its own, so that the second reads the result from disk alone, and neither holds what the other needs."""
+    made = processes.fresh(make, cfg, inputs, out)
+    figures = prove(made, out, cfg.quantizer.bits)
+    shutil.rmtree(out / "scratch")
+    return {**made.figures, **figures}
+
+
+def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
+    """Write the quantized folder, and ask what it was made from for held-out rows, or for the calibration's first where there are none."""
     from src.models import by_layer, gptq, gptq_layers
 
     source, data = inputs["model"].path.resolve(), inputs["dataset"].path
@@ -72,15 +94,16 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if not (found := by_layer.load(start)):
         raise WrongKind("its decoder layers are no one list, so it cannot be quantized layer by layer", where=str(source))
     q = cfg.quantizer
-    how = gptq.Settings(q.bits, q.group_size, q.damp, q.act_order)
-    losses = gptq_layers.quantize(found[0], rows, how, scratch / "layers")
+    losses = gptq_layers.quantize(found[0], rows, gptq.Settings(q.bits, q.group_size, q.damp, q.act_order), scratch / "layers")
     del found
     write(source, scratch / "layers", out)
     complete.copy(source, out)
     complete_config(cfg, source, out)
-    figures = prove(start, out, tokenizer, data, rows)
-    shutil.rmtree(scratch)
-    return {"calibration_rows": len(rows), "calibration_tokens": tokens, "module_loss": sum(losses) / len(losses), **figures}
+    held = fidelity.held_out(data, tokenizer, read_json(source / "config.json"))
+    asked = held or [encoding.Encoded(row[:256], row[:256]) for row in rows[:8]]
+    before = seen.observe(fidelity.reader(start, "float32"), asked)
+    figures = {"calibration_rows": len(rows), "calibration_tokens": tokens, "module_loss": sum(losses) / len(losses)}
+    return Made(start, figures, asked, before, bool(held), complete.ids_of(tokenizer))
 
 
 def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[list[int]], int]:
@@ -133,31 +156,26 @@ def complete_config(cfg: QuantizeVerb, source: Path, out: Path) -> None:
     write_json(out / "quantize_config.json", block)
 
 
-def prove(start: Artifact, out: Path, tokenizer, dataset: Path, calibration: list[list[int]]) -> dict:
-    """The proof's figures: loss, KL and likeliest tokens on held-out conversations, or on the calibration's first without any, against the weights that
-    were quantized. The folder is read alone in a fresh process; its tokenizer is compared too.
-
-    Raises ProofFailed where what it says has nothing to do with the source's.
-    """
+def read_back(*given) -> tuple:
     from src.models import gptq_layers
 
-    config = read_json(out / "config.json")
-    held = fidelity.held_out(dataset, tokenizer, config)
-    rows = held or [encoding.Encoded(row[:256], row[:256]) for row in calibration[:8]]
-    before = seen.observe(fidelity.reader(start, "float32", "cpu"), rows)
-    give_back_memory()
-    bits = config["quantization_config"]["bits"]
-    ids, after = processes.fresh(gptq_layers.read_back, start, out, rows, before.top_k_ids, bits)
-    complete.compare(ids, tokenizer, out)
-    error = fidelity.distance(before, after)
+    return gptq_layers.read_back(*given)
+
+
+def prove(made: Made, out: Path, bits: int) -> dict:
+    """The proof's figures: loss, KL and likeliest tokens against the weights that were quantized, by the folder alone, read in a fresh process; its
+    tokenizer is compared too. Raises ProofFailed where what it says has nothing to do with the source's."""
+    ids, after = processes.fresh(read_back, made.start, out, made.rows, made.before.top_k_ids, bits)
+    complete.compare(ids, made.ids, out)
+    error = fidelity.distance(made.before, after)
     if not error < 1:
         raise ProofFailed(
             f"the quantized model's log-probabilities are {error:.2f} of their own size away from the source's", where=str(out)
         )
     say(f"quantize: transformers reads the folder alone; log-probabilities within {error:.1%} of the source's")
-    change = fidelity.compare(before, after, len(rows))
+    change = fidelity.compare(made.before, after, len(made.rows))
     figures = fidelity.report("quantize", change, "quantized", "quantizer=gptq_int8 loses less" if bits == 4 else "")
-    return {"logit_error": error, **(figures if held else {})}
+    return {"logit_error": error, **(figures if made.held_out else {})}
 
 
 STAGE = stage.Stage(

@@ -277,7 +277,7 @@ def test_a_wrong_tensor_fails_the_proof_and_publishes_nothing(damage, pair, tmp_
     monkeypatch.setattr(merging, "merged_tensors", wrong)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 8
     err = capsys.readouterr().err
-    assert "self-check failed: the merged model's logits differ" in err and "fix:" in err and "tolerance=nan" not in err
+    assert "self-check failed: the merged model's log-probabilities differ" in err and "fix:" in err and "tolerance=nan" not in err
     assert not list((tmp_path / "m").glob("merge*")), "neither finished nor half-made"
     monkeypatch.setattr(merging, "merged_tensors", true)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 0

@@ -6,7 +6,6 @@ and hand their input on, later with a last layer that gives the true hidden stat
 """
 
 import contextlib
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from src.core.artifact import Artifact
 from src.core.files import read_json
 from src.core.log import progress
 from src.core.processes import import_quietly
-from src.models import adapter_files, loading, merging, safetensors_io
+from src.models import adapter_files, held, loading, merging, safetensors_io
 from src.models.folder import base_of, check_adapter_file, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 
@@ -28,8 +27,8 @@ TOGETHER = 1024
 """tokens of the rows that go through a layer together, padding included: enough for the products to reach the processor's speed"""
 HIDDEN = 256 << 20
 """bytes of hidden states held at once, fp32; more rows go in several rounds, each of which reads the model again"""
-CHUNK = 256
-"""tokens taken through the output layer at a time"""
+LOGITS = 64 << 20
+"""bytes of logits made at a time, fp32"""
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,10 @@ class Place:
     full: str
     source: safetensors_io.Entry | Callable[[], torch.Tensor]
 
-    def load(self, into: torch.Tensor | None) -> torch.Tensor:
-        """The tensor, fp32; written over `into` where that is given."""
+    def load(self, into: torch.Tensor | None, *, narrow: bool) -> torch.Tensor:
+        """The tensor, fp32; written over `into` where that is given. narrow: as it is stored, if its module computes in fp32 from that."""
+        if narrow and held.is_held(self.module) and isinstance(self.source, safetensors_io.Entry):
+            return safetensors_io.load(self.source)
         if isinstance(self.source, safetensors_io.Entry):
             return safetensors_io.load_wide(self.source, into)
         return self.source().float()
@@ -50,12 +51,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Places:
-    """What of a model is on disk. layers: of its decoder, in order. tensors: of each layer by its number, of "embedding" and "head". scratch: a
-    folder to be removed with them."""
+    """What of a model is on disk. layers: of its decoder, in order. tensors: of each layer by its number, of "embedding" and "head"."""
 
     layers: list[torch.nn.Module]
     tensors: dict[int | str, list[Place]]
-    scratch: tempfile.TemporaryDirectory
 
 
 @dataclass
@@ -86,6 +85,11 @@ class ByLayer:
         self._spare: dict[tuple, list[torch.Tensor]] = defaultdict(list)
 
     @property
+    def chunk(self) -> int:
+        """Tokens to take through the output layer at a time."""
+        return max(32, LOGITS // (4 * vocabulary_rows(self.model)))
+
+    @property
     def width(self) -> int:
         """Of the hidden states."""
         return self.model.config.get_text_config().hidden_size
@@ -99,7 +103,7 @@ class ByLayer:
         for place in self.places.tensors.get(what, ()):
             meta = place.module._parameters[place.name]
             spare = self._spare[tuple(meta.shape)]
-            tensor = place.load(spare.pop() if spare else None)
+            tensor = place.load(spare.pop() if spare else None, narrow=not isinstance(what, int))
             if self.nf4 and isinstance(what, int) and isinstance(place.module, torch.nn.Linear):
                 tensor = merging.as_nf4_made_it(tensor, self.nf4).float()
             place.module._parameters[place.name] = torch.nn.Parameter(tensor, requires_grad=False)
@@ -259,6 +263,7 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple
         model = loading.load_model(artifact.path, dtype="float32", trust_remote_code=trust, on_disk=on_disk)
         if vocabulary_rows(model) < tokens:
             return None
+        model.places = places_of(model, artifact.path)
         loading.refuse_unknown_ids(model, artifact.path)
         return ByLayer(model), tokenizer
     check_adapter_file(artifact.path)
@@ -269,6 +274,7 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple
     if not (on_disk := modules_on_disk(base, trust, ends=False)) or any(base.glob("*.bin")):
         return None
     model = loading.load_model(base, dtype="float32", trust_remote_code=trust, on_disk=on_disk)
+    model.places = places_of(model, base)
     loading.grow_for_adapter(model, artifact.path, len(tokenizer))
     grow_vocabulary(model, tokens)
     model = loading.with_adapter(model, artifact.path)
@@ -298,7 +304,7 @@ def modules_on_disk(path: Path, trust_remote_code: bool, *, ends: bool = True) -
     }
 
 
-def places_of(model: torch.nn.Module, path: Path, scratch: tempfile.TemporaryDirectory) -> Places:
+def places_of(model: torch.nn.Module, path: Path) -> Places:
     """What transformers left on disk of a model loaded with `modules_on_disk`, taken off its and accelerate's hands: no hook of theirs is left."""
     from accelerate.hooks import remove_hook_from_module
 
@@ -322,8 +328,11 @@ def places_of(model: torch.nn.Module, path: Path, scratch: tempfile.TemporaryDir
             replace(place, source=tensors["embedding"][0].source, full=tensors["embedding"][0].full) for place in tensors["head"]
         ]
     remove_hook_from_module(model, recurse=True)
+    for place in (*tensors.get("embedding", ()), *tensors.get("head", ())):
+        vars(place.module).pop("forward", None)  # of the class it was, left behind by the hook
+        held.hold_one(place.module)
     del model.hf_device_map
-    return Places([model.get_submodule(name) for name in inside], dict(tensors), scratch)
+    return Places([model.get_submodule(name) for name in inside], dict(tensors))
 
 
 def bring_back(adapter: Path, model: torch.nn.Module) -> None:

@@ -19,7 +19,7 @@ from src.core.artifact import Artifact, is_finished, open_artifact
 from src.core.errors import ProofFailed, UserError, using
 from src.core.log import say, size, warn
 from src.models import complete, safetensors_io, seen
-from src.models.devices import fits_whole
+from src.models.devices import device_that_fits, fits_whole
 from src.models.folder import has_tokenizer, trust_of
 from src.models.loading import load_any
 from src.models.seen import Reader, Seen
@@ -174,13 +174,14 @@ def compare(before: Seen, after: Seen, rows: int) -> Change:
     )
 
 
-def reader(artifact: Artifact, dtype: str, device: str, base: Path | None = None, what: str = "proof") -> Reader:
-    """Asks a model in the artifact's folder: on a CPU in fp32 layer by layer where that can be, else whole."""
+def reader(artifact: Artifact, dtype: str, device: str | None = None, base: Path | None = None, what: str = "proof") -> Reader:
+    """Asks a model in the artifact's folder: on a CPU in fp32 layer by layer where that can be, else whole. device: where it fits, if None."""
     from src.models import by_layer
 
+    parameters = _parameters(base or artifact.path)
+    device = device or device_that_fits(parameters)
     if device == "cpu" and dtype == "float32" and (found := by_layer.load(artifact, base)):
         return seen.by_layer(found[0], what)
-    parameters = sum(math.prod(entry.shape) for entry in safetensors_io.entries(base or artifact.path).values())
     if dtype == "float32" and not fits_whole(parameters, device):
         say(
             f"{what}: twice the model in fp32, {size(8 * parameters)}, does not fit in memory, so it is computed in the dtype that is stored"
@@ -189,10 +190,16 @@ def reader(artifact: Artifact, dtype: str, device: str, base: Path | None = None
     return seen.whole(load_any(artifact, dtype=dtype, device=device, base=base)[0], what)
 
 
-def reload(artifact: Artifact, dtype: str, device: str, rows: list[encoding.Encoded], at: np.ndarray | None, base: Path | None) -> tuple:
+def _parameters(folder: Path) -> int:
+    return sum(math.prod(entry.shape) for entry in safetensors_io.entries(folder).values())
+
+
+def reload(
+    artifact: Artifact, dtype: str, device: str | None, rows: list[encoding.Encoded], at: np.ndarray | None, base: Path | None
+) -> tuple:
     """(token ids of aux_files' probes, what the model says at `rows`). Made to run in a fresh process.
 
-    at: see observe. base: of an adapter, where it is.
+    device: see reader. at: see observe. base: of an adapter, where it is.
     """
     folder = artifact.path if has_tokenizer(artifact.path) or not base else base
     ids = complete.token_ids(folder, trust_of(artifact))

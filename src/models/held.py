@@ -7,11 +7,14 @@ chunk of tokens, where an fp32 copy would be a quarter more memory at 0.5B.
 """
 
 import threading
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from src.models import safetensors_io
 
 BLOCK, ROWS = 1 << 20, 512
 """weights that are widened at a time, and the fewest rows of them: narrower products are slower"""
@@ -36,6 +39,17 @@ def hold(model: nn.Module) -> None:
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if _is_narrow(tensor) and id(tensor) not in held:
                     tensor.data = tensor.data.float()
+
+
+def hold_one(module: nn.Module) -> None:
+    """Have a module compute in fp32 from a weight of whatever dtype it will have, if it is of a kind that can."""
+    module.__class__ = KINDS.get(type(module), type(module))
+
+
+def dtype_of(folder: Path) -> str:
+    """The dtype to load a folder's weights in so that none is changed: the 16-bit one that all are stored in, else float32."""
+    stored = {entry.dtype for entry in safetensors_io.entries(folder).values()}
+    return {"BF16": "bfloat16", "F16": "float16"}.get(stored.pop(), "float32") if len(stored) == 1 else "float32"
 
 
 def is_held(module: nn.Module) -> bool:

@@ -50,8 +50,6 @@ def load_model(
     import_quietly("transformers.modeling_utils", "transformers.quantizers.auto")
     from transformers import AutoModelForCausalLM
 
-    from src.models import by_layer
-
     config = check_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     gptq = (config.get("quantization_config") or {}).get("quant_method") == "gptq"
     if gptq:
@@ -82,7 +80,7 @@ def load_model(
     check_special_ids(path, model)
     keep_nf4_trainable(model)
     if on_disk:
-        model.places = by_layer.places_of(model, path, scratch)
+        model.scratch = scratch  # removed with the model
     return model
 
 
@@ -206,9 +204,9 @@ def check_adapter(path: Path, model) -> None:
         )
 
 
-def tokenizer_of(artifact: Artifact):
-    """The tokenizer that belongs to an adapter, a model or a quantized artifact, without loading the model."""
-    folder = base_of(artifact) if artifact.kind == "adapter" and not has_tokenizer(artifact.path) else artifact.path
+def tokenizer_of(artifact: Artifact, base: Path | None = None):
+    """The tokenizer that belongs to an adapter, a model or a quantized artifact, without loading the model. base: see load_any."""
+    folder = (base or base_of(artifact)) if artifact.kind == "adapter" and not has_tokenizer(artifact.path) else artifact.path
     return load_tokenizer(folder, trust_remote_code=bool(trust_of(artifact)))
 
 

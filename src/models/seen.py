@@ -79,7 +79,8 @@ def observe(read: Reader, rows: list[Encoded], at: np.ndarray | None = None, top
     seen = Seen(np.empty(count), np.empty((count, width), np.int64), np.empty((count, width)), np.empty(count, np.int64))
     for places, logits in read(rows):
         with torch.no_grad():
-            log_probs = logits.float().log_softmax(-1)
+            log_probs = logits.float()
+            log_probs -= log_probs.logsumexp(-1, keepdim=True)
             known = min(width, log_probs.shape[-1])
             ids = log_probs.topk(known).indices if at is None else torch.from_numpy(at[places]).to(log_probs.device)
             seen.losses[places] = -log_probs.gather(1, targets[places].to(log_probs.device)[:, None])[:, 0].double().cpu()
@@ -123,7 +124,7 @@ def by_layer(model, what: str) -> Reader:
     """Of a ByLayer. Rows go in rounds whose hidden states take no more than HIDDEN bytes; in each the model is read once."""
     import torch
 
-    from src.models.by_layer import CHUNK, HIDDEN
+    from src.models.by_layer import HIDDEN
 
     def read(rows: list[Encoded]) -> Iterator[tuple[np.ndarray, Any]]:
         starts = np.cumsum([0, *(len(kept(row)) for row in rows)])
@@ -142,7 +143,7 @@ def by_layer(model, what: str) -> Reader:
             hidden = torch.cat([states[kept(rows[i])] for i, states in zip(some, hidden)])
             places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in some])
             with model.held("head"):
-                for at in range(0, len(places), CHUNK):
-                    yield places[at : at + CHUNK], model.logits(hidden[at : at + CHUNK])
+                for at in range(0, len(places), model.chunk):
+                    yield places[at : at + model.chunk], model.logits(hidden[at : at + model.chunk])
 
     return read

@@ -91,7 +91,7 @@ def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained,
     saved = Artifact(out, "model" if full else "adapter", "", made, {})
     given = (trained.rows, trained.seen and trained.seen.top_k_ids, None if full else base)
     ids, seen = processes.fresh(fidelity.reload, saved, compute, device, *given)
-    complete.compare(ids, tokenizer, out)
+    complete.compare(ids, complete.ids_of(tokenizer), out)
     if trained.seen is None:
         return {}
     if not full:
