@@ -14,6 +14,7 @@ from src.core.errors import ConfigError, MissingInput
 from src.core.log import rank, say
 from src.core.processes import import_quietly
 from src.models.folder import check_folder, check_tokenizer, locate
+from src.models.loading import import_peft
 from src.settings.verbs import FinetuneVerb, FullTuner
 from src.training import launch, rules, saving
 from src.training.chat_tokenizer import chat_tokenizer, template_text
@@ -78,7 +79,8 @@ def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:
 def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if not launch.gpu_count():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
-    import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
+    import_peft()
+    import_quietly("transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []), without=["datasets"])
     base = inputs["model"].path
     tokenizer, added = chat_tokenizer(cfg, base)
     eos_id = encoding.turn_end(tokenizer)

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,12 +124,25 @@ def _answer(sender: Any, parent: int, function: Callable, args: tuple) -> None:
     sender.send(found)
 
 
-def import_quietly(*modules: str) -> None:
-    """Import libraries that greet (peft brings gptqmodel, torchao and bitsandbytes) without their greetings."""
+def import_quietly(*modules: str, without: Collection[str] = ()) -> None:
+    """Import libraries that greet (gptqmodel, torchao, bitsandbytes, and what imports them) without their greetings. without: see `absent`."""
     prepare_gptq_workers()
-    with silenced(), hub_cache_kept():
+    with silenced(), hub_cache_kept(), absent(without):
         for module in modules:
             importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def absent(packages: Collection[str]) -> Iterator[None]:
+    """Within the block, those of the packages that nothing has imported yet are as if not installed: a None in sys.modules, which `import` and
+    importlib.util.find_spec both heed."""
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # typeshed has no None, the import system does
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager

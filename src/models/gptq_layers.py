@@ -144,9 +144,13 @@ def _is_of(name: str, layer: nn.Module) -> bool:
 
 def read_back(start: Artifact, out: Path, rows: list, at, bits: int) -> tuple:
     """(token ids of aux_files' probes, what the quantized model says at `rows`), from the folder `out` alone but for the code and the shape of the model
-    it was made from. Made to run in a fresh process. at: see seen.observe. Raises ProofFailed where transformers reads the folder otherwise."""
-    ids = complete.token_ids(out, trust_of(start))
-    quantized = replace(start, path=out, kind="model")
+    it was made from. Made to run in a fresh process. at: see seen.observe."""
+    model = opened(start, out, bits)
+    return complete.token_ids(out, trust_of(start)), seen.observe(seen.by_layer(model, "proof"), rows, at)
+
+
+def opened(start: Artifact, out: Path, bits: int) -> ByLayer:
+    """The quantized model in `out`. start: what it was made from."""
     model, _ = by_layer.load(replace(start, kind="model"))  # as it could be when it was quantized
     stored = safetensors_io.entries(out)
 
@@ -157,25 +161,27 @@ def read_back(start: Artifact, out: Path, rows: list, at, bits: int) -> tuple:
         return gptq.widen({suffix: safetensors_io.load(stored[f"{module}.{suffix}"]) for suffix in gptq.SUFFIXES}, bits)
 
     model.take(tensor)
-    check_first_layer(model, quantized)
-    return ids, seen.observe(seen.by_layer(model, "proof"), rows, at)
+    return model
 
 
-def check_first_layer(model: ByLayer, quantized: Artifact) -> None:
-    """Load the folder's first layer with transformers, whose kernels gptqmodel brings, and run it beside ours. Raises ProofFailed where they differ."""
-    trust = bool(trust_of(quantized))
-    config = AutoConfig.from_pretrained(quantized.path, local_files_only=True, trust_remote_code=trust)
+def check_first_layer(start: Artifact, out: Path, bits: int) -> None:
+    """Load the folder's first layer with transformers, whose kernels gptqmodel brings, and run it beside ours. Made to run in a fresh process.
+
+    Raises ProofFailed where they differ.
+    """
+    trust, model = bool(trust_of(start)), opened(start, out, bits)
+    config = AutoConfig.from_pretrained(out, local_files_only=True, trust_remote_code=trust)
     text = config.get_text_config()
     text.num_hidden_layers = 1
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     loading.prepare_gptq()
-    on_disk = by_layer.modules_on_disk(quantized.path, trust)
+    on_disk = by_layer.modules_on_disk(out, trust)
     kept = {name: place for name, place in on_disk.items() if not name.rpartition(".")[2].isdigit()}
     first = next(name for name in on_disk if name.rpartition(".")[2] == "0")
     with tempfile.TemporaryDirectory() as scratch, silenced():
         theirs = AutoModelForCausalLM.from_pretrained(
-            quantized.path,
+            out,
             config=config,
             dtype=torch.float32,
             device_map={**kept, first: "cpu"},
@@ -196,5 +202,5 @@ def check_first_layer(model: ByLayer, quantized: Artifact) -> None:
     error = float((here - there).norm() / (here - each.hidden).norm())
     if not error < 2e-2:
         raise ProofFailed(
-            f"transformers makes of the first layer something else than it holds: {error:.1%} of what it adds", where=str(quantized.path)
+            f"transformers makes of the first layer something else than it holds: {error:.1%} of what it adds", where=str(out)
         )

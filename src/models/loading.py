@@ -12,7 +12,7 @@ from src.chat.template import bound_templates
 from src.core.artifact import Artifact
 from src.core.errors import AGAIN, BadData, MissingTool, using
 from src.core.log import warn
-from src.core.processes import import_quietly, silenced
+from src.core.processes import absent, import_quietly, silenced
 from src.models import adapter_files, safetensors_io
 from src.models.folder import _allowed, base_of, check_adapter_file, check_config, check_folder, check_tokenizer, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
@@ -174,7 +174,7 @@ def grow_for_adapter(model, adapter: Path, tokens: int) -> None:
 
 def with_adapter(model, adapter: Path):
     """peft's model of an adapter on its base."""
-    import_quietly("peft", "gptqmodel")
+    import_peft()
     from peft import PeftModel
 
     with using("the adapter", adapter), warnings.catch_warnings():
@@ -236,6 +236,22 @@ def keep_gptq_trainable(model) -> None:
     for module in model.modules():
         if hasattr(module, "qweight") and hasattr(module, "linear_mode"):
             module.linear_mode = "train"
+
+
+def import_peft() -> None:
+    """Import peft without the quantization libraries that the process does without.
+
+    peft compares each layer with the quantized ones of all libraries that are installed, and imports them for it, which takes longer than all else it
+    does. Here it finds those that are imported already, as they are once a base with such layers is loaded: call this again then.
+    """
+    others = ("bitsandbytes", "gptqmodel", "torchao")
+    import_quietly("peft", without=others)
+    from peft import import_utils as checks
+
+    with absent(others):
+        for check in (checks.is_bnb_available, checks.is_bnb_4bit_available, checks.is_gptqmodel_available, checks.is_torchao_available):
+            check.cache_clear()
+            check()
 
 
 def prepare_gptq() -> None:

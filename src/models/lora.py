@@ -8,6 +8,7 @@ import torch
 from src.core.errors import ConfigError
 from src.core.log import say
 from src.models.held import is_held
+from src.models.loading import import_peft
 from src.models.token_rows import keep_rows_under_zero3, row_rates, vocabulary_layers
 from src.settings.verbs import AdapterTuner, Optimizer
 
@@ -27,6 +28,7 @@ def attach(model, tuner: AdapterTuner, rows: list[int], *, deepspeed: bool):
     deepspeed: keep what is trained in the base's dtype, since ZeRO refuses parameters of several; without it that is fp32.
     Raises ConfigError where a setting names a layer the model does not have, or one that cannot be trained so.
     """
+    import_peft()
     from peft import LoraConfig, get_peft_model
 
     keep_rows_under_zero3()
