@@ -23,12 +23,15 @@ from src.core.errors import ConfigError, MissingInput, ProofFailed
 from src.core.files import read_json
 from src.core.log import say, warn
 from src.core.processes import silenced
+from src.core.room import Needs
 from src.models import complete, exact_sum, fidelity, safetensors_io
 from src.models.devices import device, fits_whole, give_back_memory
 from src.models.folder import check_folder, check_tokenizer, stored_dtype, trust_of
 from src.models.generation import logits
 from src.models.loading import load_model, load_tokenizer, prepare_gptq
 from src.settings.verbs import QuantizeVerb
+from src.sizing import host
+from src.sizing.config_reader import read_shape
 
 
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
@@ -234,7 +237,14 @@ def prove(start: Artifact, out: Path, trust: bool, tokenizer, dataset: Path, pro
     return figures
 
 
-STAGE = stage.Stage(verb="quantize", version=2, schema=QuantizeVerb, kind="quantized", find=find, check=check, run=quantize, doc=__doc__)
+def needs(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> Needs:
+    split = host.conversations(inputs["dataset"].path / "calib.jsonl")
+    return host.quantize(read_shape(inputs["model"].path), cfg.calibration, split, exact=exact_sum.ROLES["adapter"] in inputs)
+
+
+STAGE = stage.Stage(
+    verb="quantize", version=2, schema=QuantizeVerb, kind="quantized", find=find, check=check, needs=needs, run=quantize, doc=__doc__
+)
 
 if __name__ == "__main__":
     stage.main(STAGE)

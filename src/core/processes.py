@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.core.errors import MEMORY, UserError
+from src.core.errors import MEMORY, NoMemory
 from src.core.log import tell
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def fresh(function: Callable[..., T], *args: Any) -> T:
         try:
             return pool.submit(function, *args).result()
         except concurrent.futures.process.BrokenProcessPool:
-            raise UserError("the checking process was killed, most likely for lack of memory", fix=MEMORY) from None
+            raise NoMemory("the checking process was killed, most likely for lack of memory", fix=MEMORY) from None
 
 
 def import_quietly(*modules: str) -> None:
