@@ -1,6 +1,7 @@
 """What a stage takes of this machine is said beforehand, and refused where there is less: in a second, before torch, with ways out that fit."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -181,6 +182,25 @@ def test_a_disk_too_small_for_the_exact_sum():
     with pytest.raises(NoRoom) as error:
         room.check(needs, Room(GB, 0, int(needs.disk) - 1, ROOT))
     assert "weights=stored" in error.value.fix
+
+
+# ---- the plan
+
+
+def test_the_plan_says_of_each_stage_what_the_stage_says(call, command, finished):
+    base = ["target=openvino_cpu", "target.context_len=512", "target.prompt_len=256"]
+    planned = call("plan", f"model={finished / 'a' / 'merge'}", "train.max_length=512", *base).stdout
+    table = dict(re.findall(r"^(data|finetune|merge|quantize|evaluate|deploy)\b.*? {2,}(\S+ \w+)  .*fits$", planned, re.MULTILINE))
+    assert [*table] == ["data", "finetune", "merge", "quantize", "evaluate", "deploy"], planned
+    for verb in ("data", "finetune", "merge"):
+        done = call(*command(verb), "dry_run=true")
+        assert f"needs about {table[verb]} of memory" in done.stderr, (table[verb], done.stderr)
+
+
+def test_the_plan_names_what_would_fit(call, finished, machine):
+    machine(GB / 100)
+    said = call("plan", f"model={finished / 'a' / 'merge'}", "target=llama2c").stdout
+    assert said.count("does NOT fit") >= 6
 
 
 # ---- killed all the same

@@ -12,6 +12,7 @@ A figure is the largest of a stage's phases, each a sum of named parts over all 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from src.sizing import budget
 from src.sizing.shape import Layer, ModelShape
 
 MB = 1e6
+SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
+"""matrices of a layer that have the same input"""
 PYTHON, TORCH, PEFT, TRAINER = 40 * MB, 350 * MB, 480 * MB, 520 * MB
 """bytes a process has of its own after its imports: settings and records alone; torch and transformers; peft and what it brings; transformers' Trainer"""
 PIECE = 800
@@ -30,8 +33,8 @@ TOGETHER, CHUNK, HIDDEN = 1024, 256, 256 << 20
 """by_layer's: tokens of a pass through a layer, tokens at a time through the output layer, bytes of hidden states held at once"""
 HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
-LOGITS = 3 * (128 << 20)
-"""training's: the logits of a chunk of the loss, their exponentials and their gradient"""
+LOGITS, GRADIENTS = 128 << 20, 1.3
+"""training's: bytes of fp32 logits in a chunk of the loss; what gradients of activations add to those that are kept"""
 BUSY = 512
 """training's: tokens of a forward pass that keep a CPU busy"""
 JSON = 3.5
@@ -117,8 +120,9 @@ def data(read: int, *, packed: int = 0) -> Needs:
 def finetune(shape: ModelShape, tuner: Tuner, zero: Deepspeed, train: Train | PlanTrain, *, processes: int = 1, gpus: int = 0) -> Needs:
     """processes, gpus: of this machine. On GPUs a model is in the machine's memory until it has been moved, and what is offloaded stays there."""
     adapter = None if isinstance(tuner, FullTuner) else tuner
-    set_up = Training(shape, tuner.kind, adapter_values(shape, adapter) if adapter else shape.params, zero, train, processes, gpus)
-    lora = replace(set_up, kind="lora", trained=adapter_values(shape, adapter))
+    trained = adapter_values(shape, adapter) if adapter else shape.params
+    set_up = Training(shape, tuner.kind, adapter.rank if adapter else 0, trained, zero, train, processes, gpus)
+    lora = replace(set_up, kind="lora", rank=adapter.rank if adapter else RANK, trained=adapter_values(shape, adapter))
     qlora = replace(lora, kind="qlora")
     lengths = (n for n in (4096, 2048, 1024, 512, 256, 128) if n < train.max_length)
     ways = [
@@ -134,13 +138,14 @@ def finetune(shape: ModelShape, tuner: Tuner, zero: Deepspeed, train: Train | Pl
 
 @dataclass(frozen=True)
 class Training:
-    """A training as it is set up. kind: of the tuner; trained: values; processes, gpus: of this machine.
+    """A training as it is set up. kind, rank: of the tuner, rank 0 of a model that is trained whole; trained: values; processes, gpus: of this machine.
 
     length, micro_batch, checkpointing: in place of those that `train` has.
     """
 
     shape: ModelShape
     kind: str
+    rank: int
     trained: int
     zero: Deepspeed
     train: Train | PlanTrain
@@ -177,13 +182,13 @@ class Training:
         copies = 1 if self.zero.stage == 3 else self.processes
         shared = 1 if self.zero.stage else self.processes
         moments = 12 if self.kind == "full" else 16  # of a model that is trained whole the weights are counted already
-        kept = kept_bytes(self.shape, self.kind != "full", checkpointing=checkpointing)
+        kept = GRADIENTS * kept_bytes(self.shape, self.rank, checkpointing=checkpointing)
         return {
             **self.own,
             "weights": copies * self.weights(),
             "trained weights, gradients and moments": shared * moments * self.trained,
             "kept activations": self.processes * kept * tokens,
-            "chunks of the loss": self.processes * LOGITS,
+            "chunks of the loss": self.processes * 3 * min(LOGITS, 4 * tokens * self.shape.vocab),
         }
 
     def weights(self) -> float:
@@ -217,27 +222,28 @@ def adapter_values(shape: ModelShape, tuner: AdapterTuner | None) -> int:
     return rank * sum(m.rows + m.columns for m in adapted) + len(tables) * shape.embedding
 
 
-def kept_bytes(shape: ModelShape, adapters: bool, *, checkpointing: bool) -> float:
-    """Bytes a token keeps for the backward pass, in fp32; of what is recomputed its checkpoints, and one layer."""
+def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool) -> float:
+    """Bytes a token keeps for the backward pass, in fp32: both norms' inputs and outputs, queries, keys and values, what attention gives, the MLP's two
+    halves with their activation and product, and for adapters of a rank their narrow products and a byte of dropout for each of their inputs.
+
+    Of what is recomputed: each layer's input, and one layer.
+    """
 
     def of(layer: Layer) -> float:
-        width, q, kv = shape.hidden, shape.heads * shape.head_dim, layer.kv_values // 2
-        down = max(m.columns for m in layer.matrices)
-        return 4 * (6 * width + 3 * q + 3 * kv + 4 * down)
+        width, q, kv, middle = shape.hidden, shape.heads * shape.head_dim, layer.kv_values // 2, max(m.columns for m in layer.matrices)
+        kept = 4 * (4 * width + 3 * q + 2 * kv + 4 * middle)
+        return kept + (sum(m.columns for m in layer.matrices) + 4 * rank * len(layer.matrices) if rank else 0)
 
     each = [of(layer) for layer in shape.stack]
     return 4 * shape.hidden * shape.layers + max(each) if checkpointing else sum(each)
 
 
 def merge(shape: ModelShape, dtype: str = "auto") -> Needs:
-    """Tensor by tensor into the result, then the proof: the adapter on its base in this process, then the result in another."""
-    matrix = max(shape.embedding, *(m.size for layer in shape.stack for m in layer.matrices))
-    own = {"libraries": PEFT, "tokenizer": tokenizer(shape)}
-    written = stored(shape if dtype == "auto" else replace(shape, dtype=dtype))
-    return Needs(
-        largest({**own, "a matrix, its sum and its rounding": 12 * matrix}, {**own, **by_layer(shape, ends=True)}, {**own, **proof(shape)}),
-        written,
-    )
+    """Tensor by tensor into the result, then the proof in a process of its own."""
+    largest_one = max(shape.embedding, *(m.size for layer in shape.stack for m in layer.matrices))
+    own = {"libraries": TORCH, "tokenizer": tokenizer(shape)}
+    work = {**own, "a matrix, its sum and its rounding": 12 * largest_one}
+    return Needs(largest(work, {**own, **proof(shape)}), stored(shape if dtype == "auto" else replace(shape, dtype=dtype)))
 
 
 def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversations) -> Needs:
@@ -261,23 +267,23 @@ def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversati
 
 
 def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, *, exact: bool = False) -> Needs:
-    """A layer in fp32 with the second moments of its inputs, and the calibration rows' hidden states before and after it; then the proof.
+    """A layer in fp32, the calibration rows' hidden states, and of the matrices that share an input one group at a time; then the proof.
 
-    exact: the sum of adapter and base is written in fp32 first.
+    A group takes three copies of its Hessian, which is sorted and factored, or beside the factor its weights four times: as they are, and as the
+    integers, scales and sums that they become. exact: the sum of adapter and base is written in fp32 first.
     """
     result = 0.6 * shape.matrix_params + stored(shape) * (1 - shape.matrix_params / shape.params)
     sum_bytes = stored(replace(shape, dtype="float32")) if exact else 0
+    own = {"libraries": TORCH, "tokenizer": tokenizer(shape)}
     layer = max(shape.stack, key=lambda layer: layer.params)
-    moments = sum({m.columns: 4 * m.columns**2 for m in layer.matrices}.values())
+    groups = [list(group) for _, group in groupby(layer.matrices, key=lambda m: SHARED.get(m.name, m.name))]
+    group = max(max(12 * g[0].columns ** 2, 4 * g[0].columns ** 2 + 16 * sum(m.size for m in g)) for g in groups)
 
     def of(rows: int, *, exact: bool) -> Needs:
-        own = {"libraries": PEFT, "tokenizer": tokenizer(shape)}
-        hidden = {"hidden states of the calibration rows": 2 * 4 * split.tokens(rows, calibration.max_length) * shape.hidden}
-        work = {**own, "layer in fp32": 4 * layer.params, "second moments of its inputs": 3 * moments, **hidden}
-        return Needs(
-            largest(work, {**own, "embedding in fp32": 4 * shape.embedding, **hidden}, {**own, **proof(shape)}),
-            exact * sum_bytes + 2 * result,
-        )
+        hidden = {"hidden states of the calibration rows": 4 * split.tokens(rows, calibration.max_length) * shape.hidden}
+        work = {**own, "layer in fp32": 4 * layer.params, "Hessians and weights of one input": group, **hidden}
+        start = {**own, "embedding in fp32": 4 * shape.embedding, **hidden}
+        return Needs(largest(work, start, {**own, **proof(shape)}), exact * sum_bytes + 2 * result)
 
     fewer = {f"calibration.rows={n}": of(n, exact=exact) for n in (128, 64, 32) if n < calibration.rows}
     as_stored = {"weights=stored": of(calibration.rows, exact=False)} if exact else {}
