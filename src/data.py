@@ -10,11 +10,13 @@ from src.core import artifact, stage
 from src.core.artifact import Artifact
 from src.core.errors import BadData
 from src.core.log import progress, say, warn
+from src.core.room import Needs
 from src.records.conversations import Conversation, RecordLayout, Tally, read
-from src.records.sources import kinds
+from src.records.sources import kinds, opened
 from src.records.sources.found import found
 from src.records.splits import SPLITS, Splits, times
 from src.settings.verbs import Data, DataVerb
+from src.sizing import host
 
 FILES_LISTED = 10
 HELD_OUT, NOT_DRAWN = "also in data.val", "not drawn, by data.weights"
@@ -49,6 +51,13 @@ def check(cfg: DataVerb, inputs: dict[str, Artifact]) -> list[str]:
 
 def _records(source: Artifact) -> list[kinds.File]:
     return [kinds.file(source.path if source.path.is_file() else source.path / name, name) for name in source.files]
+
+
+def needs(cfg: DataVerb, inputs: dict[str, Artifact]) -> Needs:
+    files = [file.path for source in inputs.values() for file in _records(source)]
+    return host.data(
+        sum(path.stat().st_size for path in files), packed=sum(path.stat().st_size for path in files if opened.is_packed(path))
+    )
 
 
 def data(cfg: DataVerb, inputs: dict[str, Artifact], out: Path) -> dict:
@@ -115,7 +124,7 @@ def report(tally: Tally, rows: dict[str, int]) -> None:
             warn(f"the {split} split is empty; raise data.{split}, or add records")
 
 
-STAGE = stage.Stage(verb="data", version=2, schema=DataVerb, kind="dataset", find=find, check=check, run=data, doc=__doc__)
+STAGE = stage.Stage(verb="data", version=2, schema=DataVerb, kind="dataset", find=find, check=check, needs=needs, run=data, doc=__doc__)
 
 if __name__ == "__main__":
     stage.main(STAGE)

@@ -18,12 +18,15 @@ from src.core import stage
 from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput
 from src.core.log import say
+from src.core.room import Needs
 from src.models import evaluation
-from src.models.folder import base_of
+from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
 from src.serving import measure
 from src.serving.client import Client
 from src.settings.verbs import EvaluateVerb
+from src.sizing import host
+from src.sizing.config_reader import read_shape
 
 MEASURED = ("finetune", "merge", "quantize")
 BUILT_FROM = ("merge", "finetune", "quantize")
@@ -250,6 +253,11 @@ def _short(row: dict) -> str:
     return (text if len(text) <= 160 else f"{text[:100]} … {text[-50:]}") + ("" if row["ended"] else " [turn not ended]")
 
 
+def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
+    models = [read_shape(weights_of(inputs[role])) for role in ("model", "parent") if role in inputs]
+    return host.evaluate(models, cfg.evaluation, host.conversations(inputs["dataset"].path / "val.jsonl"))
+
+
 STAGE = stage.Stage(
     verb="evaluate",
     version=2,
@@ -258,6 +266,7 @@ STAGE = stage.Stage(
     find=find,
     name=name,
     check=check,
+    needs=needs,
     run=evaluate,
     each=each,
     doc=__doc__,

@@ -13,9 +13,12 @@ from src.core.artifact import Artifact, outside
 from src.core.errors import ConfigError, MissingInput
 from src.core.log import rank, say
 from src.core.processes import import_quietly
+from src.core.room import Needs
 from src.models.folder import check_folder, check_tokenizer, locate
 from src.models.loading import import_peft
 from src.settings.verbs import FinetuneVerb, FullTuner
+from src.sizing import host
+from src.sizing.config_reader import read_shape
 from src.training import launch, rules, saving
 from src.training.chat_tokenizer import chat_tokenizer, template_text
 from src.training.chat_tokenizer import check as check_template
@@ -69,6 +72,11 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
     return [f"{cfg.tuner.kind} on {base.path}, {name}, {world} process{'es' * (world > 1)}, {batch} conversations a step"]
 
 
+def needs(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> Needs:
+    here = {"processes": launch.per_node(cfg.launch), "gpus": launch.gpu_count()}
+    return host.finetune(read_shape(inputs["model"].path), cfg.tuner, cfg.deepspeed, cfg.train, **here)
+
+
 def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:
     """Start the worker processes, unless one without DeepSpeed is all there is or torchrun has started us."""
     if "WORLD_SIZE" in os.environ or (launch.world_size(cfg.launch) == 1 and not cfg.deepspeed.stage):
@@ -117,11 +125,12 @@ STAGE = stage.Stage(
     kind=lambda cfg, inputs: "model" if isinstance(cfg.tuner, FullTuner) else "adapter",
     find=find,
     check=check,
+    needs=needs,
     around=around,
     run=finetune,
     doc=__doc__,
     resumes=lambda partial: any(partial.glob("checkpoints/checkpoint-*/whole")),
-    early=lambda cfg, run: check(cfg, {"model": base_model(cfg, run)}),
+    early=lambda cfg, run: {"model": base_model(cfg, run)},
 )
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ from src.core.artifact import Artifact
 from src.core.errors import ProofFailed, WrongKind
 from src.core.files import read_json
 from src.core.log import say, ticks
+from src.core.room import Needs
 from src.models import complete, fidelity, merging, safetensors_io, seen
 from src.models.folder import base_of, check_folder, trust_of
 from src.models.loading import tokenizer_of
 from src.settings.verbs import MergeVerb
+from src.sizing import host
+from src.sizing.config_reader import read_shape
 
 # Relative L2 distance of log-probabilities that rounding to the stored dtype alone explains, with room to spare (8, 11 and 24 bits of mantissa).
 TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3, "float32": 1e-4}
@@ -119,7 +122,11 @@ def prove(cfg: MergeVerb, adapter: Artifact, out: Path, trained: Trained) -> dic
     return figures | change.metrics()
 
 
-STAGE = stage.Stage(verb="merge", version=2, schema=MergeVerb, kind="model", find=find, check=check, run=merge, doc=__doc__)
+def needs(cfg: MergeVerb, inputs: dict[str, Artifact]) -> Needs:
+    return host.merge(read_shape(inputs["model"].path), cfg.dtype)
+
+
+STAGE = stage.Stage(verb="merge", version=2, schema=MergeVerb, kind="model", find=find, check=check, needs=needs, run=merge, doc=__doc__)
 
 if __name__ == "__main__":
     stage.main(STAGE)

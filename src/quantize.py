@@ -18,11 +18,14 @@ from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput, ProofFailed, WrongKind
 from src.core.files import read_json, write_json
 from src.core.log import say, warn
+from src.core.room import Needs
 from src.models import complete, exact_sum, fidelity, safetensors_io, seen
 from src.models.folder import check_folder, check_tokenizer, trust_of
 from src.models.loading import load_tokenizer
 from src.models.safetensors_io import Entry
 from src.settings.verbs import QuantizeVerb
+from src.sizing import host
+from src.sizing.config_reader import read_shape
 
 
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
@@ -185,6 +188,11 @@ def prove(made: Made, out: Path, bits: int) -> dict:
     return {"logit_error": error, **(figures if made.held_out else {})}
 
 
+def needs(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> Needs:
+    split = host.conversations(inputs["dataset"].path / "calib.jsonl")
+    return host.quantize(read_shape(inputs["model"].path), cfg.calibration, split, exact=exact_sum.ROLES["adapter"] in inputs)
+
+
 STAGE = stage.Stage(
     verb="quantize",
     version=3,
@@ -192,6 +200,7 @@ STAGE = stage.Stage(
     kind="quantized",
     find=find,
     check=check,
+    needs=needs,
     run=quantize,
     doc=__doc__,
     resumes=lambda partial: any(partial.glob("scratch/layers/layer-*.safetensors")),

@@ -292,7 +292,7 @@ OUTSIDE_THE_KEY = [
     "QuantizeVerb.dataset", "RunCode.at_once", "RunCode.isolation", "SourcedVerb.source", "Teacher.path", "Train.attention",
     "Train.checkpoint_minutes", "Train.checkpoint_steps", "Train.chunked_loss", "Train.compile", "Train.eval_steps",
     "Train.gradient_checkpointing", "Train.kernels", "Train.log_steps", "Train.micro_batch_size", "Train.packing", "Train.samples", "Verb.dry_run",
-    "Verb.force", "Verb.outputs", "Verb.run",
+    "Verb.force", "Verb.outputs", "Verb.room", "Verb.run",
 ]
 # fmt: on
 """settings that take no part in an artifact's key: they change where or how fast, or name an input whose content is a parent"""

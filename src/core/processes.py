@@ -14,7 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.core.errors import MEMORY, UserError
+from src.core.errors import MEMORY, NoMemory, UserError
 from src.core.log import tell
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def fresh(function: Callable[..., T], *args: Any) -> T:
     try:
         done, value = receiver.recv()
     except EOFError:
-        raise UserError("a process of this stage was killed, most likely for lack of memory", fix=MEMORY) from None
+        raise NoMemory("a process of this stage was killed, most likely for lack of memory", fix=MEMORY) from None
     finally:
         process.kill()
         process.join()

@@ -1,4 +1,4 @@
-"""The one door every verb goes through: compose -> validate -> open inputs -> check -> run -> seal. Sole owner of Hydra.
+"""The one door every verb goes through: compose -> validate -> open inputs -> check -> room -> run -> seal. Sole owner of Hydra.
 
 A stage is a function `run(cfg, inputs, out) -> metrics`. It does not parse, choose folders, write manifests or know who runs next.
 """
@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from src.core import artifact, compose
+from src.core import artifact, compose, room
 from src.core.artifact import Artifact
-from src.core.errors import NO_SPACE, ConfigError, MissingInput, Moved, NoRoom, UserError, WrongKind
+from src.core.errors import NO_SPACE, BadData, ConfigError, MissingInput, Moved, NoRoom, UserError, WrongKind
 from src.core.files import HashCache
 from src.core.log import duration, rank, say, size, tell, warn
 from src.core.processes import Interrupted, end_with_parent, interrupted_by_signals
+from src.core.watch import watched
 from src.settings.verbs import Verb
 
 ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -137,12 +138,13 @@ class Stage(Generic[V]):
     kind: what it produces, or a function of (cfg, inputs).
     name(cfg, inputs) -> folder name of the result inside the run; the verb itself unless given.
     check(cfg, inputs) -> lines of the plan; raises where a tool, device or rule stands in the way. Before torch is imported.
+    needs(cfg, inputs) -> memory and disk that the work takes, estimated; the door compares them with what is there.
     each(cfg, run) -> configurations to run in turn, where one call may mean several artifacts.
     around(cfg, overrides) -> exit code, where the work runs in processes of its own; None: in this one.
     resumes(partial) -> whether a partial folder holds work worth keeping when the stage fails. A stage with it goes on in a partial folder of the
         same key; without it partial folders are cleared.
     guards(partial) -> whether that work is so costly that one of another key is not cleared unless forced; as `resumes` unless given.
-    early(cfg, run): what can be checked before the inputs that another stage makes are there; for launchers (--settings-only).
+    early(cfg, run) -> the inputs that no other stage makes, checked before those are there; for launchers (--settings-only).
     """
 
     verb: str
@@ -154,11 +156,12 @@ class Stage(Generic[V]):
     doc: str | None
     name: Callable[[V, Inputs], str] | None = None
     check: Callable[[V, Inputs], list[str]] | None = None
+    needs: Callable[[V, Inputs], room.Needs] | None = None
     each: Callable[[V, Run], Iterable[V]] | None = None
     around: Callable[[V, list[str]], int | None] | None = None
     resumes: Callable[[Path], bool] | None = None
     guards: Callable[[Path], bool] | None = None
-    early: Callable[[V, Run], object] | None = None
+    early: Callable[[V, Run], Inputs] | None = None
 
 
 def main(stage: Stage[V]) -> None:
@@ -274,7 +277,7 @@ def _main(stage: Stage[V], argv: list[str]) -> int:
     run = Run(Path(cfg.outputs) / cfg.run, dry=cfg.dry_run)
     if "--settings-only" in argv:
         if stage.early:
-            stage.early(cfg, run)
+            plan_of(stage, cfg, stage.early(cfg, run), run.folder)
         return 0
     configs = list(stage.each(cfg, run)) if stage.each else [cfg]
     return max(_one(stage, c, run, argv) for c in configs)
@@ -313,7 +316,7 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
                 "force=true clears it and starts anew",
             ],
         )
-    plan = stage.check(cfg, inputs) if stage.check else []
+    plan = plan_of(stage, cfg, inputs, path)
     if cfg.dry_run:
         say(f"{stage.verb}: would make {path}")
         for role, a in inputs.items():
@@ -331,7 +334,8 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     draft = {"version": stage.version, "settings": settings, "parents": artifact.parent_records(inputs, path.parent)}
     with artifact.building(path, key, resumes=stage.resumes, draft=draft, force=cfg.force) as out:
         start = time.monotonic()
-        metrics = stage.run(cfg, inputs, out)
+        with watched(name):
+            metrics = stage.run(cfg, inputs, out)
         seconds = time.monotonic() - start
         kind = stage.kind(cfg, inputs) if callable(stage.kind) else stage.kind
         artifact.seal(
@@ -340,6 +344,21 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     done = artifact.open_artifact(path)
     say(f"{name}: done in {duration(seconds)}, {size(sum(f['size'] for f in done.files.values()))} in {path}")
     return 0
+
+
+def plan_of(stage: Stage[V], cfg: V, inputs: Inputs, path: Path) -> list[str]:
+    """The lines of the plan: what the stage's own check says, and what it takes of this machine's room. Raises what stands in the way of either.
+
+    A process that a launcher has started leaves the room to the launcher, which has looked at what all of them take together.
+    """
+    plan = stage.check(cfg, inputs) if stage.check else []
+    if stage.needs is None or "WORLD_SIZE" in os.environ:
+        return plan
+    try:
+        needs = stage.needs(cfg, inputs)
+    except (BadData, WrongKind) as error:
+        return [*plan, f"what it takes of memory and disk is not estimated: {error.what}"]
+    return [*plan, room.check(needs, room.here(path), ignore=cfg.room == "ignore")]
 
 
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)

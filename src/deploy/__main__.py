@@ -11,10 +11,13 @@ from typing import Any, Protocol, cast
 from src.chat.template import as_served_today
 from src.core import artifact, stage
 from src.core.artifact import Artifact
+from src.core.room import Needs
 from src.deploy.vendor import BY_HAND, COMPILED, WORK
 from src.models import exact_sum
 from src.models.folder import check_folder, trust_of
 from src.settings.verbs import DeployVerb
+from src.sizing import host
+from src.sizing.config_reader import read_shape
 
 BUILDERS = {
     "llama2c": "src.deploy.llama2c",
@@ -76,6 +79,10 @@ def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
     ]
 
 
+def needs(cfg: DeployVerb, inputs: dict[str, Artifact]) -> Needs:
+    return host.deploy(read_shape(inputs["model"].path), cfg.target, exact=exact_sum.ROLES["adapter"] in inputs)
+
+
 def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Builds from the exact weights; their folder stays in an unfinished bundle, for the compile that goes on from there."""
     start = exact_sum.write(inputs, out / exact_sum.FOLDER)
@@ -94,6 +101,7 @@ STAGE = stage.Stage(
     find=find,
     name=name,
     check=check,
+    needs=needs,
     run=deploy,
     doc=__doc__,
     resumes=lambda partial: (partial / WORK).is_dir(),

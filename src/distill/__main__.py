@@ -11,11 +11,15 @@ from src.core import artifact, stage
 from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput
 from src.core.log import say, warn
+from src.core.room import Needs
 from src.distill import runner, sources
 from src.distill.endpoint import server_of
 from src.distill.limits import in_words
+from src.models.folder import weights_of
 from src.settings.teachers import EndpointTeacher, LocalTeacher
 from src.settings.verbs import DistillVerb
+from src.sizing import host
+from src.sizing.config_reader import read_shape
 
 
 def find(cfg: DistillVerb, run: stage.Run) -> dict[str, Artifact]:
@@ -57,6 +61,11 @@ def _endpoint(teacher: EndpointTeacher) -> str:
     return f"{teacher.model} at {server.url}, {server.with_key}, {how}"
 
 
+def needs(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Needs:
+    local = {role: teacher for role, teacher in runner.teachers(cfg).items() if isinstance(teacher, LocalTeacher)}
+    return host.distill([read_shape(weights_of(inputs[role])) for role in local], max((t.batch_size for t in local.values()), default=1))
+
+
 def around(cfg: DistillVerb, argv: list[str]) -> int | None:
     """With estimate=k the estimate takes the place of the work."""
     if not cfg.estimate:
@@ -75,7 +84,16 @@ def distill(cfg: DistillVerb, inputs: dict[str, Artifact], out: Path) -> dict:
 
 
 STAGE = stage.Stage(
-    verb="distill", version=3, schema=DistillVerb, kind="dataset", find=find, check=check, around=around, run=distill, doc=__doc__
+    verb="distill",
+    version=3,
+    schema=DistillVerb,
+    kind="dataset",
+    find=find,
+    check=check,
+    needs=needs,
+    around=around,
+    run=distill,
+    doc=__doc__,
 )
 
 if __name__ == "__main__":

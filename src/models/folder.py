@@ -204,6 +204,11 @@ def base_of(adapter: Artifact) -> Path:
     return path
 
 
+def weights_of(found: Artifact) -> Path:
+    """The folder of an adapter's base, or of the model itself."""
+    return base_of(found) if found.kind == "adapter" else found.path
+
+
 def stored_dtype(path: Path) -> str:
     """The dtype a folder's config names for its weights; float32 where it names none."""
     config = read_json(path / "config.json")

@@ -15,6 +15,7 @@ from src.core.errors import ConfigError, UserError
 from src.core.log import say, shown, size, warn
 from src.models.folder import locate_config
 from src.plan.answer import Answer, where_of
+from src.plan.machine import machine_lines
 from src.plan.ways import answer_of, ways
 from src.settings.verbs import PlanVerb
 from src.sizing.chart import draw, table
@@ -39,7 +40,9 @@ def plan(overrides: list[str]) -> int:
     config, where = read(cfg)
     answer = answer_of(cfg, config, where)
     out = [answer.words, *(f"  {'way out:' if i == 0 else 'or:     '} {way}" for i, way in enumerate(ways(cfg, overrides, config, answer)))]
-    print("\n".join([*map(shown, [*out, "", *model_lines(shape_of(config, where)), "", *answer.lines, ""]), *table(answer.points)]))
+    shape = shape_of(config, where)
+    lines = [*out, "", *model_lines(shape), "", *answer.lines, "", *machine_lines(shape, cfg), ""]
+    print("\n".join([*map(shown, lines), *table(answer.points)]))
     if cfg.plot and cfg.dry_run:
         say(f"would draw {cfg.plot}")
     elif cfg.plot:

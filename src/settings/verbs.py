@@ -37,6 +37,8 @@ class Verb(Settings):
     """make the artifact again even if one is there"""
     dry_run: Annotated[bool, Unkeyed]
     """check everything, print the plan, make nothing"""
+    room: Annotated[Literal["check", "ignore"], Unkeyed]
+    """check: refuse what takes more memory or disk than there is, by an estimate; ignore: say it and go on"""
 
 
 class SourcedVerb(Verb):

@@ -64,6 +64,12 @@ def table(path: Path) -> str | None:
     return _by_magic(TABLES, head(path))
 
 
+def is_packed(path: Path) -> bool:
+    """Whether what is in the file is more than the file."""
+    begin = head(path)
+    return _by_magic(PACKED, begin) is not None or _by_magic(TABLES, begin) == "Parquet"
+
+
 def text(path: Path) -> TextIO:
     """The file's text from its beginning, lines ended as they are. Bytes that are not UTF-8 become lone surrogates: they spoil their record, not the file.
 

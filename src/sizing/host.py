@@ -1,0 +1,317 @@
+"""What each stage takes of this machine's memory and disk, from config.json and the settings alone, before anything is loaded.
+
+A figure is the largest of a stage's phases, each a sum of named parts over all processes that are alive in it. Where its terms come from:
+
+    libraries            measured once on a model of a megabyte (docs/benchmarks.md)
+    tokenizer            of a vocabulary's pieces and merges, as `tokenizers` holds them
+    layer by layer       models/by_layer.py: the largest of embedding, layer and output layer in fp32, the rows' hidden states, one pass
+    held                 models/held.py: matrices in the dtype they are stored in, everything else in fp32
+    trained              a weight, its gradient and Adam's two moments, fp32
+    kept activations     what a layer keeps of a token for its backward pass, and the tokens of a pass by training/rules.py
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from src.core.room import Needs
+from src.settings.targets import Llama2c, Openvino, Target
+from src.settings.verbs import AdapterTuner, Calibration, Deepspeed, Evaluation, FullTuner, PlanTrain, Train, Tuner
+from src.sizing import budget
+from src.sizing.shape import Layer, ModelShape
+
+MB = 1e6
+SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
+"""matrices of a layer that have the same input"""
+PYTHON, TORCH, PEFT, TRAINER = 40 * MB, 350 * MB, 480 * MB, 520 * MB
+"""bytes a process has of its own after its imports: settings and records alone; torch and transformers; peft and what it brings; transformers' Trainer"""
+PIECE = 800
+"""bytes of a tokenizer in memory for each token of its vocabulary"""
+TOGETHER, CHUNK, HIDDEN = 1024, 256, 256 << 20
+"""by_layer's: tokens of a pass through a layer, tokens at a time through the output layer, bytes of hidden states held at once"""
+HELD_OUT = 4096
+"""fidelity's: tokens of the conversations that a proof compares"""
+LOGITS, GRADIENTS = 128 << 20, 1.3
+"""training's: bytes of fp32 logits in a chunk of the loss; what gradients of activations add to those that are kept"""
+BUSY = 512
+"""training's: tokens of a forward pass that keep a CPU busy"""
+JSON = 3.5
+"""bytes of a dataset's lines for each token of its conversations, at least in most languages"""
+RANK = 64
+"""configs/tuner/lora.yaml's"""
+NF4 = 0.5 + 1 / 64
+"""bytes of a weight in 4 bit, with a scale of 8 bits for each 64 of them"""
+WIDTH = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+
+
+def stored(shape: ModelShape) -> float:
+    """Bytes of the weights as config.json says they are stored."""
+    width = WIDTH.get(shape.dtype or "", 4.0)
+    if not (quantization := shape.quantization):
+        return width * shape.params
+    packed = budget.quantized(quantization.bits or 4, quantization.group_size)
+    return packed * shape.matrix_params + width * (shape.params - shape.matrix_params)
+
+
+def held(shape: ModelShape) -> float:
+    """Bytes of the weights in memory where 16-bit matrices stay as they are stored; norms and biases are fp32."""
+    vectors = sum(layer.vectors for layer in shape.stack) + shape.outside
+    return stored(shape) + (4 - WIDTH.get(shape.dtype or "", 4.0)) * vectors
+
+
+def tokenizer(shape: ModelShape) -> float:
+    return PIECE * shape.vocab
+
+
+class Conversations(NamedTuple):
+    """What is known of a split before its template is: rows, and the mean of their tokens."""
+
+    rows: float
+    length: float
+
+    def tokens(self, rows: int | None, longest: int) -> float:
+        """Of so many of them at most, each of `longest` tokens at most."""
+        return min(self.rows, self.rows if rows is None else rows) * min(self.length, longest)
+
+
+def conversations(split: Path) -> Conversations:
+    """By the bytes of a dataset's file."""
+    with open(split, "rb") as lines:
+        rows = sum(1 for _ in lines)
+    return Conversations(rows, split.stat().st_size / JSON / max(1, rows))
+
+
+def by_layer(shape: ModelShape, tokens: float = HELD_OUT, *, ends: bool = False) -> dict[str, float]:
+    """Parts of a model gone through layer by layer over rows of so many tokens. ends: embedding and output layer stay in memory, as under an adapter."""
+    table, layer = 4 * shape.embedding, 4 * max(layer.params for layer in shape.stack)
+    hidden = min(HIDDEN, 4 * shape.hidden * tokens)
+    inside = 4 * TOGETHER * max(map(_widest, shape.stack))
+    output = 3 * 4 * CHUNK * shape.vocab
+    resident = (table + 4 * shape.head) if ends else 0
+    largest = max((layer + inside, "layer in fp32 and a pass"), ((0 if ends else table) + output, "output layer in fp32 and its logits"))
+    return {"embedding and output layer in fp32": resident, largest[1]: largest[0], "hidden states": 2 * hidden}
+
+
+def _widest(layer: Layer) -> int:
+    """Values of a token that a layer holds at once, without gradients: two of the MLP's width and a few of the model's."""
+    down = max(layer.matrices, key=lambda m: m.columns)
+    return 2 * down.columns + 4 * down.rows
+
+
+def proof(shape: ModelShape, *, ends: bool = False, process: float = PEFT) -> dict[str, float]:
+    """Parts of a process that loads what was made and says what it says at held-out conversations."""
+    return {"proof's libraries": process, "its tokenizer": tokenizer(shape), **by_layer(shape, ends=ends)}
+
+
+def largest(*phases: dict[str, float]) -> dict[str, float]:
+    return max(phases, key=lambda parts: sum(parts.values()))
+
+
+# ---- the stages
+
+
+def data(read: int, *, packed: int = 0) -> Needs:
+    """Records stream from `read` bytes of files into three others; packed: of those, the bytes that are compressed."""
+    return Needs({"libraries and a record at a time": 2 * PYTHON}, 1.2 * read + 4 * packed)
+
+
+def finetune(shape: ModelShape, tuner: Tuner, zero: Deepspeed, train: Train | PlanTrain, *, processes: int = 1, gpus: int = 0) -> Needs:
+    """processes, gpus: of this machine. On GPUs a model is in the machine's memory until it has been moved, and what is offloaded stays there."""
+    adapter = None if isinstance(tuner, FullTuner) else tuner
+    trained = adapter_values(shape, adapter) if adapter else shape.params
+    set_up = Training(shape, tuner.kind, adapter.rank if adapter else 0, trained, zero, train, processes, gpus)
+    lora = replace(set_up, kind="lora", rank=adapter.rank if adapter else RANK, trained=adapter_values(shape, adapter))
+    qlora = replace(lora, kind="qlora")
+    lengths = (n for n in (4096, 2048, 1024, 512, 256, 128) if n < train.max_length)
+    ways = [
+        {"train.gradient_checkpointing=true": replace(set_up, checkpointing=True)} if train.gradient_checkpointing is False else {},
+        {"train.micro_batch_size=1": replace(set_up, micro_batch=1)} if train.micro_batch_size not in (1, "auto") else {},
+        {"launch.nproc_per_node=1": replace(set_up, processes=1)} if processes > 1 and not gpus else {},
+        {"tuner=lora": lora} if tuner.kind == "full" else {},
+        {"tuner=qlora": qlora} if tuner.kind != "qlora" and not shape.quantization and zero.stage != 3 else {},
+        {f"train.max_length={n}": replace(set_up, length=n) for n in lengths},
+    ]
+    return replace(set_up.needs(), ways=[{way: then.needs() for way, then in tried.items()} for tried in ways])
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training as it is set up. kind, rank: of the tuner, rank 0 of a model that is trained whole; trained: values; processes, gpus: of this machine.
+
+    length, micro_batch, checkpointing: in place of those that `train` has.
+    """
+
+    shape: ModelShape
+    kind: str
+    rank: int
+    trained: int
+    zero: Deepspeed
+    train: Train | PlanTrain
+    processes: int
+    gpus: int
+    length: int | None = None
+    micro_batch: int | None = None
+    checkpointing: bool | None = None
+
+    def needs(self) -> Needs:
+        disk = 3 * 12 * self.trained  # two checkpoints with Adam's moments while one replaces the other, and the result
+        after = {"libraries": TRAINER, "tokenizer": tokenizer(self.shape), **proof(self.shape, ends=self.kind != "full")}
+        if self.gpus:
+            return Needs(largest(self.loading(), self.offloaded(), after), disk)
+        asked = self.train.gradient_checkpointing if self.checkpointing is None else self.checkpointing
+        needs = Needs(largest(self.step(self.tokens(), checkpointing=asked is True), after), disk)
+        if asked != "auto":
+            return needs
+        return replace(needs, smaller=Needs(largest(self.step(self.tokens(least=True), checkpointing=True), after), disk))
+
+    @property
+    def own(self) -> dict[str, float]:
+        return {"libraries": self.processes * TRAINER, "tokenizers": self.processes * tokenizer(self.shape)}
+
+    def loading(self) -> dict[str, float]:
+        return {**self.own, "weights on their way to the GPUs": self.processes * self.weights()}
+
+    def offloaded(self) -> dict[str, float]:
+        weights = self.weights() if self.zero.stage == 3 else 0
+        return {**self.own, "offloaded": weights + 16 * self.trained if self.zero.offload else 0}
+
+    def step(self, tokens: float, *, checkpointing: bool) -> dict[str, float]:
+        """Parts of a forward and backward pass over so many tokens in each process, and of the optimizer's step."""
+        copies = 1 if self.zero.stage == 3 else self.processes
+        shared = 1 if self.zero.stage else self.processes
+        moments = 12 if self.kind == "full" else 16  # of a model that is trained whole the weights are counted already
+        kept = GRADIENTS * kept_bytes(self.shape, self.rank, checkpointing=checkpointing)
+        return {
+            **self.own,
+            "weights": copies * self.weights(),
+            "trained weights, gradients and moments": shared * moments * self.trained,
+            "kept activations": self.processes * kept * tokens,
+            "chunks of the loss": self.processes * 3 * min(LOGITS, 4 * tokens * self.shape.vocab),
+        }
+
+    def weights(self) -> float:
+        """Bytes of the model's weights in one process."""
+        shape = self.shape
+        if self.kind == "full":
+            return 4 * shape.params
+        if self.kind == "qlora" and not shape.quantization:
+            return NF4 * shape.matrix_params + 4 * (shape.params - shape.matrix_params)
+        return held(shape)
+
+    def tokens(self, *, least: bool = False) -> float:
+        """Tokens of a pass: as many as keep a CPU busy, or the fewest that a conversation allows."""
+        longest = min(self.length or self.train.max_length, self.shape.max_positions or self.train.max_length)
+        share = max(1, self.train.global_batch_size // self.processes) * longest
+        together = self.micro_batch or self.train.micro_batch_size
+        if together == "auto":
+            return longest if least else min(share, max(longest, BUSY))
+        return min(share, together * longest)
+
+
+def adapter_values(shape: ModelShape, tuner: AdapterTuner | None) -> int:
+    """Values that are trained beside a frozen base: rank x (rows + columns) of every adapted matrix, and layers trained whole.
+
+    tuner: None for the adapters that configs/tuner/lora.yaml has.
+    """
+    listed, rank, whole = (tuner.target_modules, tuner.rank, tuner.modules_to_save) if tuner else ("all-linear", RANK, [])
+    names = None if listed == "all-linear" else {name.removesuffix("_proj") for name in listed}
+    adapted = (m for layer in shape.stack for m in layer.matrices if names is None or m.name in names)
+    tables = {name.rsplit(".", 1)[-1] for name in whole} & {"embed_tokens", "lm_head"}
+    return rank * sum(m.rows + m.columns for m in adapted) + len(tables) * shape.embedding
+
+
+def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool) -> float:
+    """Bytes a token keeps for the backward pass, in fp32: both norms' inputs and outputs, queries, keys and values, what attention gives, the MLP's two
+    halves with their activation and product, and for adapters of a rank their narrow products and a byte of dropout for each of their inputs.
+
+    Of what is recomputed: each layer's input, and one layer.
+    """
+
+    def of(layer: Layer) -> float:
+        width, q, kv, middle = shape.hidden, shape.heads * shape.head_dim, layer.kv_values // 2, max(m.columns for m in layer.matrices)
+        kept = 4 * (4 * width + 3 * q + 2 * kv + 4 * middle)
+        return kept + (sum(m.columns for m in layer.matrices) + 4 * rank * len(layer.matrices) if rank else 0)
+
+    each = [of(layer) for layer in shape.stack]
+    return 4 * shape.hidden * shape.layers + max(each) if checkpointing else sum(each)
+
+
+def merge(shape: ModelShape, dtype: str = "auto") -> Needs:
+    """Tensor by tensor into the result, then the proof in a process of its own."""
+    largest_one = max(shape.embedding, *(m.size for layer in shape.stack for m in layer.matrices))
+    own = {"libraries": TORCH, "tokenizer": tokenizer(shape)}
+    work = {**own, "a matrix, its sum and its rounding": 12 * largest_one}
+    return Needs(largest(work, {**own, **proof(shape)}), stored(shape if dtype == "auto" else replace(shape, dtype=dtype)))
+
+
+def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversations) -> Needs:
+    """One model after the other: its loss layer by layer, then its answers from the weights as they are stored."""
+    tokens = split.tokens(evaluation.rows, evaluation.max_length)
+
+    def of(batch: int, *, answers: bool) -> Needs:
+        return Needs(largest({"libraries": PYTHON}, *(phase for shape in models for phase in phases(shape, batch, answers))), 10 * MB)
+
+    def phases(shape: ModelShape, batch: int, answers: bool) -> Iterator[dict[str, float]]:
+        own = {"libraries": PEFT, "tokenizer": tokenizer(shape)}
+        yield {**own, **by_layer(shape, tokens)}
+        if answers:
+            cache = batch * shape.kv_bytes(evaluation.max_new_tokens + BUSY, 4)
+            yield {**own, "weights as stored": held(shape), "keys and values": cache, "logits": 4 * batch * shape.vocab}
+
+    answers = bool(evaluation.samples if evaluation.prompts is None else evaluation.prompts)
+    fewer = {f"evaluation.batch_size={n}": of(n, answers=answers) for n in (4, 1) if n < evaluation.batch_size}
+    none = {"evaluation.samples=0": of(1, answers=False)} if answers and evaluation.prompts is None else {}
+    return replace(of(evaluation.batch_size, answers=answers), ways=[fewer, none])
+
+
+def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, *, exact: bool = False) -> Needs:
+    """A layer in fp32, the calibration rows' hidden states, and of the matrices that share an input one group at a time; then the proof.
+
+    A group takes three copies of its Hessian, which is sorted and factored, or beside the factor its weights four times: as they are, and as the
+    integers, scales and sums that they become. exact: the sum of adapter and base is written in fp32 first.
+    """
+    result = 0.6 * shape.matrix_params + stored(shape) * (1 - shape.matrix_params / shape.params)
+    sum_bytes = stored(replace(shape, dtype="float32")) if exact else 0
+    own = {"libraries": TORCH, "tokenizer": tokenizer(shape)}
+    layer = max(shape.stack, key=lambda layer: layer.params)
+    groups = [list(group) for _, group in groupby(layer.matrices, key=lambda m: SHARED.get(m.name, m.name))]
+    group = max(max(12 * g[0].columns ** 2, 4 * g[0].columns ** 2 + 16 * sum(m.size for m in g)) for g in groups)
+
+    def of(rows: int, *, exact: bool) -> Needs:
+        hidden = {"hidden states of the calibration rows": 4 * split.tokens(rows, calibration.max_length) * shape.hidden}
+        work = {**own, "layer in fp32": 4 * layer.params, "Hessians and weights of one input": group, **hidden}
+        start = {**own, "embedding in fp32": 4 * shape.embedding, **hidden}
+        return Needs(largest(work, start, {**own, **proof(shape)}), exact * sum_bytes + 2 * result)
+
+    fewer = {f"calibration.rows={n}": of(n, exact=exact) for n in (128, 64, 32) if n < calibration.rows}
+    as_stored = {"weights=stored": of(calibration.rows, exact=False)} if exact else {}
+    return replace(of(calibration.rows, exact=exact), ways=[fewer, as_stored])
+
+
+def deploy(shape: ModelShape, target: Target, *, exact: bool = False) -> Needs:
+    """What the bundle is made with on this machine; what a vendor's compiler may take is said by deploy/preflight.py.
+
+    exact: it begins with the sum of adapter and base in fp32.
+    """
+    start = replace(shape, dtype="float32") if exact else shape
+    own = {"libraries": TORCH, "tokenizer": tokenizer(shape)}
+    if isinstance(target, Llama2c):
+        form = budget.format_of(shape, target)
+        written = budget.layer_bytes(shape, form) + budget.embedding_bytes(shape, form) + budget.head_bytes(shape, form)
+        parts, disk = largest({**own, **by_layer(shape)}, {**own, "the program": written}), float(written)
+    elif isinstance(target, Openvino):
+        memory, disk, _ = budget.host_needs(start, target)
+        parts = {**own, "the exporter": memory}
+    else:
+        disk = 4 * shape.embedding
+        parts = {**own, "a block of the embedding table": 64 * MB}
+    ways = [{"weights=stored": deploy(shape, target)}] if exact else []
+    return Needs(parts, disk + (stored(start) if exact else 0), ways=ways)
+
+
+def distill(shapes: list[ModelShape], batch: int) -> Needs:
+    """Local teachers and judges, all loaded at once in fp32."""
+    own = {"libraries": PEFT, "tokenizers": sum(map(tokenizer, shapes))}
+    return Needs({**own, "weights in fp32": sum(4 * shape.params for shape in shapes)}, 50 * MB)
