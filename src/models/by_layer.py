@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from src.core.artifact import Artifact
+from src.core.errors import BadData
 from src.core.files import read_json
 from src.core.log import progress
 from src.core.processes import import_quietly
@@ -27,6 +28,7 @@ TOGETHER = 1024
 """tokens of the rows that go through a layer together, padding included: enough for the products to reach the processor's speed"""
 HIDDEN = 256 << 20
 """bytes of hidden states held at once, fp32; more rows go in several rounds, each of which reads the model again"""
+PROBE = list(range(8))
 LOGITS = 64 << 20
 """bytes of logits made at a time, fp32"""
 
@@ -140,8 +142,11 @@ class ByLayer:
             yield order[:count]
             order = order[count:]
 
-    def start(self, rows: list[list[int]]) -> Pass:
-        """Rows of token ids through the embedding, with what their layers will be given noted. The embedding has to be held."""
+    def start(self, rows: list[list[int]], factor: float = 1.0) -> Pass:
+        """Rows of token ids through the embedding, with what their layers will be given noted. The embedding has to be held.
+
+        factor: of the hidden states that the layers hand on meanwhile, which what they are given must not depend on.
+        """
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         even = all(len(row) == longest for row in rows)
@@ -158,7 +163,7 @@ class ByLayer:
                     begun.hidden = hidden
                 if number == len(self.layers) - 1:
                     raise Reached
-                return self._as_given(hidden)
+                return self._as_given(hidden * factor)
 
             return forward
 
@@ -203,6 +208,21 @@ class ByLayer:
             found |= {i: each.hidden[at, : len(rows[i])] for at, i in enumerate(group)}
         return [found[i] for i in range(len(rows))]
 
+    def works(self) -> bool:
+        """Whether this model can be taken so: its layers hand hidden states alone to the next, and are given nothing that is made of them."""
+        try:
+            with self.held("embedding"):
+                one, other = (self.start([PROBE], factor) for factor in (1.0, -2.0))
+            with self.held(0):
+                hidden = self.call(0, one)
+            with self.held("head"):
+                self.logits(hidden[0])
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            return False
+        finally:
+            self._spare.clear()
+        return hidden.shape == one.hidden.shape and _same(one.calls, other.calls)
+
     # ---- the model's own code
 
     @contextlib.contextmanager
@@ -244,54 +264,72 @@ def _apart(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
     return kwargs["hidden_states"], (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of any make hold equal tensors."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_same(one[name], other[name]) for name in one)
+    return len(one) == len(other) and all(map(_same, one, other)) if isinstance(one, list | tuple) else True
+
+
 # ---- loading
 
 
 def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple[ByLayer, Any] | None:
-    """(the model to be taken layer by layer, tokenizer) of a model, or of an adapter on its base; None where that cannot be: quantized weights, layers
-    that are no one list, adapters with more than A and B in them.
+    """(the model to be taken layer by layer, tokenizer) of a model, or of an adapter on its base; None where that cannot be: quantized weights, code of
+    the model's own, layers that are no one list or share more than hidden states, adapters with more than A and B in them.
 
     base: where the adapter's base is, if not where it was. tokens: ids it has to know.
     """
     trust = bool(trust_of(artifact))
-    if artifact.kind == "quantized":
+    if artifact.kind == "quantized" or trust:
         return None
     if artifact.kind == "model":
-        tokenizer = loading.load_tokenizer(artifact.path, trust_remote_code=trust)
-        if not (on_disk := modules_on_disk(artifact.path, trust)):
+        if not (model := _on_disk(artifact.path)) or vocabulary_rows(model) < tokens:
             return None
-        model = loading.load_model(artifact.path, dtype="float32", trust_remote_code=trust, on_disk=on_disk)
-        if vocabulary_rows(model) < tokens:
-            return None
-        model.places = places_of(model, artifact.path)
         loading.refuse_unknown_ids(model, artifact.path)
-        return ByLayer(model), tokenizer
+        return (found, loading.load_tokenizer(artifact.path)) if (found := ByLayer(model)).works() else None
     check_adapter_file(artifact.path)
     base = base or base_of(artifact)
     if "quantization_config" in read_json(base / "config.json") or not adapter_files.streams(artifact.path):
         return None
-    tokenizer = loading.load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base, trust_remote_code=trust)
-    if not (on_disk := modules_on_disk(base, trust, ends=False)) or any(base.glob("*.bin")):
+    if any(base.glob("*.bin")) or not (model := _on_disk(base, ends=False)):
         return None
-    model = loading.load_model(base, dtype="float32", trust_remote_code=trust, on_disk=on_disk)
-    model.places = places_of(model, base)
+    tokenizer = loading.load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base)
     loading.grow_for_adapter(model, artifact.path, len(tokenizer))
     grow_vocabulary(model, tokens)
     model = loading.with_adapter(model, artifact.path)
     bring_back(artifact.path, model)
     loading.refuse_unknown_ids(model, artifact.path)
-    return ByLayer(model, nf4=artifact.metrics.get("nf4")), tokenizer
+    return (found, tokenizer) if (found := ByLayer(model, nf4=artifact.metrics.get("nf4"))).works() else None
 
 
-def modules_on_disk(path: Path, trust_remote_code: bool, *, ends: bool = True) -> dict[str, str]:
+def _on_disk(path: Path, *, ends: bool = True) -> Any:
+    """transformers' model of a folder, whose layers stay on disk, with their places; None where transformers cannot leave them there."""
+    if not (on_disk := modules_on_disk(path, ends=ends)):
+        return None
+    try:
+        model = loading.load_model(path, dtype="float32", on_disk=on_disk)
+    except BadData as error:
+        if "meta device" in str(error):
+            return None
+        raise
+    model.places = places_of(model, path)
+    return model
+
+
+def modules_on_disk(path: Path, *, ends: bool = True) -> dict[str, str]:
     """transformers' device_map of a model whose layers stay on disk, with its `ends`, embedding and output layer, or without: {module: "disk" or "cpu"};
     empty where its layers are no one list."""
     import_quietly("transformers.modeling_utils", "transformers.quantizers.auto")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if config.is_encoder_decoder or config.model_type.startswith("bigbird"):  # the latter's attention sees padding
+        return {}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config)
     count = config.get_text_config().num_hidden_layers
     lists = (name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
     if (layers := next(lists, None)) is None:

@@ -61,7 +61,6 @@ def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: gptq.S
     if largest[0] > OTHER * (inside + largest[0]):
         raise WrongKind(
             f"GPTQ quantizes linear layers, and {largest[1]} of layer {number} is none, with {largest[0] / (inside + largest[0]):.0%} of its weights",
-            fix="python -m src.deploy of the unquantized model: targets quantize by themselves",
         )
     tensors: dict[str, torch.Tensor] = {}
     losses = []
@@ -169,14 +168,14 @@ def check_first_layer(start: Artifact, out: Path, bits: int) -> None:
 
     Raises ProofFailed where they differ.
     """
-    trust, model = bool(trust_of(start)), opened(start, out, bits)
-    config = AutoConfig.from_pretrained(out, local_files_only=True, trust_remote_code=trust)
+    model = opened(start, out, bits)
+    config = AutoConfig.from_pretrained(out, local_files_only=True)
     text = config.get_text_config()
     text.num_hidden_layers = 1
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     loading.prepare_gptq()
-    on_disk = by_layer.modules_on_disk(out, trust)
+    on_disk = by_layer.modules_on_disk(out)
     kept = {name: place for name, place in on_disk.items() if not name.rpartition(".")[2].isdigit()}
     first = next(name for name in on_disk if name.rpartition(".")[2] == "0")
     with tempfile.TemporaryDirectory() as scratch, silenced():
@@ -187,7 +186,6 @@ def check_first_layer(start: Artifact, out: Path, bits: int) -> None:
             device_map={**kept, first: "cpu"},
             offload_folder=scratch,
             local_files_only=True,
-            trust_remote_code=trust,
             use_safetensors=True,
         ).eval()
     row = list(range(64))
