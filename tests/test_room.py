@@ -64,7 +64,7 @@ def machine(monkeypatch):
 @pytest.mark.parametrize("verb", STAGES)
 def test_each_verb_is_refused_on_a_machine_too_small_before_anything_is_loaded(verb, command, tmp_path):
     done, seconds = loaded_by(SMALL, *command(verb))
-    refused(done, NoMemory, "this takes about", "10.0 MB are available", "where: librar", "room=ignore")
+    refused(done, NoMemory, "this takes about", "10.0 MB are available", "where: ", "librar", "room=ignore")
     assert "LOADED []" in done.stdout and seconds < 3
     assert not (tmp_path / "outputs" / "new").exists()
 
@@ -158,9 +158,9 @@ def calib(tmp_path_factory):
     ],
 )
 def test_each_way_out_that_is_printed_is_one(verb, given, call, command, machine, monkeypatch, calib):
-    for constant in ("PYTHON", "TORCH", "PEFT", "TRAINER"):
+    for constant in ("PYTHON", "SERVER", "PROOF", "EVALUATE", "TRAINER"):
         monkeypatch.setattr(host, constant, 0)
-    monkeypatch.setattr(host, "proof", lambda *given, **more: {})  # on a tiny model these are all there is
+    monkeypatch.setattr(host, "by_layer", lambda *given, **more: {})  # on a tiny model these are all there is
     seen, check = [], room.check
     monkeypatch.setattr(room, "check", lambda needs, *rest, **more: seen.append(needs) or check(needs, *rest, **more))
     plan = [*command(verb), *given.format(calib=calib).split(), "dry_run=true"]

@@ -23,14 +23,15 @@ from src.sizing import budget
 from src.sizing.shape import Layer, ModelShape
 
 MB = 1e6
+PYTHON, SERVER, PROOF, EVALUATE, TRAINER, DEEPSPEED = 30 * MB, 280 * MB, 40 * MB, 440 * MB, 480 * MB, 60 * MB
+"""bytes of a process after its imports: settings and records alone; core.processes' server with torch and transformers; what a process forked from it
+adds; the same with peft; transformers' Trainer; what DeepSpeed adds to it"""
 SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 """matrices of a layer that have the same input"""
-PYTHON, TORCH, PEFT, TRAINER = 40 * MB, 350 * MB, 480 * MB, 520 * MB
-"""bytes a process has of its own after its imports: settings and records alone; torch and transformers; peft and what it brings; transformers' Trainer"""
 PIECE = 800
 """bytes of a tokenizer in memory for each token of its vocabulary"""
-TOGETHER, CHUNK, HIDDEN = 1024, 256, 256 << 20
-"""by_layer's: tokens of a pass through a layer, tokens at a time through the output layer, bytes of hidden states held at once"""
+TOGETHER, CHUNK, HIDDEN = 1024, 64 << 20, 256 << 20
+"""by_layer's: tokens of a pass through a layer, bytes of logits made at a time, bytes of hidden states held at once"""
 HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
 LOGITS, GRADIENTS = 128 << 20, 1.3
@@ -46,9 +47,14 @@ NF4 = 0.5 + 1 / 64
 WIDTH = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
 
+def stored_width(shape: ModelShape) -> float:
+    """Bytes of a value that is not quantized, as config.json says it is stored."""
+    return WIDTH.get(shape.dtype or "", 4.0)
+
+
 def stored(shape: ModelShape) -> float:
-    """Bytes of the weights as config.json says they are stored."""
-    width = WIDTH.get(shape.dtype or "", 4.0)
+    """Bytes of the weights as they are stored."""
+    width = stored_width(shape)
     if not (quantization := shape.quantization):
         return width * shape.params
     packed = budget.quantized(quantization.bits or 4, quantization.group_size)
@@ -58,7 +64,7 @@ def stored(shape: ModelShape) -> float:
 def held(shape: ModelShape) -> float:
     """Bytes of the weights in memory where 16-bit matrices stay as they are stored; norms and biases are fp32."""
     vectors = sum(layer.vectors for layer in shape.stack) + shape.outside
-    return stored(shape) + (4 - WIDTH.get(shape.dtype or "", 4.0)) * vectors
+    return stored(shape) + (4 - stored_width(shape)) * vectors
 
 
 def tokenizer(shape: ModelShape) -> float:
@@ -83,26 +89,26 @@ def conversations(split: Path) -> Conversations:
     return Conversations(rows, split.stat().st_size / JSON / max(1, rows))
 
 
-def by_layer(shape: ModelShape, tokens: float = HELD_OUT, *, ends: bool = False) -> dict[str, float]:
-    """Parts of a model gone through layer by layer over rows of so many tokens. ends: embedding and output layer stay in memory, as under an adapter."""
-    table, layer = 4 * shape.embedding, 4 * max(layer.params for layer in shape.stack)
-    hidden = min(HIDDEN, 4 * shape.hidden * tokens)
-    inside = 4 * TOGETHER * max(map(_widest, shape.stack))
-    output = 3 * 4 * CHUNK * shape.vocab
-    resident = (table + 4 * shape.head) if ends else 0
-    largest = max((layer + inside, "layer in fp32 and a pass"), ((0 if ends else table) + output, "output layer in fp32 and its logits"))
-    return {"embedding and output layer in fp32": resident, largest[1]: largest[0], "hidden states": 2 * hidden}
+def by_layer(shape: ModelShape, tokens: float = HELD_OUT, *, adapter: bool = False) -> dict[str, float]:
+    """Parts of a model gone through layer by layer over rows of so many tokens: the larger of a layer in fp32 with a pass, and of the output layer as it is
+    stored with its logits. Under an adapter embedding and output layer are in fp32 and stay."""
+    layer = 4 * max(layer.params for layer in shape.stack) + 4 * TOGETHER * max(map(_widest, shape.stack))
+    table = 0.0 if adapter else stored_width(shape) * shape.embedding
+    kept = {"embedding and output layer in fp32": 4.0 * (shape.embedding + shape.head)} if adapter else {}
+    ends = ("output layer and its logits", table + 3 * min(CHUNK, 4 * shape.vocab * tokens))
+    what, most = max(("layer in fp32 and a pass", layer), ends, key=lambda part: part[1])
+    return {**kept, what: most, "hidden states": 2 * min(HIDDEN, 4 * shape.hidden * tokens)}
 
 
 def _widest(layer: Layer) -> int:
-    """Values of a token that a layer holds at once, without gradients: two of the MLP's width and a few of the model's."""
+    """Values of a token that a layer holds at once, without gradients: three of the MLP's width and a few of the model's."""
     down = max(layer.matrices, key=lambda m: m.columns)
-    return 2 * down.columns + 4 * down.rows
+    return 3 * down.columns + 4 * down.rows
 
 
-def proof(shape: ModelShape, *, ends: bool = False, process: float = PEFT) -> dict[str, float]:
+def proof(shape: ModelShape, *, adapter: bool = False) -> dict[str, float]:
     """Parts of a process that loads what was made and says what it says at held-out conversations."""
-    return {"proof's libraries": process, "its tokenizer": tokenizer(shape), **by_layer(shape, ends=ends)}
+    return {"libraries of the proof": SERVER + PROOF, "its tokenizer": tokenizer(shape), **by_layer(shape, adapter=adapter)}
 
 
 def largest(*phases: dict[str, float]) -> dict[str, float]:
@@ -157,7 +163,7 @@ class Training:
 
     def needs(self) -> Needs:
         disk = 3 * 12 * self.trained  # two checkpoints with Adam's moments while one replaces the other, and the result
-        after = {"libraries": TRAINER, "tokenizer": tokenizer(self.shape), **proof(self.shape, ends=self.kind != "full")}
+        after = {"libraries": TRAINER, "tokenizer": tokenizer(self.shape), **proof(self.shape, adapter=self.kind != "full")}
         if self.gpus:
             return Needs(largest(self.loading(), self.offloaded(), after), disk)
         asked = self.train.gradient_checkpointing if self.checkpointing is None else self.checkpointing
@@ -168,7 +174,8 @@ class Training:
 
     @property
     def own(self) -> dict[str, float]:
-        return {"libraries": self.processes * TRAINER, "tokenizers": self.processes * tokenizer(self.shape)}
+        each = TRAINER + (DEEPSPEED if self.zero.stage else 0)
+        return {"libraries": SERVER + self.processes * each, "tokenizers": self.processes * tokenizer(self.shape)}
 
     def loading(self) -> dict[str, float]:
         return {**self.own, "weights on their way to the GPUs": self.processes * self.weights()}
@@ -239,30 +246,32 @@ def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool) -> float:
 
 
 def merge(shape: ModelShape, dtype: str = "auto") -> Needs:
-    """Tensor by tensor into the result, then the proof in a process of its own."""
-    largest_one = max(shape.embedding, *(m.size for layer in shape.stack for m in layer.matrices))
-    own = {"libraries": TORCH, "tokenizer": tokenizer(shape)}
-    work = {**own, "a matrix, its sum and its rounding": 12 * largest_one}
-    return Needs(largest(work, {**own, **proof(shape)}), stored(shape if dtype == "auto" else replace(shape, dtype=dtype)))
+    """Each in a process of its own: tensor by tensor into the result; the adapter on its base, where training has not kept what it said; the result."""
+    matrix = max(m.size for layer in shape.stack for m in layer.matrices)
+    work = {"libraries": SERVER + PROOF, "a matrix, its sum and its rounding": 12 * matrix}
+    parts = largest(*({"this process": PYTHON, **phase} for phase in (work, proof(shape, adapter=True), proof(shape))))
+    return Needs(parts, stored(shape if dtype == "auto" else replace(shape, dtype=dtype)))
 
 
 def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversations) -> Needs:
     """One model after the other: its loss layer by layer, then its answers from the weights as they are stored."""
     tokens = split.tokens(evaluation.rows, evaluation.max_length)
 
-    def of(batch: int, *, answers: bool) -> Needs:
+    def of(batch: int, *, answers: int) -> Needs:
         return Needs(largest({"libraries": PYTHON}, *(phase for shape in models for phase in phases(shape, batch, answers))), 10 * MB)
 
-    def phases(shape: ModelShape, batch: int, answers: bool) -> Iterator[dict[str, float]]:
-        own = {"libraries": PEFT, "tokenizer": tokenizer(shape)}
+    def phases(shape: ModelShape, batch: int, answers: int) -> Iterator[dict[str, float]]:
+        own = {"libraries": EVALUATE, "tokenizer": tokenizer(shape)}
         yield {**own, **by_layer(shape, tokens)}
         if answers:
-            cache = batch * shape.kv_bytes(evaluation.max_new_tokens + BUSY, 4)
-            yield {**own, "weights as stored": held(shape), "keys and values": cache, "logits": 4 * batch * shape.vocab}
+            together, prompt = min(batch, answers), min(split.length, evaluation.max_length)
+            cache = together * shape.kv_bytes(round(prompt) + evaluation.max_new_tokens, 4)
+            inside = 4 * together * prompt * max(map(_widest, shape.stack))
+            yield {**own, "weights as stored": held(shape), "keys and values": cache, "a pass": inside}
 
-    answers = bool(evaluation.samples if evaluation.prompts is None else evaluation.prompts)
+    answers = evaluation.samples if evaluation.prompts is None else len(evaluation.prompts)
     fewer = {f"evaluation.batch_size={n}": of(n, answers=answers) for n in (4, 1) if n < evaluation.batch_size}
-    none = {"evaluation.samples=0": of(1, answers=False)} if answers and evaluation.prompts is None else {}
+    none = {"evaluation.samples=0": of(1, answers=0)} if answers and evaluation.prompts is None else {}
     return replace(of(evaluation.batch_size, answers=answers), ways=[fewer, none])
 
 
@@ -274,7 +283,7 @@ def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, 
     """
     result = 0.6 * shape.matrix_params + stored(shape) * (1 - shape.matrix_params / shape.params)
     sum_bytes = stored(replace(shape, dtype="float32")) if exact else 0
-    own = {"libraries": TORCH, "tokenizer": tokenizer(shape)}
+    own = {"this process": PYTHON, "libraries": SERVER + PROOF, "tokenizer": tokenizer(shape)}
     layer = max(shape.stack, key=lambda layer: layer.params)
     groups = [list(group) for _, group in groupby(layer.matrices, key=lambda m: SHARED.get(m.name, m.name))]
     group = max(max(12 * g[0].columns ** 2, 4 * g[0].columns ** 2 + 16 * sum(m.size for m in g)) for g in groups)
@@ -282,8 +291,8 @@ def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, 
     def of(rows: int, *, exact: bool) -> Needs:
         hidden = {"hidden states of the calibration rows": 4 * split.tokens(rows, calibration.max_length) * shape.hidden}
         work = {**own, "layer in fp32": 4 * layer.params, "Hessians and weights of one input": group, **hidden}
-        start = {**own, "embedding in fp32": 4 * shape.embedding, **hidden}
-        return Needs(largest(work, start, {**own, **proof(shape)}), exact * sum_bytes + 2 * result)
+        start = {**own, "embedding": stored_width(shape) * shape.embedding, **hidden}
+        return Needs(largest(work, start, {"this process": PYTHON, **proof(shape)}), exact * sum_bytes + 2 * result)
 
     fewer = {f"calibration.rows={n}": of(n, exact=exact) for n in (128, 64, 32) if n < calibration.rows}
     as_stored = {"weights=stored": of(calibration.rows, exact=False)} if exact else {}
@@ -296,11 +305,11 @@ def deploy(shape: ModelShape, target: Target, *, exact: bool = False) -> Needs:
     exact: it begins with the sum of adapter and base in fp32.
     """
     start = replace(shape, dtype="float32") if exact else shape
-    own = {"libraries": TORCH, "tokenizer": tokenizer(shape)}
+    own = {"libraries": SERVER + PROOF, "tokenizer": tokenizer(shape)}
     if isinstance(target, Llama2c):
         form = budget.format_of(shape, target)
         written = budget.layer_bytes(shape, form) + budget.embedding_bytes(shape, form) + budget.head_bytes(shape, form)
-        parts, disk = largest({**own, **by_layer(shape)}, {**own, "the program": written}), float(written)
+        parts, disk = {**own, **by_layer(shape)}, float(written)
     elif isinstance(target, Openvino):
         memory, disk, _ = budget.host_needs(start, target)
         parts = {**own, "the exporter": memory}
@@ -312,6 +321,7 @@ def deploy(shape: ModelShape, target: Target, *, exact: bool = False) -> Needs:
 
 
 def distill(shapes: list[ModelShape], batch: int) -> Needs:
-    """Local teachers and judges, all loaded at once in fp32."""
-    own = {"libraries": PEFT, "tokenizers": sum(map(tokenizer, shapes))}
-    return Needs({**own, "weights in fp32": sum(4 * shape.params for shape in shapes)}, 50 * MB)
+    """Local teachers and judges, all loaded at once."""
+    own = {"libraries": EVALUATE if shapes else 2 * PYTHON, "tokenizers": sum(map(tokenizer, shapes))}
+    cache = sum(batch * shape.kv_bytes(HELD_OUT, 4) for shape in shapes)
+    return Needs({**own, "weights as stored": sum(map(held, shapes)), "keys and values": cache}, 50 * MB)
