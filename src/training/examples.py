@@ -281,6 +281,7 @@ class Encoder:
                 examples, found, missed = self.examples(record)
                 counts, notes = counts + found, notes + missed
                 answers += sum(message["role"] == "assistant" for message in record["messages"])
+                share = float(record.get("weight", 1))
                 for why in missed:
                     if len(named.setdefault(why, [])) < long_rows.NAMED:
                         named[why].append(str(record["id"]))
@@ -288,7 +289,7 @@ class Encoder:
                     ids += example.input_ids
                     # Nothing stands before a first token to predict it from.
                     trained += [False, *(label != encoding.IGNORE for label in example.labels[1:])]
-                    weights += [float(record.get("weight", 1)) * weight for weight in example.weights or [1.0] * len(example.input_ids)]
+                    weights += [share * weight for weight in example.weights] if example.weights else [share] * len(example.input_ids)
                     lengths.append(len(example.input_ids))
                     lines.append(number)
         own = np.array(weights, dtype=np.float32)
