@@ -120,7 +120,7 @@ def describe(cfg: FinetuneVerb, tokenizer, added: list[str]) -> None:
 
 STAGE = stage.Stage(
     verb="finetune",
-    version=4,
+    version=5,
     schema=FinetuneVerb,
     kind=lambda cfg, inputs: "model" if isinstance(cfg.tuner, FullTuner) else "adapter",
     find=find,

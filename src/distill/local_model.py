@@ -18,7 +18,6 @@ from src.models import devices, generation
 from src.models.folder import base_of
 from src.models.generation import GREEDY, left_padded
 from src.models.loading import load_any, tokenizer_of
-from src.models.vocabulary import grow_vocabulary
 from src.serving.protocol import plain
 from src.settings.teachers import LocalTeacher, TeacherLimits
 

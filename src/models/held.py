@@ -93,7 +93,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         if not torch.is_autocast_enabled(x.device.type):
             weight = weight.to(x.dtype)
         return F.linear(x, weight.T if turned else weight, bias)
-    return _Linear.apply(x, weight, bias, turned)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, turned).view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
@@ -103,19 +103,14 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, turned):
         ctx.save_for_backward(weight)
         ctx.turned = turned
-        flat = x.reshape(-1, x.shape[-1])
-        out = product(flat, weight) if turned else product_t(flat, weight)
-        if bias is not None:
-            out += bias
-        return out.view(*x.shape[:-1], -1)
+        out = product(x, weight) if turned else product_t(x, weight)
+        return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx, gradient):
         (weight,) = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        into_x = product_t(flat, weight) if ctx.turned else product(flat, weight)
-        into_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
-        return into_x.view(*gradient.shape[:-1], -1), None, into_bias, None
+        into_x = product_t(gradient, weight) if ctx.turned else product(gradient, weight)
+        return into_x, None, gradient.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def product_t(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -128,14 +123,13 @@ def product_t(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W, fp32 (tokens, in), of x, fp32 (tokens, out), and W (out, in)."""
+def product(x: torch.Tensor, weight: torch.Tensor, *, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """x W, fp32 (tokens, in), of x, fp32 (tokens, out), and W (out, in); added onto `onto` where that is given."""
     if weight.dtype == x.dtype:
-        return x @ weight
-    out = x.new_empty(len(x), weight.shape[1])
+        return x @ weight if onto is None else onto.addmm_(x, weight)
+    out = x.new_empty(len(x), weight.shape[1]) if onto is None else onto
     for begin, block in _widened(weight, x.dtype):
-        part = x[:, begin : begin + len(block)]
-        out.addmm_(part, block, beta=1 if begin else 0)
+        out.addmm_(x[:, begin : begin + len(block)], block, beta=1 if begin or onto is not None else 0)
     return out
 
 
