@@ -138,7 +138,7 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     def read(role: str, tokens: int = 0) -> tuple[dict, list, list[dict]]:
         one = evaluation.Measured(inputs[role], role, tokens)
         figures, top = evaluation.measure(one.reader, rows, eos_id)
-        return figures, top, evaluation.answer(one.model, tokenizer, prompts, cfg.evaluation, eos_id)
+        return figures, top, evaluation.answer(one, tokenizer, prompts, cfg.evaluation, eos_id)
 
     figures, top, mine = read("model")
     metrics: dict[str, Any] = {**figures, "rows": len(rows), "prompts": len(prompts)}
@@ -175,7 +175,7 @@ def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artif
         metrics |= measure.speed(rows, tokenizer)
         local = evaluation.Measured(parent, "parent", len(tokenizer))
         metrics |= measure.compare_prompts(rows, tokenizer, prompts)
-        answers["parent"] = evaluation.answer(local.model, tokenizer, prompts, cfg.evaluation, eos_id)
+        answers["parent"] = evaluation.answer(local, tokenizer, prompts, cfg.evaluation, eos_id)
         metrics |= measure.likeness(rows, answers["parent"], tokenizer)
         if scored:
             same = [encoded[i] for i in kept]

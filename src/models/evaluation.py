@@ -76,12 +76,12 @@ def measure(read: Reader, rows: list[encoding.Encoded], eos_id: int) -> tuple[di
     return figures, np.split(found.likeliest, np.cumsum([len(seen.kept(row)) for row in rows])[:-1])
 
 
-def answer(model, tokenizer, prompts: list, evaluation: Evaluation, eos_id: int) -> list[dict]:
+def answer(measured: Measured, tokenizer, prompts: list, evaluation: Evaluation, eos_id: int) -> list[dict]:
     """A row for each (messages, tools): prompt, greedy answer, and whether its turn was ended."""
     found = []
     for begin in range(0, len(prompts), evaluation.batch_size):
         some = prompts[begin : begin + evaluation.batch_size]
         batch, tools = [messages for messages, _ in some], [offered for _, offered in some]
-        texts = generation.greedy(model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, eos_id=eos_id, tools=tools)
+        texts = generation.greedy(measured.model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, eos_id=eos_id, tools=tools)
         found += [{"prompt": p[-1]["content"], "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
     return found
