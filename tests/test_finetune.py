@@ -116,9 +116,8 @@ def test_the_rate_follows_a_cosine_after_its_warm_up(tuned):
 
 def test_the_adapter_folder_is_complete_and_plain(tuned):
     base, adapter = tuned
-    assert {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} == set(
-        adapter.files
-    )
+    names = ("adapter_config.json", "adapter_model.safetensors", "generation_config.json", "proof.npz", "tokenizer.json", "tokenizer_config.json")
+    assert set(names) == set(adapter.files)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (adapter.path / name).read_bytes() == (base / name).read_bytes()
     assert artifact.verify(adapter) == []

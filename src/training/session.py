@@ -9,7 +9,6 @@ import torch
 from src.chat import encoding
 from src.core.artifact import Artifact
 from src.core.errors import MissingInput
-from src.core.files import read_json
 from src.core.log import rank, say
 from src.core.processes import Interrupted
 from src.models import adapter_files, fidelity, generation, lora, token_rows
@@ -72,7 +71,9 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     for callback in (Probe(run, out, precision, proven=cfg.deepspeed.stage != 3), reports, states):
         run.add_callback(callback)
     of_val = (encoding.Encoded(example.input_ids.tolist(), example.labels.tolist()) for example in val)
-    held = fidelity.within(of_val) or fidelity.held_out(records, tokenizer, read_json(inputs["model"].path / "config.json"))
+    held = fidelity.within(of_val, most=fidelity.enough(inputs["model"].path)) or fidelity.held_out(
+        records, tokenizer, inputs["model"].path
+    )
     with stop:
         run.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.number:
