@@ -178,7 +178,9 @@ class Training:
         return {"libraries": SERVER + self.processes * each, "tokenizers": self.processes * tokenizer(self.shape)}
 
     def loading(self) -> dict[str, float]:
-        return {**self.own, "weights on their way to the GPUs": self.processes * self.weights()}
+        width = 2 if self.zero.stage or self.kind != "full" else 4
+        copies = {0: self.processes, 2: self.processes, 3: 1}[self.zero.stage] if self.kind != "qlora" else 0  # 4-bit weights are made on the GPU
+        return {**self.own, "weights on their way to the GPUs": copies * width * self.shape.params}
 
     def offloaded(self) -> dict[str, float]:
         weights = self.weights() if self.zero.stage == 3 else 0
