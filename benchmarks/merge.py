@@ -68,7 +68,7 @@ def by_us(base: Path, adapter: Path, out: Path, how: str = "stochastic") -> None
     out.mkdir()
     written, changes = merging.plan(source, base)
     safetensors_io.write(out, written, merging.merged_tensors(source, base, written, changes, how), safetensors_io.parse_size("5GB"))
-    merging.complete(source, base, out, written)
+    merging.add_files(source, base, out, written)
 
 
 def by_us_nearest(base: Path, adapter: Path, out: Path) -> None:

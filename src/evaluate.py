@@ -19,10 +19,9 @@ from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput
 from src.core.log import say
 from src.core.room import Needs
-from src.models import devices, evaluation
+from src.models import evaluation
 from src.models.folder import base_of, weights_of
-from src.models.loading import load_any, tokenizer_of
-from src.models.vocabulary import grow_vocabulary
+from src.models.loading import tokenizer_of
 from src.serving import measure
 from src.serving.client import Client
 from src.settings.verbs import EvaluateVerb
@@ -129,27 +128,24 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if client := connect(cfg):
         with as_served_today():
             return evaluate_endpoint(cfg, client, inputs, out)
-    device = devices.device()
     records = validation(cfg, inputs)
     prompts = asked(cfg, records)
-
-    def read(model, role: str) -> tuple[dict, list, list[dict]]:
-        figures, top = evaluation.measure(model, rows, cfg.evaluation.batch_size, tokenizer.pad_token_id, eos_id, role)
-        return figures, top, evaluation.answer(model, tokenizer, prompts, cfg.evaluation, eos_id)
-
-    model, tokenizer = load_any(inputs["model"], dtype=evaluation.compute_dtype(device), device=device)
+    tokenizer = tokenizer_of(inputs["model"])
     encoding.ensure_chat(tokenizer)
     eos_id = encoding.turn_end(tokenizer)
     rows = evaluation.encode_all(records, tokenizer, cfg.evaluation.max_length)
-    figures, top, mine = read(model, "model")
-    del model
+
+    def read(role: str, tokens: int = 0) -> tuple[dict, list, list[dict]]:
+        one = evaluation.Measured(inputs[role], role, tokens)
+        figures, top = evaluation.measure(one.reader, rows, eos_id)
+        return figures, top, evaluation.answer(one, tokenizer, prompts, cfg.evaluation, eos_id)
+
+    figures, top, mine = read("model")
     metrics: dict[str, Any] = {**figures, "rows": len(rows), "prompts": len(prompts)}
     answers = {"model": mine}
     if "parent" in inputs:
         # The parent is read with the child's tokenizer and template, so that both see the same tokens.
-        parent, _ = load_any(inputs["parent"], dtype=evaluation.compute_dtype(device), device=device)
-        grow_vocabulary(parent, len(tokenizer))
-        figures, best, answers["parent"] = read(parent, "parent")
+        figures, best, answers["parent"] = read("parent", len(tokenizer))
         metrics |= {f"parent_{k}": v for k, v in figures.items()}
         metrics["agreement"] = sum(int((a == b).sum()) for a, b in zip(top, best)) / max(metrics["tokens"], 1)
     metrics |= expected(cfg, answers)
@@ -177,15 +173,13 @@ def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artif
             figures, top, kept = scored
             metrics |= {**figures, "rows": len(kept)}
         metrics |= measure.speed(rows, tokenizer)
-        device = devices.device()
-        local, _ = load_any(parent, dtype=evaluation.compute_dtype(device), device=device)
-        grow_vocabulary(local, len(tokenizer))
+        local = evaluation.Measured(parent, "parent", len(tokenizer))
         metrics |= measure.compare_prompts(rows, tokenizer, prompts)
         answers["parent"] = evaluation.answer(local, tokenizer, prompts, cfg.evaluation, eos_id)
         metrics |= measure.likeness(rows, answers["parent"], tokenizer)
         if scored:
             same = [encoded[i] for i in kept]
-            own, best = evaluation.measure(local, same, cfg.evaluation.batch_size, tokenizer.pad_token_id, eos_id, "parent")
+            own, best = evaluation.measure(local.reader, same, eos_id)
             metrics |= {f"parent_{k}": v for k, v in own.items()}
             metrics["agreement"] = measure.agreement(top, best, tokenizer)
     metrics |= expected(cfg, answers)

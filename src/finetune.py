@@ -15,6 +15,7 @@ from src.core.log import rank, say
 from src.core.processes import import_quietly
 from src.core.room import Needs
 from src.models.folder import check_folder, check_tokenizer, locate
+from src.models.loading import import_peft
 from src.settings.verbs import FinetuneVerb, FullTuner
 from src.sizing import host
 from src.sizing.config_reader import read_shape
@@ -86,7 +87,8 @@ def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:
 def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if not launch.gpu_count():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
-    import_quietly("peft", "gptqmodel", "transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []))
+    import_peft()
+    import_quietly("transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []), without=["datasets"])
     base = inputs["model"].path
     tokenizer, added = chat_tokenizer(cfg, base)
     eos_id = encoding.turn_end(tokenizer)
@@ -118,7 +120,7 @@ def describe(cfg: FinetuneVerb, tokenizer, added: list[str]) -> None:
 
 STAGE = stage.Stage(
     verb="finetune",
-    version=4,
+    version=5,
     schema=FinetuneVerb,
     kind=lambda cfg, inputs: "model" if isinstance(cfg.tuner, FullTuner) else "adapter",
     find=find,

@@ -6,25 +6,24 @@ and loses most of a small update (docs/fidelity.md).
 """
 
 import math
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
+from src.chat import encoding
 from src.core import processes, stage
 from src.core.artifact import Artifact
 from src.core.errors import ProofFailed, WrongKind
 from src.core.files import read_json
-from src.core.log import say, size
+from src.core.log import say, ticks
 from src.core.room import Needs
-from src.models import adapter_files, complete, fidelity, merging, safetensors_io
-from src.models.devices import device_that_fits, fits_whole, give_back_memory
+from src.models import complete, fidelity, merging, safetensors_io, seen
 from src.models.folder import base_of, check_folder, trust_of
-from src.models.generation import logits
-from src.models.loading import load_any
+from src.models.loading import tokenizer_of
 from src.settings.verbs import MergeVerb
 from src.sizing import host
 from src.sizing.config_reader import read_shape
 
-# Relative L2 distance of logits that rounding to the stored dtype alone explains, with room to spare (8, 11 and 24 bits of mantissa).
+# Relative L2 distance of log-probabilities that rounding to the stored dtype alone explains, with room to spare (8, 11 and 24 bits of mantissa).
 TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3, "float32": 1e-4}
 
 
@@ -57,55 +56,67 @@ def check(cfg: MergeVerb, inputs: dict[str, Artifact]) -> list[str]:
     return [f"{adapter.path} into {base.path}, written as {cfg.dtype}, rounding {cfg.rounding}"]
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What the adapter on its base is. rows, seen: what it says at them. held_out: whether they are conversations. ids: of its tokenizer, see complete."""
+
+    rows: list[encoding.Encoded]
+    seen: seen.Seen
+    held_out: bool
+    ids: list[list[int]]
+
+
 def merge(cfg: MergeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    """Each part in a process of its own, so that the second reads the result from disk alone, and neither holds what the other needs."""
     adapter, base = inputs["adapter"], inputs["model"].path
+    figures = processes.fresh(write, cfg, adapter, base, out)
+    trained = processes.fresh(observe, adapter, base, out)
+    return {**figures, **prove(cfg, adapter, out, trained)}
+
+
+def write(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path) -> dict:
+    """Make the merged folder."""
     written, changes = merging.plan(adapter, base, cfg.dtype)
     tensor = merging.merged_tensors(adapter, base, written, changes, cfg.rounding)
-    safetensors_io.write(out, written, tensor, safetensors_io.parse_size(cfg.shard_size))
+    with ticks(len(written), "merging tensors") as tick:
+        safetensors_io.write(out, written, tensor, safetensors_io.parse_size(cfg.shard_size), tick)
     merging.add_files(adapter, base, out, written)
-    adapted = sum(bool(merging.LORA & change.keys()) for change in changes.values())
-    return {"tensors": len(written), "adapted": adapted, **prove(cfg, adapter, base, out, written)}
+    return {"tensors": len(written), "adapted": sum(bool(merging.LORA & change.keys()) for change in changes.values())}
 
 
-def prove(cfg: MergeVerb, adapter: Artifact, base: Path, out: Path, written: list[safetensors_io.Entry]) -> dict:
+def observe(adapter: Artifact, base: Path, out: Path) -> Trained:
+    """What training's last pass said, where it is on record; else the adapter on its base is asked for held-out rows, or for random tokens."""
+    tokenizer = tokenizer_of(adapter, base)
+    ids = complete.ids_of(tokenizer)
+    if known := fidelity.Record.load(adapter.path):
+        return Trained(known.rows, known.seen, True, ids)
+    config = read_json(out / "config.json")
+    held = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer, config)
+    rows = held or fidelity.probes(config["vocab_size"])
+    return Trained(rows, seen.observe(fidelity.reader(adapter, "float32", None, base), rows), bool(held), ids)
+
+
+def prove(cfg: MergeVerb, adapter: Artifact, out: Path, trained: Trained) -> dict:
     """The proof's figures: the adapter on its base against the merged folder, loaded alone, in a fresh process, offline; tokenizers are compared too.
 
-    Raises ProofFailed where logits of random tokens, or the loss on held-out conversations, differ by more than their limits.
+    Raises ProofFailed where log-probabilities, or the loss on held-out conversations, differ by more than their limits.
     """
-    import torch
-
-    parameters = sum(math.prod(entry.shape) for entry in written)
-    device = device_that_fits(parameters)
-    whole = fits_whole(parameters, device)
-    streamed = not whole and adapter_files.streams(adapter.path) and not adapter.metrics.get("nf4")
-    device, compute = "cpu" if streamed else device, "float32" if whole or streamed else "auto"
-    if not whole:
-        how = "goes layer by layer, each read when its turn comes" if streamed else "computes in the dtype that is stored"
-        say(f"merge: twice the model in fp32, {size(8 * parameters)}, does not fit in memory, so the proof {how}")
-    model, tokenizer = load_any(adapter, dtype=compute, device=device, base=base, streamed=streamed)
-    rows = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer, read_json(out / "config.json"))
-    trained = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof") if rows else None
-    before = torch.from_numpy(logits(model))
-    del model
-    give_back_memory()
     merged = Artifact(out, "model", "", adapter.manifest, {})
-    at = trained and trained.top_k_ids
-    ids, after, saved = processes.fresh(fidelity.reload, merged, compute, device, rows, at, None, None, streamed)
-    complete.compare(ids, tokenizer, out)
-    after = torch.from_numpy(after)
-    error = ((before - after).norm() / before.norm()).item()
+    ids, saved = processes.fresh(fidelity.reload, merged, "float32", None, trained.rows, trained.seen.top_k_ids, None)
+    complete.compare(ids, trained.ids, out)
+    error = fidelity.distance(trained.seen, saved)
     tolerance = TOLERANCE[read_json(out / "config.json")["dtype"]] if cfg.tolerance == "auto" else cfg.tolerance
     if not error <= tolerance:
         raise ProofFailed(
-            f"the merged model's logits differ from the adapter's on its base by {error:.2e}, above the tolerance {tolerance:.0e}",
+            f"the merged model's log-probabilities differ from the adapter's on its base by {error:.2e}, above the tolerance {tolerance:.0e}",
             where=str(out),
             fix=["dtype=float32 rounds less", *([f"tolerance={error * 1.5:.1e} if you accept it"] if math.isfinite(error) else [])],
         )
-    say(f"merge: logits of random tokens equal those of the adapter on its base within {error:.1e} (tolerance {tolerance:.0e})")
+    say(f"merge: log-probabilities equal those of the adapter on its base within {error:.1e} (tolerance {tolerance:.0e})")
     figures = {"logit_error": error, "tolerance": tolerance}
-    if trained is None:
+    if not trained.held_out:
         return figures
-    change = fidelity.compare(trained, saved, len(rows))
+    change = fidelity.compare(trained.seen, saved, len(trained.rows))
     ways = ["rounding=stochastic keeps what was learnt"] * (cfg.rounding == "nearest") + ["dtype=float32 keeps every bit"]
     fidelity.judge("merge", change, cfg.max_loss_change, out, ways)
     return figures | change.metrics()

@@ -267,6 +267,18 @@ def test_int8_agrees_with_fp32(llama, tmp_path):
     assert metrics["model_bytes"] < 0.3 * sum(f.stat().st_size for f in llama.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("group", [64, 32, 16, 8])
+def test_int8_is_the_same_by_vector_instructions_and_by_plain_c(llama, bundle, tmp_path, group):
+    for name in ("run.c", "Makefile", "tokenizer.bin", "runtime.cfg"):
+        shutil.copy(bundle / name, tmp_path)
+    weights.write_model(llama, read_shape(llama), 2, group, tmp_path / "model.bin")
+    ids = []
+    for flags in ([], ["NATIVE="]):
+        subprocess.run(["make", "-B", "-C", str(tmp_path), "CFLAGS=-O2", *flags], check=True, capture_output=True)
+        ids.append(proof.ids_of(proof.run(tmp_path, "-t", "0", "-n", "100", "--answer-ids", "-i", "a little girl")))
+    assert ids[0] == ids[1] and len(ids[0]) > 50
+
+
 def test_tied_model_with_other_head_counts_and_old_rope_key(tmp_path):
     model = save_llama(tmp_path / "m", sentencepiece_like(None, "first-whole"), tie_word_embeddings=True, num_key_value_heads=4)
     config = json.loads((model / "config.json").read_text())

@@ -8,6 +8,7 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import go, helps
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from src import data, finetune, merge
+from src.chat import encoding
 from src.core import artifact, processes
 from src.core.errors import ProofFailed, WrongKind
-from src.models import generation, merging
+from src.models import by_layer, fidelity, generation, merging, seen
 from src.models.folder import check_folder
 from src.models.loading import load_any, load_tokenizer
 
@@ -275,7 +277,7 @@ def test_a_wrong_tensor_fails_the_proof_and_publishes_nothing(damage, pair, tmp_
     monkeypatch.setattr(merging, "merged_tensors", wrong)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 8
     err = capsys.readouterr().err
-    assert "self-check failed: the merged model's logits differ" in err and "fix:" in err and "tolerance=nan" not in err
+    assert "self-check failed: the merged model's log-probabilities differ" in err and "fix:" in err and "tolerance=nan" not in err
     assert not list((tmp_path / "m").glob("merge*")), "neither finished nor half-made"
     monkeypatch.setattr(merging, "merged_tensors", true)
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={pair[1]}") == 0
@@ -471,29 +473,37 @@ def test_outside_adapter_without_its_base_says_what_to_do(pair, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "tied, changes, layers_alone", [(True, {}, True), (False, {"use_rslora": True}, True), (True, {"use_dora": True}, False)]
+    "tied, changes, by_itself", [(True, {}, True), (False, {"use_rslora": True}, True), (True, {"use_dora": True}, False)]
 )
-def test_where_memory_is_short_the_proof_goes_layer_by_layer_to_the_same_figures(
-    tied, changes, layers_alone, dataset, tmp_path, monkeypatch, capsys
+def test_the_proof_takes_layers_from_disk_and_what_cannot_be_taken_so_is_computed_whole(
+    tied, changes, by_itself, dataset, tmp_path, monkeypatch, capsys
 ):
-    """DoRA's lengths need the weights they belong to, so there the stored dtype is computed in, which is said; here that is fp32 too."""
+    """DoRA's lengths need the weights they belong to, so there, where memory is short, the stored dtype is computed in, which is said."""
     base = make_base(tmp_path / "base", tied=tied)
     adapter = make_adapter(tmp_path / "adapter", base, **changes)
-    figures, places = [], []
-    for short in (False, True):
-        if short:
-            monkeypatch.setattr("src.models.devices.available", lambda: 1000)
-            monkeypatch.setattr(merge, "load_any", lambda *given, **more: places.append(more["streamed"]) or load_any(*given, **more))
-        assert go(merge, f"outputs={tmp_path}", f"run=m{short}", f"source={adapter}", f"base={base}") == 0
-        figures.append(artifact.open_artifact(tmp_path / f"m{short}" / "merge").metrics)
-    assert figures[0] == figures[1] and places == [layers_alone]
-    said = "goes layer by layer" if layers_alone else "computes in the dtype that is stored"
-    assert f"does not fit in memory, so the proof {said}" in capsys.readouterr().err
+    monkeypatch.setattr("src.models.devices.available", lambda: 1000)
+    assert go(merge, f"outputs={tmp_path}", "run=m", f"source={adapter}", f"base={base}") == 0
+    assert ("computed in the dtype that is stored" in capsys.readouterr().err) == (not by_itself)
 
 
-def test_a_model_whose_layers_are_no_one_list_is_computed_whole(pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tied, rows_trained", [(True, None), (False, None), (True, [508, 509])])
+def test_layer_by_layer_is_the_whole_model(tied, rows_trained, tmp_path):
+    base = make_base(tmp_path / "base", tied=tied)
+    folders = [artifact.open_any(base), artifact.open_any(make_adapter(tmp_path / "adapter", base, rows=rows_trained))]
+    rows = [encoding.Encoded(ids, ids) for ids in ([5, 6, 7, 8], list(range(9, 60)), list(range(3, 54)), [3, 1])]
+    for found in folders:
+        walk, _ = by_layer.load(found, base if found.kind == "adapter" else None)
+        assert all(p.is_meta for name, p in walk.layers[0].named_parameters() if "lora" not in name)
+        apart, together = (
+            seen.observe(read, rows) for read in (seen.by_layer(walk, "a"), seen.whole(load_any(found, dtype="float32", base=base)[0], "b"))
+        )
+        assert (apart.likeliest == together.likeliest).all()
+        assert np.abs(apart.losses - together.losses).max() < 1e-5
+
+
+def test_a_model_whose_layers_are_no_one_list_is_computed_whole(pair, monkeypatch):
     base, adapter = pair
-    monkeypatch.setattr("src.models.loading.layers_on_disk", lambda *_: {"": "cpu"})
-    found = artifact.open_any(adapter)
-    streamed, whole = (load_any(found, dtype="float32", base=base, streamed=streamed)[0] for streamed in (True, False))
-    assert (generation.logits(streamed) == generation.logits(whole)).all()
+    monkeypatch.setattr(by_layer, "modules_on_disk", lambda *_, **__: {})
+    assert by_layer.load(artifact.open_any(base)) is by_layer.load(artifact.open_any(adapter), base) is None
+    rows = fidelity.probes(64)
+    assert len(seen.observe(fidelity.reader(artifact.open_any(adapter), "float32", "cpu", base), rows)) == 96

@@ -151,6 +151,37 @@ def test_silenced_output_is_shown_only_when_something_fails(capfd):
     assert "the reason" in "".join(capfd.readouterr())
 
 
+ADAPTERS = """
+import sys
+from pathlib import Path
+from src.core.processes import absent
+from src.models import lora
+from src.models.loading import load_model, nf4_config
+from src.settings.verbs import LoraTuner
+from omegaconf import OmegaConf
+
+tuner = LoraTuner(**OmegaConf.to_container(OmegaConf.load("configs/tuner/lora.yaml")))
+kinds = []
+for quantization in (None, nf4_config(False)):
+    model = lora.attach(load_model(Path("assets/tiny-chat"), quantization=quantization), tuner, [], deepspeed=False)
+    kinds.append(type(model.base_model.model.model.layers[0].mlp.up_proj).__name__)
+    kinds += [name for name in ("bitsandbytes", "gptqmodel", "datasets") if name in sys.modules]
+with absent(["bitsandbytes", "gptqmodel"]):
+    import bitsandbytes
+    try:
+        import gptqmodel
+    except ImportError:
+        kinds.append("absent")
+print(*kinds, "gptqmodel" in sys.modules)
+"""
+
+
+def test_a_quantization_library_is_imported_where_the_base_has_its_layers():
+    done = subprocess.run([sys.executable, "-c", ADAPTERS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["Linear", "Linear4bit", "bitsandbytes", "absent", "False"]
+
+
 def test_importing_a_quantizer_leaves_the_hub_s_cache_where_it_is(tmp_path):
     """tokenicer sets HF_HOME for the process and all it starts, where nobody has."""
     given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_CACHE"))}

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from src import data, evaluate, finetune, merge, quantize
+from src.chat import encoding
 from src.core import artifact
 from src.core.compose import compose
 from src.core.errors import ConfigError, MissingTool, ProofFailed
-from src.models import fidelity, loading
+from src.models import complete, loading, seen
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, QuantizeVerb
 from src.training import session
@@ -178,7 +179,7 @@ def test_calibration_is_the_calib_split_through_the_template(int4, here, capsys)
     rows, tokens = quantize.calibration_rows(cfg, here / "q" / "data" / "calib.jsonl", tokenizer)
     records = [json.loads(line) for line in open(here / "q" / "data" / "calib.jsonl")][:5]
     whole = [tokenizer.apply_chat_template(r["messages"], return_dict=False) for r in records]
-    assert [r["input_ids"] for r in rows] == [ids[:30] for ids in whole] and tokens == sum(len(r["input_ids"]) for r in rows)
+    assert rows == [ids[:30] for ids in whole] and tokens == sum(map(len, rows))
     err = capsys.readouterr().err
     assert f"{sum(len(ids) > 30 for ids in whole)} were cut at 30 tokens" in err and "calibration tokens are few" in err
     assert int4.metrics["calibration_rows"] == 16
@@ -269,7 +270,7 @@ def test_without_gptqmodel_it_is_said_what_brings_it(monkeypatch):
     "shape,more,words",
     [
         ((96, 96), [], "group_size=128 does not divide the width 96"),
-        ((30, 128), ["quantizer.group_size=64"], "has 30 rows, which int4 cannot pack by 8"),
+        ((30, 128), ["quantizer.group_size=64"], "is 30 x 128, which int4 cannot pack by 8"),
     ],
 )
 def test_shapes_that_cannot_be_packed_are_refused_before_torch(shape, more, words, here, tmp_path):
@@ -292,13 +293,15 @@ def test_an_adapter_is_refused(on_gptq, here, capsys):
 
 
 def test_a_quantized_model_that_lost_its_source_fails_the_proof(int4, here, monkeypatch):
-    true = fidelity.reload
+    """Another model's weights in the folder: each matrix the negative of what it should be."""
+    from src.models import by_layer, gptq
 
-    def other(*args):
-        ids, logits, seen = true(*args)
-        return ids, -logits, seen
-
-    monkeypatch.setattr(fidelity, "reload", other)
-    tokenizer, start = load_tokenizer(here / "model"), artifact.open_any(here / "model")
-    with pytest.raises(ProofFailed, match="away from the source"):
-        quantize.prove(start, int4.path, False, tokenizer, here / "q" / "data", [tokenizer("What does a cat say?").input_ids])
+    rows = [encoding.Encoded(list(range(5, 60)), list(range(5, 60)))]
+    start = artifact.open_any(here / "model")
+    before = seen.observe(seen.by_layer(by_layer.load(start)[0], "proof"), rows)
+    made = quantize.Made(start, {}, rows, before, False, complete.token_ids(here / "model", False))
+    quantize.prove(made, int4.path, 4)
+    widen = gptq.widen
+    monkeypatch.setattr(gptq, "widen", lambda *given: -widen(*given))
+    with pytest.raises(ProofFailed, match=r"away from the source|something else than it holds"):
+        quantize.prove(made, int4.path, 4)

@@ -180,7 +180,7 @@ def test_what_a_cpu_cannot_do_is_refused():
     assert choices.precision_of("auto") and choices.optimizer_of("auto")
     with pytest.raises(MissingTool, match="liger"):
         choices.apply_kernels(None, "liger")
-    choices.apply_kernels(None, "auto")
+    choices.apply_kernels(torch.nn.Module(), "auto")
 
 
 def test_a_cpu_trains_in_bf16_only_where_it_has_units_for_it(monkeypatch):

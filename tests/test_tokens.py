@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import CHAT, helps, in_process, ready_processes
+from conftest import CHAT, ROOT, helps, in_process, ready_processes
 from makers import tokenizer_folder
 
 from src.chat import encoding
@@ -72,6 +74,7 @@ def test_rows_are_what_the_template_makes_of_each_conversation(made):
 
 def test_several_processes_make_the_same_rows_as_one(made, monkeypatch, tmp_path):
     monkeypatch.setattr(examples, "PORTION", 11)
+    monkeypatch.setattr(examples, "WORTH_A_PROCESS", 1e-9)
     monkeypatch.setattr(examples, "get_context", lambda kind: ready_processes())
     monkeypatch.setattr(examples.os, "cpu_count", lambda: 1)
     alone = made(CHATS)
@@ -85,9 +88,40 @@ def test_several_processes_make_the_same_rows_as_one(made, monkeypatch, tmp_path
     assert content(alone) == content(together) and alone.lines.tolist() == together.lines.tolist()
 
 
+def test_a_process_is_started_only_for_work_that_takes_longer_than_its_start(made, monkeypatch):
+    monkeypatch.setattr(examples.os, "cpu_count", lambda: 4)
+    assert [examples.processes_for(seconds) for seconds in (1, 9, 11, 60)] == [0, 1, 2, 4]
+    monkeypatch.setattr(examples, "PORTION", 11)
+    monkeypatch.setattr(examples, "ProcessPoolExecutor", lambda *args, **given: pytest.fail("started for a second of work"))
+    assert len(made(CHATS)) == 90
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+from src.core.compose import compose
+from src.settings.verbs import FinetuneVerb
+from src.training import examples
+
+base, source = Path("assets/tiny-chat"), Path(sys.argv[1])
+examples.start_worker(os.getppid(), compose("finetune", [f"model.path={base}"], FinetuneVerb), base, source)
+assert examples.work((0, 1, 1)).lengths
+print(*[name for name in ("torch", "peft", "accelerate", "bitsandbytes") if name in sys.modules])
+"""
+
+
+def test_a_process_that_tokenizes_imports_and_says_nothing_of_training(tmp_path):
+    source = tmp_path / "train.jsonl"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    source.write_text(json.dumps({"id": "1", "messages": messages}) + "\n")
+    done = subprocess.run([sys.executable, "-c", WORKER, source], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
 def test_a_fault_in_another_process_is_the_user_s_error_and_leaves_nothing(made, monkeypatch, tmp_path):
     monkeypatch.setattr(examples, "PORTION", 11)
     monkeypatch.setattr(examples.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(examples, "WORTH_A_PROCESS", 1e-9)
     monkeypatch.setattr(examples, "get_context", lambda kind: ready_processes())
     base = with_template(tmp_path / "base", "{% if messages[0]['content'] == 'Break.' %}{{ 1 // 0 }}{% endif %}")
     with pytest.raises(BadData, match="ZeroDivisionError") as error:

@@ -20,6 +20,9 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#if defined __AVX2__ && defined __FMA__
+#include <immintrin.h>
+#endif
 
 /* ---- memory, text, files ---- */
 
@@ -122,14 +125,14 @@ typedef struct {
 
 typedef struct {
     int dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; /* the header, in the file's order */
-    int head_dim, kv_dim, group;                                             /* group: 0 in fp32 */
+    int head_dim, kv_dim, group;                                             /* group: 0 where computed in fp32 */
     float rope_theta, norm_eps;
     Matrix embedding, classifier;
     const float *final_norm;
     Layer *layers;
     int room; /* positions the caches hold now */
     float *x, *xb, *hb, *hb2, *q, *attention, *logits, *rope;
-    int8_t *xq;
+    int16_t *xq; /* int8 values, widened here once instead of in each row's product */
     float *xq_scale;
 } Model;
 
@@ -155,6 +158,9 @@ static int32_t take_int(Cursor *c) {
 /* Counts are bounded by check_shape, so that the products fit 64 bits. */
 static const float *take_floats(Cursor *c, uint64_t count) { return take(c, 4 * count); }
 
+/* Below this the scales weigh so much that int8 is slower than fp32: such weights are widened as they are read. */
+#define LEAST_GROUP 16
+
 static Matrix take_matrix(Cursor *c, int group, uint64_t rows, uint64_t cols) {
     Matrix m = {0};
     if (!group) {
@@ -164,6 +170,10 @@ static Matrix take_matrix(Cursor *c, int group, uint64_t rows, uint64_t cols) {
     if (rows * cols % 4) die("%s: %llu int8 values would leave their scales unaligned", c->path, (unsigned long long)(rows * cols));
     m.q = take(c, rows * cols);
     m.scale = take_floats(c, rows * cols / (uint64_t)group);
+    if (group >= LEAST_GROUP) return m;
+    float *wide = resize(NULL, rows * cols, sizeof(float));
+    for (uint64_t i = 0; i < rows * cols; i++) wide[i] = (float)m.q[i] * m.scale[i / (uint64_t)group];
+    m.f = wide;
     return m;
 }
 
@@ -230,6 +240,7 @@ static void load_model(Model *m, const char *path) {
         take_floats(&c, (uint64_t)m->seq_len * (uint64_t)m->head_dim); /* rope tables, computed here instead */
     }
     m->classifier = shared ? m->embedding : take_matrix(&c, m->group, vocab, dim);
+    if (m->group < LEAST_GROUP) m->group = 0;
     if (c.at != c.end) die("%s has %zu bytes more than its header asks for", path, (size_t)(c.end - c.at));
 
     size_t widest = (size_t)(m->dim > m->hidden_dim ? m->dim : m->hidden_dim);
@@ -240,7 +251,7 @@ static void load_model(Model *m, const char *path) {
     m->hb2 = zeros(hidden, sizeof(float));
     m->rope = zeros((size_t)m->head_dim, sizeof(float));
     m->logits = zeros(vocab, sizeof(float));
-    m->xq = zeros(widest, 1);
+    m->xq = zeros(widest, sizeof(int16_t));
     m->xq_scale = zeros(widest, sizeof(float));
 }
 
@@ -257,10 +268,8 @@ static void make_room(Model *m, int pos) {
     m->attention = resize(m->attention, (size_t)m->room * (size_t)m->n_heads, sizeof(float));
 }
 
-/* The simd pragma lets the compiler keep several partial sums, which plain C forbids for floats. */
 static inline float dot(const float *a, const float *b, int n) {
     float sum = 0;
-#pragma omp simd reduction(+ : sum)
     for (int i = 0; i < n; i++) sum += a[i] * b[i];
     return sum;
 }
@@ -269,68 +278,65 @@ static inline float dot(const float *a, const float *b, int n) {
 static void set_input(Model *m, const float *x, int n) {
     for (int g = 0; m->group && g < n / m->group; g++) {
         const float *from = x + g * m->group;
-        int8_t *to = m->xq + g * m->group;
+        int16_t *to = m->xq + g * m->group;
         float most = 0;
-        for (int i = 0; i < m->group; i++) most = fmaxf(most, fabsf(from[i]));
+        for (int i = 0; i < m->group; i++) most = fabsf(from[i]) > most ? fabsf(from[i]) : most;
         float scale = most / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0;
         m->xq_scale[g] = scale;
-        for (int i = 0; i < m->group; i++) to[i] = (int8_t)rintf(fminf(fmaxf(from[i] * inverse, -127.0f), 127.0f));
+        for (int i = 0; i < m->group; i++) {
+            float value = from[i] * inverse;
+            to[i] = (int16_t)rintf(!(value > -127.0f) ? -127.0f : value > 127.0f ? 127.0f : value); /* of infinity too */
+        }
     }
 }
 
-/* Rows of a product at a time: several streams of weights in flight hide the memory's delay, worth 2x in int8. */
-#define TOGETHER 4
-/* How far ahead of use int8 weights are asked for, in bytes; worth another 2x where the hardware looks less far. */
-#define AHEAD 4096
 #define INLINE __attribute__((always_inline)) static inline
 
-INLINE void rows_fp32(float *out, const float *w, const float *x, int cols) {
-    const float *w1 = w + cols, *w2 = w1 + cols, *w3 = w2 + cols;
-    float a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int i = 0; i < cols; i++) {
-        a += w[i] * x[i];
-        b += w1[i] * x[i];
-        c += w2[i] * x[i];
-        d += w3[i] * x[i];
-    }
-    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
-}
-
-/* `count` and `group` are constants in every call that matters, so that the inner loops unroll. */
-INLINE void rows_int8(const Model *m, float *out, const Matrix *w, int first, int count, int cols, int group) {
-    const int8_t *row = w->q + (size_t)first * (size_t)cols;
-    const float *scale = w->scale + (size_t)first * (size_t)(cols / group);
-    float sum[TOGETHER] = {0};
-    for (int g = 0; g < cols / group; g++)
-        for (int r = 0; r < count; r++) {
-            const int8_t *a = row + r * cols + g * group, *b = m->xq + g * group;
-            int32_t part = 0;
-            __builtin_prefetch(a + AHEAD);
-#pragma omp simd reduction(+ : part)
-            for (int i = 0; i < group; i++) part += a[i] * b[i];
-            sum[r] += (float)part * m->xq_scale[g] * scale[r * (cols / group) + g];
+/* One row of int8 weights by the input. `group` is a constant in the calls that matter, so that the inner loop unrolls. */
+INLINE float dot_int8(const Model *m, const int8_t *row, const float *scale, int cols, int group) {
+    const int16_t *x = m->xq;
+#if defined __AVX2__ && defined __FMA__
+    /* The sums stay apart until the row's end: adding up each group by itself takes longer than its products. */
+    __m256 sums = _mm256_setzero_ps();
+    for (int g = 0; group % 16 == 0 && g < cols / group; g++) {
+        __m256i part = _mm256_setzero_si256();
+        for (int i = 0; i < group; i += 16, row += 16, x += 16) {
+            __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)row));
+            part = _mm256_add_epi32(part, _mm256_madd_epi16(wide, _mm256_loadu_si256((const __m256i *)x)));
         }
-    for (int r = 0; r < count; r++) out[first + r] = sum[r];
+        sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(m->xq_scale[g] * scale[g]), sums);
+    }
+    float lanes[8], sum = 0;
+    _mm256_storeu_ps(lanes, sums);
+    for (int i = 0; i < 8; i++) sum += lanes[i];
+    if (group % 16 == 0) return sum;
+#else
+    float sum = 0;
+#endif
+    for (int g = 0; g < cols / group; g++, row += group, x += group) {
+        int32_t part = 0;
+#pragma GCC unroll 1 /* unrolled before it is a vector loop, it would stay scalar */
+        for (int i = 0; i < group; i++) part += row[i] * x[i];
+        sum += (float)part * m->xq_scale[g] * scale[g];
+    }
+    return sum;
 }
 
 INLINE void matmul_int8(const Model *m, float *out, const Matrix *w, int rows, int cols, int group) {
 #pragma omp parallel for
-    for (int r = 0; r < rows / TOGETHER; r++) rows_int8(m, out, w, r * TOGETHER, TOGETHER, cols, group);
-    for (int r = rows / TOGETHER * TOGETHER; r < rows; r++) rows_int8(m, out, w, r, 1, cols, group);
+    for (int r = 0; r < rows; r++)
+        out[r] = dot_int8(m, w->q + (size_t)r * (size_t)cols, w->scale + (size_t)r * (size_t)(cols / group), cols, group);
 }
 
-/* out (rows) = w (rows, cols) x, where x was given to set_input too. */
+/* out (rows) = w (rows, cols) x, where x was given to set_input too. Row after row, which is how memory is read ahead. */
 static void matmul(const Model *m, float *out, const Matrix *w, const float *x, int rows, int cols) {
     if (m->group == 64) matmul_int8(m, out, w, rows, cols, 64);
     else if (m->group == 32) matmul_int8(m, out, w, rows, cols, 32);
     else if (m->group == 16) matmul_int8(m, out, w, rows, cols, 16);
-    else if (m->group == 4) matmul_int8(m, out, w, rows, cols, 4);
     else if (m->group) matmul_int8(m, out, w, rows, cols, m->group);
     else {
 #pragma omp parallel for
-        for (int r = 0; r < rows / TOGETHER; r++) rows_fp32(out + r * TOGETHER, w->f + (size_t)r * TOGETHER * (size_t)cols, x, cols);
-        for (int r = rows / TOGETHER * TOGETHER; r < rows; r++) out[r] = dot(w->f + (size_t)r * (size_t)cols, x, cols);
+        for (int r = 0; r < rows; r++) out[r] = dot(w->f + (size_t)r * (size_t)cols, x, cols);
     }
 }
 
@@ -339,11 +345,29 @@ static void rmsnorm(float *out, const float *x, const float *weight, int n, floa
     for (int i = 0; i < n; i++) out[i] = weight[i] * (x[i] * scale);
 }
 
+/* e^x, to 1e-6 of it for |x| < 20; from |x| = 87 on it stays. Loops over this run in vectors, those over expf do not. */
+static inline float exponential(float x) {
+    float power = x * 1.44269504f;
+    power = !(power > -126.0f) ? -126.0f : power > 126.0f ? 126.0f : power;
+    int32_t whole = (int32_t)(power + 127.5f), bits = whole << 23; /* 2^(whole - 127) as a float's bits */
+    float scale, part = power - (float)(whole - 127);
+    memcpy(&scale, &bits, sizeof scale);
+    /* 2^part for |part| <= 1/2 by its Taylor series: ln(2)^k / k! */
+    float series = 1.52527e-5f;
+    series = series * part + 1.540353e-4f;
+    series = series * part + 1.3333558e-3f;
+    series = series * part + 9.618129e-3f;
+    series = series * part + 5.5504109e-2f;
+    series = series * part + 0.24022651f;
+    series = series * part + 0.69314718f;
+    return scale * (series * part + 1.0f);
+}
+
 static void softmax(float *x, int n) {
     float most = x[0], sum = 0;
     for (int i = 1; i < n; i++)
         if (x[i] > most) most = x[i];
-    for (int i = 0; i < n; i++) sum += x[i] = expf(x[i] - most);
+    for (int i = 0; i < n; i++) sum += x[i] = exponential(x[i] - most);
     for (int i = 0; i < n; i++) x[i] /= sum;
 }
 
@@ -362,15 +386,18 @@ static void attend(const Model *m, const Layer *layer, float *out, int pos) {
 #pragma omp parallel for
     for (int h = 0; h < m->n_heads; h++) {
         const float *q = m->q + h * head_dim;
-        float *score = m->attention + (size_t)h * (size_t)m->room, *to = out + h * head_dim;
-        size_t head = (size_t)(h / share) * (size_t)head_dim, stride = (size_t)m->kv_dim;
+        float *score = m->attention + (size_t)h * (size_t)m->room, *restrict to = out + h * head_dim;
+        const size_t head = (size_t)(h / share) * (size_t)head_dim, stride = (size_t)m->kv_dim;
         for (int t = 0; t <= pos; t++) score[t] = scale * dot(q, layer->keys + (size_t)t * stride + head, head_dim);
         softmax(score, pos + 1);
         memset(to, 0, (size_t)head_dim * sizeof(float));
-        for (int t = 0; t <= pos; t++) {
-            const float *value = layer->values + (size_t)t * stride + head;
-            for (int i = 0; i < head_dim; i++) to[i] += score[t] * value[i];
-        }
+        const float *v = layer->values + head;
+        int t = 0;
+        for (; t + 3 <= pos; t += 4, v += 4 * stride) /* four at a time, since each reads and writes all of `to` */
+            for (int i = 0; i < head_dim; i++)
+                to[i] += score[t] * v[i] + score[t + 1] * v[stride + i] + score[t + 2] * v[2 * stride + i] + score[t + 3] * v[3 * stride + i];
+        for (; t <= pos; t++, v += stride)
+            for (int i = 0; i < head_dim; i++) to[i] += score[t] * v[i];
     }
 }
 
@@ -408,7 +435,7 @@ static float *forward(Model *m, int token, int pos, bool want_logits) {
         set_input(m, m->xb, dim);
         matmul(m, m->hb, &layer->w[W1], m->xb, hidden, dim);
         matmul(m, m->hb2, &layer->w[W3], m->xb, hidden, dim);
-        for (int i = 0; i < hidden; i++) m->hb[i] = m->hb[i] / (1.0f + expf(-m->hb[i])) * m->hb2[i];
+        for (int i = 0; i < hidden; i++) m->hb[i] = m->hb[i] / (1.0f + exponential(-m->hb[i])) * m->hb2[i];
         set_input(m, m->hb, hidden);
         matmul(m, m->xb, &layer->w[W2], m->hb, dim, hidden);
         for (int i = 0; i < dim; i++) m->x[i] += m->xb[i];

@@ -89,7 +89,8 @@ class _BoundedTemplate(Template):
         messages = len(given.get("messages") or ())
         with _steps(STEPS + A_MESSAGE_AND_ANOTHER * messages**2 + _characters(list(given.values()))):
             for piece in super().generate(given):
-                yield _made(piece)
+                spend(len(piece) / CHARACTERS)
+                yield piece
 
 
 class _Bounding(NodeTransformer):
@@ -136,6 +137,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return _made(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":
+            return _made(left + right)
         whole = isinstance(left, int) and isinstance(right, int)
         if operator == "**" and whole and abs(left) > 1 and right * left.bit_length() > LARGEST_BITS:
             raise Endless(f"{left} to the power of {right} is too large"[:80])

@@ -7,8 +7,9 @@ import contextlib
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -125,6 +126,21 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
             say(f"  {what}: {done}{f' of {total}' if total else ''}{left}")
             said = now
         yield item
+
+
+@contextlib.contextmanager
+def ticks(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """A function to call from any thread as each of `total` parts is done; see progress."""
+    steps, lock = progress(range(total + 1), what), threading.Lock()
+
+    def tick() -> None:
+        with lock:
+            next(steps, None)
+
+    tick()
+    yield tick
+    for _ in steps:
+        pass
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> str:

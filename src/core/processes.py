@@ -1,6 +1,5 @@
 """Work in a process of its own, and libraries imported without their greetings."""
 
-import concurrent.futures
 import contextlib
 import ctypes
 import importlib
@@ -9,11 +8,13 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.core.errors import MEMORY, NoMemory
+from src.core.errors import MEMORY, NoMemory, UserError
 from src.core.log import tell
 
 T = TypeVar("T")
@@ -73,24 +74,75 @@ def lives(process: int) -> bool:
     return True
 
 
+def get_ready() -> None:
+    """Start the server that `fresh` takes its processes from; it imports its libraries while this process does something else."""
+    _server()
+    forkserver.ensure_running()
+
+
 def fresh(function: Callable[..., T], *args: Any) -> T:
-    """The result of a module-level function run in a new process, offline, which shares nothing with this one but the disk."""
+    """The result of a module-level function run in a new process, offline, which shares nothing with this one but the disk.
+
+    It is forked from a server that has imported torch and transformers and done nothing else. Ends with this process, however that ends.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = _server().Process(target=_answer, args=(sender, os.getpid(), function, args))
+    process.start()
+    sender.close()
+    try:
+        done, value = receiver.recv()
+    except EOFError:
+        raise NoMemory("a process of this stage was killed, most likely for lack of memory", fix=MEMORY) from None
+    finally:
+        process.kill()
+        process.join()
+    if done:
+        return value
+    raise value
+
+
+def _server() -> Any:
+    """The context of processes that begin with the libraries of models/ready.py."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with concurrent.futures.ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent, initargs=(os.getpid(),)
-    ) as pool:
-        try:
-            return pool.submit(function, *args).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise NoMemory("the checking process was killed, most likely for lack of memory", fix=MEMORY) from None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["src.models.ready"])
+    return context
 
 
-def import_quietly(*modules: str) -> None:
-    """Import libraries that greet (peft brings gptqmodel, torchao and bitsandbytes) without their greetings."""
+def _answer(sender: Any, parent: int, function: Callable, args: tuple) -> None:
+    """Send (True, the function's result), or (False, what it raised with its traceback in words)."""
+    end_with_parent(os.getppid())  # the server, which ends with the process that asked
+    if not lives(parent):
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C ends is the process that asked, and it ends this one
+    try:
+        found = (True, function(*args))
+    except Exception as error:
+        if not isinstance(error, UserError):
+            error.add_note("".join(traceback.format_exception(error)))
+        found = (False, error)
+    sender.send(found)
+
+
+def import_quietly(*modules: str, without: Collection[str] = ()) -> None:
+    """Import libraries that greet (gptqmodel, torchao, bitsandbytes, and what imports them) without their greetings. without: see `absent`."""
     prepare_gptq_workers()
-    with silenced(), hub_cache_kept():
+    with silenced(), hub_cache_kept(), absent(without):
         for module in modules:
             importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def absent(packages: Collection[str]) -> Iterator[None]:
+    """Within the block, those of the packages that nothing has imported yet are as if not installed: a None in sys.modules, which `import` and
+    importlib.util.find_spec both heed."""
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # typeshed has no None, the import system does
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -14,11 +14,10 @@ from src.core.artifact import Artifact
 from src.core.errors import BadData
 from src.distill.endpoint import Failed, TeacherReply, digest
 from src.distill.pipeline import Request
-from src.models import devices, evaluation, generation
+from src.models import devices, generation
 from src.models.folder import base_of
 from src.models.generation import GREEDY, left_padded
-from src.models.loading import load_any
-from src.models.vocabulary import grow_vocabulary
+from src.models.loading import load_any, tokenizer_of
 from src.serving.protocol import plain
 from src.settings.teachers import LocalTeacher, TeacherLimits
 
@@ -56,9 +55,10 @@ class LocalModel:
 
     async def __aenter__(self) -> Self:
         device = devices.device()
-        self._model, self._tokenizer = load_any(self._artifact, dtype=evaluation.compute_dtype(device), device=device)
+        self._model, self._tokenizer = load_any(
+            self._artifact, dtype="held" if device == "cpu" else "auto", device=device, tokens=len(tokenizer_of(self._artifact))
+        )
         encoding.ensure_chat(self._tokenizer)
-        grow_vocabulary(self._model, len(self._tokenizer))
         self._stops = sorted({encoding.turn_end(self._tokenizer), *generation.stop_ids(self._folder(), self._tokenizer)})
         self._room = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
         return self

@@ -107,7 +107,7 @@ TABLE = re.compile(r"\b(embed_tokens|wte|lm_head)(\.(modules_to_save|original_mo
 def streams(folder: Path) -> bool:
     """Whether an adapter can be computed on a base whose layers stay on disk: inside them it has plain A and B alone, no lengths, rows or whole layers."""
     names = safetensors_io.entries(folder, "adapter_model*.safetensors")
-    return all(name.endswith((".lora_A.weight", ".lora_B.weight")) or TABLE.search(name) for name in names)
+    return all(name.endswith((".lora_A.weight", ".lora_B.weight", ".trainable_tokens_delta")) or TABLE.search(name) for name in names)
 
 
 def table_rows(folder: Path) -> int | None:

@@ -70,13 +70,13 @@ def prove(out: Path, tokenizer, *, trust_remote_code: bool = False) -> int:
 
     Raises ProofFailed at the first text whose ids differ.
     """
-    return compare(processes.fresh(token_ids, out, trust_remote_code), tokenizer, out)
+    return compare(processes.fresh(token_ids, out, trust_remote_code), ids_of(tokenizer), out)
 
 
-def compare(ours: list[list[int]], tokenizer, out: Path) -> int:
-    """Token ids of the probes as a fresh process read them from `out`, against `tokenizer`; see `prove`."""
-    for text, found in zip(PROBES, ours):
-        if found != (wanted := tokenizer(text).input_ids):
+def compare(ours: list[list[int]], theirs: list[list[int]], out: Path) -> int:
+    """Token ids of the probes as a fresh process read them from `out`, against those of the tokenizer it should be; see `prove`."""
+    for text, found, wanted in zip(PROBES, ours, theirs):
+        if found != wanted:
             raise ProofFailed(
                 f"the folder's tokenizer differs from its source's on {text!r}: {found} against {wanted}",
                 where=str(out),
@@ -86,5 +86,9 @@ def compare(ours: list[list[int]], tokenizer, out: Path) -> int:
 
 
 def token_ids(folder: Path, trust_remote_code: bool) -> list[list[int]]:
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return ids_of(load_tokenizer(folder, trust_remote_code=trust_remote_code))
+
+
+def ids_of(tokenizer) -> list[list[int]]:
+    """Token ids of the probes."""
     return [tokenizer(text).input_ids for text in PROBES]

@@ -1,18 +1,44 @@
 """What is measured of a model on this machine: the loss over validation rows, token by token, and greedy answers."""
 
 import math
+from typing import Any
+
+import numpy as np
 
 from src.chat import encoding
 from src.chat.rows import rows_of
+from src.core.artifact import Artifact
 from src.core.errors import BadData, MissingInput
-from src.core.log import progress, warn
-from src.models import generation
+from src.core.log import warn
+from src.models import devices, generation, seen
+from src.models.loading import load_any
+from src.models.seen import Reader
 from src.settings.verbs import Evaluation
 
 
-def compute_dtype(device: str) -> str:
-    """fp32 on a CPU, where it is the fastest and exact; on a GPU the stored dtype."""
-    return "auto" if device == "cuda" else "float32"
+class Measured:
+    """A model being measured on this machine. On a CPU it computes in fp32: its loss a layer at a time, its answers from the dtype that is stored."""
+
+    def __init__(self, artifact: Artifact, role: str, tokens: int = 0):
+        """role: told with the progress. tokens: ids that it has to know; its vocabulary grows to as many."""
+        self.artifact, self.role, self.tokens, self.device = artifact, role, tokens, devices.device()
+        self._model: Any = None
+
+    @property
+    def model(self):
+        """The whole model, loaded when first asked for."""
+        if self._model is None:
+            dtype = "held" if self.device == "cpu" else "auto"
+            self._model, _ = load_any(self.artifact, dtype=dtype, device=self.device, tokens=self.tokens)
+        return self._model
+
+    @property
+    def reader(self) -> Reader:
+        from src.models import by_layer
+
+        what = f"measuring {self.role}"
+        walk = by_layer.load(self.artifact, tokens=self.tokens) if self.device == "cpu" and self._model is None else None
+        return seen.by_layer(walk[0], what) if walk else seen.whole(self.model, what)
 
 
 def encode_all(records: list[dict], tokenizer, max_length: int) -> list[encoding.Encoded]:
@@ -36,49 +62,26 @@ def encode_all(records: list[dict], tokenizer, max_length: int) -> list[encoding
     return rows
 
 
-def measure(model, rows: list, batch_size: int, pad: int, eos_id: int, what: str) -> tuple[dict, list]:
+def measure(read: Reader, rows: list[encoding.Encoded], eos_id: int) -> tuple[dict, list[np.ndarray]]:
     """({loss in nats, perplexity, accuracy, tokens} over trained tokens and the share of turn ends predicted, per row the top-1 token at each)."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    device = next(model.parameters()).device
-    loss, hits, tokens, turns, ended = 0.0, 0, 0, 0, 0
-    top: dict[int, torch.Tensor] = {}
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for batch in progress(batches, f"measuring {what}"):
-        longest = len(rows[batch[0]].input_ids)
-        ids = torch.tensor([rows[i].input_ids + [pad] * (longest - len(rows[i].input_ids)) for i in batch], device=device)
-        labels = torch.tensor([rows[i].labels + [encoding.IGNORE] * (longest - len(rows[i].labels)) for i in batch], device=device)[:, 1:]
-        mask = torch.tensor([[1] * len(rows[i].input_ids) + [0] * (longest - len(rows[i].input_ids)) for i in batch], device=device)
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        for k, i in enumerate(batch):
-            kept = labels[k] != encoding.IGNORE
-            chosen, wanted = logits[k][kept].float(), labels[k][kept]
-            loss += cross_entropy(chosen, wanted, reduction="sum").double().item()
-            top[i], wanted = chosen.argmax(-1).cpu(), wanted.cpu()
-            hits += int(torch.count_nonzero(top[i] == wanted))
-            tokens += len(wanted)
-            ends = torch.eq(wanted, eos_id)
-            turns += int(torch.count_nonzero(ends))
-            ended += int(torch.count_nonzero(top[i][ends] == eos_id))
-    mean = loss / tokens
-    return {
+    found, targets = seen.observe(read, rows, top_k=0), seen.targets_of(rows)
+    ends, mean = targets == eos_id, float(found.losses.mean())
+    figures = {
         "loss": mean,
         "perplexity": math.exp(min(mean, 700)),
-        "accuracy": hits / tokens,
-        "tokens": tokens,
-        "turns_ended": ended / max(turns, 1),
-    }, [top[i] for i in range(len(rows))]
+        "accuracy": float((found.likeliest == targets).mean()),
+        "tokens": len(targets),
+        "turns_ended": int((found.likeliest[ends] == eos_id).sum()) / max(int(ends.sum()), 1),
+    }
+    return figures, np.split(found.likeliest, np.cumsum([len(seen.kept(row)) for row in rows])[:-1])
 
 
-def answer(model, tokenizer, prompts: list, evaluation: Evaluation, eos_id: int) -> list[dict]:
+def answer(measured: Measured, tokenizer, prompts: list, evaluation: Evaluation, eos_id: int) -> list[dict]:
     """A row for each (messages, tools): prompt, greedy answer, and whether its turn was ended."""
     found = []
     for begin in range(0, len(prompts), evaluation.batch_size):
         some = prompts[begin : begin + evaluation.batch_size]
         batch, tools = [messages for messages, _ in some], [offered for _, offered in some]
-        texts = generation.greedy(model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, eos_id=eos_id, tools=tools)
+        texts = generation.greedy(measured.model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, eos_id=eos_id, tools=tools)
         found += [{"prompt": p[-1]["content"], "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
     return found

@@ -5,12 +5,10 @@ right weights are in the right places. What one model says at each trained token
 go from process to process; the other is then asked for the same tokens.
 """
 
-import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +16,19 @@ import numpy as np
 from src.chat import encoding
 from src.chat.rows import rows_of
 from src.core.artifact import Artifact, is_finished, open_artifact
-from src.core.errors import ProofFailed, UserError
-from src.core.log import progress, say, warn
-from src.models import complete
+from src.core.errors import ProofFailed, UserError, using
+from src.core.log import say, size, warn
+from src.models import complete, safetensors_io, seen
+from src.models.devices import device_that_fits, fits_whole
 from src.models.folder import has_tokenizer, trust_of
-from src.models.generation import logits
 from src.models.loading import load_any
+from src.models.seen import Reader, Seen
 
-TOP_K = 64
-"""likeliest tokens kept of a distribution; the others count together, which makes KL a little smaller than it is, never larger"""
 MUCH = 0.1
 """nats; int8 was measured to lose less than a tenth of it, int4 about half (docs/fidelity.md)"""
 TOKENS, LONGEST = 4096, 1024
 """tokens of the conversations that are compared, all together and each"""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a model says at each trained token of some rows, in their order.
-
-    losses: nats, fp64 (tokens,). top_k_ids: int64 (tokens, k), and log_probs of them, fp64. likeliest: int64 (tokens,).
-    """
-
-    losses: np.ndarray
-    top_k_ids: np.ndarray
-    log_probs: np.ndarray
-    likeliest: np.ndarray
+RECORD = "proof.npz"
 
 
 @dataclass(frozen=True)
@@ -136,43 +121,38 @@ def _encoded(file: Path, tokenizer) -> Iterator[encoding.Encoded]:
         yield from (row for _, row in rows_of(map(json.loads, lines), tokenizer, "held-out conversations"))
 
 
-def observe(logits_of: Callable, rows: list[encoding.Encoded], what: str, at: np.ndarray | None = None) -> Seen:
-    """What a model says at the trained tokens of `rows`.
-
-    logits_of(row): logits, (trained tokens, vocabulary), at the positions before each trained token. at: ids to take log_probs of, (tokens, k), from
-    an observation of the same rows; None: this model's likeliest.
-    """
-    import torch
-
-    parts, begin = [], 0
-    for row in progress(rows, what):
-        targets = torch.tensor([label for label in row.labels[1:] if label != encoding.IGNORE])
-        with torch.no_grad():
-            log_probs = logits_of(row).float().log_softmax(-1)
-            ids = (
-                log_probs.topk(min(TOP_K, log_probs.shape[-1])).indices
-                if at is None
-                else torch.from_numpy(at[begin : begin + len(targets)])
-            )
-            ids = ids.to(log_probs.device)
-            losses = -log_probs.gather(1, targets.to(log_probs.device)[:, None])[:, 0]
-            found = (losses.double(), ids, log_probs.gather(1, ids).double(), log_probs.argmax(-1))
-        parts.append([tensor.cpu().numpy() for tensor in found])
-        begin += len(targets)
-    return Seen(*(np.concatenate(values) for values in zip(*parts)))
+def probes(vocabulary: int) -> list[encoding.Encoded]:
+    """Rows for a model of which no conversation is known: a fixed random draw, and the vocabulary's last rows, where added tokens live."""
+    draw = np.random.default_rng(0).integers(0, vocabulary, (2, 33)).tolist()
+    return [encoding.Encoded(row, row) for row in [*draw, [i % vocabulary for i in range(vocabulary - 33, vocabulary)]]]
 
 
-def trained_logits(model, row: encoding.Encoded):
-    """Logits (trained tokens, vocabulary) at the positions before each trained token of a row."""
-    import torch
+def distance(before: Seen, after: Seen) -> float:
+    """Relative L2 distance of the log-probabilities of `before`'s likeliest tokens: tells whether the right weights are in the right places."""
+    return float(np.linalg.norm(before.log_probs - after.log_probs) / np.linalg.norm(before.log_probs))
 
-    device = next(model.parameters()).device
-    keep = torch.tensor([at for at, label in enumerate(row.labels[1:]) if label != encoding.IGNORE], device=device)
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    ids = torch.tensor([row.input_ids], device=device)
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        return model(input_ids=ids, logits_to_keep=keep, use_cache=False).logits[0]
-    return model(input_ids=ids, use_cache=False).logits[0, keep]
+
+@dataclass(frozen=True)
+class Record:
+    """What a model said at the end of its training, kept beside an adapter: rows, and what was seen at them."""
+
+    rows: list[encoding.Encoded]
+    seen: Seen
+
+    def save(self, folder: Path) -> None:
+        ids, labels = ([token for row in self.rows for token in getattr(row, name)] for name in ("input_ids", "labels"))
+        seen.save(folder / RECORD, self.seen, ids=np.int32(ids), labels=np.int32(labels), lengths=[len(row.input_ids) for row in self.rows])
+
+    @classmethod
+    def load(cls, folder: Path) -> "Record | None":
+        """The record of a folder; None without one."""
+        if not (folder / RECORD).is_file():
+            return None
+        with using("what was seen at the end of training", folder / RECORD):
+            found, more = seen.load(folder / RECORD)
+            at = np.cumsum(more["lengths"])[:-1]
+            parts = zip(np.split(more["ids"], at), np.split(more["labels"], at))
+            return cls([encoding.Encoded(ids.tolist(), labels.tolist()) for ids, labels in parts], found)
 
 
 def compare(before: Seen, after: Seen, rows: int) -> Change:
@@ -194,25 +174,36 @@ def compare(before: Seen, after: Seen, rows: int) -> Change:
     )
 
 
-def reload(
-    artifact: Artifact,
-    dtype: str,
-    device: str,
-    rows: list[encoding.Encoded],
-    at: np.ndarray | None,
-    base: Path | None,
-    probes: list[list[int]] | None = None,
-    streamed: bool = False,
-) -> tuple:
-    """(token ids of aux_files' probes, logits of the rows `probes` or of random tokens, what the model says at `rows` or None). Made to run in a fresh process.
+def reader(artifact: Artifact, dtype: str, device: str | None = None, base: Path | None = None, what: str = "proof") -> Reader:
+    """Asks a model in the artifact's folder: on a CPU in fp32 layer by layer where that can be, else whole. device: where it fits, if None."""
+    from src.models import by_layer
 
-    at: see observe. base: of an adapter, where it is. streamed: see load_any.
+    parameters = _parameters(base or artifact.path)
+    device = device or device_that_fits(parameters)
+    if device == "cpu" and dtype == "float32" and (found := by_layer.load(artifact, base)):
+        return seen.by_layer(found[0], what)
+    if dtype == "float32" and not fits_whole(parameters, device):
+        say(
+            f"{what}: twice the model in fp32, {size(8 * parameters)}, does not fit in memory, so it is computed in the dtype that is stored"
+        )
+        dtype = "auto"
+    return seen.whole(load_any(artifact, dtype=dtype, device=device, base=base)[0], what)
+
+
+def _parameters(folder: Path) -> int:
+    return sum(math.prod(entry.shape) for entry in safetensors_io.entries(folder).values())
+
+
+def reload(
+    artifact: Artifact, dtype: str, device: str | None, rows: list[encoding.Encoded], at: np.ndarray | None, base: Path | None
+) -> tuple:
+    """(token ids of aux_files' probes, what the model says at `rows`). Made to run in a fresh process.
+
+    device: see reader. at: see observe. base: of an adapter, where it is.
     """
-    model, _ = load_any(artifact, dtype=dtype, device=device, base=base, streamed=streamed)
     folder = artifact.path if has_tokenizer(artifact.path) or not base else base
     ids = complete.token_ids(folder, trust_of(artifact))
-    seen = observe(partial(trained_logits, model), rows, "proof", at) if rows else None
-    return ids, logits(model, probes), seen
+    return ids, seen.observe(reader(artifact, dtype, device, base), rows, at) if rows else None
 
 
 def judge(verb: str, change: Change, limit: float, where: Path, fix: list[str], setting: str | None = "max_loss_change") -> None:

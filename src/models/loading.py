@@ -12,7 +12,7 @@ from src.chat.template import bound_templates
 from src.core.artifact import Artifact
 from src.core.errors import AGAIN, BadData, MissingTool, using
 from src.core.log import warn
-from src.core.processes import import_quietly, silenced
+from src.core.processes import absent, import_quietly, silenced
 from src.models import adapter_files, safetensors_io
 from src.models.folder import _allowed, base_of, check_adapter_file, check_config, check_folder, check_tokenizer, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
@@ -38,12 +38,12 @@ def load_model(
     allow_pickle: bool = False,
     quantization=None,
     device_map=None,
-    streamed: bool = False,
+    on_disk: dict[str, str] | None = None,
 ):
     """A causal language model from a folder, whole or quantized, on the CPU unless device_map says otherwise.
 
-    dtype: auto keeps the stored one. quantization: a transformers quantization config to apply while loading. streamed: the layers stay on disk, and
-    each is read, in dtype, when a pass comes to it, so memory is that of the embedding, the output layer and one layer.
+    dtype: auto keeps the stored one. quantization: a transformers quantization config to apply while loading. on_disk: of `modules_on_disk`, what
+    stays there, for ByLayer to read.
     Raises BadData where the folder's tensors are not those the model needs: transformers would draw what is missing at random.
     """
     _quiet()
@@ -55,9 +55,9 @@ def load_model(
     if gptq:
         prepare_gptq()
     given = {"quantization_config": quantization, "device_map": device_map}
-    if streamed:
+    if on_disk:
         scratch = tempfile.TemporaryDirectory()  # for weights that transformers stores otherwise than the folder does, as experts
-        given |= {"device_map": layers_on_disk(path, trust_remote_code), "offload_folder": scratch.name}
+        given |= {"device_map": on_disk, "offload_folder": scratch.name}
     try:
         with using("the model", path), silenced() if gptq else contextlib.nullcontext():
             found: Any = AutoModelForCausalLM.from_pretrained(
@@ -79,38 +79,9 @@ def load_model(
     check_loaded(path, model, loaded)
     check_special_ids(path, model)
     keep_nf4_trainable(model)
-    if streamed:
+    if on_disk:
         model.scratch = scratch  # removed with the model
     return model
-
-
-def layers_on_disk(path: Path, trust_remote_code: bool) -> dict[str, str]:
-    """transformers' device_map of a model whose layers stay on disk: {module: "disk" or "cpu"}; all in memory where its layers are no one list."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    count = config.get_text_config().num_hidden_layers
-    lists = (name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
-    if (layers := next(lists, None)) is None:
-        return {"": "cpu"}
-    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
-    tensors = (name for name, _ in every if not name.startswith(f"{layers}."))
-    return {f"{layers}.{i}": "disk" for i in range(count)} | {name.rpartition(".")[0]: "cpu" for name in tensors}
-
-
-def bring_back(adapter: Path, model) -> None:
-    """Give an adapter on a streamed base its A and B: peft has put them where its layers' weights are, which is nowhere."""
-    import torch
-    from safetensors.torch import load_file
-
-    stored = load_file(adapter / "adapter_model.safetensors")
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta and (key := name.replace(".default", "")) in stored:
-            module, _, what = name.rpartition(".")
-            setattr(model.get_submodule(module), what, torch.nn.Parameter(stored[key].float(), requires_grad=False))
 
 
 MISMATCH = "take config.json and weights of one and the same model, with its names for the tensors"
@@ -159,45 +130,59 @@ def refuse_unknown_ids(model, where: Path) -> None:
     model.get_input_embeddings().register_forward_pre_hook(check)
 
 
-def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", base: Path | None = None, streamed: bool = False):
-    """(model in eval mode, tokenizer) of an adapter, a model or a quantized artifact. base: where the adapter's base is, if not where it was.
+def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", base: Path | None = None, tokens: int = 0):
+    """(model in eval mode, tokenizer) of an adapter, a model or a quantized artifact.
 
-    streamed: see load_model; on the CPU.
+    dtype: auto for the stored one, held for the stored one computing in fp32 (see held), or a name. base: where the adapter's base is, if not where it
+    was. tokens: ids it has to know; its vocabulary grows to as many.
     """
-    trust = bool(trust_of(artifact))
-    if artifact.kind != "adapter":
-        tokenizer = load_tokenizer(artifact.path, trust_remote_code=trust)
-        model = load_model(artifact.path, dtype=dtype, trust_remote_code=trust, streamed=streamed)
-        refuse_unknown_ids(model, artifact.path)
-        return (model if streamed else model.to(device)).eval(), tokenizer
-    import_quietly("peft", "gptqmodel")
+    from src.models import held
+
+    trust, adapter = bool(trust_of(artifact)), artifact.path if artifact.kind == "adapter" else None
+    if adapter:
+        check_adapter_file(adapter)
+    folder = (base or base_of(artifact)) if adapter else artifact.path
+    own = adapter if adapter and has_tokenizer(adapter) else folder
+    tokenizer = load_tokenizer(own, trust_remote_code=trust)
+    nf4 = artifact.metrics.get("nf4") if adapter else None
+    model = load_model(
+        folder,
+        dtype=held.dtype_of(folder) if dtype == "held" else dtype,
+        trust_remote_code=trust,
+        allow_pickle=bool(adapter) and _allowed(artifact, "allow_pickle"),
+        quantization=nf4_config(**nf4) if nf4 else None,
+    )
+    if adapter:
+        grow_for_adapter(model, adapter, len(tokenizer))
+    grow_vocabulary(model, tokens)
+    if dtype == "held":
+        held.hold(model)
+    if adapter:
+        model = with_adapter(model, adapter)
+    refuse_unknown_ids(model, artifact.path)
+    return model.to(device).eval(), tokenizer
+
+
+def grow_for_adapter(model, adapter: Path, tokens: int) -> None:
+    """Give a base as many rows as it had in the adapter's training: those of the tables the adapter holds, into as many of which peft loads them, or
+    those of its tokenizer's `tokens`."""
+    if rows := adapter_files.table_rows(adapter):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    else:
+        grow_vocabulary(model, tokens)
+
+
+def with_adapter(model, adapter: Path):
+    """peft's model of an adapter on its base."""
+    import_peft()
     from peft import PeftModel
 
-    check_adapter_file(artifact.path)
-    base, quantization = base or base_of(artifact), None
-    if nf4 := artifact.metrics.get("nf4"):
-        quantization = nf4_config(**nf4)
-    tokenizer = load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base, trust_remote_code=trust)
-    pickle = _allowed(artifact, "allow_pickle")
-    model = load_model(
-        base, dtype=dtype, trust_remote_code=trust, allow_pickle=pickle, quantization=quantization, streamed=streamed and not quantization
-    )
-    if rows := adapter_files.table_rows(artifact.path):
-        model.resize_token_embeddings(rows, mean_resizing=False)  # peft loads the tables of an adapter into as many rows only
-    else:
-        grow_vocabulary(model, len(tokenizer))
-    streamed = hasattr(model, "scratch")
-    if streamed and hasattr(model, "hf_device_map"):
-        del model.hf_device_map  # by which peft would lay the layers out anew
-    with using("the adapter", artifact.path), warnings.catch_warnings():
-        # Of layers that are on disk; `bring_back` does what torch says was not done.
+    with using("the adapter", adapter), warnings.catch_warnings():
+        # Of layers that are on disk: ByLayer does what torch says was not done.
         warnings.filterwarnings("ignore", message="for .*: copying from a non-meta parameter")
-        model = PeftModel.from_pretrained(model, artifact.path)
-    check_adapter(artifact.path, model)
-    if streamed:
-        bring_back(artifact.path, model)
-    refuse_unknown_ids(model, artifact.path)
-    return (model if streamed else model.to(device)).eval(), tokenizer
+        model = PeftModel.from_pretrained(model, adapter)
+    check_adapter(adapter, model)
+    return model
 
 
 def check_adapter(path: Path, model) -> None:
@@ -219,9 +204,9 @@ def check_adapter(path: Path, model) -> None:
         )
 
 
-def tokenizer_of(artifact: Artifact):
-    """The tokenizer that belongs to an adapter, a model or a quantized artifact, without loading the model."""
-    folder = base_of(artifact) if artifact.kind == "adapter" and not has_tokenizer(artifact.path) else artifact.path
+def tokenizer_of(artifact: Artifact, base: Path | None = None):
+    """The tokenizer that belongs to an adapter, a model or a quantized artifact, without loading the model. base: see load_any."""
+    folder = (base or base_of(artifact)) if artifact.kind == "adapter" and not has_tokenizer(artifact.path) else artifact.path
     return load_tokenizer(folder, trust_remote_code=bool(trust_of(artifact)))
 
 
@@ -251,6 +236,22 @@ def keep_gptq_trainable(model) -> None:
     for module in model.modules():
         if hasattr(module, "qweight") and hasattr(module, "linear_mode"):
             module.linear_mode = "train"
+
+
+def import_peft() -> None:
+    """Import peft without the quantization libraries that the process does without.
+
+    peft compares each layer with the quantized ones of all libraries that are installed, and imports them for it, which takes longer than all else it
+    does. Here it finds those that are imported already, as they are once a base with such layers is loaded: call this again then.
+    """
+    others = ("bitsandbytes", "gptqmodel", "torchao")
+    import_quietly("peft", without=others)
+    from peft import import_utils as checks
+
+    with absent(others):
+        for check in (checks.is_bnb_available, checks.is_bnb_4bit_available, checks.is_gptqmodel_available, checks.is_torchao_available):
+            check.cache_clear()
+            check()
 
 
 def prepare_gptq() -> None:

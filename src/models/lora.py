@@ -7,6 +7,8 @@ import torch
 
 from src.core.errors import ConfigError
 from src.core.log import say
+from src.models.held import is_held
+from src.models.loading import import_peft
 from src.models.token_rows import keep_rows_under_zero3, row_rates, vocabulary_layers
 from src.settings.verbs import AdapterTuner, Optimizer
 
@@ -26,6 +28,7 @@ def attach(model, tuner: AdapterTuner, rows: list[int], *, deepspeed: bool):
     deepspeed: keep what is trained in the base's dtype, since ZeRO refuses parameters of several; without it that is fp32.
     Raises ConfigError where a setting names a layer the model does not have, or one that cannot be trained so.
     """
+    import_peft()
     from peft import LoraConfig, get_peft_model
 
     keep_rows_under_zero3()
@@ -58,7 +61,7 @@ def attach(model, tuner: AdapterTuner, rows: list[int], *, deepspeed: bool):
     attached = get_peft_model(model, config, autocast_adapter_dtype=not deepspeed)
     if tuner.dora:
         refuse_zero_lengths(attached)
-    if kept and not deepspeed:
+    if (kept and not deepspeed) or any(map(is_held, model.modules())):
         train_in_fp32(attached)
     if tuner.takes_from_base:
         take_from_base(attached, tuner.init)
@@ -144,6 +147,9 @@ def train_in_fp32(attached) -> None:
 
     for wrapper in [module for module in attached.modules() if isinstance(module, ModulesToSaveWrapper)]:
         dtype = next(wrapper.original_module.parameters()).dtype
+        if is_held(wrapper.original_module):
+            wrapper.modules_to_save.float()  # which computes in fp32 as it is
+            continue
         for layer in wrapper.modules_to_save.values():
             if dtype.itemsize < 4:
                 layer.float()

@@ -93,6 +93,15 @@ def entries(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Entr
     return found
 
 
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator:
+    """A file as the safetensors library opens it, for its metadata."""
+    from safetensors import safe_open
+
+    with safe_open(file, "np") as stored:
+        yield stored
+
+
 def load(entry: Entry):
     """The tensor an entry describes, as a torch tensor in memory of its own."""
     import torch
@@ -104,6 +113,30 @@ def load(entry: Entry):
         while left:
             left = left[_some(stream.readinto(left), entry) :]
     return raw.view(getattr(torch, TORCH[entry.dtype])).reshape(entry.shape)
+
+
+def load_wide(entry: Entry, into=None):
+    """The tensor an entry describes in fp32, exactly where it is stored in 16 bits; no other form of the whole is in memory.
+
+    into: fp32 of its shape, whose memory is taken; a new tensor without one.
+    """
+    import torch
+
+    wide = torch.empty(entry.shape) if into is None else into
+    flat, dtype = wide.view(-1), getattr(torch, TORCH[entry.dtype])
+    piece = torch.empty(min(PIECE, entry.size), dtype=torch.uint8)
+    view, at = memoryview(piece.numpy().data), 0
+    with open(entry.file, "rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        while at < len(flat):
+            part = view[: (len(flat) - at) * ITEM[entry.dtype]]
+            rest = part
+            while rest:
+                rest = rest[_some(stream.readinto(rest), entry) :]
+            values = piece[: len(part)].view(dtype)
+            flat[at : at + len(values)] = values
+            at += len(values)
+    return wide
 
 
 def copy(entry: Entry, out: int, at: int) -> None:

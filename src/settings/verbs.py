@@ -267,7 +267,7 @@ class Train(Settings):
     optimizer: Literal["auto", "adamw", "adamw_8bit"]
     """auto: AdamW, its step in one kernel; adamw_8bit: bitsandbytes' with states in 8 bit, on a GPU"""
     kernels: Annotated[Literal["auto", "torch", "liger"], Unkeyed]
-    """auto: Liger's for norms, rotation and MLP on a GPU where liger-kernel is installed"""
+    """auto: Liger's for norms, rotation and MLP on a GPU where liger-kernel is installed; on a CPU ours for adapters, norms and rotation"""
     compile: Annotated[bool, Unkeyed]
     """torch.compile the model; off, since batches of chats change shape with every step"""
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"]

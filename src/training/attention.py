@@ -31,10 +31,9 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **other)
     if fused(query):
         return _fused(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    outs = []
-    for begin, end in zip(cu_seq_lens_q.tolist(), cu_seq_lens_q.tolist()[1:]):
-        q, k, v = (x[:, :, begin:end] for x in (query, key, value))
-        window = _window(end - begin, sliding_window, q.device)
+    outs, lengths = [], cu_seq_lens_q.diff().tolist()
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
+        window = _window(q.shape[2], sliding_window, q.device)
         outs.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=window, is_causal=window is None, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]

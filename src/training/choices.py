@@ -17,9 +17,10 @@ from src.core.files import read_json
 from src.core.log import say
 from src.models.devices import device, say_device
 from src.settings.verbs import FinetuneVerb
+from src.training import kernels
 from src.training.deepspeed_config import AUTO, NO_FILE, deepspeed_json
 
-M_MMAP_THRESHOLD = -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's malloc.h"""
 GPUS = ROOT / "configs" / "gpu"
 
@@ -32,7 +33,7 @@ def start(cfg: FinetuneVerb) -> tuple[str, str]:
     set_seed(cfg.train.seed)
     name = device()
     if name == "cpu":
-        give_back_freed_memory()
+        keep_freed_memory()
     say_device(name)
     precision = precision_of(cfg.train.precision)
     optimizer = optimizer_of(cfg.train.optimizer)
@@ -40,11 +41,14 @@ def start(cfg: FinetuneVerb) -> tuple[str, str]:
     return name, precision
 
 
-def give_back_freed_memory() -> None:
-    """Have glibc return freed tensors of 1 MB and more at once. It would keep those under 32 MB in its heap, where they lie scattered: a tenth more
-    memory at the peak, and no time won (docs/benchmarks.md)."""
+def keep_freed_memory() -> None:
+    """Have glibc keep freed tensors of up to 4 MB, which a layer makes again at once, and return larger ones.
+
+    A tensor in memory fresh from the system costs a page fault every 4 kB, a sixth of a step at 0.5B; larger ones would lie scattered where they are kept.
+    """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(M_MMAP_THRESHOLD, 4 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def init_distributed(deepspeed_stage: int) -> None:
@@ -93,13 +97,18 @@ def optimizer_of(asked: str) -> str:
     return {"auto": "adamw_torch_fused", "adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}[asked]
 
 
-def apply_kernels(model, asked: str) -> None:
-    """Put Liger's kernels into a model where they are wanted and a GPU is there; its loss is not used, see head.py."""
+def apply_kernels(model, asked: str, *, partitioned: bool = False) -> None:
+    """Put Liger's kernels into a model where they are wanted and a GPU is there; its loss is not used, see head.py. On a CPU ours.
+
+    partitioned: ZeRO-3, which has to see every layer called.
+    """
     import importlib.util
 
     there = importlib.util.find_spec("liger_kernel") is not None
     if asked == "liger" and not (there and torch.cuda.is_available()):
         raise MissingTool("train.kernels=liger needs a GPU and liger-kernel", fix="train.kernels=auto")
+    if asked == "auto" and not torch.cuda.is_available() and not partitioned:
+        kernels.replace(model)
     if asked == "torch" or not there or not torch.cuda.is_available():
         return
     from liger_kernel.transformers import _apply_liger_kernel_to_instance

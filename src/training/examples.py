@@ -1,10 +1,14 @@
-"""Conversations as token rows: made once, by several processes, kept by content and memory-mapped."""
+"""Conversations as token rows: made once, by several processes where that pays, kept by content and memory-mapped.
+
+Imports torch only inside functions, since a process that tokenizes has to be there in no time.
+"""
 
 import contextlib
 import functools
 import itertools
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,13 +26,14 @@ from src.core.cache import kept_or_made
 from src.core.errors import BadData
 from src.core.files import read_json, sha256, write_json
 from src.core.log import progress, rank, warn
-from src.core.processes import end_with_parent
+from src.core.processes import end_with_parent, import_quietly
 from src.settings.verbs import FinetuneVerb
 from src.training.chat_tokenizer import chat_tokenizer, template_text
-from src.training.checkpoints import from_first
 
 PORTION = 256
-"""conversations per task; fewer than four tasks are not worth starting processes for"""
+"""conversations per task"""
+WORTH_A_PROCESS = 5.0
+"""seconds of work that it takes to start a process for it, which costs one"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ def examples_of(cfg: FinetuneVerb, dataset: Artifact, base: Artifact, split: str
 
     Raises BadData where a template refuses a conversation, or where more rows are lost than train.long_share allows.
     """
+    from src.training.checkpoints import from_first
+
     folder = cache / content_key(cfg, dataset, base, split)
     if rank() == 0:
         folder = kept_or_made(folder, partial(make, cfg, dataset.path / f"{split}.jsonl", base.path, split), open_examples)
@@ -215,16 +222,30 @@ def line_portions(source: Path) -> Iterator[tuple[int, int, int]]:
 
 @contextlib.contextmanager
 def encoded(portions: list, *given) -> Iterator[Iterator[Portion]]:
-    """The portions' results in order, from as many processes as there are cores, or from this one where there is little to do."""
-    count = min(os.cpu_count() or 1, len(portions) // 4)
-    if count < 2:
-        yield map(Encoder(*given), portions)
-        return
-    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=start_worker, initargs=(os.getpid(), *given))
-    try:
-        yield pool.map(work, portions)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """The portions' results in order: from this process, and from as many as there are cores once its speed shows that they pay."""
+    encoder, begun = Encoder(*given), 0.0
+    with contextlib.ExitStack() as stack:
+
+        def results() -> Iterator[Portion]:
+            nonlocal begun
+            for done, portion in enumerate(portions):
+                if done == 1:  # the first is slower: its template has to be learnt
+                    begun = time.process_time()
+                elif done and (count := processes_for((time.process_time() - begun) / (done - 1) * (len(portions) - done))) > 1:
+                    pool = ProcessPoolExecutor(
+                        count, mp_context=get_context("spawn"), initializer=start_worker, initargs=(os.getpid(), *given)
+                    )
+                    stack.callback(pool.shutdown, cancel_futures=True)
+                    yield from pool.map(work, portions[done:])
+                    return
+                yield encoder(portion)
+
+        yield results()
+
+
+def processes_for(seconds: float) -> int:
+    """How many processes are worth starting for so much work."""
+    return min(os.cpu_count() or 1, int(seconds / WORTH_A_PROCESS))
 
 
 _ENCODERS: list["Encoder"] = []
@@ -234,6 +255,7 @@ _ENCODERS: list["Encoder"] = []
 def start_worker(parent: int, *given) -> None:
     end_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    import_quietly("transformers.models.auto.tokenization_auto", without=["torch"])  # which tokenizers do without
     _ENCODERS.append(Encoder(*given))
 
 
@@ -259,6 +281,7 @@ class Encoder:
                 examples, found, missed = self.examples(record)
                 counts, notes = counts + found, notes + missed
                 answers += sum(message["role"] == "assistant" for message in record["messages"])
+                share = float(record.get("weight", 1))
                 for why in missed:
                     if len(named.setdefault(why, [])) < long_rows.NAMED:
                         named[why].append(str(record["id"]))
@@ -266,7 +289,7 @@ class Encoder:
                     ids += example.input_ids
                     # Nothing stands before a first token to predict it from.
                     trained += [False, *(label != encoding.IGNORE for label in example.labels[1:])]
-                    weights += [float(record.get("weight", 1)) * weight for weight in example.weights or [1.0] * len(example.input_ids)]
+                    weights += [share * weight for weight in example.weights] if example.weights else [share] * len(example.input_ids)
                     lengths.append(len(example.input_ids))
                     lines.append(number)
         own = np.array(weights, dtype=np.float32)

@@ -10,6 +10,7 @@ from src.core.errors import ProofFailed
 from src.models import adapter_files, complete, fidelity, generation, rounding, safetensors_io
 from src.models.devices import device_that_fits, give_back_memory
 from src.models.folder import stored_dtype
+from src.models.seen import Seen
 from src.settings.verbs import FinetuneVerb, FullTuner
 
 
@@ -25,7 +26,7 @@ class Trained:
     names: set[str]
     parameters: int
     rows: list[encoding.Encoded]
-    seen: fidelity.Seen | None
+    seen: Seen | None
 
 
 def saved_dtype(cfg: FinetuneVerb, base: Path) -> str:
@@ -89,10 +90,12 @@ def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained,
     made = {"settings": cfg.model_dump(mode="json"), "metrics": metrics, "parents": []}
     saved = Artifact(out, "model" if full else "adapter", "", made, {})
     given = (trained.rows, trained.seen and trained.seen.top_k_ids, None if full else base)
-    ids, _, seen = processes.fresh(fidelity.reload, saved, compute, device, *given)
-    complete.compare(ids, tokenizer, out)
+    ids, seen = processes.fresh(fidelity.reload, saved, compute, device, *given)
+    complete.compare(ids, complete.ids_of(tokenizer), out)
     if trained.seen is None:
         return {}
+    if not full:
+        fidelity.Record(trained.rows, trained.seen).save(out)
     change = fidelity.compare(trained.seen, seen, len(trained.rows))
     ways = ["tuner.rounding=stochastic force=true keeps what was learnt"] * (full is not None and full.rounding == "nearest")
     fidelity.judge(

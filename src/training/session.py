@@ -13,9 +13,10 @@ from src.core.files import read_json
 from src.core.log import rank, say
 from src.core.processes import Interrupted
 from src.models import adapter_files, fidelity, generation, lora, token_rows
+from src.models.held import dtype_of, hold
 from src.models.loading import keep_gptq_trainable, load_model, nf4_config
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
-from src.settings.verbs import FinetuneVerb, FullTuner, QloraTuner
+from src.settings.verbs import FinetuneVerb, FullTuner, LoraTuner, QloraTuner
 from src.training import choices, launch, narrowing
 from src.training.batches import BatchPlan
 from src.training.checkpoints import Checkpoints, Stop, barrier
@@ -47,7 +48,7 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     arguments = choices.arguments(cfg, out, steps, precision, world=world, evaluates=len(val) > 0 and not resume)
     model, rows, nf4 = prepare(cfg, inputs["model"], tokenizer, eos_id, added, device, precision)
     lora.describe(model, rows)
-    choices.apply_kernels(model, cfg.train.kernels)
+    choices.apply_kernels(model, cfg.train.kernels, partitioned=cfg.deepspeed.stage == 3)
     chosen = choose_layout(cfg, model, train, out, precision)
     plan = BatchPlan(train.lengths, cfg.train.global_batch_size, world, chosen.capacity, chosen.packed, total, cfg.train.seed)
     head = HeadLoss(model, chunked=may_chunk(model, zero_stage=cfg.deepspeed.stage)) if chosen.fused else None
@@ -96,6 +97,11 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, eos_id: int, added: li
     gpu = device == "cuda"
     sixteen = gpu and precision != "fp32" and (cfg.deepspeed.stage or not isinstance(cfg.tuner, FullTuner))
     dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision] if sixteen else "float32"
+    # PiSSA and OLoRA take their part out of the base, which then needs fp32; DeepSpeed in 16 bits makes weights of its own; ZeRO-3 shares them.
+    holds = not gpu and isinstance(cfg.tuner, LoraTuner) and not cfg.tuner.takes_from_base
+    holds &= cfg.deepspeed.stage == 0 or (cfg.deepspeed.stage == 2 and precision == "fp32")
+    if holds:
+        dtype = dtype_of(base.path)
     nf4: dict[str, Any] | None = None
     if isinstance(cfg.tuner, QloraTuner) and base.kind == "model":
         nf4 = {"double_quant": cfg.tuner.double_quant, "compute_dtype": dtype}
@@ -127,6 +133,8 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, eos_id: int, added: li
             + ("those rows are trained at a rate of their own" if cfg.train_new_tokens == "auto" else "train_new_tokens=never leaves it so")
         )
     rows = rows if cfg.train_new_tokens == "auto" else []
+    if holds:
+        hold(model)
     if isinstance(cfg.tuner, FullTuner):
         if rows:
             token_rows.split_off(model, rows)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
 from src.chat.encoding import Encoded
-from src.models import adapter_files, fidelity, lora
+from src.models import adapter_files, lora, seen
 from src.models.token_rows import folded
 from src.training.batches import BatchPlan, Steps, micro_batch
 from src.training.examples import Example, Examples
@@ -198,7 +198,7 @@ class ChatTrainer(Trainer):
             "turns_ended": ended / max(turns, 1),
         }
 
-    def observe(self, examples: list[Encoded]) -> fidelity.Seen:
+    def observe(self, examples: list[Encoded]) -> seen.Seen:
         """What the model says at the trained tokens of some rows; every process goes through all of them, as ZeRO-3 needs."""
 
         def logits(example: Encoded) -> torch.Tensor:
@@ -206,7 +206,7 @@ class ChatTrainer(Trainer):
             return self.forward(self.inside, batch, losses=False)
 
         with as_in_use(self.model):
-            return fidelity.observe(logits, examples, "proof")
+            return seen.observe(seen.one_by_one(logits, "proof"), examples)
 
     @property
     def inside(self):

@@ -16,14 +16,14 @@ from src.core.artifact import Artifact
 from src.core.errors import AGAIN, MissingInput, MissingTool, ProofFailed, WrongKind
 from src.core.files import read_json
 from src.core.log import say, size, warn
+from src.deploy.llama2c import proof
 from src.deploy.llama2c.chat import ChatPieces, find_chat
-from src.deploy.llama2c.proof import prove_ids, prove_loss, prove_text
 from src.deploy.llama2c.runtime import write_runtime
 from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
 from src.deploy.llama2c.weights import VERSIONS, Shape, check_tensors, group_size, read_shape, write_model
 from src.models import fidelity
 from src.models.generation import stop_ids
-from src.models.loading import load_model, load_tokenizer
+from src.models.loading import load_tokenizer
 
 SOURCES = ROOT / "assets" / "llama2c"
 TAKES = {"model"}
@@ -95,11 +95,8 @@ def build(inputs: dict[str, Artifact], out: Path, settings) -> dict:
         "model_bytes": (out / "model.bin").stat().st_size,
         "chat": pieces is not None,
     }
-    metrics |= prove_ids(out, hf, pieces)
-    model = load_model(model_dir, dtype="float32").eval()
-    metrics |= prove_text(model, out, hf, stops, exact=group == 0)
-    rows = fidelity.held_out(fidelity.dataset_of(inputs["stored"]), hf, read_json(model_dir / "config.json"))
-    metrics |= prove_loss(model, out / "model.bin", shape, rows, exact=group == 0)
+    metrics |= proof.prove_ids(out, hf, pieces)
+    metrics |= proof.prove(inputs["model"], out, shape, hf, stops, fidelity.dataset_of(inputs["stored"]), exact=group == 0)
     metrics["summary"] = (
         f"{metrics['tokens_per_second']:,.0f} tokens/s here, {metrics['prompts_equal']}/{metrics['prompts']} prompts as transformers"
     )

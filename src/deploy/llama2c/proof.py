@@ -2,15 +2,20 @@
 
 import re
 import subprocess
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from src.chat import encoding
+from src.core.artifact import Artifact
 from src.core.errors import ProofFailed
+from src.core.files import read_json
 from src.deploy.llama2c.chat import ChatPieces
 from src.deploy.llama2c.runtime import escape
-from src.deploy.llama2c.weights import Shape, read_model
-from src.models import fidelity
+from src.deploy.llama2c.weights import Shape, reader_of
+from src.models import fidelity, seen
 
 PROBES = (
     "",
@@ -31,6 +36,8 @@ PROBES = (
     "a\u00a0b\u3000c\u2581d",
     "x" * 40 + " " * 17 + "y",
 )
+TIE = 1e-3
+"""nats between two tokens that fp32 sums in another order may take for each other"""
 GREEDY_PROBES = ("", "Once upon a time", "The answer to 2 + 2 is", "안녕하세요")
 
 
@@ -76,40 +83,49 @@ def _same_ids(ours: list[int], theirs: list[int], text: str) -> int:
     return len(ours)
 
 
-def prove_loss(model, path: Path, shape: Shape, rows: list[encoding.Encoded], exact: bool) -> dict:
-    """What model.bin holds, read back into `model` (transformers', in fp32), against what it was made from, on held-out rows; see fidelity.
+@dataclass(frozen=True)
+class Text:
+    """What the program said greedily. ids: of prompt and answer. begin: where the answer begins. speed: tokens/s."""
 
-    exact: raise ProofFailed where there is a difference. Else (int8) what was lost is a result. The model is another one afterwards.
+    prompt: str
+    ids: list[int]
+    begin: int
+    speed: float
+
+    @property
+    def row(self) -> encoding.Encoded:
+        """To ask transformers for: is each token of the answer the likeliest after the ones before it?"""
+        return encoding.Encoded(self.ids, [encoding.IGNORE] * self.begin + self.ids[self.begin :])
+
+
+def prove(start: Artifact, out: Path, shape: Shape, hf, stops: list[int], dataset: Path | None, *, exact: bool) -> dict:
+    """The program's greedy texts, and the loss that model.bin has on held-out rows, against transformers in fp32, layer by layer.
+
+    One pass of transformers over the finished texts tells, since greedy texts part at the first token that is not its likeliest.
     """
-    import torch
+    from src.models import by_layer
 
-    if not rows:
-        return {}
-    before = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof")
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in read_model(path, shape):
-            parameters[name].copy_(weight)
-    after = fidelity.observe(partial(fidelity.trained_logits, model), rows, "proof", before.top_k_ids)
-    change = fidelity.compare(before, after, len(rows))
+    texts = list(said(out, hf, stops, shape.context))
+    held = fidelity.held_out(dataset, hf, read_json(start.path / "config.json"))
+    rows = [*(text.row for text in texts), *held]
+    model, _ = by_layer.load(start)
+    before = seen.observe(seen.by_layer(model, "proof"), rows)
+    made = sum(len(text.ids) - text.begin for text in texts)
+    metrics = judge_texts(texts, before[:made], out, exact)
+    if not held:
+        return metrics
+    model.take(reader_of(out / "model.bin", shape))
+    whole = before[made:]
+    after = seen.observe(seen.by_layer(model, "proof of model.bin"), held, whole.top_k_ids)
+    change = fidelity.compare(whole, after, len(held))
     if not exact:
-        return fidelity.report("llama2c", change, "in int8", "target.format=fp32_v0 loses nothing")
-    fidelity.judge("llama2c", change, 1e-4, path, [], setting=None)
-    return change.metrics()
+        return metrics | fidelity.report("llama2c", change, "in int8", "target.format=fp32_v0 loses nothing")
+    fidelity.judge("llama2c", change, 1e-4, out / "model.bin", [], setting=None)
+    return metrics | change.metrics()
 
 
-def prove_text(model, out: Path, hf, stops: list[int], exact: bool, tokens: int = 64) -> dict:
-    """The program's greedy text against transformers in fp32: is each token the likeliest after the ones before it?
-
-    One pass of transformers over the finished text tells, since greedy texts part at the first token that is not.
-    exact: raise ProofFailed at such a token unless transformers holds the two as good as equal. Else (int8) the agreement is
-    a result, and only one below a half, which no rounding explains, raises.
-    """
-    import torch
-
-    context = model.config.max_position_embeddings
-    prompts = equal = agreed = made = ties = 0
-    speed = 0.0
+def said(out: Path, hf, stops: list[int], context: int, tokens: int = 64) -> Iterator[Text]:
+    """The program's answers to GREEDY_PROBES. Raises ProofFailed where one ends early."""
     for prompt in GREEDY_PROBES:
         ids = hf(prompt)["input_ids"]
         if not 0 < len(ids) < context:
@@ -119,26 +135,36 @@ def prove_text(model, out: Path, hf, stops: list[int], exact: bool, tokens: int 
         ours = ids_of(done)
         if not ours or (len(ids) + len(ours) < total and ours[-1] not in stops):
             raise ProofFailed(f"the program stopped after {len(ours)} tokens", where=f"the prompt {prompt!r}")
-        with torch.inference_mode():
-            logits = model(torch.tensor([ids + ours[:-1]])).logits[0, len(ids) - 1 :]
-        theirs = logits.argmax(-1).tolist()
-        wrong = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+        yield Text(prompt, ids + ours, len(ids), float(re.findall(rb"answer: .* ([\d.]+) tok/s", done.stderr)[0]))
+
+
+def judge_texts(texts: list[Text], told: seen.Seen, out: Path, exact: bool) -> dict:
+    """told: what transformers says at the answers' tokens.
+
+    exact: raise ProofFailed at a token that is not its likeliest unless it holds the two as good as equal. Else (int8) the agreement is a result, and
+    only one below a half, which no rounding explains, raises.
+    """
+    equal = ties = begin = 0
+    for text in texts:
+        ours = text.ids[text.begin :]
+        part = told[begin : begin + len(ours)]
+        begin += len(ours)
+        wrong = np.flatnonzero(part.likeliest != np.array(ours))
         for i in wrong if exact else ():
-            if logits[i, theirs[i]] - logits[i, ours[i]] > 1e-4 * logits[i].std():
-                raise ProofFailed(f"token {i} of the greedy text is {ours[i]}, transformers' {theirs[i]}", where=f"the prompt {prompt!r}")
-        prompts += 1
-        equal += not wrong
+            if part.log_probs[i].max() + part.losses[i] > TIE:
+                raise ProofFailed(
+                    f"token {i} of the greedy text is {ours[i]}, transformers' {part.likeliest[i]}", where=f"the prompt {text.prompt!r}"
+                )
+        equal += not len(wrong)
         ties += len(wrong) if exact else 0
-        agreed += len(ours) - len(wrong)
-        made += len(ours)
-        speed = max(speed, float(re.findall(rb"answer: .* ([\d.]+) tok/s", done.stderr)[0]))
-    if agreed < 0.5 * made:
-        raise ProofFailed(f"transformers agrees with {agreed} of the program's {made} tokens", where=str(out))
+    agreed = int((told.likeliest == np.array([id for text in texts for id in text.ids[text.begin :]])).sum()) if texts else 0
+    if agreed < 0.5 * begin:
+        raise ProofFailed(f"transformers agrees with {agreed} of the program's {begin} tokens", where=str(out))
     return {
-        "prompts": prompts,
+        "prompts": len(texts),
         "prompts_equal": equal,
         "ties": ties,
-        "greedy_tokens": made,
-        "greedy_agreement": round(agreed / made, 4) if made else None,
-        "tokens_per_second": speed,
+        "greedy_tokens": begin,
+        "greedy_agreement": round(agreed / begin, 4) if begin else None,
+        "tokens_per_second": max((text.speed for text in texts), default=0.0),
     }

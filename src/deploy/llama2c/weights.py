@@ -5,7 +5,7 @@ Formats: export.py of karpathy/llama2.c, read by its run.c (versions 0 and 1, fp
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +169,8 @@ def write_model(model_dir: Path, shape: Shape, version: int, group: int, path: P
             matrix(CLASSIFIER)
 
 
-def read_model(path: Path, shape: Shape) -> Iterator[tuple[str, "object"]]:
-    """(name in the checkpoint, fp32 tensor) of every weight in a model.bin, as the program computes with it: int8 values times their scales."""
+def reader_of(path: Path, shape: Shape) -> Callable[[str], "object"]:
+    """A function from a weight's name in the checkpoint to its fp32 tensor as the program computes with it: int8 values times their scales."""
     import numpy as np
     import torch
 
@@ -179,36 +179,43 @@ def read_model(path: Path, shape: Shape) -> Iterator[tuple[str, "object"]]:
     version = struct.unpack("<Ii", header[:8])[1] if struct.unpack("<I", header[:4])[0] == MAGIC else 0
     group = struct.unpack("<i", header[37:41])[0] if version == 2 else 0
     shapes, at = shape.tensors(), 256 if version else 28
+    places: dict[str, tuple[int, int, bool]] = {}
 
-    def take(name: str, heads: int = 0, quantized: bool = True):
+    def put(names: Iterable[str], heads: int = 0, quantized: bool = True) -> None:
         nonlocal at
-        count = math.prod(shapes[name])
-        if group and quantized:
-            values = torch.from_numpy(np.fromfile(path, np.int8, count, offset=at)).view(-1, group)
-            scales = torch.from_numpy(np.fromfile(path, np.float32, count // group, offset=at + count))
-            weight, at = values * scales[:, None], at + count + count // group * 4
-        else:
-            weight, at = torch.from_numpy(np.fromfile(path, np.float32, count, offset=at)), at + 4 * count
-        weight = weight.view(shapes[name])
-        return name, separate(weight, heads) if heads else weight
+        for name in names:
+            count, packed = math.prod(shapes[name]), bool(group and quantized)
+            places[name] = (at, heads, packed)
+            at += count + count // group * 4 if packed else 4 * count
 
     norms = [shape.each_layer(ATTENTION_NORM), shape.each_layer(FFN_NORM)]
     if version:
-        yield from (take(name, quantized=False) for name in [*norms[0], *norms[1], FINAL_NORM])
-        yield take(EMBEDDING)
+        put([*norms[0], *norms[1], FINAL_NORM], quantized=False)
+        put([EMBEDDING])
     else:
-        yield take(EMBEDDING)
-        yield from map(take, norms[0])
+        put([EMBEDDING, *norms[0]])
     for key, part in MATRICES.items():
         if not version and key == "w1":
-            yield from map(take, norms[1])
-        for name in shape.each_layer(part):
-            yield take(name, {"wq": shape.heads, "wk": shape.kv_heads}.get(key, 0))
+            put(norms[1])
+        put(shape.each_layer(part), {"wq": shape.heads, "wk": shape.kv_heads}.get(key, 0))
     if not version:
-        yield take(FINAL_NORM)
+        put([FINAL_NORM])
         at += 4 * shape.context * shape.head  # the tables of cosines and sines
     if not shape.shared:
-        yield take(CLASSIFIER)
+        put([CLASSIFIER])
+
+    def read(name: str):
+        start, heads, packed = places[name]
+        count = math.prod(shapes[name])
+        if packed:
+            values = torch.from_numpy(np.fromfile(path, np.int8, count, offset=start)).view(-1, group)
+            weight = values * torch.from_numpy(np.fromfile(path, np.float32, count // group, offset=start + count))[:, None]
+        else:
+            weight = torch.from_numpy(np.fromfile(path, np.float32, count, offset=start))
+        weight = weight.view(shapes[name])
+        return separate(weight, heads) if heads else weight
+
+    return read
 
 
 def rope_tables(shape: Shape) -> tuple:

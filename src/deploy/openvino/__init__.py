@@ -11,7 +11,7 @@ from pathlib import Path
 
 from src.core.artifact import Artifact
 from src.core.errors import Unfinished
-from src.core.files import read_json, write_json
+from src.core.files import write_json
 from src.core.log import size
 from src.deploy import preflight
 from src.deploy.embedding import find_embedding
@@ -20,7 +20,7 @@ from src.deploy.openvino.exporter import ANOTHER, LOG, MADE, export
 from src.deploy.vendor import finish, work_folder
 from src.models import exact_sum, fidelity, safetensors_io
 from src.models.folder import check_tokenizer, trust_of
-from src.models.loading import load_model, load_tokenizer
+from src.models.loading import load_tokenizer
 from src.settings.targets import Openvino
 from src.sizing import takes
 from src.sizing.config_reader import read_shape
@@ -80,10 +80,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Openvino) -> dict:
     tokenizer = load_tokenizer(model.path, trust_remote_code=trust)
     metrics = {"unmade_pieces": proof.mend_tokenizer(tokenizer, model.path, ask, trust=trust)}
     metrics |= proof.prove_ids(tokenizer, out, ask)
-    whole = load_model(model.path, dtype="float32", trust_remote_code=trust).eval()
-    metrics |= proof.prove_answers(whole, model.path, out, tokenizer, target, ask)
-    rows = fidelity.held_out(fidelity.dataset_of(inputs["stored"]), tokenizer, read_json(model.path / "config.json"))
-    metrics |= proof.prove_loss(whole, ask, rows, target)
+    metrics |= proof.prove(model, out, tokenizer, target, ask, fidelity.dataset_of(inputs["stored"]))
     finish(out)
     return {
         **metrics,

@@ -1,0 +1,383 @@
+"""A model taken over many rows a layer at a time: each layer is read once from its file, all rows go through it, and it is let go again.
+
+Memory is that of the largest of embedding, layer and output layer in fp32, and of the rows' hidden states, however deep the model is. What a model does
+before its layers, between them and after the last is its own code, run as it stands: its forward is called with layers that note what they are given
+and hand their input on, later with a last layer that gives the true hidden states.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.core.artifact import Artifact
+from src.core.errors import BadData
+from src.core.files import read_json
+from src.core.log import progress
+from src.core.processes import import_quietly
+from src.models import adapter_files, held, loading, merging, safetensors_io
+from src.models.folder import base_of, check_adapter_file, has_tokenizer, trust_of
+from src.models.vocabulary import grow_vocabulary, vocabulary_rows
+
+TOGETHER = 1024
+"""tokens of the rows that go through a layer together, padding included: enough for the products to reach the processor's speed"""
+HIDDEN = 256 << 20
+"""bytes of hidden states held at once, fp32; more rows go in several rounds, each of which reads the model again"""
+PROBE = list(range(8))
+LOGITS = 64 << 20
+"""bytes of logits made at a time, fp32"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor belongs, and where it is stored: its entry, or a function that loads it. full: its name in the folder."""
+
+    module: torch.nn.Module
+    name: str
+    full: str
+    source: safetensors_io.Entry | Callable[[], torch.Tensor]
+
+    def load(self, into: torch.Tensor | None, *, narrow: bool) -> torch.Tensor:
+        """The tensor, fp32; written over `into` where that is given. narrow: as it is stored, if its module computes in fp32 from that."""
+        if narrow and held.is_held(self.module) and isinstance(self.source, safetensors_io.Entry):
+            return safetensors_io.load(self.source)
+        if isinstance(self.source, safetensors_io.Entry):
+            return safetensors_io.load_wide(self.source, into)
+        return self.source().float()
+
+
+@dataclass(frozen=True)
+class Places:
+    """What of a model is on disk. layers: of its decoder, in order. tensors: of each layer by its number, of "embedding" and "head"."""
+
+    layers: list[torch.nn.Module]
+    tensors: dict[int | str, list[Place]]
+
+
+@dataclass
+class Pass:
+    """A batch of rows on its way. ids: int64 (rows, longest). mask: int64 of the same shape; None without padding. hidden: fp32 (rows, longest, width),
+    as the next layer takes it. calls: for each layer what its model gives it beside the hidden states."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    hidden: torch.Tensor
+    calls: list[tuple[tuple, dict]] = field(default_factory=list)
+
+
+class Reached(Exception):
+    """The part of a forward pass that was wanted is done."""
+
+
+class ByLayer:
+    """See the module. Raises CannotWalk where a model's layers are not one after the other."""
+
+    def __init__(self, model: torch.nn.Module, *, nf4: dict | None = None):
+        """model: of `load`, also with an adapter on it. nf4: how its layers' weights are rounded, as bitsandbytes would; see merging."""
+        self.model, self.nf4 = model.eval(), nf4
+        self.places: Places = (model.get_base_model() if hasattr(model, "peft_config") else model).places
+        self.layers = self.places.layers
+        self._forwards = [layer.forward for layer in self.layers]
+        self._tuple: bool | None = None
+        self._spare: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens to take through the output layer at a time."""
+        return max(32, LOGITS // (4 * vocabulary_rows(self.model)))
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states."""
+        return self.model.config.get_text_config().hidden_size
+
+    # ---- weights
+
+    @contextlib.contextmanager
+    def held(self, what: int | str) -> Iterator[None]:
+        """The weights of a layer, the embedding or the output layer are in memory within the block."""
+        empty = []
+        for place in self.places.tensors.get(what, ()):
+            meta = place.module._parameters[place.name]
+            spare = self._spare[tuple(meta.shape)]
+            tensor = place.load(spare.pop() if spare else None, narrow=not isinstance(what, int))
+            if self.nf4 and isinstance(what, int) and isinstance(place.module, torch.nn.Linear):
+                tensor = merging.as_nf4_made_it(tensor, self.nf4).float()
+            place.module._parameters[place.name] = torch.nn.Parameter(tensor, requires_grad=False)
+            empty.append((place, meta))
+        try:
+            yield
+        finally:
+            for place, meta in empty:
+                if isinstance(what, int):  # memory for the next layer, which costs time to ask the kernel for
+                    self._spare[tuple(meta.shape)].append(place.module._parameters[place.name].data)
+                place.module._parameters[place.name] = meta
+
+    def names(self, number: int) -> list[tuple[str, torch.nn.Module]]:
+        """(name in the folder, without ".weight"; module) of a layer's modules that have a weight."""
+        return [(p.full.removesuffix(".weight"), p.module) for p in self.places.tensors[number] if p.name == "weight"]
+
+    def take(self, tensor: Callable[[str], torch.Tensor]) -> None:
+        """From here on every weight is what `tensor` gives for its name in the folder, read anew each time; those held all along are replaced once."""
+        tensors = {
+            what: [replace(place, source=partial(tensor, place.full)) for place in places] for what, places in self.places.tensors.items()
+        }
+        self.places = replace(self.places, tensors=tensors)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.is_meta:
+                parameter.data.copy_(tensor(name))
+
+    # ---- a pass
+
+    def batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
+        """Numbers of rows that go together, the longest first."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        while order:
+            count = max(1, TOGETHER // max(1, len(rows[order[0]])))
+            yield order[:count]
+            order = order[count:]
+
+    def start(self, rows: list[list[int]], factor: float = 1.0) -> Pass:
+        """Rows of token ids through the embedding, with what their layers will be given noted. The embedding has to be held.
+
+        factor: of the hidden states that the layers hand on meanwhile, which what they are given must not depend on.
+        """
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        even = all(len(row) == longest for row in rows)
+        mask = None if even else torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        begun = Pass(ids, mask, torch.empty(0))
+        if self._tuple is None:
+            self._tuple = self._gives_tuple(begun)
+
+        def note(number: int) -> Callable:
+            def forward(*args, **kwargs):
+                hidden, args, kwargs = _apart(args, kwargs)
+                begun.calls.append((args, kwargs))
+                if number == 0:
+                    begun.hidden = hidden
+                if number == len(self.layers) - 1:
+                    raise Reached
+                return self._as_given(hidden * factor)
+
+            return forward
+
+        with self._layers_as(note), contextlib.suppress(Reached), torch.no_grad():
+            self._forward(begun)
+        return begun
+
+    def through(self, number: int, passes: Iterable[Pass]) -> None:
+        """Every pass through a layer, which has to be held."""
+        with torch.no_grad():
+            for each in passes:
+                each.hidden = self.call(number, each)
+
+    def call(self, number: int, each: Pass) -> torch.Tensor:
+        args, kwargs = each.calls[number]
+        given = self.layers[number](each.hidden, *args, **kwargs)
+        return given[0] if isinstance(given, tuple) else given
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model makes of the last layer's hidden states, (tokens, width): logits, fp32 (tokens, vocabulary). The output layer has to be held."""
+
+        def give(number: int) -> Callable:
+            last = number == len(self.layers) - 1
+            return lambda *args, **kwargs: self._as_given(hidden[None] if last else _apart(args, kwargs)[0])
+
+        with self._layers_as(give), torch.no_grad():
+            return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
+
+    def run(self, rows: list[list[int]], what: str) -> list[torch.Tensor]:
+        """The last layer's hidden states of each row of token ids, fp32 (tokens, width). what: told with the progress."""
+        groups = list(self.batches(rows))
+        with self.held("embedding"):
+            passes = [self.start([rows[i] for i in group]) for group in groups]
+        for number in progress(range(len(self.layers)), what):
+            with self.held(number):
+                self.through(number, passes)
+            for each in passes:
+                each.calls[number] = ((), {})
+        self._spare.clear()
+        found: dict[int, torch.Tensor] = {}
+        for group, each in zip(groups, passes):
+            found |= {i: each.hidden[at, : len(rows[i])] for at, i in enumerate(group)}
+        return [found[i] for i in range(len(rows))]
+
+    def works(self) -> bool:
+        """Whether this model can be taken so: its layers hand hidden states alone to the next, and are given nothing that is made of them."""
+        try:
+            with self.held("embedding"):
+                one, other = (self.start([PROBE], factor) for factor in (1.0, -2.0))
+            with self.held(0):
+                hidden = self.call(0, one)
+            with self.held("head"):
+                self.logits(hidden[0])
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            return False
+        finally:
+            self._spare.clear()
+        return hidden.shape == one.hidden.shape and _same(one.calls, other.calls)
+
+    # ---- the model's own code
+
+    @contextlib.contextmanager
+    def _layers_as(self, stand_in: Callable[[int], Callable]) -> Iterator[None]:
+        for number, layer in enumerate(self.layers):
+            layer.forward = stand_in(number)
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self.layers, self._forwards):
+                layer.forward = forward
+
+    def _forward(self, begun: Pass) -> None:
+        self.model(input_ids=begun.ids, **({} if begun.mask is None else {"attention_mask": begun.mask}), use_cache=False)
+
+    def _as_given(self, hidden: torch.Tensor) -> Any:
+        return (hidden,) if self._tuple else hidden
+
+    def _gives_tuple(self, begun: Pass) -> bool:
+        """Whether layers return a tuple: the first one is asked."""
+        found: list[bool] = []
+
+        def ask(number: int) -> Callable:
+            def forward(*args, **kwargs):
+                found.append(isinstance(self._forwards[0](*args, **kwargs), tuple))
+                raise Reached
+
+            return forward
+
+        with self.held(0), self._layers_as(ask), contextlib.suppress(Reached), torch.no_grad():
+            self._forward(begun)
+        return found[0]
+
+
+def _apart(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
+    """(hidden states, the other arguments) of a layer's call."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of any make hold equal tensors."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_same(one[name], other[name]) for name in one)
+    return len(one) == len(other) and all(map(_same, one, other)) if isinstance(one, list | tuple) else True
+
+
+# ---- loading
+
+
+def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple[ByLayer, Any] | None:
+    """(the model to be taken layer by layer, tokenizer) of a model, or of an adapter on its base; None where that cannot be: quantized weights, code of
+    the model's own, layers that are no one list or share more than hidden states, adapters with more than A and B in them.
+
+    base: where the adapter's base is, if not where it was. tokens: ids it has to know.
+    """
+    trust = bool(trust_of(artifact))
+    if artifact.kind == "quantized" or trust:
+        return None
+    if artifact.kind == "model":
+        if not (model := _on_disk(artifact.path)) or vocabulary_rows(model) < tokens:
+            return None
+        loading.refuse_unknown_ids(model, artifact.path)
+        return (found, loading.load_tokenizer(artifact.path)) if (found := ByLayer(model)).works() else None
+    check_adapter_file(artifact.path)
+    base = base or base_of(artifact)
+    if "quantization_config" in read_json(base / "config.json") or not adapter_files.streams(artifact.path):
+        return None
+    if any(base.glob("*.bin")) or not (model := _on_disk(base, ends=False)):
+        return None
+    tokenizer = loading.load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base)
+    loading.grow_for_adapter(model, artifact.path, len(tokenizer))
+    grow_vocabulary(model, tokens)
+    model = loading.with_adapter(model, artifact.path)
+    bring_back(artifact.path, model)
+    loading.refuse_unknown_ids(model, artifact.path)
+    return (found, tokenizer) if (found := ByLayer(model, nf4=artifact.metrics.get("nf4"))).works() else None
+
+
+def _on_disk(path: Path, *, ends: bool = True) -> Any:
+    """transformers' model of a folder, whose layers stay on disk, with their places; None where transformers cannot leave them there."""
+    if not (on_disk := modules_on_disk(path, ends=ends)):
+        return None
+    try:
+        model = loading.load_model(path, dtype="float32", on_disk=on_disk)
+    except BadData as error:
+        if "meta device" in str(error):
+            return None
+        raise
+    model.places = places_of(model, path)
+    return model
+
+
+def modules_on_disk(path: Path, *, ends: bool = True) -> dict[str, str]:
+    """transformers' device_map of a model whose layers stay on disk, with its `ends`, embedding and output layer, or without: {module: "disk" or "cpu"};
+    empty where its layers are no one list."""
+    import_quietly("transformers.modeling_utils", "transformers.quantizers.auto")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if config.is_encoder_decoder or config.model_type.startswith("bigbird"):  # the latter's attention sees padding
+        return {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    count = config.get_text_config().num_hidden_layers
+    lists = (name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    if (layers := next(lists, None)) is None:
+        return {}
+    far = {model.get_input_embeddings(), model.get_output_embeddings()} if ends else set()
+    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    others = {name.rpartition(".")[0] for name, _ in every if not name.startswith(f"{layers}.")}
+    return {f"{layers}.{i}": "disk" for i in range(count)} | {
+        name: "disk" if model.get_submodule(name) in far else "cpu" for name in others
+    }
+
+
+def places_of(model: torch.nn.Module, path: Path) -> Places:
+    """What transformers left on disk of a model loaded with `modules_on_disk`, taken off its and accelerate's hands: no hook of theirs is left."""
+    from accelerate.hooks import remove_hook_from_module
+
+    far = [name for name, place in model.hf_device_map.items() if place == "disk" and name.rpartition(".")[2].isdigit()]
+    inside = {name: number for number, name in enumerate(far)}
+    ends = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
+    entries = safetensors_io.entries(path)
+    tensors: dict[int | str, list[Place]] = defaultdict(list)
+    for name, module in model.named_modules():
+        stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        for own, parameter in module.named_parameters(recurse=False) if stored is not None else ():
+            if parameter.is_meta:
+                what = ends.get(id(module)) or next(
+                    number for layer, number in inside.items() if name == layer or name.startswith(f"{layer}.")
+                )
+                full = stored.dataset.index.get(f"{name}.{own}", {}).get("weight_name", f"{name}.{own}")
+                source = entries.get(full) or partial(stored.dataset.__getitem__, f"{name}.{own}")
+                tensors[what].append(Place(module, own, full, source))
+    if model.config.get_text_config().tie_word_embeddings and "head" in tensors:
+        tensors["head"] = [
+            replace(place, source=tensors["embedding"][0].source, full=tensors["embedding"][0].full) for place in tensors["head"]
+        ]
+    remove_hook_from_module(model, recurse=True)
+    for place in (*tensors.get("embedding", ()), *tensors.get("head", ())):
+        vars(place.module).pop("forward", None)  # of the class it was, left behind by the hook
+        held.hold_one(place.module)
+    del model.hf_device_map
+    return Places([model.get_submodule(name) for name in inside], dict(tensors))
+
+
+def bring_back(adapter: Path, model: torch.nn.Module) -> None:
+    """Give an adapter on a base whose layers are on disk its A and B: peft has put them where its layers' weights are, which is nowhere."""
+    stored = safetensors_io.entries(adapter, "adapter_model*.safetensors")
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and (key := name.replace(".default", "")) in stored:
+            module, _, what = name.rpartition(".")
+            tensor = safetensors_io.load_wide(stored[key])
+            setattr(model.get_submodule(module), what, torch.nn.Parameter(tensor, requires_grad=False))

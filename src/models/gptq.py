@@ -1,0 +1,164 @@
+"""GPTQ (Frantar et al. 2022, arXiv:2210.17323): a matrix's weights rounded one input at a time, each rounding's error taken up by the inputs to come.
+
+The layout is AutoGPTQ's, which gptqmodel, transformers, vLLM and Pulsar2 read: for a matrix of (out, in) weights of 4 or 8 bits `qweight`, int32 (in x
+bits / 32, out); `scales`, fp16 (groups, out); `qzeros`, int32 (groups, out x bits / 32), each zero point less one; `g_idx`, int32 (in,), the group of
+each input. Symmetric: the zero point is half the range.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 128
+"""inputs whose errors are gathered before the rest of the matrix takes them up"""
+ROWS = 4096
+"""outputs that are rounded together: they do not depend on each other, so memory is theirs alone"""
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """bits: 4 or 8. group: inputs that share a scale, -1 for all. damp: share of the Hessian's mean diagonal added to it. act_order: the inputs that
+    matter most first, whatever their group; else groups and the inputs in each by that order, which keeps groups together."""
+
+    bits: int
+    group: int
+    damp: float
+    act_order: bool
+
+
+class NotPositive(Exception):
+    """A Hessian that no damping makes invertible."""
+
+
+class Hessian:
+    """Sum of x x^T over the inputs of a matrix, fp32 (in, in)."""
+
+    def __init__(self, width: int):
+        self.sum, self.tokens = torch.zeros(width, width), 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """inputs: (..., in)."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.sum.addmm_(rows.T, rows)
+        self.tokens += len(rows)
+
+    def order(self, how: Settings) -> torch.Tensor:
+        """The inputs in the order they are rounded in, int64 (in,)."""
+        diagonal = self.sum.diagonal()
+        if how.act_order:
+            return diagonal.argsort(dim=0, descending=True, stable=True)
+        groups = diagonal.view(-1, len(diagonal) if how.group == -1 else how.group)
+        within = groups.argsort(dim=1, descending=True, stable=True)
+        among = groups.amax(1).argsort(dim=0, descending=True, stable=True)
+        return (within + torch.arange(len(groups))[:, None] * groups.shape[1])[among].flatten()
+
+    def factor(self, order: torch.Tensor, damp: float) -> torch.Tensor:
+        """Upper Cholesky factor of the damped inverse in that order, fp32 (in, in); uses the sum up. Raises NotPositive."""
+        ordered = self.sum[order][:, order]
+        del self.sum
+        diagonal = ordered.diagonal()
+        diagonal[diagonal == 0] = 1
+        step = float(diagonal.mean())
+        while damp < 1:
+            diagonal.add_(damp * step)
+            lower, fault = torch.linalg.cholesky_ex(ordered)
+            if not fault and lower.isfinite().all():
+                del ordered, diagonal
+                return torch.linalg.cholesky(torch.cholesky_inverse(lower, out=lower), upper=True)
+            diagonal.sub_(damp * step)
+            damp = max(2 * damp, 0.01)
+        raise NotPositive
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """tensors: {suffix: tensor}, see the module. weight: what they say, fp32 (out, in). loss: the squared error of the outputs, half of its sum over
+    the tokens of the Hessian."""
+
+    tensors: dict[str, torch.Tensor]
+    weight: torch.Tensor
+    loss: float
+
+    def part(self, begin: int, end: int, bits: int) -> dict[str, torch.Tensor]:
+        """The tensors of some of the outputs, which are whole words."""
+        each = 32 // bits
+        cut = {"qweight": (begin, end), "scales": (begin, end), "qzeros": (begin // each, end // each)}
+        return {name: t[:, slice(*cut[name])].contiguous() if name in cut else t.clone() for name, t in self.tensors.items()}
+
+
+def quantize(weight: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, seen: torch.Tensor, how: Settings) -> Quantized:
+    """weight: fp32 (out, in), left as it is. order, factor: of its inputs' Hessian. seen: bool (in,), the inputs that were ever not zero."""
+    outputs, width = weight.shape
+    group = width if how.group == -1 else how.group
+    of_input = order // group if not how.act_order else torch.empty_like(order)
+    if how.act_order:
+        of_input = torch.arange(width) // group
+    values = torch.empty(width, outputs, dtype=torch.uint8)
+    scales = torch.empty(-(-width // group), outputs, dtype=torch.float16)
+    loss = 0.0
+    for rows in torch.arange(outputs).split(ROWS):
+        at = slice(int(rows[0]), int(rows[-1]) + 1)
+        left = (weight[at] * seen).T[order].contiguous()
+        loss += _round(left, factor, of_input, values[:, at], scales[:, at], group, how.bits)
+    g_idx = torch.empty(width, dtype=torch.int32)
+    g_idx[order] = of_input.int()
+    back = torch.empty_like(order)
+    back[order] = torch.arange(width)
+    values = values[back]
+    half = 1 << (how.bits - 1)
+    zeros = torch.full(scales.shape, half - 1, dtype=torch.uint8)
+    tensors = {"qweight": pack(values, how.bits), "qzeros": pack(zeros.T, how.bits).T.contiguous(), "scales": scales, "g_idx": g_idx}
+    return Quantized(tensors, _widened(values, scales, g_idx, half), loss)
+
+
+def _round(left, factor, of_input, values, scales, group: int, bits: int) -> float:
+    """Round `left`, fp32 (in, out) in order, into `values` and `scales`; returns its loss. left is used up."""
+    half, block, loss = 1 << (bits - 1), group if group <= 256 else BLOCK, 0.0
+    for begin in range(0, len(left), block):
+        end = min(begin + block, len(left))
+        errors = torch.empty(end - begin, left.shape[1])
+        for i in range(begin, end):
+            if i % group == 0:
+                scale = left[i : i + group].abs().amax(0).mul_(2 / ((1 << bits) - 1))
+                scale[scale == 0] = 2 / ((1 << bits) - 1)
+                scales[of_input[i]] = scale.clamp_(2**-24, 65504)
+                scale = scales[of_input[i]].float()
+            rounded = (left[i] / scale).round_().clamp_(-half, half - 1)
+            values[i] = rounded + half
+            error = errors[i - begin]
+            torch.addcmul(left[i], rounded, scale, value=-1, out=error).div_(factor[i, i])
+            left[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
+        left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+        loss += float(errors.square_().sum()) / 2
+    return loss
+
+
+def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 (n, m) of `bits` each as int32 (n x bits / 32, m): the first of a word's values in its lowest bits."""
+    each = 32 // bits
+    words = torch.zeros(len(values) // each, values.shape[1], dtype=torch.int32)
+    for i in range(each):
+        words |= values[i::each].int() << (bits * i)
+    return words
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """`pack` undone."""
+    each = 32 // bits
+    values = torch.empty(len(words) * each, words.shape[1], dtype=torch.uint8)
+    for i in range(each):
+        values[i::each] = (words >> (bits * i) & ((1 << bits) - 1)).to(torch.uint8)
+    return values
+
+
+def widen(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+    """The weights that a matrix's tensors say, fp32 (out, in)."""
+    half = 1 << (bits - 1)
+    if not bool((unpack(tensors["qzeros"].T.contiguous(), bits) == half - 1).all()):
+        raise ValueError("not symmetric")
+    return _widened(unpack(tensors["qweight"], bits), tensors["scales"], tensors["g_idx"], half)
+
+
+def _widened(values, scales, g_idx, half: int) -> torch.Tensor:
+    return (values.float() - half).mul_(scales.float()[g_idx.long()]).T.contiguous()

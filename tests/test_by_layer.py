@@ -1,0 +1,90 @@
+"""A model taken layer by layer from its shards says what the whole model says, or is taken whole: every family that transformers has, made tiny."""
+
+import numpy as np
+import pytest
+import torch
+from test_packing import SAFE, tiny
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from src.chat.encoding import Encoded
+from src.core.errors import ProofFailed, WrongKind
+from src.models import by_layer, gptq, gptq_layers, seen
+
+ROWS = [Encoded(row, row) for row in (list(range(5, 20)), list(range(30, 37)), list(range(50, 90)))]
+OFTEN = {"llama", "qwen3", "gemma3_text", "mixtral", "gpt2"}
+HOW = gptq.Settings(4, 32, 0.05, False)
+
+
+def on_disk(kind: str, folder):
+    """(the family's tiny model, the same layer by layer or None) ; (None, None) where it cannot be made tiny."""
+    try:
+        if not (model := tiny(kind, torch.float32)):
+            return None, None
+        model.save_pretrained(folder)
+    except Exception as error:
+        return pytest.skip(f"cannot be made tiny: {type(error).__name__}")
+    found = by_layer._on_disk(folder)
+    found = found and by_layer.ByLayer(found)
+    return model, found if found and found.works() else None
+
+
+def apart(model, found) -> float:
+    one, other = (seen.observe(read, ROWS) for read in (seen.by_layer(found, "by layer"), seen.whole(model.eval(), "whole")))
+    return float(np.abs(one.losses - other.losses).max())
+
+
+@pytest.mark.parametrize("kind", sorted(OFTEN))
+def test_it_says_what_the_whole_model_says(kind, tmp_path):
+    model, found = on_disk(kind, tmp_path)
+    assert all(parameter.is_meta for layer in found.layers for parameter in layer.parameters())
+    assert apart(model, found) < 1e-4
+    assert all(parameter.is_meta for layer in found.layers for parameter in layer.parameters()), "nothing is held afterwards"
+
+
+def test_what_is_not_layer_after_layer_is_taken_whole(tmp_path):
+    assert on_disk("bamba", tmp_path)[1] is None
+
+
+def test_rows_that_do_not_fit_together_go_in_rounds(tmp_path, monkeypatch):
+    model, found = on_disk("llama", tmp_path)
+    monkeypatch.setattr(by_layer, "HIDDEN", 4 * 64 * 20)
+    assert apart(model, found) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - OFTEN))
+def test_every_family_says_the_same_or_is_taken_whole(kind, tmp_path):
+    model, found = on_disk(kind, tmp_path)
+    if found is None:
+        assert kind not in SAFE
+    else:
+        assert apart(model, found) < 1e-3
+
+
+def test_experts_that_are_no_linear_layers_are_not_left_unquantized_in_silence(tmp_path):
+    _, found = on_disk("mixtral", tmp_path)
+    with pytest.raises(WrongKind, match=r"mlp\.experts\.\w+ of layer 0 is none"):
+        gptq_layers.quantize(found, [row.input_ids for row in ROWS], HOW, tmp_path / "layers")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_quantization_that_was_killed_goes_on_behind_the_last_layer(kind, tmp_path):
+    rows = [row.input_ids for row in ROWS]
+    for name in ("whole", "killed"):
+        _, found = on_disk(kind, tmp_path / kind)
+        if name == "killed":
+            gptq_layers.quantize(found, rows, HOW, tmp_path / name)
+            (tmp_path / name / "layer-00001.safetensors").unlink()
+            (tmp_path / name / "layer-00001.partial").write_bytes(b"half")
+        losses = gptq_layers.quantize(found, rows, HOW, tmp_path / name)
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
+    assert len(losses) == 2 * {"llama": 4, "gpt2": 4}[kind] and len(list((tmp_path / "killed").iterdir())) == 2
+
+
+def test_activations_that_are_no_numbers_are_named(tmp_path):
+    model, found = on_disk("llama", tmp_path)
+    weights = model.state_dict()
+    found.take(lambda name: weights[name].clone().fill_(torch.nan) if "o_proj" in name else weights[name].clone())
+    with pytest.raises(ProofFailed, match="model.layers.0.mlp.gate_proj"):
+        gptq_layers.quantize(found, [row.input_ids for row in ROWS], HOW, tmp_path / "layers")
