@@ -122,7 +122,8 @@ def prove(cfg: MergeVerb, adapter: Artifact, out: Path, trained: Trained) -> dic
 
 
 def needs(cfg: MergeVerb, inputs: dict[str, Artifact]) -> Needs:
-    return host.merge(read_shape(inputs["model"].path), cfg.dtype)
+    adapter = sum(file["size"] for file in inputs["adapter"].files.values())
+    return host.merge(read_shape(inputs["model"].path), adapter, cfg.dtype)
 
 
 STAGE = stage.Stage(verb="merge", version=2, schema=MergeVerb, kind="model", find=find, check=check, needs=needs, run=merge, doc=__doc__)

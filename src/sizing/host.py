@@ -23,9 +23,11 @@ from src.sizing import budget
 from src.sizing.shape import Layer, ModelShape
 
 MB = 1e6
-PYTHON, SERVER, PROOF, EVALUATE, TRAINER, DEEPSPEED = 30 * MB, 280 * MB, 40 * MB, 440 * MB, 480 * MB, 60 * MB
+PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 280 * MB, 40 * MB, 330 * MB, 380 * MB
 """bytes of a process after its imports: settings and records alone; core.processes' server with torch and transformers; what a process forked from it
-adds; the same with peft; transformers' Trainer; what DeepSpeed adds to it"""
+adds; torch, transformers and peft; the same with transformers' Trainer"""
+LAUNCHER, DEEPSPEED, BITSANDBYTES = 180 * MB, 60 * MB, 100 * MB
+"""what torchrun's process takes, and what these libraries add to one that trains"""
 SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 """matrices of a layer that have the same input"""
 PIECE = 800
@@ -34,8 +36,9 @@ TOGETHER, CHUNK, HIDDEN = 1024, 64 << 20, 256 << 20
 """by_layer's: tokens of a pass through a layer, bytes of logits made at a time, bytes of hidden states held at once"""
 HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
-LOGITS, GRADIENTS = 128 << 20, 1.3
-"""training's: bytes of fp32 logits in a chunk of the loss; what gradients of activations add to those that are kept"""
+LOGITS, KEPT = 128 << 20, 1.9
+"""training's: bytes of fp32 logits in a chunk of the loss; what a pass holds at most over what it keeps, gradients and freed tensors that wait to be used
+again included"""
 BUSY = 512
 """training's: tokens of a forward pass that keep a CPU busy"""
 JSON = 3.5
@@ -89,12 +92,14 @@ def conversations(split: Path) -> Conversations:
     return Conversations(rows, split.stat().st_size / JSON / max(1, rows))
 
 
-def by_layer(shape: ModelShape, tokens: float = HELD_OUT, *, adapter: bool = False) -> dict[str, float]:
+def by_layer(shape: ModelShape, tokens: float = HELD_OUT, adapter: float | None = None) -> dict[str, float]:
     """Parts of a model gone through layer by layer over rows of so many tokens: the larger of a layer in fp32 with a pass, and of the output layer as it is
-    stored with its logits. Under an adapter embedding and output layer are in fp32 and stay."""
+    stored with its logits. adapter: bytes of one, under which embedding and output layer are in fp32 and stay."""
     layer = 4 * max(layer.params for layer in shape.stack) + 4 * TOGETHER * max(map(_widest, shape.stack))
-    table = 0.0 if adapter else stored_width(shape) * shape.embedding
-    kept = {"embedding and output layer in fp32": 4.0 * (shape.embedding + shape.head)} if adapter else {}
+    table = stored_width(shape) * shape.embedding if adapter is None else 0.0
+    kept = (
+        {} if adapter is None else {"embedding and output layer in fp32, and the adapter": adapter + 4.0 * (shape.embedding + shape.head)}
+    )
     ends = ("output layer and its logits", table + 3 * min(CHUNK, 4 * shape.vocab * tokens))
     what, most = max(("layer in fp32 and a pass", layer), ends, key=lambda part: part[1])
     return {**kept, what: most, "hidden states": 2 * min(HIDDEN, 4 * shape.hidden * tokens)}
@@ -106,7 +111,7 @@ def _widest(layer: Layer) -> int:
     return 3 * down.columns + 4 * down.rows
 
 
-def proof(shape: ModelShape, *, adapter: bool = False) -> dict[str, float]:
+def proof(shape: ModelShape, adapter: float | None = None) -> dict[str, float]:
     """Parts of a process that loads what was made and says what it says at held-out conversations."""
     return {"libraries of the proof": SERVER + PROOF, "its tokenizer": tokenizer(shape), **by_layer(shape, adapter=adapter)}
 
@@ -163,22 +168,28 @@ class Training:
 
     def needs(self) -> Needs:
         disk = 3 * 12 * self.trained  # two checkpoints with Adam's moments while one replaces the other, and the result
-        after = {"libraries": TRAINER, "tokenizer": tokenizer(self.shape), **proof(self.shape, adapter=self.kind != "full")}
+        adapter = 4 * self.trained if self.kind != "full" else None
+        after = proof(self.shape, adapter)  # while the process that trained keeps what it has
         if self.gpus:
-            return Needs(largest(self.loading(), self.offloaded(), after), disk)
+            return Needs(largest(self.loading(), {**self.offloaded(), **after}), disk)
         asked = self.train.gradient_checkpointing if self.checkpointing is None else self.checkpointing
-        needs = Needs(largest(self.step(self.tokens(), checkpointing=asked is True), after), disk)
+        needs = Needs({**self.step(self.tokens(), checkpointing=asked is True), **after}, disk)
         if asked != "auto":
             return needs
-        return replace(needs, smaller=Needs(largest(self.step(self.tokens(least=True), checkpointing=True), after), disk))
+        return replace(needs, smaller=Needs({**self.step(self.tokens(least=True), checkpointing=True), **after}, disk))
 
     @property
     def own(self) -> dict[str, float]:
-        each = TRAINER + (DEEPSPEED if self.zero.stage else 0)
-        return {"libraries": SERVER + self.processes * each, "tokenizers": self.processes * tokenizer(self.shape)}
+        more = (DEEPSPEED if self.zero.stage else 0) + (BITSANDBYTES if self.kind == "qlora" else 0)
+        launcher = LAUNCHER if self.zero.stage or self.processes > 1 else 0
+        return {"libraries": launcher + self.processes * (TRAINER + more), "tokenizers": self.processes * tokenizer(self.shape)}
 
     def loading(self) -> dict[str, float]:
-        return {**self.own, "weights on their way to the GPUs": self.processes * self.weights()}
+        width = 2 if self.zero.stage or self.kind != "full" else 4
+        copies = (
+            {0: self.processes, 2: self.processes, 3: 1}[self.zero.stage] if self.kind != "qlora" else 0
+        )  # 4-bit weights are made on the GPU
+        return {**self.own, "weights on their way to the GPUs": copies * width * self.shape.params}
 
     def offloaded(self) -> dict[str, float]:
         weights = self.weights() if self.zero.stage == 3 else 0
@@ -189,7 +200,7 @@ class Training:
         copies = 1 if self.zero.stage == 3 else self.processes
         shared = 1 if self.zero.stage else self.processes
         moments = 12 if self.kind == "full" else 16  # of a model that is trained whole the weights are counted already
-        kept = GRADIENTS * kept_bytes(self.shape, self.rank, checkpointing=checkpointing)
+        kept = KEPT * kept_bytes(self.shape, self.rank, checkpointing=checkpointing)
         return {
             **self.own,
             "weights": copies * self.weights(),
@@ -245,11 +256,14 @@ def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool) -> float:
     return 4 * shape.hidden * shape.layers + max(each) if checkpointing else sum(each)
 
 
-def merge(shape: ModelShape, dtype: str = "auto") -> Needs:
-    """Each in a process of its own: tensor by tensor into the result; the adapter on its base, where training has not kept what it said; the result."""
+def merge(shape: ModelShape, adapter: float, dtype: str = "auto") -> Needs:
+    """Each in a process of its own: tensor by tensor into the result; the adapter on its base, where training has not kept what it said; the result.
+
+    adapter: its bytes.
+    """
     matrix = max(m.size for layer in shape.stack for m in layer.matrices)
     work = {"libraries": SERVER + PROOF, "a matrix, its sum and its rounding": 12 * matrix}
-    parts = largest(*({"this process": PYTHON, **phase} for phase in (work, proof(shape, adapter=True), proof(shape))))
+    parts = largest(*({"this process": PYTHON, **phase} for phase in (work, proof(shape, adapter), proof(shape))))
     return Needs(parts, stored(shape if dtype == "auto" else replace(shape, dtype=dtype)))
 
 
