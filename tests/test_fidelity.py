@@ -199,8 +199,9 @@ def test_rows_stop_at_the_bound_and_at_the_models_positions():
     assert [len(row.input_ids) for row in fidelity.within(rows, longest=512)] == [500, 400]
 
 
-def test_a_merge_without_its_dataset_says_what_is_not_measured(adapter, tmp_path, capsys):
-    other = Path(shutil.copytree(adapter.path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("proof.npz")))
+def test_a_merge_without_record_and_dataset_says_what_is_not_measured(adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fidelity.Record, "load", lambda folder: None)
+    other = Path(shutil.copytree(adapter.path, tmp_path / "elsewhere"))
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}", f"base={adapter.path.parents[1] / 'base'}") == 0
     assert "no dataset is known to compare on" in capsys.readouterr().err
     assert "kl" not in artifact.open_artifact(tmp_path / "m" / "merge").metrics
