@@ -290,7 +290,7 @@ OUTSIDE_THE_KEY = [
     "MergeVerb.max_loss_change", "Mobilint.board", "Mobilint.device", "Mobilint.image", "Mobilint.python", "Mobilint.sdk",
     "Mobilint.texts", "Model.path", "Model.revision", "Openvino.board", "Openvino.environment", "Overlap.sets", "Prompts.path",
     "QuantizeVerb.dataset", "RunCode.at_once", "RunCode.isolation", "SourcedVerb.source", "Teacher.path", "Train.attention",
-    "Train.checkpoint_minutes", "Train.checkpoint_steps", "Train.chunked_loss", "Train.compile", "Train.eval_steps",
+    "Train.checkpoint_minutes", "Train.checkpoint_steps", "Train.chunked_loss", "Train.compile", "Train.eval_rows", "Train.eval_steps",
     "Train.gradient_checkpointing", "Train.kernels", "Train.log_steps", "Train.micro_batch_size", "Train.packing", "Train.samples", "Verb.dry_run",
     "Verb.force", "Verb.outputs", "Verb.room", "Verb.run",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import END, START, go, helps, make_base, process, to_its_end
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from src import data, finetune, merge
@@ -17,6 +17,7 @@ from src.core import artifact
 from src.core.compose import compose
 from src.core.errors import BadData, WrongKind
 from src.models import generation, token_rows
+from src.models.held import is_held
 from src.models.loading import load_any, load_tokenizer
 from src.settings.verbs import FinetuneVerb
 from src.training import session
@@ -183,6 +184,20 @@ def test_more_long_rows_than_allowed_stop_the_run(here, eighty, capsys):
     assert go(finetune, f"outputs={here}", "run=long", f"source={eighty}", "train.max_length=60") == BadData.exit_code
     said = capsys.readouterr().err
     assert "more than train.long_share=0.1 allows" in said and "train.long_rows=split_turns" in said
+
+
+def test_a_bf16_base_is_held_so_and_its_losses_are_those_of_its_values_in_fp32(here, train, monkeypatch):
+    base, wide = make_base(here / "narrow", dtype="bfloat16"), here / "wide"
+    shutil.copytree(base, wide)
+    save_file({name: t.float() for name, t in load_file(base / "model.safetensors").items()}, wide / "model.safetensors")
+    held, hold = [], session.hold
+    monkeypatch.setattr(session, "hold", lambda model: (hold(model), held.append(sum(is_held(m) for m in model.modules()))))
+    curves = []
+    for name, folder in (("narrow", base), ("wide", wide)):
+        made = train(f"held-{name}", "train.max_steps=3", "train.warmup=0", base=folder)
+        curves.append([*(point["loss"] for point in made.metrics["curve"]), made.metrics["val_loss"]])
+    assert held[0] > 20 and held[1] == 0
+    assert max(abs(a - b) for a, b in zip(*curves)) < 1e-5
 
 
 def test_validation_rows_may_be_fewer_and_that_is_said(train, here, capsys):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_lora_variants import settings
 from test_packing import tiny
 from transformers.pytorch_utils import Conv1D
@@ -96,3 +97,11 @@ def test_wide_weights_are_left_alone():
     held.hold(model)
     assert not any(held.is_held(module) for module in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_weights_are_loaded_in_the_dtype_that_all_are_stored_in(tmp_path):
+    for name, dtypes, chosen in (("b", ["bfloat16"], "bfloat16"), ("h", ["float16"], "float16"), ("m", ["bfloat16", "float32"], "float32")):
+        (tmp_path / name).mkdir()
+        for i, dtype in enumerate(dtypes):
+            save_file({f"w{i}": torch.ones(2, 2, dtype=getattr(torch, dtype))}, tmp_path / name / f"model-{i}.safetensors")
+        assert held.dtype_of(tmp_path / name) == chosen

@@ -31,9 +31,11 @@ def hold(model: nn.Module) -> None:
     elsewhere = {id(p) for module in model.modules() if type(module) not in KINDS for p in module.parameters(recurse=False)}
     held: set[int] = set()
     for module in model.modules():
-        if (kind := KINDS.get(type(module))) and _is_narrow(module.weight) and id(module.weight) not in elsewhere:
-            module.__class__ = kind
-            held.add(id(module.weight.requires_grad_(False)))
+        if kind := KINDS.get(type(module)):
+            weight = module.get_parameter("weight")
+            if _is_narrow(weight) and id(weight) not in elsewhere:
+                module.__class__ = kind
+                held.add(id(weight.requires_grad_(False)))
     for module in model.modules():
         if not hasattr(module, "quant_state"):  # bitsandbytes' layers compute in a dtype of their own
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
