@@ -25,7 +25,7 @@ from src.sizing.shape import Layer, ModelShape
 MB = 1e6
 PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 280 * MB, 40 * MB, 400 * MB, 380 * MB
 """bytes of a process after its imports: settings and records alone; core.processes' server with torch and transformers; what a process forked from it
-adds; torch, transformers and peft, with what a first pass leaves behind; the same with transformers' Trainer"""
+adds; torch, transformers and peft, and what a first pass leaves behind; the same with transformers' Trainer"""
 LAUNCHER, DEEPSPEED, BITSANDBYTES = 180 * MB, 60 * MB, 100 * MB
 """what torchrun's process takes, and what these libraries add to one that trains"""
 SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
@@ -281,7 +281,10 @@ def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversati
             together, prompt = min(batch, answers), min(split.length, evaluation.max_length)
             cache = together * shape.kv_bytes(round(prompt) + evaluation.max_new_tokens, 4)
             inside = 4 * together * prompt * max(map(_widest, shape.stack))
-            yield {**own, "weights as stored": held(shape), "keys and values": cache, "a pass": inside}
+            left = stored_width(shape) * shape.embedding + 4 * max(
+                layer.params for layer in shape.stack
+            )  # of the loss: the last that was held
+            yield {**own, "weights as stored": held(shape), "keys and values": cache, "a pass": inside, "left of the loss": left}
 
     answers = evaluation.samples if evaluation.prompts is None else len(evaluation.prompts)
     fewer = {f"evaluation.batch_size={n}": of(n, answers=answers) for n in (4, 1) if n < evaluation.batch_size}
