@@ -102,7 +102,7 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
     write(source, scratch / "layers", out)
     complete.copy(source, out)
     complete_config(cfg, source, out)
-    held = fidelity.held_out(data, tokenizer, read_json(source / "config.json"))
+    held = fidelity.held_out(data, tokenizer, source)
     asked = held or [encoding.Encoded(row[:256], row[:256]) for row in rows[:8]]
     before = seen.observe(fidelity.reader(start, "float32"), asked)
     figures = {"calibration_rows": len(rows), "calibration_tokens": tokens, "module_loss": sum(losses) / len(losses)}

@@ -23,7 +23,7 @@ from src.core import artifact
 from src.core.errors import NoRoom, ProofFailed
 from src.core.files import HashCache
 from src.deploy import __main__ as deploy_verb
-from src.models import exact_sum, fidelity, merging, safetensors_io
+from src.models import exact_sum, fidelity, merging, safetensors_io, seen
 
 assert deploy  # the package whose door is deploy_verb
 
@@ -199,7 +199,8 @@ def test_rows_stop_at_the_bound_and_at_the_models_positions():
     assert [len(row.input_ids) for row in fidelity.within(rows, longest=512)] == [500, 400]
 
 
-def test_a_merge_without_its_dataset_says_what_is_not_measured(adapter, tmp_path, capsys):
+def test_a_merge_without_record_and_dataset_says_what_is_not_measured(adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fidelity.Record, "load", lambda folder: None)
     other = Path(shutil.copytree(adapter.path, tmp_path / "elsewhere"))
     assert go(merge, f"outputs={tmp_path}", "run=m", f"source={other}", f"base={adapter.path.parents[1] / 'base'}") == 0
     assert "no dataset is known to compare on" in capsys.readouterr().err
@@ -266,7 +267,7 @@ def test_the_plan_says_what_the_exact_sum_costs_and_how_to_decline(merges, place
 @helps("models/exact_sum.py", "weights=stored takes the merge as it was rounded")
 @helps("core/errors.py", "move the outputs folder to a larger disk and name it with outputs=FOLDER")
 def test_each_way_out_of_a_disk_without_room_for_the_exact_sum(merges, place, tmp_path, monkeypatch, capsys):
-    given = ["run=m16", f"dataset={place / 'd' / 'data'}", "dry_run=true", "force=true"]
+    given = ["run=m16", f"dataset={place / 'd' / 'data'}", "dry_run=true", "force=true", "room=ignore"]
     room = lambda path: SimpleNamespace(free=1000 if Path(path).is_relative_to(place) else 1 << 40)
     monkeypatch.setattr(exact_sum.shutil, "disk_usage", room)
     assert go(quantize, f"outputs={place}", *given) == NoRoom.exit_code
@@ -300,19 +301,17 @@ def test_the_measure_is_kl_loss_and_agreement():
     draw = torch.Generator().manual_seed(0)
     before, after = (torch.randn(300, 50, generator=draw) for _ in range(2))
     row = Encoded(list(range(301)), [-100] + [i % 50 for i in range(300)])
-    one = fidelity.observe(lambda _: before, [row], "one")
-    change = fidelity.compare(one, fidelity.observe(lambda _: after, [row], "other", one.top_k_ids), 1)
+    one = seen.observe(seen.one_by_one(lambda _: before, "one"), [row])
+    change = fidelity.compare(one, seen.observe(seen.one_by_one(lambda _: after, "other"), [row], one.top_k_ids), 1)
     true = kl_div(after.double().log_softmax(-1), before.double().log_softmax(-1), log_target=True, reduction="batchmean").item()
     targets = torch.tensor(row.labels[1:])
     losses = [torch.nn.functional.cross_entropy(logits.double(), targets).item() for logits in (before, after)]
     assert change.kl == pytest.approx(true, rel=1e-5) and change.tokens == 300
     assert (change.before, change.after) == (pytest.approx(losses[0], rel=1e-6), pytest.approx(losses[1], rel=1e-6))
     assert change.agreement == (before.argmax(-1) == after.argmax(-1)).double().mean().item()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fidelity, "TOP_K", 5)
-        few = fidelity.observe(lambda _: before, [row], "one")
-        assert few.top_k_ids.shape == (300, 5)
-        assert 0 < fidelity.compare(few, fidelity.observe(lambda _: after, [row], "other", few.top_k_ids), 1).kl < true
+    few = seen.observe(seen.one_by_one(lambda _: before, "one"), [row], top_k=5)
+    assert few.top_k_ids.shape == (300, 5)
+    assert 0 < fidelity.compare(few, seen.observe(seen.one_by_one(lambda _: after, "other"), [row], few.top_k_ids), 1).kl < true
 
 
 @pytest.mark.parametrize(
@@ -341,17 +340,23 @@ def test_the_limit_is_on_loss_either_way_and_on_kl(loss, kl, fails):
             fidelity.judge("merge", change, float(way.split()[0].removeprefix("max_loss_change=")), Path("somewhere"), [])
 
 
+@pytest.mark.parametrize("parameters, tokens", [(10**6, 4096), (134_515_008, 3717), (494_032_768, 1024), (7_600_000_000, 1024)])
+def test_larger_models_are_compared_on_fewer_tokens(parameters, tokens, monkeypatch):
+    monkeypatch.setattr(fidelity, "_parameters", lambda folder: parameters)
+    assert fidelity.enough(CHAT) == tokens
+
+
 def test_rows_are_bounded_and_come_from_val_then_calib(place, tmp_path, monkeypatch):
     from src.models.loading import load_tokenizer
 
     tokenizer, dataset = load_tokenizer(CHAT), place / "d" / "data"
-    val = fidelity.held_out(dataset, tokenizer, {})
+    val = fidelity.held_out(dataset, tokenizer, CHAT)
     assert 5 < len(val) <= sum(1 for _ in open(dataset / "val.jsonl"))
-    monkeypatch.setattr(fidelity, "TOKENS", 200)
-    few = fidelity.held_out(dataset, tokenizer, {})
+    monkeypatch.setattr(fidelity, "enough", lambda folder: 200)
+    few = fidelity.held_out(dataset, tokenizer, CHAT)
     assert 0 < sum(len(row.input_ids) for row in few) <= 200 and all(row in val for row in few)
     other = Path(shutil.copytree(dataset, tmp_path / "data"))
     (other / "val.jsonl").write_text("")
-    calib = fidelity.held_out(other, tokenizer, {})
+    calib = fidelity.held_out(other, tokenizer, CHAT)
     assert calib and calib[0].input_ids not in [row.input_ids for row in val]
     assert np.mean([row.trained > 0 for row in calib]) == 1

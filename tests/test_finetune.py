@@ -20,6 +20,7 @@ from src.models import generation, token_rows
 from src.models.loading import load_any, load_tokenizer
 from src.settings.verbs import FinetuneVerb
 from src.training import session
+from src.training.deepspeed_config import CPU_BUCKET, GPU_BUCKET, deepspeed_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
@@ -116,9 +117,8 @@ def test_the_rate_follows_a_cosine_after_its_warm_up(tuned):
 
 def test_the_adapter_folder_is_complete_and_plain(tuned):
     base, adapter = tuned
-    assert {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} == set(
-        adapter.files
-    )
+    names = ("adapter_config.json", "adapter_model.safetensors", "generation_config.json", "proof.npz", "tokenizer.json", "tokenizer_config.json")
+    assert set(names) == set(adapter.files)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (adapter.path / name).read_bytes() == (base / name).read_bytes()
     assert artifact.verify(adapter) == []
@@ -183,6 +183,19 @@ def test_more_long_rows_than_allowed_stop_the_run(here, eighty, capsys):
     assert go(finetune, f"outputs={here}", "run=long", f"source={eighty}", "train.max_length=60") == BadData.exit_code
     said = capsys.readouterr().err
     assert "more than train.long_share=0.1 allows" in said and "train.long_rows=split_turns" in said
+
+
+def test_validation_rows_may_be_fewer_and_that_is_said(train, here, capsys):
+    train("few", "train.max_steps=1", "train.eval_rows=2", "train.samples=0")
+    assert "validation: on 2 of " in capsys.readouterr().err
+
+
+def test_on_a_cpu_zero_3_keeps_no_layer_that_is_not_computed_and_a_small_bucket():
+    told = lambda gpu, *more: deepspeed_json(compose("finetune", ["deepspeed=zero3", *more], FinetuneVerb), gpu=gpu)["zero_optimization"]
+    held = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    assert [told(False)[name] for name in held] == [0, 0, 0] and told(False)["reduce_bucket_size"] == CPU_BUCKET
+    assert told(True)["stage3_prefetch_bucket_size"] == told(True)["reduce_bucket_size"] == GPU_BUCKET
+    assert "stage3_max_live_parameters" not in told(True) and told(True, "deepspeed.bucket_size=7")["reduce_bucket_size"] == 7
 
 
 def test_without_a_validation_split_nothing_is_evaluated(here, eighty, capsys):

@@ -256,7 +256,7 @@ def test_such_an_adapter_is_not_merged_but_measured(on_gptq, here, capsys):
 
 @helps("models/loading.py", "pip install -r requirements.txt")
 def test_without_gptqmodel_it_is_said_what_brings_it(monkeypatch):
-    def missing(*names):
+    def missing(*names, without):
         raise ImportError("No module named 'gptqmodel'")
 
     with monkeypatch.context() as patch, pytest.raises(MissingTool, match="gptqmodel cannot be imported") as told:

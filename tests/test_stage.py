@@ -544,7 +544,7 @@ def test_a_group_size_that_does_not_divide(plan, tmp_path, group):
 def test_rows_that_int4_cannot_pack(plan, tmp_path):
     odd = write_model(tmp_path / "odd", intermediate_size=260)
     told = plan("quantize", f"source={odd}", "quantizer.group_size=-1")
-    refused(told, ConfigError, "has 260 rows, which int4 cannot pack by 8")
+    refused(told, ConfigError, "is 128 x 260, which int4 cannot pack by 8")
     assert plan("quantize", f"source={odd}", "quantizer.group_size=-1", ways(told)[0]).returncode == 0
     verb, *argv = ways(told)[1].removeprefix("python -m src.").removesuffix(" quantizes it by itself").split()
     assert plan(verb, f"source={odd}", *argv).returncode == 0

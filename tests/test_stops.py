@@ -1,6 +1,7 @@
 """What ends a run that has gone wrong or cannot go through, and what it says; and that looking for it changes nothing."""
 
 import json
+import time
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -218,3 +219,19 @@ def test_operations_of_a_token_count_what_is_trained_and_what_is_looked_up():
     for parameter in model.parameters():
         parameter.requires_grad = False
     assert reports.operations_per_token(model) == 4 * count
+    assert reports.operations(model, 10, 10) == 40 * count
+    assert reports.operations(model, 10, 3) == 40 * count - 4 * 7 * model.get_output_embeddings().weight.numel()
+
+
+def test_the_speed_of_matrix_products_is_measured_as_they_are():
+    """Within a factor of a product of the same shape: other work on the machine comes and goes."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(CHAT, local_files_only=True)
+    width = model.config.hidden_size
+    x, w = torch.ones(512, width), torch.ones(4 * width, width)
+    begun = time.perf_counter()
+    for _ in range(20):
+        x @ w.T
+    plain = 20 * 2 * x.numel() * len(w) / (time.perf_counter() - begun)
+    assert plain / 10 < choices.sgemm_operations(model) < plain * 10

@@ -314,3 +314,12 @@ def test_a_token_weighs_in_the_loss_as_much_as_it_should(model):
     assert "weights" not in micro_batch(ROWS, [0, 1], 0, packed=True)
     packed = micro_batch(rows, [1, 2], 0, packed=True)
     assert packed["weights"].tolist() == [2.0] * int((rows[1].labels[1:] != -100).sum()) + [1.0] * int((rows[2].labels[1:] != -100).sum())
+
+
+def test_as_many_rows_are_measured_as_take_a_fiftieth_of_the_training_and_at_least_64():
+    rows = np.full(1000, 50)
+    assert batches.rows_to_measure(rows, trained=1_000_000, times=6) == 200  # 60,000 tokens at a third of the cost, over six times
+    assert batches.rows_to_measure(rows, trained=1_000, times=6) == 64
+    assert batches.rows_to_measure(rows, trained=10**9, times=6) == 1000
+    assert batches.rows_to_measure(rows[:10], trained=1_000, times=6) == 10
+    assert batches.rows_to_measure(rows[:0], trained=1_000, times=6) == 0

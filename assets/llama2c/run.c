@@ -285,7 +285,7 @@ static void set_input(Model *m, const float *x, int n) {
         m->xq_scale[g] = scale;
         for (int i = 0; i < m->group; i++) {
             float value = from[i] * inverse;
-            to[i] = (int16_t)rintf(!(value > -127.0f) ? -127.0f : value > 127.0f ? 127.0f : value); /* of infinity too */
+            to[i] = (int16_t)rintf(!(value > -127.0f) ? -127.0f : value > 127.0f ? 127.0f : value); /* NaN, as of infinity times 0, is -127 */
         }
     }
 }

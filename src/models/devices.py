@@ -1,5 +1,8 @@
 """Where a model is computed, and in which dtype, by what the machine has and has room for."""
 
+import ctypes
+import sys
+
 from src.core.log import say
 from src.core.memory import available
 
@@ -12,12 +15,14 @@ def device() -> str:
 
 
 def give_back_memory() -> None:
-    """Let go of what nobody holds any more, also of what torch keeps of a GPU's memory for itself."""
+    """Let go of what nobody holds any more, also of what torch keeps of a GPU's memory for itself and glibc of the host's."""
     import gc
 
     import torch
 
     gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

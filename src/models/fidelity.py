@@ -17,6 +17,7 @@ from src.chat import encoding
 from src.chat.rows import rows_of
 from src.core.artifact import Artifact, is_finished, open_artifact
 from src.core.errors import ProofFailed, UserError, using
+from src.core.files import read_json
 from src.core.log import say, size, warn
 from src.models import complete, safetensors_io, seen
 from src.models.devices import device_that_fits, fits_whole
@@ -28,6 +29,8 @@ MUCH = 0.1
 """nats; int8 was measured to lose less than a tenth of it, int4 about half (docs/fidelity.md)"""
 TOKENS, LONGEST = 4096, 1024
 """tokens of the conversations that are compared, all together and each"""
+WORK = 10**12
+"""floating-point operations of a pass over them, beyond which fewer are compared: a few seconds on two cores"""
 RECORD = "proof.npz"
 
 
@@ -86,30 +89,35 @@ def dataset_of(made: Artifact) -> Path | None:
     return None
 
 
-def within(rows: Iterable[encoding.Encoded], longest: int = LONGEST) -> list[encoding.Encoded]:
-    """The first rows that fit into TOKENS together, those over `longest` tokens left out."""
+def enough(folder: Path) -> int:
+    """Tokens to compare a model in `folder` on, all together: TOKENS, or so many that a pass over them takes WORK, at least one long row."""
+    return max(LONGEST, min(TOKENS, WORK // (2 * (_parameters(folder) or 1))))
+
+
+def within(rows: Iterable[encoding.Encoded], longest: int = LONGEST, most: int = TOKENS) -> list[encoding.Encoded]:
+    """The first rows that fit into `most` tokens together, those over `longest` left out."""
     found: list[encoding.Encoded] = []
     tokens = 0
     for row in rows:
         if not row.trained or len(row.input_ids) > longest:
             continue
-        if len(row.input_ids) > TOKENS - tokens:
+        if len(row.input_ids) > most - tokens:
             break
         found, tokens = [*found, row], tokens + len(row.input_ids)
     return found
 
 
-def held_out(dataset: Path | None, tokenizer, config: dict) -> list[encoding.Encoded]:
+def held_out(dataset: Path | None, tokenizer, folder: Path) -> list[encoding.Encoded]:
     """Conversations of a dataset's val split, or of its calib split where that has none, `within` bounds; empty, and said, without any.
 
-    config: of the model, whose positions bound the rows too.
+    folder: of the model, whose positions and size bound the rows.
     """
-
     found: list[encoding.Encoded] = []
     if dataset:
         encoding.ensure_chat(tokenizer)
+        config = read_json(folder / "config.json")
         longest = min(LONGEST, config.get("max_position_embeddings") or config.get("n_positions") or LONGEST)
-        splits = (within(_encoded(dataset / f"{split}.jsonl", tokenizer), longest) for split in ("val", "calib"))
+        splits = (within(_encoded(dataset / f"{split}.jsonl", tokenizer), longest, enough(folder)) for split in ("val", "calib"))
         found = next(splits) or next(splits)
     if not found:
         warn("no dataset is known to compare on, so what is lost on held-out conversations is not measured")
@@ -191,7 +199,8 @@ def reader(artifact: Artifact, dtype: str, device: str | None = None, base: Path
 
 
 def _parameters(folder: Path) -> int:
-    return sum(math.prod(entry.shape) for entry in safetensors_io.entries(folder).values())
+    pickled = not any(folder.glob("*.safetensors"))
+    return 0 if pickled else sum(math.prod(entry.shape) for entry in safetensors_io.entries(folder).values())
 
 
 def reload(

@@ -32,9 +32,18 @@ def left_padded(rows: list[list[int]], pad: int, device) -> dict:
 
 
 def greedy(
-    model, tokenizer, prompts: list[list[dict]], *, max_new_tokens: int, eos_id: int, tools: list[list | None] | None = None
+    model,
+    tokenizer,
+    prompts: list[list[dict]],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    tools: list[list | None] | None = None,
+    seconds: float | None = None,
 ) -> list[tuple[str, bool]]:
-    """Greedy answers to conversations, batched: (text, whether the turn was ended by the stop token). tools: of each conversation, if any."""
+    """Greedy answers to conversations, batched: (text, whether the turn was ended by the stop token). tools: of each conversation, if any.
+
+    seconds: after which they are cut off; None: never."""
     import torch
 
     offered = tools or [None] * len(prompts)
@@ -51,6 +60,7 @@ def greedy(
             max_new_tokens=max(1, min(max_new_tokens, room - longest)),
             eos_token_id=stops,
             pad_token_id=pad,
+            max_time=seconds,
         )
     answers = []
     for row in out[:, longest:].tolist():

@@ -255,8 +255,9 @@ def import_peft() -> None:
 
 
 def prepare_gptq() -> None:
+    """Import gptqmodel, which brings the layers of a GPTQ model, without what it has for other formats and for calibration."""
     try:
-        import_quietly("gptqmodel")
+        import_quietly("gptqmodel", without=["bitsandbytes", "datasets"])
     except ImportError as error:
         raise MissingTool("gptqmodel cannot be imported", where=str(error), fix="pip install -r requirements.txt") from error
 

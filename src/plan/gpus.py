@@ -12,6 +12,7 @@ from src.sizing.chart import Point
 from src.sizing.gpu import ADAPTERS, AUTOCAST, CONTEXT, ZERO, Job, Training, kept_per_token, trained_values, training
 from src.sizing.shape import ModelShape
 from src.training import rules
+from src.training.deepspeed_config import GPU_BUCKET
 
 
 def gpu_answer(shape: ModelShape, cfg: PlanVerb, gpu: Gpu, where: str, *, brief: bool) -> Answer:
@@ -115,7 +116,7 @@ def job_of(shape: ModelShape, cfg: PlanVerb, gpu: Gpu, length: int, where: str) 
         token_tables=lora is not None and bool(lora.modules_to_save),
         stage=zero.stage,
         offload=zero.offload,
-        bucket=zero.bucket_size,
+        bucket=GPU_BUCKET if zero.bucket_size == "auto" else zero.bucket_size,
         gpus=cfg.gpus,
         micro_batch=1,
         accumulation=1,

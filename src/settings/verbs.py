@@ -233,8 +233,8 @@ class Deepspeed(Settings):
     """ZeRO stage; 0: plain data parallel without DeepSpeed"""
     offload: bool
     """keep optimizer states (and under ZeRO-3 parameters) in host memory"""
-    bucket_size: PositiveInt
-    """elements per reduce or all-gather bucket"""
+    bucket_size: PositiveInt | Literal["auto"]
+    """elements per reduce or all-gather bucket; auto: 200 million on a GPU, 5 million on a CPU"""
     config: Annotated[str | None, Unkeyed]
     """a DeepSpeed JSON file merged over these settings; optimizer and scheduler blocks in it are refused"""
 
@@ -286,6 +286,8 @@ class Train(Settings):
     """recompute activations in the backward pass: less memory, about a third more time; auto: only where the longest conversation needs it"""
     eval_steps: Annotated[PositiveInt | None, Unkeyed]
     """evaluate every so many steps; null: at the end of each epoch"""
+    eval_rows: Annotated[PositiveInt | Literal["auto"], Unkeyed]
+    """validation rows measured at each evaluation; auto: as many as take about 2 % of the training, at least 64"""
     checkpoint_steps: Annotated[PositiveInt, Unkeyed]
     """save a resumable state every so many steps"""
     checkpoint_minutes: Annotated[PositiveFloat, Unkeyed]

@@ -17,6 +17,8 @@ import torch
 from src.chat import encoding
 from src.training.examples import Example, Examples
 
+EVAL_SHARE, EVAL_ROWS = 0.02, 64
+"""of a training's time that its evaluations may take, and the fewest rows that say something"""
 SEARCHED = 20_000
 """steps that can be laid out in about a second"""
 
@@ -49,6 +51,10 @@ class BatchPlan:
     def ends_epoch(self, step: int) -> bool:
         """Whether a pass over the rows is completed by this step, counted from 1, or the run is."""
         return step == self.steps or int(self.epoch(step)) > int(self.epoch(step - 1))
+
+    def evaluates(self, step: int, every: int | None) -> bool:
+        """Whether the model is measured after this step, counted from 1: every so many steps, or at the end of each epoch, and at the end."""
+        return step == self.steps or (step % every == 0 if every else self.ends_epoch(step))
 
     def examples(self, step: int) -> list[int]:
         """Rows of a step, counted from 0."""
@@ -107,6 +113,15 @@ class BatchPlan:
             if len(taken) < self.batch and (not taken or self.size([*taken, example]) <= self.capacity):
                 taken.append(example)
         return taken
+
+
+def rows_to_measure(lengths: np.ndarray, trained: int, times: int) -> int:
+    """How many validation rows take about EVAL_SHARE of a training when they are measured so often, at least EVAL_ROWS of them.
+
+    lengths: tokens of each row. trained: tokens the training goes through, each at about three times the cost of one that is only measured.
+    """
+    allowed = EVAL_SHARE * 3 * trained / max(times, 1)
+    return min(len(lengths), max(EVAL_ROWS, int(np.searchsorted(np.cumsum(lengths), allowed, side="right"))))
 
 
 class ExampleSource(Protocol):

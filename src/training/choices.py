@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -124,6 +125,19 @@ def peak_operations(name: str) -> float | None:
         if all(part in plain for part in file.stem.split("_")):
             return (yaml.safe_load(file.read_text()) or {}).get("tflops", 0) * 1e12 or None
     return None
+
+
+def sgemm_operations(model) -> float:
+    """FLOP/s of fp32 matrix products on this CPU, with the threads there are: 512 tokens from the model's width to four times it, for 0.2 s."""
+    width = getattr(model.config.get_text_config(), "hidden_size", 1024)
+    inner = 4 * width
+    x, w, out = torch.ones(512, width), torch.ones(inner, width), torch.empty(512, inner)
+    torch.mm(x, w.T, out=out)
+    begun, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - begun) < 0.2:
+        torch.mm(x, w.T, out=out)
+        count += 1
+    return 2.0 * 512 * width * inner * count / passed
 
 
 def arguments(cfg: FinetuneVerb, out: Path, steps: int, precision: str, *, world: int, evaluates: bool) -> TrainingArguments:

@@ -8,20 +8,27 @@ from src.core.errors import BadData, ConfigError
 from src.core.files import read_json
 from src.settings.verbs import FinetuneVerb
 
+GPU_BUCKET, CPU_BUCKET = 200_000_000, 5_000_000
+"""elements that are sent at a time: on a GPU while it computes; on a CPU nothing runs beside the sending, and a bucket is only memory"""
+
 
 def deepspeed_json(cfg: FinetuneVerb, *, gpu: bool) -> dict:
     """DeepSpeed's configuration. Optimizer and scheduler stay out of it: a block for either silently replaces the one asked for."""
     settings = cfg.deepspeed
+    bucket = (GPU_BUCKET if gpu else CPU_BUCKET) if settings.bucket_size == "auto" else settings.bucket_size
     zero: dict[str, object] = {
         "stage": settings.stage,
         "overlap_comm": gpu,
         "contiguous_gradients": True,
-        "reduce_bucket_size": settings.bucket_size,
+        "reduce_bucket_size": bucket,
     }
     if settings.stage == 2:
-        zero |= {"allgather_bucket_size": settings.bucket_size, "allgather_partitions": True, "reduce_scatter": True}
+        zero |= {"allgather_bucket_size": bucket, "allgather_partitions": True, "reduce_scatter": True}
     if settings.stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": settings.bucket_size, "stage3_gather_16bit_weights_on_model_save": True}
+        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_gather_16bit_weights_on_model_save": True}
+        if not gpu:
+            # A CPU gathers and computes in turn, so whole weights that wait or are kept for a second use save no time: a layer's are let go after it.
+            zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
         if settings.stage == 3:

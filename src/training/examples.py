@@ -33,7 +33,7 @@ from src.training.chat_tokenizer import chat_tokenizer, template_text
 PORTION = 256
 """conversations per task"""
 WORTH_A_PROCESS = 5.0
-"""seconds of work that it takes to start a process for it, which costs one"""
+"""seconds of work that it takes to start a process for it, which itself costs 1.5"""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from src.core.errors import NO_SPACE, NoMemory, NoRoom, ProofFailed
 from src.core.log import duration, rank, say, size
+from src.models.devices import give_back_memory
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
 from src.training.head import token_results
@@ -34,6 +35,7 @@ class Probe(TrainerCallback):
         if state.global_step:
             return  # a resumed run has been through it
         begun, trainer = time.monotonic(), self.trainer
+        give_back_memory()  # what loading and DeepSpeed's partitioning went through
         examples = trainer.plan.longest()
         try:
             if not self.proven:

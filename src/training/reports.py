@@ -17,11 +17,13 @@ from src.core.errors import ProofFailed
 from src.core.log import duration, mark, on_terminal, rank, say, spark, status, warn
 from src.models.generation import greedy
 from src.settings.verbs import FinetuneVerb
-from src.training.choices import peak_operations
+from src.training.choices import peak_operations, sgemm_operations
 from src.training.examples import Example
 from src.training.tracking import Trackers
 from src.training.trainer import ChatTrainer
 
+ANSWERING = 60
+"""seconds for the sample answers of an evaluation"""
 STILL = 20
 """steps after which a loss that has not moved at all is a fault"""
 
@@ -34,7 +36,9 @@ class Reports(TrainerCallback):
         self.trackers, self.tokenizer, self.records = open_trackers(cfg, out), tokenizer, dataset / "train.jsonl"
         self.prompts, self.eval_steps = first_prompts(dataset / "val.jsonl", cfg.train.samples), cfg.train.eval_steps
         gpu = torch.cuda.is_available()
-        self.checks_every_step, self.peak = not gpu, peak_operations(torch.cuda.get_device_name()) if gpu else None
+        self.checks_every_step, self.unit = not gpu, "the GPU" if gpu else "sgemm"
+        # A CPU's own speed in 16 bits is not known; in fp32 it is what its matrix products reach.
+        self.peak = peak_operations(torch.cuda.get_device_name()) if gpu else None if trainer.args.bf16 else sgemm_operations(trainer.model)
         self.trainer, self.first_step, self.start = trainer, 0, time.monotonic()
         self.samples: list[tuple[str, str]] = []
         self.train_seconds = self.speed = 0.0
@@ -50,10 +54,7 @@ class Reports(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.checks_every_step or control.should_log or control.should_save:
             self.check_losses(state.global_step)
-        if len(self.trainer.validation) and (
-            state.global_step == state.max_steps
-            or (state.global_step % self.eval_steps == 0 if self.eval_steps else self.trainer.plan.ends_epoch(state.global_step))
-        ):
+        if len(self.trainer.validation) and self.trainer.plan.evaluates(state.global_step, self.eval_steps):
             control.should_evaluate = True
 
     def check_losses(self, step: int) -> None:
@@ -117,8 +118,9 @@ class Reports(TrainerCallback):
         }
         used = ""
         if self.peak:
-            values["train/mfu"] = self.speed * operations_per_token(self.trainer.model) / (self.peak * args.world_size)
-            used = f", {values['train/mfu']:.0%} of the GPU"
+            done_operations = operations(self.trainer.model, totals["tokens"], totals["trained"] if self.trainer.head else totals["tokens"])
+            values["train/mfu"] = done_operations / passed / (self.peak * args.world_size)
+            used = f", {values['train/mfu']:.0%} of {self.unit}"
         status(
             f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  grad {values['train/grad_norm']:.2f}  "
             f"{self.speed:,.0f} tokens/s ({values['train/trained_tokens_per_second']:,.0f} trained, {values['train/padding_share']:.0%} padding{used})  "
@@ -144,7 +146,15 @@ class Reports(TrainerCallback):
         if self.prompts:
             was_training = model.training
             model.eval()
-            answers = greedy(model, self.tokenizer, self.prompts, max_new_tokens=64, eos_id=self.trainer.eos_id)
+            alone, begun = (
+                self.trainer.args.world_size == 1,
+                time.monotonic(),
+            )  # processes that stop at different tokens would wait for each other
+            answers = greedy(
+                model, self.tokenizer, self.prompts, max_new_tokens=64, eos_id=self.trainer.eos_id, seconds=ANSWERING if alone else None
+            )
+            if alone and time.monotonic() - begun > ANSWERING:
+                say(f"  sample answers are cut off after {ANSWERING} s (train.samples={len(self.prompts)})")
             model.train(was_training)
             self.samples = [(prompt[-1]["content"], text) for prompt, (text, _) in zip(self.prompts, answers)]
             self.trackers.samples(self.samples, step)
@@ -159,6 +169,13 @@ def operations_per_token(model) -> float:
             count = getattr(parameter, "ds_numel", parameter.numel())
             total, trained = total + count, trained + count * parameter.requires_grad
     return 4.0 * total + 2.0 * trained
+
+
+def operations(model, tokens: int, put_out: int) -> float:
+    """Floating-point operations of training on so many tokens, of which so many went through the output layer."""
+    head = model.get_output_embeddings().weight
+    each = 4 + 2 * head.requires_grad
+    return operations_per_token(model) * tokens - each * getattr(head, "ds_numel", head.numel()) * (tokens - put_out)
 
 
 def memory() -> int:

@@ -91,7 +91,7 @@ def layout(
     """
     wanted = min(share, FEW if partitioned else share) if micro_batch == "auto" else min(share, micro_batch)
     if partitioned:
-        return wanted * longest, checkpointing is True
+        return wanted * longest if micro_batch != "auto" else max(longest, min(wanted * longest, useful)), checkpointing is True
     if micro_batch != "auto" and checkpointing != "auto":
         return wanted * longest, checkpointing
     recomputed = checkpointing is True

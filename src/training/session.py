@@ -9,7 +9,6 @@ import torch
 from src.chat import encoding
 from src.core.artifact import Artifact
 from src.core.errors import MissingInput
-from src.core.files import read_json
 from src.core.log import rank, say
 from src.core.processes import Interrupted
 from src.models import adapter_files, fidelity, generation, lora, token_rows
@@ -18,9 +17,9 @@ from src.models.loading import keep_gptq_trainable, load_model, nf4_config
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 from src.settings.verbs import FinetuneVerb, FullTuner, LoraTuner, QloraTuner
 from src.training import choices, launch, narrowing
-from src.training.batches import BatchPlan
+from src.training.batches import BatchPlan, rows_to_measure
 from src.training.checkpoints import Checkpoints, Stop, barrier
-from src.training.examples import examples_of
+from src.training.examples import Examples, examples_of
 from src.training.head import HeadLoss, may_chunk
 from src.training.layout import choose_layout
 from src.training.probe import Probe
@@ -52,6 +51,7 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     chosen = choose_layout(cfg, model, train, out, precision)
     plan = BatchPlan(train.lengths, cfg.train.global_batch_size, world, chosen.capacity, chosen.packed, total, cfg.train.seed)
     head = HeadLoss(model, chunked=may_chunk(model, zero_stage=cfg.deepspeed.stage)) if chosen.fused else None
+    measured = rows_measured(cfg, plan, val)
     rates = lora.rates(model, cfg.tuner, len(tokenizer) - len(added))
     run = ChatTrainer(
         model,
@@ -65,6 +65,7 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
         head=head,
         teacher_probs=learnt_from,
         alpha=cfg.teacher.weight,
+        eval_rows=measured,
     )
     reports = Reports(run, cfg, out, tokenizer, records)
     stop = Stop()
@@ -72,7 +73,9 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     for callback in (Probe(run, out, precision, proven=cfg.deepspeed.stage != 3), reports, states):
         run.add_callback(callback)
     of_val = (encoding.Encoded(example.input_ids.tolist(), example.labels.tolist()) for example in val)
-    held = fidelity.within(of_val) or fidelity.held_out(records, tokenizer, read_json(inputs["model"].path / "config.json"))
+    held = fidelity.within(of_val, most=fidelity.enough(inputs["model"].path)) or fidelity.held_out(
+        records, tokenizer, inputs["model"].path
+    )
     with stop:
         run.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.number:
@@ -90,6 +93,17 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     metrics = summary(run, reports, precision, saved) if rank() == 0 else {}
     metrics |= {"trained_rows": rows} | ({"nf4": nf4} if nf4 else {})
     return Trained(metrics, adapter_files.saved_names(run.model), lora.count(run.model), held, seen)
+
+
+def rows_measured(cfg: FinetuneVerb, plan: BatchPlan, val: Examples) -> int:
+    """How many validation rows train.eval_rows gives an evaluation; said where they are not all."""
+    if (asked := cfg.train.eval_rows) == "auto":
+        every = cfg.train.eval_steps
+        times = 1 + (plan.steps // every if every else math.ceil(plan.epoch(plan.steps)))
+        asked = rows_to_measure(val.lengths, int(plan.lengths.mean() * plan.total), times)
+    if asked < len(val):
+        say(f"validation: on {asked:,} of {len(val):,} rows (train.eval_rows)")
+    return min(asked, len(val))
 
 
 def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, eos_id: int, added: list[str], device: str, precision: str):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
 from src.chat.encoding import Encoded
+from src.core.log import progress
 from src.models import adapter_files, lora, seen
 from src.models.token_rows import folded
 from src.training.batches import BatchPlan, Steps, micro_batch
@@ -56,13 +57,15 @@ class ChatTrainer(Trainer):
         head: HeadLoss | None,
         teacher_probs: TeacherProbs | None = None,
         alpha: float = 0.0,
+        eval_rows: int | None = None,
     ):
         """pad, eos_id: ids of padding and of the token that ends an assistant turn. head: what computes the loss; None: from the model's logits.
         soft, alpha: what a teacher holds likely at the trained tokens of the training rows, and its weight.
-        rates: of the parameters that do not take the common rate, by name."""
+        rates: of the parameters that do not take the common rate, by name. eval_rows: how many of the validation rows are measured; None: all."""
         self.plan, self.examples, self.validation = plan, examples, validation
         self.pad, self.eos_id, self.rates, self.head = pad, eos_id, rates, head
         self.teacher_probs, self.alpha = teacher_probs, alpha
+        self.eval_rows = len(validation) if eval_rows is None else eval_rows
         self.step_losses: list[torch.Tensor] = []
         self.totals: Counter[str] = Counter()
         self.steps = Steps(plan, examples, args.process_index, pad)
@@ -221,10 +224,13 @@ class ChatTrainer(Trainer):
         """
         world, me = self.args.world_size, self.args.process_index
         total = torch.zeros(5, dtype=torch.float64, device=self.args.device)
-        order, at = np.argsort(-self.validation.lengths, kind="stable").tolist(), 0
+        order, at = np.argsort(-self.validation.lengths[: self.eval_rows], kind="stable").tolist(), 0
+        parts = []
         while at < len(order):
             size = world * max(1, self.plan.capacity // int(self.validation.lengths[order[at]]))
-            mine, at = order[at : at + size][me::world], at + size
+            parts.append(order[at : at + size][me::world])
+            at += size
+        for mine in progress(parts, "validation"):
             batch = micro_batch(self.validation, mine, self.pad, packed=self.plan.packed)
             results = self.forward(self.inside, batch)
             targets = batch["targets"].to(self.args.device)

@@ -11,7 +11,6 @@ import numpy as np
 from src.chat import encoding
 from src.core.artifact import Artifact
 from src.core.errors import ProofFailed
-from src.core.files import read_json
 from src.deploy.llama2c.chat import ChatPieces
 from src.deploy.llama2c.runtime import escape
 from src.deploy.llama2c.weights import Shape, reader_of
@@ -106,7 +105,7 @@ def prove(start: Artifact, out: Path, shape: Shape, hf, stops: list[int], datase
     from src.models import by_layer
 
     texts = list(said(out, hf, stops, shape.context))
-    held = fidelity.held_out(dataset, hf, read_json(start.path / "config.json"))
+    held = fidelity.held_out(dataset, hf, start.path)
     rows = [*(text.row for text in texts), *held]
     model, _ = by_layer.load(start)
     before = seen.observe(seen.by_layer(model, "proof"), rows)

@@ -117,7 +117,7 @@ def prove(start: Artifact, out: Path, tokenizer, target: Openvino, ask: Callable
         raise ProofFailed(f"no prompt leaves room for an answer of {TOKENS} tokens in {limit}", where=str(out))
     answer = ask("answer", prompts=asked, tokens=TOKENS)
     check_ends(answer["ids"], set(stop_ids(start.path, tokenizer)), out)
-    held = fidelity.held_out(dataset, tokenizer, config)
+    held = fidelity.held_out(dataset, tokenizer, start.path)
     rows = [encoding.Encoded(p + ours, [encoding.IGNORE] * len(p) + ours) for p, ours in zip(asked, answer["ids"], strict=True)]
     before = seen.observe(fidelity.reader(start, "float32"), [*rows, *held])
     made = sum(map(len, answer["ids"]))
