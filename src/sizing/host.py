@@ -256,14 +256,15 @@ def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool) -> float:
     return 4 * shape.hidden * shape.layers + max(each) if checkpointing else sum(each)
 
 
-def merge(shape: ModelShape, adapter: float, dtype: str = "auto") -> Needs:
+def merge(shape: ModelShape, adapter: float | None = None, dtype: str = "auto") -> Needs:
     """Each in a process of its own: tensor by tensor into the result; the adapter on its base, where training has not kept what it said; the result.
 
-    adapter: its bytes.
+    adapter: its bytes, where the adapter on its base has to be asked.
     """
     matrix = max(m.size for layer in shape.stack for m in layer.matrices)
     work = {"libraries": SERVER + PROOF, "a matrix, its sum and its rounding": 12 * matrix}
-    parts = largest(*({"this process": PYTHON, **phase} for phase in (work, proof(shape, adapter), proof(shape))))
+    asked = [] if adapter is None else [proof(shape, adapter)]
+    parts = largest(*({"this process": PYTHON, **phase} for phase in (work, *asked, proof(shape))))
     return Needs(parts, stored(shape if dtype == "auto" else replace(shape, dtype=dtype)))
 
 
