@@ -169,14 +169,14 @@ class Training:
     def needs(self) -> Needs:
         disk = 3 * 12 * self.trained  # two checkpoints with Adam's moments while one replaces the other, and the result
         adapter = 4 * self.trained if self.kind != "full" else None
-        after = proof(self.shape, adapter)  # while the process that trained keeps what it has
+        after = {**self.resident(), **proof(self.shape, adapter)}
         if self.gpus:
-            return Needs(largest(self.loading(), {**self.offloaded(), **after}), disk)
+            return Needs(largest(self.loading(), self.offloaded(), {**self.own, **proof(self.shape, adapter)}), disk)
         asked = self.train.gradient_checkpointing if self.checkpointing is None else self.checkpointing
-        needs = Needs({**self.step(self.tokens(), checkpointing=asked is True), **after}, disk)
+        needs = Needs(largest(self.step(self.tokens(), checkpointing=asked is True), after), disk)
         if asked != "auto":
             return needs
-        return replace(needs, smaller=Needs({**self.step(self.tokens(least=True), checkpointing=True), **after}, disk))
+        return replace(needs, smaller=Needs(largest(self.step(self.tokens(least=True), checkpointing=True), after), disk))
 
     @property
     def own(self) -> dict[str, float]:
@@ -195,16 +195,19 @@ class Training:
         weights = self.weights() if self.zero.stage == 3 else 0
         return {**self.own, "offloaded": weights + 16 * self.trained if self.zero.offload else 0}
 
-    def step(self, tokens: float, *, checkpointing: bool) -> dict[str, float]:
-        """Parts of a forward and backward pass over so many tokens in each process, and of the optimizer's step."""
+    def resident(self) -> dict[str, float]:
+        """Parts that are there from the first step to the end of the proof."""
         copies = 1 if self.zero.stage == 3 else self.processes
         shared = 1 if self.zero.stage else self.processes
         moments = 12 if self.kind == "full" else 16  # of a model that is trained whole the weights are counted already
+        states = {"trained weights, gradients and moments": shared * moments * self.trained}
+        return {**self.own, "weights": copies * self.weights(), **states}
+
+    def step(self, tokens: float, *, checkpointing: bool) -> dict[str, float]:
+        """Parts of a forward and backward pass over so many tokens in each process, and of the optimizer's step."""
         kept = KEPT * kept_bytes(self.shape, self.rank, checkpointing=checkpointing)
         return {
-            **self.own,
-            "weights": copies * self.weights(),
-            "trained weights, gradients and moments": shared * moments * self.trained,
+            **self.resident(),
             "kept activations": self.processes * kept * tokens,
             "chunks of the loss": self.processes * 3 * min(LOGITS, 4 * tokens * self.shape.vocab),
         }
