@@ -36,7 +36,7 @@ TOGETHER, CHUNK, HIDDEN = 1024, 64 << 20, 256 << 20
 """by_layer's: tokens of a pass through a layer, bytes of logits made at a time, bytes of hidden states held at once"""
 HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
-LOGITS, KEPT = 128 << 20, 1.9
+LOGITS, KEPT = 128 << 20, 1.6
 """training's: bytes of fp32 logits in a chunk of the loss; what a pass holds at most over what it keeps, gradients and freed tensors that wait to be used
 again included"""
 BUSY = 512
