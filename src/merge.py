@@ -122,8 +122,9 @@ def prove(cfg: MergeVerb, adapter: Artifact, out: Path, trained: Trained) -> dic
 
 
 def needs(cfg: MergeVerb, inputs: dict[str, Artifact]) -> Needs:
-    adapter = sum(file["size"] for file in inputs["adapter"].files.values())
-    return host.merge(read_shape(inputs["model"].path), adapter, cfg.dtype)
+    adapter = inputs["adapter"]
+    asked = None if (adapter.path / fidelity.RECORD).is_file() else sum(file["size"] for file in adapter.files.values())
+    return host.merge(read_shape(inputs["model"].path), asked, cfg.dtype)
 
 
 STAGE = stage.Stage(verb="merge", version=2, schema=MergeVerb, kind="model", find=find, check=check, needs=needs, run=merge, doc=__doc__)

@@ -19,17 +19,17 @@ from src.training import launch
 def road(shape: ModelShape, cfg: PlanVerb) -> Iterator[tuple[str, Needs]]:
     """(stage, what it takes) from conversations to a bundle, each with its own defaults where the plan has no such setting."""
     gpus = launch.gpu_count()
-    adapter = None if isinstance(cfg.tuner, FullTuner) else 4 * host.adapter_values(shape, cfg.tuner)
+    adapter = not isinstance(cfg.tuner, FullTuner)
     calibration, evaluation = Calibration(**defaults("quantize")["calibration"]), Evaluation(**defaults("evaluate")["evaluation"])
     chats = host.Conversations(float("inf"), cfg.train.max_length)
     yield "data", host.data(0)
     yield f"finetune, {cfg.tuner.kind}", host.finetune(shape, cfg.tuner, cfg.deepspeed, cfg.train, processes=max(1, gpus), gpus=gpus)
-    if adapter is not None and not shape.quantization:
-        yield "merge", host.merge(shape, adapter)
+    if adapter and not shape.quantization:
+        yield "merge", host.merge(shape)
     if not shape.quantization:
-        yield "quantize", host.quantize(shape, calibration, chats, exact=adapter is not None)
+        yield "quantize", host.quantize(shape, calibration, chats, exact=adapter)
     yield "evaluate", host.evaluate([shape], evaluation, chats)
-    yield f"deploy, {cfg.target.name}", host.deploy(shape, cfg.target, exact=adapter is not None)
+    yield f"deploy, {cfg.target.name}", host.deploy(shape, cfg.target, exact=adapter)
     if isinstance(cfg.target, Axera | Mobilint):
         memory, disk, _ = budget.host_needs(shape, cfg.target)
         yield "its compiler", Needs({"estimated": memory}, disk)

@@ -23,9 +23,9 @@ from src.sizing import budget
 from src.sizing.shape import Layer, ModelShape
 
 MB = 1e6
-PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 280 * MB, 40 * MB, 330 * MB, 380 * MB
+PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 280 * MB, 40 * MB, 400 * MB, 380 * MB
 """bytes of a process after its imports: settings and records alone; core.processes' server with torch and transformers; what a process forked from it
-adds; torch, transformers and peft; the same with transformers' Trainer"""
+adds; torch, transformers and peft, and what a first pass leaves behind; the same with transformers' Trainer"""
 LAUNCHER, DEEPSPEED, BITSANDBYTES = 180 * MB, 60 * MB, 100 * MB
 """what torchrun's process takes, and what these libraries add to one that trains"""
 SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
@@ -36,7 +36,7 @@ TOGETHER, CHUNK, HIDDEN = 1024, 64 << 20, 256 << 20
 """by_layer's: tokens of a pass through a layer, bytes of logits made at a time, bytes of hidden states held at once"""
 HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
-LOGITS, KEPT = 128 << 20, 1.9
+LOGITS, KEPT = 128 << 20, 1.6
 """training's: bytes of fp32 logits in a chunk of the loss; what a pass holds at most over what it keeps, gradients and freed tensors that wait to be used
 again included"""
 BUSY = 512
@@ -169,14 +169,14 @@ class Training:
     def needs(self) -> Needs:
         disk = 3 * 12 * self.trained  # two checkpoints with Adam's moments while one replaces the other, and the result
         adapter = 4 * self.trained if self.kind != "full" else None
-        after = proof(self.shape, adapter)  # while the process that trained keeps what it has
+        after = {**self.resident(), **proof(self.shape, adapter)}
         if self.gpus:
-            return Needs(largest(self.loading(), {**self.offloaded(), **after}), disk)
+            return Needs(largest(self.loading(), self.offloaded(), {**self.own, **proof(self.shape, adapter)}), disk)
         asked = self.train.gradient_checkpointing if self.checkpointing is None else self.checkpointing
-        needs = Needs({**self.step(self.tokens(), checkpointing=asked is True), **after}, disk)
+        needs = Needs(largest(self.step(self.tokens(), checkpointing=asked is True), after), disk)
         if asked != "auto":
             return needs
-        return replace(needs, smaller=Needs({**self.step(self.tokens(least=True), checkpointing=True), **after}, disk))
+        return replace(needs, smaller=Needs(largest(self.step(self.tokens(least=True), checkpointing=True), after), disk))
 
     @property
     def own(self) -> dict[str, float]:
@@ -195,16 +195,19 @@ class Training:
         weights = self.weights() if self.zero.stage == 3 else 0
         return {**self.own, "offloaded": weights + 16 * self.trained if self.zero.offload else 0}
 
-    def step(self, tokens: float, *, checkpointing: bool) -> dict[str, float]:
-        """Parts of a forward and backward pass over so many tokens in each process, and of the optimizer's step."""
+    def resident(self) -> dict[str, float]:
+        """Parts that are there from the first step to the end of the proof."""
         copies = 1 if self.zero.stage == 3 else self.processes
         shared = 1 if self.zero.stage else self.processes
         moments = 12 if self.kind == "full" else 16  # of a model that is trained whole the weights are counted already
+        states = {"trained weights, gradients and moments": shared * moments * self.trained}
+        return {**self.own, "weights": copies * self.weights(), **states}
+
+    def step(self, tokens: float, *, checkpointing: bool) -> dict[str, float]:
+        """Parts of a forward and backward pass over so many tokens in each process, and of the optimizer's step."""
         kept = KEPT * kept_bytes(self.shape, self.rank, checkpointing=checkpointing)
         return {
-            **self.own,
-            "weights": copies * self.weights(),
-            "trained weights, gradients and moments": shared * moments * self.trained,
+            **self.resident(),
             "kept activations": self.processes * kept * tokens,
             "chunks of the loss": self.processes * 3 * min(LOGITS, 4 * tokens * self.shape.vocab),
         }
@@ -256,14 +259,15 @@ def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool) -> float:
     return 4 * shape.hidden * shape.layers + max(each) if checkpointing else sum(each)
 
 
-def merge(shape: ModelShape, adapter: float, dtype: str = "auto") -> Needs:
+def merge(shape: ModelShape, adapter: float | None = None, dtype: str = "auto") -> Needs:
     """Each in a process of its own: tensor by tensor into the result; the adapter on its base, where training has not kept what it said; the result.
 
-    adapter: its bytes.
+    adapter: its bytes, where the adapter on its base has to be asked.
     """
     matrix = max(m.size for layer in shape.stack for m in layer.matrices)
     work = {"libraries": SERVER + PROOF, "a matrix, its sum and its rounding": 12 * matrix}
-    parts = largest(*({"this process": PYTHON, **phase} for phase in (work, proof(shape, adapter), proof(shape))))
+    asked = [] if adapter is None else [proof(shape, adapter)]
+    parts = largest(*({"this process": PYTHON, **phase} for phase in (work, *asked, proof(shape))))
     return Needs(parts, stored(shape if dtype == "auto" else replace(shape, dtype=dtype)))
 
 
@@ -281,7 +285,10 @@ def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversati
             together, prompt = min(batch, answers), min(split.length, evaluation.max_length)
             cache = together * shape.kv_bytes(round(prompt) + evaluation.max_new_tokens, 4)
             inside = 4 * together * prompt * max(map(_widest, shape.stack))
-            yield {**own, "weights as stored": held(shape), "keys and values": cache, "a pass": inside}
+            left = stored_width(shape) * shape.embedding + 4 * max(
+                layer.params for layer in shape.stack
+            )  # of the loss: the last that was held
+            yield {**own, "weights as stored": held(shape), "keys and values": cache, "a pass": inside, "left of the loss": left}
 
     answers = evaluation.samples if evaluation.prompts is None else len(evaluation.prompts)
     fewer = {f"evaluation.batch_size={n}": of(n, answers=answers) for n in (4, 1) if n < evaluation.batch_size}
