@@ -503,7 +503,7 @@ def test_layer_by_layer_is_the_whole_model(tied, rows_trained, tmp_path):
 
 def test_a_model_whose_layers_are_no_one_list_is_computed_whole(pair, monkeypatch):
     base, adapter = pair
-    monkeypatch.setattr(by_layer, "modules_on_disk", lambda *_, **__: {})
+    monkeypatch.setattr(by_layer, "_on_disk", lambda *_, **__: None)
     assert by_layer.load(artifact.open_any(base)) is by_layer.load(artifact.open_any(adapter), base) is None
     rows = fidelity.probes(64)
     assert len(seen.observe(fidelity.reader(artifact.open_any(adapter), "float32", "cpu", base), rows)) == 96

@@ -6,6 +6,7 @@ and hand their input on, later with a last layer that gives the true hidden stat
 """
 
 import contextlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -53,8 +54,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Places:
-    """What of a model is on disk. layers: of its decoder, in order. tensors: of each layer by its number, of "embedding" and "head"."""
+    """What of a model is on disk. name: of the list of its decoder's layers. layers: in order. tensors: of each layer by its number, of "embedding" and "head"."""
 
+    name: str
     layers: list[torch.nn.Module]
     tensors: dict[int | str, list[Place]]
 
@@ -215,6 +217,7 @@ class ByLayer:
                 one, other = (self.start([PROBE], factor) for factor in (1.0, -2.0))
             with self.held(0):
                 hidden = self.call(0, one)
+            self._spare.clear()
             with self.held("head"):
                 self.logits(hidden[0])
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
@@ -306,71 +309,110 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple
 
 
 def _on_disk(path: Path, *, ends: bool = True) -> Any:
-    """transformers' model of a folder, whose layers stay on disk, with their places; None where transformers cannot leave them there."""
-    if not (on_disk := modules_on_disk(path, ends=ends)):
-        return None
-    try:
-        model = loading.load_model(path, dtype="float32", on_disk=on_disk)
-    except BadData as error:
-        if "meta device" in str(error):
-            return None
-        raise
-    model.places = places_of(model, path)
-    return model
+    """transformers' model of a folder with its places, its layers and, with `ends`, its embedding and output layer still on disk.
 
-
-def modules_on_disk(path: Path, *, ends: bool = True) -> dict[str, str]:
-    """transformers' device_map of a model whose layers stay on disk, with its `ends`, embedding and output layer, or without: {module: "disk" or "cpu"};
-    empty where its layers are no one list."""
+    None where transformers cannot leave them there.
+    """
     import_quietly("transformers.modeling_utils", "transformers.quantizers.auto")
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if config.is_encoder_decoder or config.model_type.startswith("bigbird"):  # the latter's attention sees padding
-        return {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        return None
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
     count = config.get_text_config().num_hidden_layers
     lists = (name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
     if (layers := next(lists, None)) is None:
-        return {}
-    far = {model.get_input_embeddings(), model.get_output_embeddings()} if ends else set()
-    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
-    others = {name.rpartition(".")[0] for name, _ in every if not name.startswith(f"{layers}.")}
-    return {f"{layers}.{i}": "disk" for i in range(count)} | {
-        name: "disk" if model.get_submodule(name) in far else "cpu" for name in others
-    }
+        return None
+    if not _stored_as_named(model, entries := safetensors_io.entries(path)):
+        return _left_by_transformers(path, model, layers, ends=ends)
+    tensors: dict[int | str, list[Place]] = defaultdict(list)
+    loaded: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for module, own, name, what in _parameters(model, layers):
+        tied = module is model.get_output_embeddings() and name not in entries
+        if what is not None and (ends or isinstance(what, int)):
+            at = entries[_name_of(model, model.get_input_embeddings()) + ".weight"] if tied else entries[name]
+            tensors[what].append(Place(module, own, at.name, at))
+        else:
+            empty = module._parameters[own]
+            if empty not in loaded:
+                loaded[empty] = torch.nn.Parameter(safetensors_io.load_wide(entries[name]), requires_grad=False)
+            module._parameters[own] = loaded[empty]
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in entries:
+                buffer.copy_(safetensors_io.load(entries[name]))
+    _hold_ends(tensors)
+    model.places = Places(layers, list(model.get_submodule(layers)), dict(tensors))
+    return model
 
 
-def places_of(model: torch.nn.Module, path: Path) -> Places:
-    """What transformers left on disk of a model loaded with `modules_on_disk`, taken off its and accelerate's hands: no hook of theirs is left."""
+def _stored_as_named(model: torch.nn.Module, entries: dict[str, safetensors_io.Entry]) -> bool:
+    """Whether a folder holds a model's tensors under the names and in the shapes that they have in it, and no others."""
+    known = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    needed = {name for name, _ in model.named_parameters()}
+    return needed <= entries.keys() <= known.keys() and all(entries[name].shape == known[name] for name in entries)
+
+
+def _parameters(model: torch.nn.Module, layers: str) -> Iterator[tuple[torch.nn.Module, str, str, int | str | None]]:
+    """(module, name in it, name in the model, what it belongs to: a layer's number, "embedding", "head" or None) of every parameter, tied ones twice."""
+    ends = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
+    for name, module in model.named_modules():
+        inside = re.match(rf"{re.escape(layers)}\.(\d+)(\.|$)", name)
+        for own in module._parameters:
+            if module._parameters[own] is not None:
+                yield module, own, f"{name}.{own}", int(inside[1]) if inside else ends.get(id(module))
+
+
+def _name_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _hold_ends(tensors: dict[int | str, list[Place]]) -> None:
+    for place in (*tensors.get("embedding", ()), *tensors.get("head", ())):
+        vars(place.module).pop("forward", None)  # of the class it was, left behind by accelerate's hook
+        held.hold_one(place.module)
+
+
+def _left_by_transformers(path: Path, empty: torch.nn.Module, layers: str, *, ends: bool) -> Any:
+    """The same of a model that transformers stores otherwise than it holds it, such as experts one by one: it reads every tensor once and writes those
+    into a folder of its own. None where it cannot leave them on disk."""
     from accelerate.hooks import remove_hook_from_module
 
-    far = [name for name, place in model.hf_device_map.items() if place == "disk" and name.rpartition(".")[2].isdigit()]
-    inside = {name: number for number, name in enumerate(far)}
-    ends = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
+    try:
+        model = loading.load_model(path, dtype="float32", on_disk=modules_on_disk(empty, layers, ends=ends))
+    except BadData as error:
+        if "meta device" in str(error):
+            return None
+        raise
     entries = safetensors_io.entries(path)
     tensors: dict[int | str, list[Place]] = defaultdict(list)
-    for name, module in model.named_modules():
+    for module, own, name, what in _parameters(model, layers):
         stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-        for own, parameter in module.named_parameters(recurse=False) if stored is not None else ():
-            if parameter.is_meta:
-                what = ends.get(id(module)) or next(
-                    number for layer, number in inside.items() if name == layer or name.startswith(f"{layer}.")
-                )
-                full = stored.dataset.index.get(f"{name}.{own}", {}).get("weight_name", f"{name}.{own}")
-                source = entries.get(full) or partial(stored.dataset.__getitem__, f"{name}.{own}")
-                tensors[what].append(Place(module, own, full, source))
+        if what is not None and stored is not None and module._parameters[own].is_meta:
+            full = stored.dataset.index.get(name, {}).get("weight_name", name)
+            tensors[what].append(Place(module, own, full, entries.get(full) or partial(stored.dataset.__getitem__, name)))
     if model.config.get_text_config().tie_word_embeddings and "head" in tensors:
-        tensors["head"] = [
-            replace(place, source=tensors["embedding"][0].source, full=tensors["embedding"][0].full) for place in tensors["head"]
-        ]
+        tensors["head"] = [replace(p, source=tensors["embedding"][0].source, full=tensors["embedding"][0].full) for p in tensors["head"]]
     remove_hook_from_module(model, recurse=True)
-    for place in (*tensors.get("embedding", ()), *tensors.get("head", ())):
-        vars(place.module).pop("forward", None)  # of the class it was, left behind by the hook
-        held.hold_one(place.module)
     del model.hf_device_map
-    return Places([model.get_submodule(name) for name in inside], dict(tensors))
+    _hold_ends(tensors)
+    model.places = Places(layers, list(model.get_submodule(layers)), dict(tensors))
+    return model
+
+
+def modules_on_disk(empty: torch.nn.Module, layers: str, *, ends: bool) -> dict[str, str]:
+    """transformers' device_map of a model whose layers stay on disk, with its `ends`, embedding and output layer, or without: {module: "disk" or "cpu"}."""
+    far = {empty.get_input_embeddings(), empty.get_output_embeddings()} if ends else set()
+    every = (*empty.named_parameters(remove_duplicate=False), *empty.named_buffers())
+    others = {name.rpartition(".")[0] for name, _ in every if not name.startswith(f"{layers}.")}
+    count = len(empty.get_submodule(layers))
+    return {f"{layers}.{i}": "disk" for i in range(count)} | {
+        name: "disk" if empty.get_submodule(name) in far else "cpu" for name in others
+    }
 
 
 def bring_back(adapter: Path, model: torch.nn.Module) -> None:

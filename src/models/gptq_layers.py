@@ -175,15 +175,16 @@ def check_first_layer(start: Artifact, out: Path, bits: int) -> None:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     loading.prepare_gptq()
-    on_disk = by_layer.modules_on_disk(out)
-    kept = {name: place for name, place in on_disk.items() if not name.rpartition(".")[2].isdigit()}
-    first = next(name for name in on_disk if name.rpartition(".")[2] == "0")
+    first = f"{model.places.name}.0"
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    on_disk = by_layer.modules_on_disk(empty, model.places.name, ends=True)
     with tempfile.TemporaryDirectory() as scratch, silenced():
         theirs = AutoModelForCausalLM.from_pretrained(
             out,
             config=config,
             dtype=torch.float32,
-            device_map={**kept, first: "cpu"},
+            device_map=on_disk | {first: "cpu"},
             offload_folder=scratch,
             local_files_only=True,
             use_safetensors=True,
