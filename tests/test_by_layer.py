@@ -86,5 +86,5 @@ def test_activations_that_are_no_numbers_are_named(tmp_path):
     model, found = on_disk("llama", tmp_path)
     weights = model.state_dict()
     found.take(lambda name: weights[name].clone().fill_(torch.nan) if "o_proj" in name else weights[name].clone())
-    with pytest.raises(ProofFailed, match="model.layers.0.mlp.gate_proj"):
+    with pytest.raises(ProofFailed, match=r"model\.layers\.0\.mlp\.gate_proj"):
         gptq_layers.quantize(found, [row.input_ids for row in ROWS], HOW, tmp_path / "layers")

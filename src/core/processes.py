@@ -96,9 +96,10 @@ def fresh(function: Callable[..., T], *args: Any) -> T:
     finally:
         process.kill()
         process.join()
-    if done:
-        return value
-    raise value
+    if not done:
+        raise value
+    found: T = value
+    return found
 
 
 def _server() -> Any:
@@ -109,7 +110,7 @@ def _server() -> Any:
     return context
 
 
-def _answer(sender: Any, parent: int, function: Callable, args: tuple) -> None:
+def _answer(sender: Any, parent: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Send (True, the function's result), or (False, what it raised with its traceback in words)."""
     end_with_parent(os.getppid())  # the server, which ends with the process that asked
     if not lives(parent):

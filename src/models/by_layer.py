@@ -38,7 +38,7 @@ LOGITS = 64 << 20
 class Place:
     """Where a tensor belongs, and where it is stored: its entry, or a function that loads it. full: its name in the folder."""
 
-    module: torch.nn.Module
+    module: Any
     name: str
     full: str
     source: safetensors_io.Entry | Callable[[], torch.Tensor]
@@ -79,7 +79,7 @@ class Reached(Exception):
 class ByLayer:
     """See the module. Raises CannotWalk where a model's layers are not one after the other."""
 
-    def __init__(self, model: torch.nn.Module, *, nf4: dict | None = None):
+    def __init__(self, model: Any, *, nf4: dict | None = None):
         """model: of `load`, also with an adapter on it. nf4: how its layers' weights are rounded, as bitsandbytes would; see merging."""
         self.model, self.nf4 = model.eval(), nf4
         self.places: Places = (model.get_base_model() if hasattr(model, "peft_config") else model).places
@@ -308,6 +308,13 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple
     return (found, tokenizer) if (found := ByLayer(model, nf4=artifact.metrics.get("nf4"))).works() else None
 
 
+def need(artifact: Artifact) -> ByLayer:
+    """The same of a model that is known to be one: another one that its shape comes from has been taken so."""
+    if not (found := load(artifact)):
+        raise RuntimeError(f"{artifact.path} cannot be taken layer by layer")
+    return found[0]
+
+
 def _on_disk(path: Path, *, ends: bool = True) -> Any:
     """transformers' model of a folder with its places, its layers and, with `ends`, its embedding and output layer still on disk.
 
@@ -350,14 +357,14 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
     return model
 
 
-def _stored_as_named(model: torch.nn.Module, entries: dict[str, safetensors_io.Entry]) -> bool:
+def _stored_as_named(model: Any, entries: dict[str, safetensors_io.Entry]) -> bool:
     """Whether a folder holds a model's tensors under the names and in the shapes that they have in it, and no others."""
     known = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
     needed = {name for name, _ in model.named_parameters()}
     return needed <= entries.keys() <= known.keys() and all(entries[name].shape == known[name] for name in entries)
 
 
-def _parameters(model: torch.nn.Module, layers: str) -> Iterator[tuple[torch.nn.Module, str, str, int | str | None]]:
+def _parameters(model: Any, layers: str) -> Iterator[tuple[Any, str, str, int | str | None]]:
     """(module, name in it, name in the model, what it belongs to: a layer's number, "embedding", "head" or None) of every parameter, tied ones twice."""
     ends = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
     for name, module in model.named_modules():
@@ -367,7 +374,7 @@ def _parameters(model: torch.nn.Module, layers: str) -> Iterator[tuple[torch.nn.
                 yield module, own, f"{name}.{own}", int(inside[1]) if inside else ends.get(id(module))
 
 
-def _name_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
+def _name_of(model: Any, wanted: torch.nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
@@ -377,7 +384,7 @@ def _hold_ends(tensors: dict[int | str, list[Place]]) -> None:
         held.hold_one(place.module)
 
 
-def _left_by_transformers(path: Path, empty: torch.nn.Module, layers: str, *, ends: bool) -> Any:
+def _left_by_transformers(path: Path, empty: Any, layers: str, *, ends: bool) -> Any:
     """The same of a model that transformers stores otherwise than it holds it, such as experts one by one: it reads every tensor once and writes those
     into a folder of its own. None where it cannot leave them on disk."""
     from accelerate.hooks import remove_hook_from_module
@@ -404,7 +411,7 @@ def _left_by_transformers(path: Path, empty: torch.nn.Module, layers: str, *, en
     return model
 
 
-def modules_on_disk(empty: torch.nn.Module, layers: str, *, ends: bool) -> dict[str, str]:
+def modules_on_disk(empty: Any, layers: str, *, ends: bool) -> dict[str, str]:
     """transformers' device_map of a model whose layers stay on disk, with its `ends`, embedding and output layer, or without: {module: "disk" or "cpu"}."""
     far = {empty.get_input_embeddings(), empty.get_output_embeddings()} if ends else set()
     every = (*empty.named_parameters(remove_duplicate=False), *empty.named_buffers())
@@ -415,7 +422,7 @@ def modules_on_disk(empty: torch.nn.Module, layers: str, *, ends: bool) -> dict[
     }
 
 
-def bring_back(adapter: Path, model: torch.nn.Module) -> None:
+def bring_back(adapter: Path, model: Any) -> None:
     """Give an adapter on a base whose layers are on disk its A and B: peft has put them where its layers' weights are, which is nowhere."""
     stored = safetensors_io.entries(adapter, "adapter_model*.safetensors")
     for name, parameter in list(model.named_parameters()):

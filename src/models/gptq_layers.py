@@ -8,6 +8,7 @@ import contextlib
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -52,7 +53,7 @@ def quantize(model: ByLayer, rows: list[list[int]], how: gptq.Settings, folder: 
 
 def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: gptq.Settings) -> tuple[dict[str, torch.Tensor], list[float]]:
     names = {module: name for name, module in model.names(number)}
-    linear = [module for module in model.layers[number].modules() if isinstance(module, LINEAR)]
+    linear: list[Any] = [module for module in model.layers[number].modules() if isinstance(module, LINEAR)]
     inside = sum(module.weight.numel() for module in linear)
     largest = max(
         ((p.numel(), name) for name, p in model.layers[number].named_parameters() if not _is_of(name, model.layers[number])),
@@ -129,7 +130,7 @@ def _take(model: ByLayer, number: int, file: Path, bits: int) -> list[float]:
         return [float(text) for text in stored.metadata()["losses"].split()]
 
 
-def _outputs_first(module: nn.Module) -> torch.Tensor:
+def _outputs_first(module: Any) -> torch.Tensor:
     """A linear layer's weight as (out, in)."""
     return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
 
@@ -150,7 +151,7 @@ def read_back(start: Artifact, out: Path, rows: list, at, bits: int) -> tuple:
 
 def opened(start: Artifact, out: Path, bits: int) -> ByLayer:
     """The quantized model in `out`. start: what it was made from."""
-    model, _ = by_layer.load(replace(start, kind="model"))  # as it could be when it was quantized
+    model = by_layer.need(replace(start, kind="model"))
     stored = safetensors_io.entries(out)
 
     def tensor(name: str) -> torch.Tensor:

@@ -107,7 +107,7 @@ def prove(start: Artifact, out: Path, shape: Shape, hf, stops: list[int], datase
     texts = list(said(out, hf, stops, shape.context))
     held = fidelity.held_out(dataset, hf, start.path)
     rows = [*(text.row for text in texts), *held]
-    model, _ = by_layer.load(start)
+    model = by_layer.need(start)
     before = seen.observe(seen.by_layer(model, "proof"), rows)
     made = sum(len(text.ids) - text.begin for text in texts)
     metrics = judge_texts(texts, before[:made], out, exact)

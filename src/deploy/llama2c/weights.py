@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from src.core.errors import BadData, MissingInput, WrongKind
 from src.core.files import read_json
@@ -169,7 +170,7 @@ def write_model(model_dir: Path, shape: Shape, version: int, group: int, path: P
             matrix(CLASSIFIER)
 
 
-def reader_of(path: Path, shape: Shape) -> Callable[[str], "object"]:
+def reader_of(path: Path, shape: Shape) -> Callable[[str], Any]:
     """A function from a weight's name in the checkpoint to its fp32 tensor as the program computes with it: int8 values times their scales."""
     import numpy as np
     import torch
