@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import CHAT, FEW, ROOT, helps, in_process, refused, typed, ways
 from test_structure import loaded_by
 
@@ -134,6 +135,15 @@ def test_of_settings_of_one_kind_the_first_that_fits_is_a_way_out():
         room.check(Needs({"weights": 7 * GB, "nothing": 0, "rest": GB}, ways=tried), Room(3 * GB, 0, GB, ROOT))
     assert error.value.fix[0] == "a=2" and error.value.where == "weights 7.0 GB + rest 1.0 GB"
     assert not any(way.startswith("b=") for way in error.value.fix)
+
+
+def test_the_equations_have_the_stages_own_constants():
+    from src.models import by_layer, fidelity
+    from src.training import layout, rules
+
+    theirs = (by_layer.TOGETHER, by_layer.LOGITS, by_layer.HIDDEN, fidelity.TOKENS, rules.LOGITS, layout.BUSY)
+    assert theirs == (host.TOGETHER, host.CHUNK, host.HIDDEN, host.HELD_OUT, host.LOGITS, host.BUSY)
+    assert yaml.safe_load((ROOT / "configs" / "tuner" / "lora.yaml").read_text())["rank"] == host.RANK
 
 
 # ---- every way out

@@ -4,7 +4,7 @@ A figure is the largest of a stage's phases, each a sum of named parts over all 
 
     libraries            measured once on a model of a megabyte (docs/benchmarks.md)
     tokenizer            of a vocabulary's pieces and merges, as `tokenizers` holds them
-    layer by layer       models/by_layer.py: the largest of embedding, layer and output layer in fp32, the rows' hidden states, one pass
+    layer by layer       models/by_layer.py: the larger of a layer in fp32 with a pass and the output layer as stored, the rows' hidden states
     held                 models/held.py: matrices in the dtype they are stored in, everything else in fp32
     trained              a weight, its gradient and Adam's two moments, fp32
     kept activations     what a layer keeps of a token for its backward pass, and the tokens of a pass by training/rules.py
@@ -205,7 +205,7 @@ class Training:
 
     def step(self, tokens: float, *, checkpointing: bool) -> dict[str, float]:
         """Parts of a forward and backward pass over so many tokens in each process, and of the optimizer's step."""
-        kept = KEPT * kept_bytes(self.shape, self.rank, checkpointing=checkpointing)
+        kept = KEPT * kept_bytes(self.shape, self.rank, checkpointing=checkpointing, quantized=self.kind == "qlora")
         return {
             **self.resident(),
             "kept activations": self.processes * kept * tokens,
@@ -243,9 +243,10 @@ def adapter_values(shape: ModelShape, tuner: AdapterTuner | None) -> int:
     return rank * sum(m.rows + m.columns for m in adapted) + len(tables) * shape.embedding
 
 
-def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool) -> float:
+def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool, quantized: bool = False) -> float:
     """Bytes a token keeps for the backward pass, in fp32: both norms' inputs and outputs, queries, keys and values, what attention gives, the MLP's two
-    halves with their activation and product, and for adapters of a rank their narrow products and a byte of dropout for each of their inputs.
+    halves with their activation and product, and for adapters of a rank their narrow products and a byte of dropout for each of their inputs,
+    which beside a quantized base is peft's own dropout and keeps what it lets through as well.
 
     Of what is recomputed: each layer's input, and one layer.
     """
@@ -253,7 +254,7 @@ def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool) -> float:
     def of(layer: Layer) -> float:
         width, q, kv, middle = shape.hidden, shape.heads * shape.head_dim, layer.kv_values // 2, max(m.columns for m in layer.matrices)
         kept = 4 * (4 * width + 3 * q + 2 * kv + 4 * middle)
-        return kept + (sum(m.columns for m in layer.matrices) + 4 * rank * len(layer.matrices) if rank else 0)
+        return kept + ((5 if quantized else 1) * sum(m.columns for m in layer.matrices) + 4 * rank * len(layer.matrices) if rank else 0)
 
     each = [of(layer) for layer in shape.stack]
     return 4 * shape.hidden * shape.layers + max(each) if checkpointing else sum(each)
