@@ -30,7 +30,7 @@ TOGETHER = 1024
 HIDDEN = 256 << 20
 """bytes of hidden states held at once, fp32; more rows go in several rounds, each of which reads the model again"""
 PROBE = list(range(8))
-LOGITS = 64 << 20
+LOGITS = 32 << 20
 """bytes of logits made at a time, fp32"""
 
 

@@ -29,8 +29,8 @@ MUCH = 0.1
 """nats; int8 was measured to lose less than a tenth of it, int4 about half (docs/fidelity.md)"""
 TOKENS, LONGEST = 4096, 1024
 """tokens of the conversations that are compared, all together and each"""
-WORK = 10**12
-"""floating-point operations of a pass over them, beyond which fewer are compared: a few seconds on two cores"""
+WORK = 3 * 10**11
+"""floating-point operations of a pass over them, beyond which fewer are compared: two seconds on two cores"""
 RECORD = "proof.npz"
 
 

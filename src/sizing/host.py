@@ -32,7 +32,7 @@ SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "
 """matrices of a layer that have the same input"""
 PIECE = 800
 """bytes of a tokenizer in memory for each token of its vocabulary"""
-TOGETHER, CHUNK, HIDDEN = 1024, 64 << 20, 256 << 20
+TOGETHER, CHUNK, HIDDEN = 1024, 32 << 20, 256 << 20
 """by_layer's: tokens of a pass through a layer, bytes of logits made at a time, bytes of hidden states held at once"""
 HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
