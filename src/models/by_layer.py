@@ -30,6 +30,8 @@ TOGETHER = 1024
 HIDDEN = 256 << 20
 """bytes of hidden states held at once, fp32; more rows go in several rounds, each of which reads the model again"""
 PROBE = list(range(8))
+INSIDE = re.compile(r"\.\d+\.")
+"""in the name of a tensor that belongs to one of a model's layers"""
 LOGITS = 32 << 20
 """bytes of logits made at a time, fp32"""
 
@@ -297,9 +299,11 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple
     base = base or base_of(artifact)
     if "quantization_config" in read_json(base / "config.json") or not adapter_files.streams(artifact.path):
         return None
-    if any(base.glob("*.bin")) or not (model := _on_disk(base, ends=False)):
-        return None
     tokenizer = loading.load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base)
+    grows = max(tokens, len(tokenizer)) > (read_json(base / "config.json").get("vocab_size") or 0)
+    inside = all(INSIDE.search(name) for name in safetensors_io.entries(artifact.path, "adapter_model*.safetensors"))
+    if any(base.glob("*.bin")) or not (model := _on_disk(base, ends=inside and not grows)):
+        return None
     loading.grow_for_adapter(model, artifact.path, len(tokenizer))
     grow_vocabulary(model, tokens)
     model = loading.with_adapter(model, artifact.path)

@@ -149,7 +149,13 @@ class Record:
 
     def save(self, folder: Path) -> None:
         ids, labels = ([token for row in self.rows for token in getattr(row, name)] for name in ("input_ids", "labels"))
-        seen.save(folder / RECORD, self.seen, ids=np.array(ids, np.int32), labels=np.array(labels, np.int32), lengths=[len(row.input_ids) for row in self.rows])
+        seen.save(
+            folder / RECORD,
+            self.seen,
+            ids=np.array(ids, np.int32),
+            labels=np.array(labels, np.int32),
+            lengths=[len(row.input_ids) for row in self.rows],
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "Record | None":
