@@ -23,12 +23,12 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SHAPES = {  # hidden, layers, heads, KV heads, head width, MLP, vocabulary, one matrix at both ends; of the models' config.json
+SHAPES = {  # as Llama models, whose tokenizer the embedded one is: hidden, layers, heads, KV heads, head width, MLP, vocabulary, one matrix at both ends; of the models' config.json
     "135m": ("llama", 576, 30, 9, 3, 64, 1536, 49152, True),
-    "0.5b": ("qwen2", 896, 24, 14, 2, 64, 4864, 151936, True),
-    "0.6b": ("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, True),
+    "0.5b": ("llama", 896, 24, 14, 2, 64, 4864, 151936, True),
+    "0.6b": ("llama", 1024, 28, 16, 8, 128, 3072, 151936, True),
     "1b": ("llama", 2048, 16, 32, 8, 64, 8192, 128256, True),
-    "7b": ("qwen2", 3584, 12, 28, 4, 128, 18944, 152064, False),
+    "7b": ("llama", 3584, 12, 28, 4, 128, 18944, 152064, False),
 }
 LENGTH, RANK, ROWS = 512, 64, 32
 
