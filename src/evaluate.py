@@ -19,7 +19,7 @@ from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput
 from src.core.log import say
 from src.core.room import Needs
-from src.models import evaluation
+from src.models import devices, evaluation
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
 from src.serving import measure
@@ -138,7 +138,11 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     def read(role: str, tokens: int = 0) -> tuple[dict, list, list[dict]]:
         one = evaluation.Measured(inputs[role], role, tokens)
         figures, top = evaluation.measure(one.reader, rows, eos_id)
-        return figures, top, evaluation.answer(one, tokenizer, prompts, cfg.evaluation, eos_id)
+        devices.give_back_memory()
+        answers = evaluation.answer(one, tokenizer, prompts, cfg.evaluation, eos_id)
+        del one
+        devices.give_back_memory()
+        return figures, top, answers
 
     figures, top, mine = read("model")
     metrics: dict[str, Any] = {**figures, "rows": len(rows), "prompts": len(prompts)}
