@@ -222,11 +222,11 @@ class ByLayer:
             self._spare.clear()
             with self.held("head"):
                 self.logits(hidden[0])
+            return hidden.shape == one.hidden.shape and _same(one.calls, other.calls)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
             return False
         finally:
             self._spare.clear()
-        return hidden.shape == one.hidden.shape and _same(one.calls, other.calls)
 
     # ---- the model's own code
 
@@ -338,19 +338,20 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
     lists = (name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
     if (layers := next(lists, None)) is None:
         return None
-    if not _stored_as_named(model, entries := safetensors_io.entries(path)):
+    entries = safetensors_io.entries(path)
+    stored = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False) if name in entries}
+    if not _stored_as_named(model, entries):
         return _left_by_transformers(path, model, layers, ends=ends)
     tensors: dict[int | str, list[Place]] = defaultdict(list)
     loaded: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for module, own, name, what in _parameters(model, layers):
-        tied = module is model.get_output_embeddings() and name not in entries
+        empty = module._parameters[own]
+        at = entries[name] if name in entries else entries[stored[empty]]  # one that is tied is stored once
         if what is not None and (ends or isinstance(what, int)):
-            at = entries[_name_of(model, model.get_input_embeddings()) + ".weight"] if tied else entries[name]
             tensors[what].append(Place(module, own, at.name, at))
         else:
-            empty = module._parameters[own]
             if empty not in loaded:
-                loaded[empty] = torch.nn.Parameter(safetensors_io.load_wide(entries[name]), requires_grad=False)
+                loaded[empty] = torch.nn.Parameter(safetensors_io.load_wide(at), requires_grad=False)
             module._parameters[own] = loaded[empty]
     with torch.no_grad():
         for name, buffer in model.named_buffers():
@@ -363,9 +364,12 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
 
 def _stored_as_named(model: Any, entries: dict[str, safetensors_io.Entry]) -> bool:
     """Whether a folder holds a model's tensors under the names and in the shapes that they have in it, and no others."""
-    known = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
-    needed = {name for name, _ in model.named_parameters()}
-    return needed <= entries.keys() <= known.keys() and all(entries[name].shape == known[name] for name in entries)
+    named = list(model.named_parameters(remove_duplicate=False))
+    known = {name: tuple(t.shape) for name, t in (*named, *model.named_buffers())}
+    stored = {parameter for name, parameter in named if name in entries}
+    return (
+        stored == {p for _, p in named} and entries.keys() <= known.keys() and all(entries[name].shape == known[name] for name in entries)
+    )
 
 
 def _parameters(model: Any, layers: str) -> Iterator[tuple[Any, str, str, int | str | None]]:
@@ -376,10 +380,6 @@ def _parameters(model: Any, layers: str) -> Iterator[tuple[Any, str, str, int | 
         for own in module._parameters:
             if module._parameters[own] is not None:
                 yield module, own, f"{name}.{own}", int(inside[1]) if inside else ends.get(id(module))
-
-
-def _name_of(model: Any, wanted: torch.nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _hold_ends(tensors: dict[int | str, list[Place]]) -> None:
