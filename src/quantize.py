@@ -20,6 +20,7 @@ from src.core.files import read_json, write_json
 from src.core.log import say, warn
 from src.core.room import Needs
 from src.models import complete, exact_sum, fidelity, safetensors_io, seen
+from src.models.devices import device
 from src.models.folder import check_folder, check_tokenizer, trust_of
 from src.models.loading import load_tokenizer
 from src.models.safetensors_io import Entry
@@ -57,9 +58,11 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
             fix=[f"quantizer.group_size={g}" for g in divisors[:1]] + ["quantizer.group_size=-1"],
         )
     check_tokenizer(model.path, trust_remote_code=trust_of(model))
+    if trust_of(model):
+        raise WrongKind("GPTQ goes layer by layer, and this model runs code of its own, which may do otherwise", where=str(model.path))
     return [
         f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl",
-        *exact_sum.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize.partial" / "exact"),
+        *exact_sum.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize.partial" / "scratch" / "exact"),
     ]
 
 
@@ -94,8 +97,12 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
     scratch = out / "scratch"
     scratch.mkdir(exist_ok=True)
     start = exact_sum.write(inputs, scratch / "exact")
-    if not (found := by_layer.load(start)):
-        raise WrongKind("its decoder layers are no one list, so it cannot be quantized layer by layer", where=str(source))
+    if not (found := by_layer.load(start, device=device())):
+        raise WrongKind(
+            f"GPTQ goes layer by layer, and this {read_json(source / 'config.json').get('model_type')} model's layers hand more to each other than their hidden states, "
+            "or are no one list",
+            where=str(source),
+        )
     q = cfg.quantizer
     losses = gptq_layers.quantize(found[0], rows, gptq.Settings(q.bits, q.group_size, q.damp, q.act_order), scratch / "layers")
     del found

@@ -1,12 +1,19 @@
 """A model taken layer by layer from its shards says what the whole model says, or is taken whole: every family that transformers has, made tiny."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from conftest import CHAT
+from safetensors.torch import load_file, save_file
 from test_packing import SAFE, tiny
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from src import quantize
 from src.chat.encoding import Encoded
+from src.core import artifact
 from src.core.errors import ProofFailed, WrongKind
 from src.models import by_layer, gptq, gptq_layers, seen
 
@@ -83,6 +90,34 @@ def test_a_quantization_that_was_killed_goes_on_behind_the_last_layer(kind, tmp_
     for file in sorted((tmp_path / "whole").iterdir()):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
     assert len(losses) == 2 * {"llama": 4, "gpt2": 4}[kind] and len(list((tmp_path / "killed").iterdir())) == 2
+
+
+def test_a_folder_that_leaves_out_how_names_begin_is_read_back(tmp_path):
+    """As GPT-2's own on the hub does."""
+    tiny("gpt2", torch.float32).save_pretrained(source := tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHAT / name, source)
+    stored = load_file(source / "model.safetensors")
+    save_file({name.removeprefix("transformer."): t for name, t in stored.items()}, source / "model.safetensors", {"format": "pt"})
+    start = artifact.open_any(source)
+    found = by_layer.need(start)
+    before = seen.observe(seen.by_layer(found, "before"), ROWS)
+    gptq_layers.quantize(found, [row.input_ids for row in ROWS], gptq.Settings(8, 32, 0.05, False), tmp_path / "layers")
+    quantize.write(source, tmp_path / "layers", out := Path(shutil.copytree(source, tmp_path / "out")))
+    after = seen.observe(seen.by_layer(gptq_layers.opened(start, out, 8), "after"), ROWS, before.top_k_ids)
+    assert 0 < np.abs(after.losses - before.losses).max() < 0.2
+
+
+def test_a_matrix_that_no_row_reaches_is_rounded_to_the_nearest_and_that_is_said(tmp_path, capsys):
+    model, found = on_disk("llama", tmp_path)
+    found.layers[0].mlp.forward = torch.zeros_like
+    gptq_layers.quantize(found, [row.input_ids for row in ROWS], HOW, tmp_path / "layers")
+    assert "no calibration row reaches model.layers.0.mlp.gate_proj" in capsys.readouterr().err
+    stored = load_file(tmp_path / "layers" / "layer-00000.safetensors")
+    made = gptq.widen({suffix: stored[f"model.layers.0.mlp.up_proj.{suffix}"] for suffix in gptq.SUFFIXES}, 4)
+    weight = model.state_dict()["model.layers.0.mlp.up_proj.weight"]
+    step = weight.view(len(weight), -1, HOW.group).abs().amax(-1).repeat_interleave(HOW.group, 1) * 2 / 15
+    assert ((made - weight).abs() <= 0.51 * step + 1e-6)[weight < 7.4 * step].all()
 
 
 def test_activations_that_are_no_numbers_are_named(tmp_path):

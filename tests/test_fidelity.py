@@ -96,6 +96,17 @@ def test_the_last_validation_is_what_evaluate_finds(run, argv, place):
         assert abs(m["val_loss"] - m["val_loss_trained"]) < LIMIT
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_merge_takes_the_record_of_an_exact_pass_alone(precision, place, adapter):
+    """In 16 bits the pass does not see all that was learnt, so the adapter is asked once more."""
+    run = {"fp32": "lora", "bf16": "lora-in-bf16"}[precision]
+    made = adapter if precision == "fp32" else tuned(place, run, *LORA, "train.precision=bf16")
+    assert (made.path / fidelity.RECORD).is_file() == (precision == "fp32")
+    assert go(merge, f"outputs={place}", f"run={run}-merged", f"source={made.path}") == 0
+    m = artifact.open_artifact(place / f"{run}-merged" / "merge").metrics
+    assert abs(m["loss_after"] - m["loss_before"]) < LIMIT and m["proof_tokens"] > 500
+
+
 def test_a_forward_pass_in_bf16_does_not_see_what_the_saved_model_holds(place):
     """Mixed precision sees its fp32 weights rounded to the nearest; the save does not, and is as good as training in fp32."""
     plain, mixed = tuned(place, "full", "tuner=full").metrics, tuned(place, "full-in-bf16", "tuner=full", "train.precision=bf16").metrics

@@ -127,6 +127,20 @@ def test_a_fresh_process_shares_nothing_and_hands_errors_back():
         processes.fresh(read_json, Path("/nowhere/config.json"))
 
 
+class TakesTwo(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def fails_in_its_own_way() -> None:
+    raise TakesTwo(1, 2)
+
+
+def test_an_error_that_cannot_be_sent_is_not_taken_for_a_kill():
+    with pytest.raises(RuntimeError, match="TakesTwo: 1 and 2"):
+        processes.fresh(fails_in_its_own_way)
+
+
 @helps("core/errors.py", "pip install {}")
 def test_a_package_that_a_library_lacks_is_named(tmp_path, monkeypatch):
     def work() -> None:

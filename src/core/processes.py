@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from multiprocessing import forkserver
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,12 +74,6 @@ def lives(process: int) -> bool:
     return True
 
 
-def get_ready() -> None:
-    """Start the server that `fresh` takes its processes from; it imports its libraries while this process does something else."""
-    _server()
-    forkserver.ensure_running()
-
-
 def fresh(function: Callable[..., T], *args: Any) -> T:
     """The result of a module-level function run in a new process, offline, which shares nothing with this one but the disk.
 
@@ -119,10 +113,19 @@ def _answer(sender: Any, parent: int, function: Callable[..., Any], args: tuple[
     try:
         found = (True, function(*args))
     except Exception as error:
+        found = (False, error)
         if not isinstance(error, UserError):
             error.add_note("".join(traceback.format_exception(error)))
-        found = (False, error)
+            found = (False, error if _can_be_sent(error) else RuntimeError("".join(traceback.format_exception(error))))
     sender.send(found)
+
+
+def _can_be_sent(error: Exception) -> bool:
+    """Whether an exception survives the way to another process; some libraries' take other arguments to be made than they keep."""
+    try:
+        return type(ForkingPickler.loads(ForkingPickler.dumps(error))) is type(error)
+    except Exception:
+        return False
 
 
 def import_quietly(*modules: str, without: Collection[str] = ()) -> None:

@@ -79,11 +79,14 @@ class Reached(Exception):
 
 
 class ByLayer:
-    """See the module. Raises CannotWalk where a model's layers are not one after the other."""
+    """See the module, and `load`, which makes one."""
 
-    def __init__(self, model: Any, *, nf4: dict | None = None):
+    def __init__(self, model: Any, *, nf4: dict | None = None, device: str = "cpu"):
         """model: of `load`, also with an adapter on it. nf4: how its layers' weights are rounded, as bitsandbytes would; see merging."""
-        self.model, self.nf4 = model.eval(), nf4
+        self.model, self.nf4, self.device = model.eval(), nf4, device
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
         self.places: Places = (model.get_base_model() if hasattr(model, "peft_config") else model).places
         self.layers = self.places.layers
         self._forwards = [layer.forward for layer in self.layers]
@@ -112,13 +115,13 @@ class ByLayer:
             tensor = place.load(spare.pop() if spare else None, narrow=not isinstance(what, int))
             if self.nf4 and isinstance(what, int) and isinstance(place.module, torch.nn.Linear):
                 tensor = merging.as_nf4_made_it(tensor, self.nf4).float()
-            place.module._parameters[place.name] = torch.nn.Parameter(tensor, requires_grad=False)
+            place.module._parameters[place.name] = torch.nn.Parameter(tensor.to(self.device), requires_grad=False)
             empty.append((place, meta))
         try:
             yield
         finally:
             for place, meta in empty:
-                if isinstance(what, int):  # memory for the next layer, which costs time to ask the kernel for
+                if isinstance(what, int) and self.device == "cpu":  # memory for the next layer, which costs time to ask the kernel for
                     self._spare[tuple(meta.shape)].append(place.module._parameters[place.name].data)
                 place.module._parameters[place.name] = meta
 
@@ -152,9 +155,9 @@ class ByLayer:
         factor: of the hidden states that the layers hand on meanwhile, which what they are given must not depend on.
         """
         longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
         even = all(len(row) == longest for row in rows)
-        mask = None if even else torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        mask = None if even else torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
         begun = Pass(ids, mask, torch.empty(0))
         if self._tuple is None:
             self._tuple = self._gives_tuple(begun)
@@ -281,11 +284,12 @@ def _same(one: Any, other: Any) -> bool:
 # ---- loading
 
 
-def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple[ByLayer, Any] | None:
+def load(artifact: Artifact, base: Path | None = None, tokens: int = 0, device: str = "cpu") -> tuple[ByLayer, Any] | None:
     """(the model to be taken layer by layer, tokenizer) of a model, or of an adapter on its base; None where that cannot be: quantized weights, code of
     the model's own, layers that are no one list or share more than hidden states, adapters with more than A and B in them.
 
-    base: where the adapter's base is, if not where it was. tokens: ids it has to know.
+    base: where the adapter's base is, if not where it was. tokens: ids it has to know. device: where layers
+    are computed.
     """
     trust = bool(trust_of(artifact))
     if artifact.kind == "quantized" or trust:
@@ -294,7 +298,7 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple
         if not (model := _on_disk(artifact.path)) or vocabulary_rows(model) < tokens:
             return None
         loading.refuse_unknown_ids(model, artifact.path)
-        return (found, loading.load_tokenizer(artifact.path)) if (found := ByLayer(model)).works() else None
+        return (found, loading.load_tokenizer(artifact.path)) if (found := ByLayer(model, device=device)).works() else None
     check_adapter_file(artifact.path)
     base = base or base_of(artifact)
     if "quantization_config" in read_json(base / "config.json") or not adapter_files.streams(artifact.path):
@@ -309,7 +313,7 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0) -> tuple
     model = loading.with_adapter(model, artifact.path)
     bring_back(artifact.path, model)
     loading.refuse_unknown_ids(model, artifact.path)
-    return (found, tokenizer) if (found := ByLayer(model, nf4=artifact.metrics.get("nf4"))).works() else None
+    return (found, tokenizer) if (found := ByLayer(model, nf4=artifact.metrics.get("nf4"), device=device)).works() else None
 
 
 def need(artifact: Artifact) -> ByLayer:

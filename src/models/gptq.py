@@ -34,8 +34,8 @@ class NotPositive(Exception):
 class Hessian:
     """Sum of x x^T over the inputs of a matrix, fp32 (in, in)."""
 
-    def __init__(self, width: int):
-        self.sum, self.tokens = torch.zeros(width, width), 0
+    def __init__(self, width: int, device: torch.device | str = "cpu"):
+        self.sum, self.tokens = torch.zeros(width, width, device=device), 0
 
     def add(self, inputs: torch.Tensor) -> None:
         """inputs: (..., in)."""
@@ -51,7 +51,7 @@ class Hessian:
         groups = diagonal.view(-1, len(diagonal) if how.group == -1 else how.group)
         within = groups.argsort(dim=1, descending=True, stable=True)
         among = groups.amax(1).argsort(dim=0, descending=True, stable=True)
-        return (within + torch.arange(len(groups))[:, None] * groups.shape[1])[among].flatten()
+        return (within + torch.arange(len(groups), device=groups.device)[:, None] * groups.shape[1])[among].flatten()
 
     def factor(self, order: torch.Tensor, damp: float) -> torch.Tensor:
         """Upper Cholesky factor of the damped inverse in that order, fp32 (in, in); uses the sum up. Raises NotPositive."""
@@ -84,40 +84,39 @@ class Quantized:
         """The tensors of some of the outputs, which are whole words."""
         each = 32 // bits
         cut = {"qweight": (begin, end), "scales": (begin, end), "qzeros": (begin // each, end // each)}
-        return {name: t[:, slice(*cut[name])].contiguous() if name in cut else t.clone() for name, t in self.tensors.items()}
+        return {name: t[:, slice(*cut[name])].cpu().contiguous() if name in cut else t.cpu().clone() for name, t in self.tensors.items()}
 
 
 def quantize(weight: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, seen: torch.Tensor, how: Settings) -> Quantized:
     """weight: fp32 (out, in), left as it is. order, factor: of its inputs' Hessian. seen: bool (in,), the inputs that were ever not zero."""
     outputs, width = weight.shape
     group = width if how.group == -1 else how.group
-    of_input = order // group if not how.act_order else torch.empty_like(order)
-    if how.act_order:
-        of_input = torch.arange(width) // group
-    values = torch.empty(width, outputs, dtype=torch.uint8)
-    scales = torch.empty(-(-width // group), outputs, dtype=torch.float16)
+    there = weight.device
+    of_input = (torch.arange(width, device=there) if how.act_order else order) // group
+    values = torch.empty(width, outputs, dtype=torch.uint8, device=there)
+    scales = torch.empty(-(-width // group), outputs, dtype=torch.float16, device=there)
     loss = 0.0
     for rows in torch.arange(outputs).split(ROWS):
         at = slice(int(rows[0]), int(rows[-1]) + 1)
         left = (weight[at] * seen).T[order].contiguous()
-        loss += _round(left, factor, of_input, values[:, at], scales[:, at], group, how.bits)
-    g_idx = torch.empty(width, dtype=torch.int32)
+        loss += _round(left, factor, of_input.tolist(), values[:, at], scales[:, at], group, how.bits)
+    g_idx = torch.empty(width, dtype=torch.int32, device=there)
     g_idx[order] = of_input.int()
     back = torch.empty_like(order)
-    back[order] = torch.arange(width)
+    back[order] = torch.arange(width, device=there)
     values = values[back]
     half = 1 << (how.bits - 1)
-    zeros = torch.full(scales.shape, half - 1, dtype=torch.uint8)
+    zeros = torch.full(scales.shape, half - 1, dtype=torch.uint8, device=there)
     tensors = {"qweight": pack(values, how.bits), "qzeros": pack(zeros.T, how.bits).T.contiguous(), "scales": scales, "g_idx": g_idx}
     return Quantized(tensors, _widened(values, scales, g_idx, half), loss)
 
 
-def _round(left, factor, of_input, values, scales, group: int, bits: int) -> float:
+def _round(left, factor, of_input: list[int], values, scales, group: int, bits: int) -> float:
     """Round `left`, fp32 (in, out) in order, into `values` and `scales`; returns its loss. left is used up."""
     half, block, loss = 1 << (bits - 1), group if group <= 256 else BLOCK, 0.0
     for begin in range(0, len(left), block):
         end = min(begin + block, len(left))
-        errors = torch.empty(end - begin, left.shape[1])
+        errors = left.new_empty(end - begin, left.shape[1])
         for i in range(begin, end):
             if i % group == 0:
                 scale = left[i : i + group].abs().amax(0).mul_(2 / ((1 << bits) - 1))
@@ -137,7 +136,7 @@ def _round(left, factor, of_input, values, scales, group: int, bits: int) -> flo
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 (n, m) of `bits` each as int32 (n x bits / 32, m): the first of a word's values in its lowest bits."""
     each = 32 // bits
-    words = torch.zeros(len(values) // each, values.shape[1], dtype=torch.int32)
+    words = torch.zeros(len(values) // each, values.shape[1], dtype=torch.int32, device=values.device)
     for i in range(each):
         words |= values[i::each].int() << (bits * i)
     return words
@@ -146,7 +145,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """`pack` undone."""
     each = 32 // bits
-    values = torch.empty(len(words) * each, words.shape[1], dtype=torch.uint8)
+    values = torch.empty(len(words) * each, words.shape[1], dtype=torch.uint8, device=words.device)
     for i in range(each):
         values[i::each] = (words >> (bits * i) & ((1 << bits) - 1)).to(torch.uint8)
     return values

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from src.core.artifact import Artifact
-from src.core.errors import ProofFailed, WrongKind
-from src.core.log import progress
+from src.core.errors import ProofFailed, WrongKind, using
+from src.core.log import progress, warn
 from src.core.processes import silenced
 from src.models import by_layer, complete, gptq, loading, safetensors_io, seen
 from src.models.by_layer import ByLayer, Pass, Reached
@@ -66,9 +66,12 @@ def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: gptq.S
     tensors: dict[str, torch.Tensor] = {}
     losses = []
     for group in _groups(model, number, passes[0], linear):
-        hessian = gptq.Hessian(_outputs_first(group[0]).shape[1])
+        hessian = gptq.Hessian(_outputs_first(group[0]).shape[1], model.device)
         for each in passes:
             _add_inputs(model, number, group[0], each, hessian)
+        if not hessian.tokens:
+            warn(f"no calibration row reaches {names[group[0]]}: its weights are rounded to the nearest")
+            hessian.sum.fill_diagonal_(1)
         ever = hessian.sum.diagonal() != 0
         try:
             order = hessian.order(how)
@@ -78,7 +81,7 @@ def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: gptq.S
                 f"what comes into {names[group[0]]} on the calibration rows is no number, or nothing that GPTQ can use"
             ) from None
         made = gptq.quantize(torch.cat([_outputs_first(module) for module in group]), order, factor, ever, how)
-        losses.append(made.loss / hessian.tokens)
+        losses.append(made.loss / max(hessian.tokens, 1))
         at = 0
         for module in group:
             outputs = len(_outputs_first(module))
@@ -93,6 +96,8 @@ def _groups(model: ByLayer, number: int, each: Pass, linear: list[nn.Module]) ->
     called: list[tuple[torch.Tensor, list[nn.Module]]] = []
 
     def note(module, given) -> None:
+        if any(module in modules for _, modules in called):  # it is used twice: calibrated on its first inputs
+            return
         if called and called[-1][0] is given[0]:
             called[-1][1].append(module)
         else:
@@ -153,12 +158,15 @@ def opened(start: Artifact, out: Path, bits: int) -> ByLayer:
     """The quantized model in `out`. start: what it was made from."""
     model = by_layer.need(replace(start, kind="model"))
     stored = safetensors_io.entries(out)
+    turned = {name for number in range(len(model.layers)) for name, module in model.names(number) if isinstance(module, Conv1D)}
 
     def tensor(name: str) -> torch.Tensor:
         module = name.removesuffix(".weight")
         if f"{module}.qweight" not in stored:
-            return safetensors_io.load_wide(stored[name])
-        return gptq.widen({suffix: safetensors_io.load(stored[f"{module}.{suffix}"]) for suffix in gptq.SUFFIXES}, bits)
+            # Some folders leave out how the model's own names begin.
+            return safetensors_io.load_wide(stored[next(each for each in stored if name == each or name.endswith(f".{each}"))])
+        weight = gptq.widen({suffix: safetensors_io.load(stored[f"{module}.{suffix}"]) for suffix in gptq.SUFFIXES}, bits)
+        return weight.T if module in turned else weight
 
     model.take(tensor)
     return model
@@ -180,7 +188,7 @@ def check_first_layer(start: Artifact, out: Path, bits: int) -> None:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     on_disk = by_layer.modules_on_disk(empty, model.places.name, ends=True)
-    with tempfile.TemporaryDirectory() as scratch, silenced():
+    with tempfile.TemporaryDirectory() as scratch, using("what was quantized", out, fix=()), silenced():
         theirs = AutoModelForCausalLM.from_pretrained(
             out,
             config=config,

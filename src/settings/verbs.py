@@ -424,8 +424,6 @@ class Calibration(Settings):
     """conversations used at most"""
     max_length: PositiveInt
     """tokens per conversation; longer ones are cut, and counted"""
-    batch_size: PositiveInt
-    """conversations per calibration pass"""
 
 
 class QuantizeVerb(SourcedVerb):
@@ -441,7 +439,7 @@ class QuantizeVerb(SourcedVerb):
 
 class Evaluation(Settings):
     batch_size: PositiveInt
-    """conversations per forward pass"""
+    """prompts answered together"""
     max_length: PositiveInt
     """tokens per conversation; longer ones are left out, and counted"""
     rows: PositiveInt | None
