@@ -1,10 +1,12 @@
 """Packing is taken only where a conversation cannot see the one before it: every family of causal language models that transformers has, made tiny."""
 
+import gc
 import inspect
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -137,3 +139,17 @@ def test_no_causal_family_is_packed_that_leaks():
     counts = [sum(v == pair for v in verdicts.values()) for pair in ((True, True), (True, False), (False, False))]
     print(f"{len(verdicts)} families: packed {counts[0]}, in fp32 only {counts[1]}, padded {counts[2]}; not made tiny here: {not_made}")
     assert len(verdicts) >= 140
+
+
+def test_what_a_pass_keeps_is_let_go_when_it_has_been_counted():
+    """A graph that is given its own tensors again holds itself for good, which was a forward pass's activations for the whole run."""
+    model, held = tiny("qwen2", torch.float32), []
+    batch = micro_batch(layout.sample_examples(model), [0, 1], 0, packed=True)
+    hook = model.model.layers[0].mlp.act_fn.register_forward_hook(
+        lambda module, given, out: held.append(StorageWeakRef(out.untyped_storage()))
+    )
+    layout.set_up(model, layout.Layout(True, 0, False, False), "auto")
+    kept = layout.kept_bytes(model, batch)
+    hook.remove()
+    gc.collect()
+    assert kept > 4 * batch["input_ids"].numel() * model.config.hidden_size and [ref.expired() for ref in held] == [True]

@@ -141,7 +141,7 @@ def test_the_equations_have_the_stages_own_constants():
     from src.models import by_layer, fidelity
     from src.training import layout, rules
 
-    theirs = (by_layer.TOGETHER, by_layer.LOGITS, by_layer.HIDDEN, fidelity.TOKENS, rules.LOGITS, layout.BUSY)
+    theirs = (by_layer.TOGETHER, by_layer.LOGITS, by_layer.HIDDEN, fidelity.TOKENS, rules.ON_CPU, layout.BUSY)
     assert theirs == (host.TOGETHER, host.CHUNK, host.HIDDEN, host.HELD_OUT, host.LOGITS, host.BUSY)
     assert yaml.safe_load((ROOT / "configs" / "tuner" / "lora.yaml").read_text())["rank"] == host.RANK
 

@@ -151,7 +151,7 @@ def test_models_are_packed_only_where_it_is_right(model):
 @pytest.mark.parametrize("logits", [1, 512 * 4 * 10, 1 << 30])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_in_chunks_is_the_loss_of_the_logits(model, monkeypatch, tied, logits):
-    monkeypatch.setattr("src.training.head.LOGITS", logits)
+    monkeypatch.setattr("src.training.head.ON_CPU", logits)
     batches = [micro_batch(ROWS, [0, 1, 2], 0, packed=False), micro_batch(ROWS, [3, 4], 0, packed=False)]
     plain = step_of(model("qwen2", tie_word_embeddings=tied), batches)
     ours = model("qwen2", tie_word_embeddings=tied)
@@ -166,7 +166,7 @@ def test_the_loss_in_chunks_is_the_loss_of_the_logits(model, monkeypatch, tied, 
 def test_the_loss_in_chunks_works_with_lora_on_the_output_layer_and_with_a_frozen_one(model, monkeypatch, targets):
     from peft import LoraConfig, get_peft_model
 
-    monkeypatch.setattr("src.training.head.LOGITS", 512 * 4 * 10)
+    monkeypatch.setattr("src.training.head.ON_CPU", 512 * 4 * 10)
     results = []
     for fused in (False, True):
         base = model("qwen2", tie_word_embeddings=False)
@@ -195,7 +195,7 @@ def test_the_loss_in_chunks_is_taken_only_where_it_is_the_model_s_loss(model):
 
 
 def test_in_evaluation_each_token_s_loss_and_hit_are_those_of_the_logits(model, monkeypatch):
-    monkeypatch.setattr("src.training.head.LOGITS", 512 * 4 * 10)
+    monkeypatch.setattr("src.training.head.ON_CPU", 512 * 4 * 10)
     plain, batch = model("qwen2"), micro_batch(ROWS, [0, 2], 0, packed=False)
     head = HeadLoss(plain, chunked=True)
     with torch.no_grad():

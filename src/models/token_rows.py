@@ -28,7 +28,7 @@ class WithRows(torch.nn.Module):
         if isinstance(self.base, torch.nn.Embedding):
             hits = x.unsqueeze(-1) == self.index
             return torch.where(hits.any(-1, keepdim=True), F.embedding(hits.int().argmax(-1), self.rows).to(out.dtype), out)
-        return out.index_copy(-1, self.index, F.linear(x, self.rows.to(x.dtype)).to(out.dtype))
+        return out.index_copy_(-1, self.index, F.linear(x, self.rows.to(x.dtype)).to(out.dtype))
 
 
 def split_off(model, ids: list[int]) -> None:
@@ -142,7 +142,7 @@ def keep_rows_under_zero3() -> None:
                 scale = self._get_embed_scale()
                 out = torch.where(hits.any(-1, keepdim=True), new if scale is None else new * scale.to(new.dtype), out)
             else:
-                out = out.index_copy(-1, index, F.linear(x, rows.to(x.dtype)).to(out.dtype))
+                out = out.index_copy_(-1, index, F.linear(x, rows.to(x.dtype)).to(out.dtype))
         return out
 
     if TrainableTokensLayer.forward_adapters.__module__ != __name__:

@@ -36,7 +36,7 @@ TOGETHER, CHUNK, HIDDEN = 1024, 32 << 20, 256 << 20
 """by_layer's: tokens of a pass through a layer, bytes of logits made at a time, bytes of hidden states held at once"""
 HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
-LOGITS, KEPT = 128 << 20, 1.6
+LOGITS, KEPT = 64 << 20, 1.6
 """training's: bytes of fp32 logits in a chunk of the loss; what a pass holds at most over what it keeps, gradients and freed tensors that wait to be used
 again included"""
 BUSY = 512
@@ -205,7 +205,8 @@ class Training:
 
     def step(self, tokens: float, *, checkpointing: bool) -> dict[str, float]:
         """Parts of a forward and backward pass over so many tokens in each process, and of the optimizer's step."""
-        kept = KEPT * kept_bytes(self.shape, self.rank, checkpointing=checkpointing, quantized=self.kind == "qlora")
+        fused = self.kind != "qlora" and self.zero.stage != 3 and (isinstance(self.train, PlanTrain) or self.train.kernels == "auto")
+        kept = KEPT * kept_bytes(self.shape, self.rank, checkpointing=checkpointing, fused=fused)
         return {
             **self.resident(),
             "kept activations": self.processes * kept * tokens,
@@ -243,18 +244,22 @@ def adapter_values(shape: ModelShape, tuner: AdapterTuner | None) -> int:
     return rank * sum(m.rows + m.columns for m in adapted) + len(tables) * shape.embedding
 
 
-def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool, quantized: bool = False) -> float:
-    """Bytes a token keeps for the backward pass, in fp32: both norms' inputs and outputs, queries, keys and values, what attention gives, the MLP's two
-    halves with their activation and product, and for adapters of a rank their narrow products and a byte of dropout for each of their inputs,
-    which beside a quantized base is peft's own dropout and keeps what it lets through as well.
+def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool, fused: bool = True) -> float:
+    """Bytes a token keeps for the backward pass, in fp32: both norms' inputs, queries, keys and values, what attention gives, as it comes and by token, the MLP's
+    two halves; beside adapters of a rank their narrow products, in a model that is trained whole both norms' outputs and the halves' product.
 
-    Of what is recomputed: each layer's input, and one layer.
+    fused: with training/kernels.py. Without it norms, the activation and the product are kept as well, and of each adapter's input what peft's
+    dropout lets through with its mask. Of what is recomputed: each layer's input, and one layer.
     """
 
     def of(layer: Layer) -> float:
         width, q, kv, middle = shape.hidden, shape.heads * shape.head_dim, layer.kv_values // 2, max(m.columns for m in layer.matrices)
-        kept = 4 * (4 * width + 3 * q + 2 * kv + 4 * middle)
-        return kept + ((5 if quantized else 1) * sum(m.columns for m in layer.matrices) + 4 * rank * len(layer.matrices) if rank else 0)
+        kept = 4 * (2 * width + 3 * q + 2 * kv + 2 * middle) + 4 * rank * len(layer.matrices)
+        if not (rank and fused):
+            kept += 4 * (2 * width + middle)
+        if not fused:
+            kept += 4 * middle + (5 * sum(m.columns for m in layer.matrices) if rank else 0)
+        return kept
 
     each = [of(layer) for layer in shape.stack]
     return 4 * shape.hidden * shape.layers + max(each) if checkpointing else sum(each)

@@ -15,7 +15,7 @@ from operator import itemgetter
 
 import torch
 
-from src.training.rules import LOGITS
+from src.training.rules import LOGITS, ON_CPU
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class HeadLoss:
         return _ChunkedLoss.apply(self, hidden, targets, *parameters).view(1, 1)
 
     def chunks(self, hidden, targets: Targets):
-        size = max(1, LOGITS // (self.vocabulary * 4)) if self.chunked else max(1, len(hidden))
+        size = max(1, (LOGITS if hidden.is_cuda else ON_CPU) // (self.vocabulary * 4)) if self.chunked else max(1, len(hidden))
         return zip(hidden.split(size), targets.split(size))
 
 

@@ -1,4 +1,5 @@
-"""What a model computes on a CPU beside its large products, in fewer passes over memory: adapters with their base layer, norms, rotation.
+"""What a model computes on a CPU beside its large products, in fewer passes over memory: adapters with their base layer, gated MLPs,
+norms, rotation.
 
 A pass over fresh memory costs a CPU more in page faults than in sums, so each kernel writes where it can over what it made itself, and keeps for
 the backward pass only what it cannot make again cheaply. They take the place of code they were written for, and of no other.
@@ -10,6 +11,8 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama
 
 from src.models.held import HeldLinear, product, product_t
@@ -18,16 +21,19 @@ from src.models.held import HeldLinear, product, product_t
 def replace(model) -> None:
     """Have a model compute with these kernels."""
     for module in model.modules():
+        theirs = getattr(type(module), "forward", None)
         if is_plain_lora(module):
             module.forward = partial(lora_linear, module)
-        elif _same_code(getattr(type(module), "forward", None), NORM):
+        elif _same_code(theirs, NORM):
             module.forward = partial(rms_norm, module)
+        elif _same_code(theirs, MLP) and isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation)):
+            module.forward = partial(swiglu_mlp, module)
     for name in {type(module).__module__ for module in model.modules()}:
         if _same_code(getattr(sys.modules[name], "apply_rotary_pos_emb", None), ROTATION):
             sys.modules[name].apply_rotary_pos_emb = rotate  # type: ignore[attr-defined]
 
 
-NORM, ROTATION = modeling_llama.LlamaRMSNorm.forward, modeling_llama.apply_rotary_pos_emb
+NORM, MLP, ROTATION = modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaMLP.forward, modeling_llama.apply_rotary_pos_emb
 
 
 def _same_code(theirs, known) -> bool:
@@ -55,54 +61,98 @@ def is_plain_lora(module) -> bool:
     )
 
 
-def lora_linear(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """peft's forward of such a layer: x W^T + bias + scale dropout(x) A^T B^T, of x (..., in)."""
+def lora_linear(layer, x: torch.Tensor, *args, gate: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    """peft's forward of such a layer: x W^T + bias + scale dropout(x) A^T B^T, of x (..., in), or of silu(gate) x where gate (..., in) is given."""
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     plain = not (args or kwargs or layer.disable_adapters or layer.merged or torch.is_autocast_enabled("cpu"))
     if not (plain and x.dtype == a.dtype == torch.float32):
-        return type(layer).forward(layer, x, *args, **kwargs)
+        return type(layer).forward(layer, x if gate is None else _SwiGLU.apply(gate, x), *args, **kwargs)
     base, dropout = layer.base_layer, layer.lora_dropout["default"]
     p = dropout.p if layer.training and isinstance(dropout, torch.nn.Dropout) else 0.0
-    out = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, layer.scaling["default"], p)
+    rows = [None if t is None else t.reshape(-1, x.shape[-1]) for t in (x, gate)]
+    out = _LoraLinear.apply(*rows, getattr(x, "made_of", None), base.weight, base.bias, a, b, layer.scaling["default"], p)
     return out.view(*x.shape[:-1], -1)
 
 
 class _LoraLinear(torch.autograd.Function):
+    """Keeps what its input is made of where that is kept anyway, and the seed of its dropout instead of the mask."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale, p):
-        kept = keep_mask(x.shape, p) if p else None
-        ctx.scale = scale / (1 - p)
-        inner = (x if kept is None else x * kept) @ a.T
-        out = product_t(x, weight)
+    def forward(ctx, x, gate, made_of, weight, bias, a, b, scale, p):
+        ctx.scale, ctx.draw = scale / (1 - p), draw_of(p) if p else None
+        given = x if gate is None else swiglu(gate, x)
+        inner = (given if ctx.draw is None else given * keep_mask(given.shape, ctx.draw)) @ a.T
+        out = product_t(given, weight)
         if bias is not None:
             out += bias
-        ctx.save_for_backward(x, kept, inner, weight, a, b)
+        ctx.save_for_backward(gate, inner, weight, a, b, *(made_of or (x,)))
         return out.addmm_(inner, b.T, alpha=ctx.scale)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, kept, inner, weight, a, b = ctx.saved_tensors
+        gate, inner, weight, a, b, *made_of = ctx.saved_tensors
+        x = normed(*made_of).view(-1, a.shape[1]) if len(made_of) > 1 else made_of[0]
+        given = x if gate is None else swiglu(gate, x)
+        kept = None if ctx.draw is None else keep_mask(given.shape, ctx.draw)
         into_inner = (gradient @ b).mul_(ctx.scale)
-        into_a = into_inner.T @ (x if kept is None else x * kept)
+        into_a = into_inner.T @ (given if kept is None else given * kept)
         into_b = (gradient.T @ inner).mul_(ctx.scale)
-        into_x = None
+        into_x = into_gate = None
         if ctx.needs_input_grad[0]:
             into_x = into_inner @ a
             into_x = product(gradient, weight, onto=into_x if kept is None else into_x.mul_(kept))
-        into_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
-        return into_x, None, into_bias, into_a, into_b, None, None
+            if gate is not None:
+                into_gate, into_x = swiglu_gradients(into_x, gate, x)
+        into_bias = gradient.sum(0) if ctx.needs_input_grad[4] else None
+        return into_x, into_gate, None, None, into_bias, into_a, into_b, None, None
 
 
-def keep_mask(shape, p: float) -> torch.Tensor:
-    """uint8 of a shape, 1 with probability 1 - p, by torch's generator.
+def draw_of(p: float) -> tuple[int, int]:
+    """(seed, threshold) of a dropout of probability p, by torch's generator.
 
     torch's own Bernoulli draws take a CPU longer than a narrow product. Here a byte is compared with a threshold that is itself drawn between the two
     whole ones next to 256 p, so the probability is p to the last bit.
     """
-    threshold = int(256 * p) + int(torch.rand(()) < 256 * p % 1)
-    draw, count = np.random.SFC64(int(torch.randint(1 << 62, ()))), int(np.prod(shape))
-    octets = draw.random_raw(-(-count // 8)).view(np.uint8)[:count].reshape(shape)
+    return int(torch.randint(1 << 62, ())), int(256 * p) + int(torch.rand(()) < 256 * p % 1)
+
+
+def keep_mask(shape, draw: tuple[int, int]) -> torch.Tensor:
+    """uint8 of a shape: 0 where a draw drops, else 1."""
+    (seed, threshold), count = draw, int(np.prod(shape))
+    octets = np.random.SFC64(seed).random_raw(-(-count // 8)).view(np.uint8)[:count].reshape(shape)
     return torch.from_numpy(octets).ge_(threshold)
+
+
+# ---- gated MLPs
+
+
+def swiglu_mlp(mlp, x: torch.Tensor) -> torch.Tensor:
+    """Llama's MLP of x (..., width): down(silu(gate(x)) up(x))."""
+    gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
+    return lora_linear(down, up, gate=gate) if is_plain_lora(down) else down(_SwiGLU.apply(gate, up))
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_gradients(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gate's gradient, up's) of that of silu(gate) up, which is written over."""
+    into_up = F.silu(gate).mul_(gradient)
+    return torch.ops.aten.silu_backward(gradient.mul_(up), gate), into_up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps the two it is made of alone."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return swiglu_gradients(gradient.clone(), *ctx.saved_tensors)
 
 
 # ---- norms
@@ -112,18 +162,27 @@ def rms_norm(layer, x: torch.Tensor) -> torch.Tensor:
     """Llama's RMSNorm of x (..., width)."""
     if x.dtype != torch.float32 or layer.weight.dtype != x.dtype:
         return type(layer).forward(layer, x)
-    return _RMSNorm.apply(x, layer.weight, layer.variance_epsilon)
+    out, root = _RMSNorm.apply(x, layer.weight, layer.variance_epsilon)
+    out.made_of = (x, root, layer.weight)  # for the layers it is given to, which would keep it otherwise
+    return out
+
+
+def normed(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (x * root).mul_(weight)
 
 
 class _RMSNorm(torch.autograd.Function):
+    """(norm of x, the inverse of x's root mean square (..., 1))"""
+
     @staticmethod
     def forward(ctx, x, weight, epsilon):
         root = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, root)
-        return (x * root).mul_(weight)
+        ctx.mark_non_differentiable(root)
+        return normed(x, root, weight), root
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient, _):
         x, weight, root = ctx.saved_tensors
         into_x = gradient * weight
         along = torch.linalg.vecdot(into_x, x).unsqueeze(-1).mul_(root.pow(3)).div_(-x.shape[-1])

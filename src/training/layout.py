@@ -280,21 +280,19 @@ SMALLER = [
 def kept_bytes(model, batch: dict) -> int:
     """Bytes that a forward pass in training keeps for its backward pass, output layer not counted."""
     owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
+    kept: list[torch.UntypedStorage] = []
 
     def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        """Nothing goes backward, so nothing is handed on: a graph given its own tensors again would hold them, and itself, for good."""
+        kept.append(tensor.untyped_storage())
 
     was_training = model.training
     model.train()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
         last = torch.zeros_like(batch["keep"])
         last[0, -1] = True
         inputs = inputs_of(batch, model.device)
         model(**inputs, use_cache=False, **({"logits_to_keep": last.to(model.device)} if "logits_to_keep" in arguments_of(model) else {}))
     model.train(was_training)
-    return sum(kept.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in kept if storage.data_ptr() not in owned}.values())

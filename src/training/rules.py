@@ -8,8 +8,8 @@ from src.core.errors import ConfigError, WrongKind
 from src.settings.verbs import AdapterTuner, FullTuner, QloraTuner
 
 ZERO = {0: "no DeepSpeed", 2: "ZeRO-2", 3: "ZeRO-3"}
-LOGITS = 128 << 20
-"""bytes of fp32 logits that a chunk of the loss may have"""
+LOGITS, ON_CPU = 128 << 20, 64 << 20
+"""bytes of fp32 logits that a chunk of the loss may have, and on a CPU, where half as many cost 3 % of the output layer's time (docs/benchmarks.md)"""
 FEW = 4
 """conversations a forward pass takes under ZeRO-3, where what fits cannot be measured before the model is partitioned"""
 
