@@ -185,7 +185,7 @@ def _lines(total: int | None, what: str, begun_with: int) -> Callable[..., None]
             if (now := time.monotonic()) < due or done == total:
                 return
             due = now + EVERY
-            left = f", {duration((now - start) / (done - begun_with) * (total - done))} left" if total else ""
+            left = f", {duration((now - start) / (done - begun_with) * max(total - done, 0))} left" if total else ""
             say(f"  {what}: {done:,}{f' of {total:,}' if total else ''}{left}")
 
     return tick
