@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 RANK, PAIRS = 64, 5
-SHAPE = {
+SHAPE = {  # as a Llama model, whose tokenizer the embedded one is
     "hidden_size": 896,
     "intermediate_size": 4864,
     "num_hidden_layers": 24,
@@ -37,10 +37,10 @@ def write_inputs(base: Path, adapter: Path) -> None:
     """A complete model folder with random weights and an adapter for it whose update is not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, dtype="bfloat16")).to(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, dtype="bfloat16")).to(torch.bfloat16)
     model.save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "assets" / "tiny-chat" / name, base)

@@ -17,7 +17,7 @@ from src.core import processes, stage
 from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput, ProofFailed, WrongKind
 from src.core.files import read_json, write_json
-from src.core.log import say, warn
+from src.core.log import progress, say, warn
 from src.core.room import Needs
 from src.models import complete, exact_sum, fidelity, safetensors_io, seen
 from src.models.devices import device
@@ -121,7 +121,11 @@ def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[lis
     encoding.ensure_chat(tokenizer)
     rows: list[list[int]] = []
     cut = 0
-    for _, row in itertools.islice(rows_of(map(json.loads, open(path, encoding="utf-8")), tokenizer, "calibration"), cfg.calibration.rows):
+    count = min(cfg.calibration.rows, sum(1 for _ in open(path, "rb")))
+    found = map(json.loads, open(path, encoding="utf-8"))
+    for _, row in progress(
+        itertools.islice(rows_of(found, tokenizer, "calibration"), cfg.calibration.rows), "tokenizing calibration", count
+    ):
         cut += len(row.input_ids) > cfg.calibration.max_length
         rows.append(row.input_ids[: cfg.calibration.max_length])
     tokens = sum(map(len, rows))

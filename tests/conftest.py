@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gc
 import importlib
@@ -11,13 +12,16 @@ import itertools
 import json
 import multiprocessing
 import os
+import pty
 import re
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import warnings
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -186,6 +190,33 @@ def go(module, *argv) -> int:
     from src.core import stage
 
     return stage.guarded(lambda: stage._main(module.STAGE, [str(a) for a in argv]))
+
+
+def in_terminal(argv: list, *, columns: int, to: int | None = None, **environment) -> tuple[str, str]:
+    """What a command writes on a terminal so many columns wide, before and after it is made `to` wide once a bar of 30 is a third full."""
+    terminal, end = pty.openpty()
+    resize = lambda width: fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    resize(columns)
+    kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    running = subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        env={**kept, "TERM": "xterm-256color", **environment},
+    )
+    os.close(end)
+    parts, resized = [b"", b""], False
+    with contextlib.suppress(OSError):  # Linux: the other end is closed
+        while some := os.read(terminal, 1 << 16):
+            parts[resized] += some
+            if to and not resized and re.search(r"1\d/30", parts[0].decode(errors="ignore")):
+                resize(to)
+                resized = True
+    os.close(terminal)
+    assert running.wait() == 0, b"".join(parts).decode()
+    return parts[0].decode(), parts[1].decode()
 
 
 @pytest.fixture(scope="module")
@@ -465,7 +496,11 @@ def ways(done: CompletedProcess) -> list[str]:
 
 def typed(way: str) -> list[str]:
     """The settings that a way out names with a value of its own."""
-    return [setting for setting in re.findall(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)*=(?!=)[^\s,;:)]+", way) if not re.search("=[A-Z_]+(/|$)", setting)]
+    return [
+        setting
+        for setting in re.findall(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)*=(?!=)[^\s,;:)]+", way)
+        if not re.search("=[A-Z_]+(/|$)", setting)
+    ]
 
 
 def refused(done: CompletedProcess, error: type, *words: str, way: bool = True) -> None:

@@ -4,6 +4,9 @@ import ast
 import functools
 import inspect
 import shutil
+import textwrap
+import typing
+from collections import Counter, defaultdict
 
 import pytest
 from conftest import ROOT, helps, refused
@@ -113,18 +116,79 @@ def test_fields_have_no_default_and_say_what_they_mean(schema):
 
 
 def test_every_field_is_read_somewhere():
-    read = set()
-    for path in (ROOT / "src").rglob("*.py"):
-        if path.name == "verbs.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute):
-                read.add(node.attr)
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and isinstance(node.args[1], ast.Constant):
-                read.add(node.args[1].value)
-    # A target's own methods count as readers.
-    unread = {name for schema in SCHEMAS for name in schema.model_fields} - read
+    """By its name; a name that settings of several groups share, at a value that is known to be of the group's type."""
+    read, typed = reads()
+    names = Counter(name for schema in SCHEMAS for name in own(schema))
+    unread = {f"{c.__name__}.{name}" for c in SCHEMAS for name in own(c) if name not in read}
+    unread |= {f"{c.__name__}.{name}" for c in SCHEMAS for name in own(c) if names[name] > 1 and not any((f, name) in typed for f in family(c))}
     assert not unread, f"settings that no code reads: {sorted(unread)}"
+    assert (verbs.Evaluation, "batch_size") in typed and (verbs.Calibration, "batch_size") not in typed, "groups are told apart"
+
+
+def own(schema) -> list[str]:
+    """The fields a schema adds to those it inherits, but for the name that tells options of a group apart, which pydantic reads."""
+    return [name for name in schema.__annotations__ if name in schema.model_fields and name != "kind"]
+
+
+def family(schema) -> list[type]:
+    return [c for c in SCHEMAS if issubclass(c, schema) or issubclass(schema, c)]
+
+
+def schemas_in(annotation) -> set[type]:
+    """The schemas that a type names."""
+    return {annotation} if annotation in SCHEMAS else set().union(*map(schemas_in, typing.get_args(annotation)))
+
+
+def groups(schemas: set[type], name: str) -> set[type]:
+    """What a field of these schemas holds: other schemas."""
+    return set().union(*(schemas_in(c.model_fields[name].annotation) for c in schemas if name in c.model_fields))
+
+
+@functools.cache
+def reads() -> tuple[set[str], set[tuple[type, str]]]:
+    """(every attribute that src reads, (schema, attribute) where the schema is known from annotations, isinstance, assignments, or the group's name)."""
+    known = {name: found for module in (verbs, recipes, targets, teachers) for name, value in vars(module).items() if (found := schemas_in(value))}
+    by_group = {name: groups(set(SCHEMAS), name) for c in SCHEMAS for name in c.model_fields}
+    read, typed = set(), set()
+    for path in (ROOT / "src").rglob("*.py"):
+        tree, types = ast.parse(path.read_text()), defaultdict(set)
+        nodes = list(ast.walk(tree))
+
+        def of(node) -> set[type]:
+            if isinstance(node, ast.Attribute):
+                return groups(of(node.value), node.attr) | types[ast.unparse(node)] or by_group.get(node.attr, set())
+            if isinstance(node, ast.Name):
+                return types[node.id] or by_group.get(node.id, set())
+            return set().union(*map(of, ast.iter_child_nodes(node))) if isinstance(node, ast.Tuple | ast.IfExp | ast.BoolOp | ast.Subscript | ast.Call) else set()
+
+        def named(node) -> set[type]:
+            return set().union(*(known.get(getattr(n, "id", getattr(n, "attr", "")), set()) for n in ast.walk(node)))
+
+        for _ in range(3):  # a name may be given by one that is given further down
+            for node in nodes:
+                if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation:
+                    types[node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)] |= named(node.annotation)
+                elif isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                    types[ast.unparse(node.args[0])] |= named(node.args[1])
+                elif isinstance(node, ast.Assign | ast.NamedExpr | ast.For | ast.comprehension):
+                    value = node.iter if isinstance(node, ast.For | ast.comprehension) else node.value
+                    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                        pairs = zip(target.elts, value.elts) if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) else [(target, value)]
+                        for one, given in pairs:
+                            for name in one.elts if isinstance(one, ast.Tuple) else [one]:
+                                types[ast.unparse(name)] |= of(given)
+        for node in nodes:
+            value, name = (node.value, node.attr) if isinstance(node, ast.Attribute) else (None, None)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and isinstance(node.args[1], ast.Constant):
+                value, name = node.args[0], node.args[1].value
+            if value and path.name != "verbs.py":
+                read.add(name)
+                typed |= {(c, name) for c in of(value)}
+    for schema in SCHEMAS:  # a schema's own methods, but for those that check what is given
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(schema)))):
+            if isinstance(node, ast.FunctionDef) and "validator" not in "".join(map(ast.unparse, node.decorator_list)):
+                typed |= {(schema, n.attr) for n in ast.walk(node) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"}
+    return read, typed
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "target").glob("*.yaml")), ids=lambda p: p.stem)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import END, START, go, helps, make_base, process, to_its_end
+from conftest import END, START, go, helps, in_terminal, make_base, process, to_its_end
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -69,6 +69,25 @@ def test_the_loss_falls(tuned):
     assert len(m["curve"]) == m["steps"] == STEPS and m["tokens_seen"] > STEPS * 8 * 10
 
 
+def test_a_reported_loss_is_the_mean_of_the_steps_since_the_report_before(train):
+    each, fifth = (
+        [(c["step"], c["loss"]) for c in train(f"every-{n}", "train.max_steps=10", f"train.log_steps={n}").metrics["curve"]] for n in (1, 5)
+    )
+    mean = lambda begin, end: pytest.approx(sum(loss for _, loss in each[begin:end]) / (end - begin), rel=1e-5)
+    assert [step for step, _ in each] == [*range(1, 11)] and fifth == [(1, mean(0, 1)), (5, mean(1, 5)), (10, mean(5, 10))]
+
+
+def test_what_training_says_fits_the_terminal(here, eighty):
+    argv = [f"outputs={here}", "run=columns", f"source={eighty}", f"model.path={TINY}", *FAST, "train.max_steps=6", "train.eval_steps=3"]
+    said, _ = in_terminal(["-m", "src.finetune", *argv], columns=40)
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rstrip() for line in re.split(r"[\r\n]+", said)]
+    reports = [line for line in lines if re.match("  step|  loss|training|validation", line)]
+    assert max(map(len, reports)) <= 40
+    assert any(re.fullmatch(r"  step 6/6  loss \d\.\d{4}  [\d,]+ tokens/s", line) for line in reports)
+    assert any(re.fullmatch(r"  step 3  validation loss \d\.\d{4}", line) for line in reports)
+    assert any(re.match(r"training .*\d/6 ", line) for line in reports)
+
+
 def test_the_rows_the_base_never_learnt_are_trained_and_no_other(tuned, here):
     base, adapter = tuned
     assert adapter.metrics["trained_rows"] == [START, END]
@@ -118,7 +137,14 @@ def test_the_rate_follows_a_cosine_after_its_warm_up(tuned):
 
 def test_the_adapter_folder_is_complete_and_plain(tuned):
     base, adapter = tuned
-    names = ("adapter_config.json", "adapter_model.safetensors", "generation_config.json", "proof.npz", "tokenizer.json", "tokenizer_config.json")
+    names = (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "generation_config.json",
+        "proof.npz",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    )
     assert set(names) == set(adapter.files)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (adapter.path / name).read_bytes() == (base / name).read_bytes()

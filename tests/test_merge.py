@@ -419,12 +419,12 @@ def test_no_more_merged_tensors_are_in_memory_than_threads_work_on(count, pair, 
 def test_weights_too_large_for_one_block_are_what_peft_makes_of_them_whole(tmp_path, threads):
     """Qwen2.5-0.5B's widest layers, on several threads: a product made a part of its rows at a time has the same bits."""
     from peft import LoraConfig, get_peft_model
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     threads(2)
     torch.manual_seed(0)
     shape = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 1024}
-    Qwen2ForCausalLM(Qwen2Config(**shape, num_hidden_layers=1, tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(
+    LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1, tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(
         tmp_path / "base"
     )
     for name in TOKENIZER:

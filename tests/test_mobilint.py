@@ -16,6 +16,7 @@ import conftest
 import numpy as np
 import pytest
 from conftest import CHAT, ROOT, helps, typed, ways, write_model
+from makers import tokenizer_folder
 
 from src.core import processes
 from src.core.errors import BadData, ConfigError, MissingInput, MissingTool, NoRoom, ToolFailed, Unfinished, WrongKind
@@ -714,6 +715,8 @@ def test_a_quantized_model_is_refused_with_the_way_out(road, call):
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_other_families_deploy_too(arch, road, python, call, tmp_path):
     model = write_model(tmp_path / "m", arch, tie_word_embeddings=False, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    if arch == "qwen2":
+        shutil.copytree(tokenizer_folder("made-qwen2"), model, dirs_exist_ok=True)
     done = call("deploy", *SETTINGS, f"source={model}", f"target.python={python('1.1.2')}")
     assert done.returncode == 0, done.stderr
     config = json.loads((bundle_of(road) / "config.json").read_text())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from src import data, evaluate, finetune, merge, quantize
 from src.chat import encoding
-from src.core import artifact
+from src.core import artifact, log
 from src.core.compose import compose
 from src.core.errors import ConfigError, MissingTool, ProofFailed
 from src.models import complete, loading, seen
@@ -173,7 +173,8 @@ def test_equal_inputs_give_equal_bytes_in_another_process(int4, here):
     assert other.key == int4.key and other.files == int4.files, "same names, sizes and sha256"
 
 
-def test_calibration_is_the_calib_split_through_the_template(int4, here, capsys):
+def test_calibration_is_the_calib_split_through_the_template(int4, here, capsys, monkeypatch):
+    monkeypatch.setattr(log, "FIRST", 0)
     tokenizer = load_tokenizer(here / "model")
     cfg = compose("quantize", ["calibration.rows=5", "calibration.max_length=30"], QuantizeVerb)
     rows, tokens = quantize.calibration_rows(cfg, here / "q" / "data" / "calib.jsonl", tokenizer)
@@ -182,6 +183,7 @@ def test_calibration_is_the_calib_split_through_the_template(int4, here, capsys)
     assert rows == [ids[:30] for ids in whole] and tokens == sum(map(len, rows))
     err = capsys.readouterr().err
     assert f"{sum(len(ids) > 30 for ids in whole)} were cut at 30 tokens" in err and "calibration tokens are few" in err
+    assert "  tokenizing calibration: 1 of 5, " in err
     assert int4.metrics["calibration_rows"] == 16
 
 

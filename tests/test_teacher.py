@@ -89,7 +89,9 @@ def distance(student, rows) -> float:
 
 def test_a_student_of_its_probabilities_comes_closer_to_the_teacher(train, tmp_path, eighty, monkeypatch):
     """From the same start, on the same rows: with the teacher's probabilities the student is nearer to it than with the tokens alone."""
-    base = write_model(tmp_path / "student", "qwen2", hidden_size=128, num_hidden_layers=2)
+    base = write_model(
+        tmp_path / "student", model_type="mistral", architectures=["MistralForCausalLM"], hidden_size=128, num_hidden_layers=2
+    )
     argv = ["train.max_steps=30", "tuner.learning_rate=3e-3"]
     code, said = train("with", base, *argv, f"teacher.path={CHAT}", "teacher.weight=0.9")
     assert code == 0 and "its 32 likeliest tokens hold" in said, said

@@ -1,6 +1,7 @@
 """Token rows: the same from one process or many, made once for equal content and anew for any other, and honest about what they leave out."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from conftest import CHAT, ROOT, helps, in_process, ready_processes
 from makers import tokenizer_folder
 
 from src.chat import encoding
+from src.core import log
 from src.core.artifact import open_any, open_artifact
 from src.core.compose import compose
 from src.core.errors import BadData
+from src.models import evaluation
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb
 from src.training import examples
@@ -72,7 +75,9 @@ def test_rows_are_what_the_template_makes_of_each_conversation(made):
     assert isinstance(rows.input_ids, np.memmap) and rows.input_ids.dtype == np.int32
 
 
-def test_several_processes_make_the_same_rows_as_one(made, monkeypatch, tmp_path):
+def test_several_processes_make_the_same_rows_as_one(made, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(log, "FIRST", 0)
+    monkeypatch.setattr(log, "EVERY", 0)
     monkeypatch.setattr(examples, "PORTION", 11)
     monkeypatch.setattr(examples, "WORTH_A_PROCESS", 1e-9)
     monkeypatch.setattr(examples, "get_context", lambda kind: ready_processes())
@@ -85,6 +90,8 @@ def test_several_processes_make_the_same_rows_as_one(made, monkeypatch, tmp_path
     monkeypatch.setattr(examples, "ProcessPoolExecutor", lambda *args, **given: started.append(args) or pool(*args, **given))
     together = made(CHATS)
     assert started == [(2,)]
+    told = re.findall(r"  tokenizing train: (\d+) of 90, \d+\.\d s left\n", capsys.readouterr().err)
+    assert told == [str(done) for done in range(11, 90, 11)] * 2, "rows, once by one process and once by two"
     assert content(alone) == content(together) and alone.lines.tolist() == together.lines.tolist()
 
 
@@ -106,7 +113,7 @@ from src.training import examples
 base, source = Path("assets/tiny-chat"), Path(sys.argv[1])
 examples.start_worker(os.getppid(), compose("finetune", [f"model.path={base}"], FinetuneVerb), base, source)
 assert examples.work((0, 1, 1)).lengths
-print(*[name for name in ("torch", "peft", "accelerate", "bitsandbytes") if name in sys.modules])
+print(*[name for name in ("torch", "peft", "accelerate", "bitsandbytes", "rich") if name in sys.modules])
 """
 
 
@@ -116,6 +123,16 @@ def test_a_process_that_tokenizes_imports_and_says_nothing_of_training(tmp_path)
     source.write_text(json.dumps({"id": "1", "messages": messages}) + "\n")
     done = subprocess.run([sys.executable, "-c", WORKER, source], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
+def test_tokenizing_for_an_evaluation_is_told_too(monkeypatch, capsys):
+    monkeypatch.setattr(log, "FIRST", 0)
+    monkeypatch.setattr(log, "EVERY", 0)
+    records = [
+        {"id": str(i), "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]} for i in range(4)
+    ]
+    assert len(evaluation.encode_all(records, load_tokenizer(CHAT), 512)) == 4
+    assert re.fullmatch(r"(  tokenizing validation: [123] of 4, \d+\.\d s left\n){3}", capsys.readouterr().err)
 
 
 def test_a_fault_in_another_process_is_the_user_s_error_and_leaves_nothing(made, monkeypatch, tmp_path):

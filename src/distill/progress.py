@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
-from src.core.log import duration, on_terminal, status
+from src.core.log import duration, fitted, on_terminal, status
 
 PACE_OVER = 60.0
 """seconds the pace is measured over"""
@@ -42,4 +42,10 @@ class Progress:
         pace = (through - before) / max(now - begun, 1e-9)
         left = f", ends in about {duration((total - through) / pace)}" if pace > 0 and total > through else ""
         spent = f"{tokens:,} tokens" + (f", ${money:,.4f}" if money else "")
-        return f"distill: {through:,} of {total:,} records through, {kept:,} kept, {aside:,} set aside; {spent}; {pace * 60:,.0f} records/min{left}"
+        return fitted(
+            (f"distill: {through:,} of {total:,} records through", 0),
+            (f", {kept:,} kept, {aside:,} set aside", 4),
+            (f"; {spent}", 3),
+            (f"; {pace * 60:,.0f} records/min", 2),
+            (left, 1),
+        )

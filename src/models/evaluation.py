@@ -9,7 +9,7 @@ from src.chat import encoding
 from src.chat.rows import rows_of
 from src.core.artifact import Artifact
 from src.core.errors import BadData, MissingInput
-from src.core.log import warn
+from src.core.log import progress, warn
 from src.models import devices, generation, seen
 from src.models.loading import load_any
 from src.models.seen import Reader
@@ -46,7 +46,7 @@ def encode_all(records: list[dict], tokenizer, max_length: int) -> list[encoding
 
     Raises BadData where the chat template shows none of them, MissingInput where all are longer.
     """
-    found = [row for _, row in rows_of(records, tokenizer, "validation")]
+    found = [row for _, row in rows_of(progress(records, "tokenizing validation"), tokenizer, "validation")]
     if records and not found:
         raise BadData(
             "the chat template shows no answer of the validation split", fix="fine-tune with chat_template=chatml, which shows them"

@@ -13,13 +13,13 @@ from src.core.artifact import Artifact
 from src.core.errors import AGAIN, BadData, MissingTool, using
 from src.core.log import warn
 from src.core.processes import absent, import_quietly, silenced
-from src.models import adapter_files, safetensors_io
+from src.models import adapter_files, safetensors_io, tokenizer_file
 from src.models.folder import _allowed, base_of, check_adapter_file, check_config, check_folder, check_tokenizer, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
-    """The tokenizer of a folder, from local files only."""
+    """The tokenizer of a folder, from local files only. Raises BadData where it makes other token ids than the folder's tokenizer.json."""
     check_tokenizer(path, trust_remote_code=trust_remote_code)
     check_config(path)
     from transformers import AutoTokenizer
@@ -27,7 +27,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
     _quiet()
     bound_templates()
     with using("the tokenizer", path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer_file.check(tokenizer, path)
+    return tokenizer
 
 
 def load_model(

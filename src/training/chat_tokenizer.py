@@ -3,14 +3,17 @@
 from pathlib import Path
 
 from src.chat import encoding, template
-from src.core.errors import MissingInput
+from src.core.errors import BadData, MissingInput
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb
 
 
 def chat_tokenizer(cfg: FinetuneVerb, base: Path):
-    """(the base's tokenizer set up for chats, tokens added)."""
-    tokenizer = load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
+    """(the base's tokenizer set up for chats, tokens added). Raises BadData where transformers cannot read it, or reads it otherwise than it is."""
+    try:
+        tokenizer = load_tokenizer(base, trust_remote_code=cfg.model.trust_remote_code)
+    except BadData as error:
+        raise BadData(error.what, where=f"{error.where} (model.path={cfg.model.path})", fix=error.fix) from error
     text = template_text(cfg)
     return tokenizer, encoding.set_up(tokenizer, text=text, keywords=cfg.template, reasoning=cfg.reasoning, today=cfg.today)
 

@@ -25,7 +25,7 @@ from src.core.artifact import Artifact, key_of, package_versions
 from src.core.cache import kept_or_made
 from src.core.errors import BadData
 from src.core.files import read_json, sha256, write_json
-from src.core.log import progress, rank, warn
+from src.core.log import rank, ticks, warn
 from src.core.processes import end_with_parent, import_quietly
 from src.settings.verbs import FinetuneVerb
 from src.training.chat_tokenizer import chat_tokenizer, template_text
@@ -143,8 +143,10 @@ def make(cfg: FinetuneVerb, source: Path, base: Path, split: str, folder: Path) 
         open(folder / "input_ids.bin", "wb") as ids,
         open(folder / "trained.bin", "wb") as trained,
         encoded(portions, cfg, base, source) as made,
+        ticks(sum(count for _, _, count in portions), f"tokenizing {split}") as tick,
     ):
-        for portion in progress(made, f"tokenizing {split}", total=len(portions)):
+        for portion, (_, _, count) in zip(made, portions):
+            tick(count)
             portion.input_ids.tofile(ids)
             portion.trained.tofile(trained)
             if portion.weights is not None:

@@ -1,11 +1,13 @@
 """What a run says of itself: lines on the terminal, numbers to the trackers, a summary for the manifest, and the checks that stop a run gone wrong."""
 
+import contextlib
 import itertools
 import json
 import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from transformers import TrainerCallback
 
 from src.chat import encoding
 from src.core.errors import ProofFailed
-from src.core.log import duration, mark, on_terminal, rank, say, spark, status, warn
+from src.core.log import duration, fitted, mark, on_terminal, rank, say, spark, ticks, warn
 from src.models.generation import greedy
 from src.settings.verbs import FinetuneVerb
 from src.training.choices import peak_operations, sgemm_operations
@@ -32,7 +34,10 @@ class Reports(TrainerCallback):
     """Loss, rate, gradient norm, speed, memory, time left, sample answers; evaluates at the end of each epoch or every eval_steps."""
 
     def __init__(self, trainer: ChatTrainer, cfg: FinetuneVerb, out: Path, tokenizer, dataset: Path):
-        """out: where the artifact is made. dataset: folder of train.jsonl and val.jsonl, whose first prompts are answered at every evaluation."""
+        """out: where the artifact is made. dataset: folder of train.jsonl and val.jsonl, whose first prompts are answered at every evaluation.
+
+        bar: holds the bar that training shows on a terminal; whoever trains closes it.
+        """
         self.trackers, self.tokenizer, self.records = open_trackers(cfg, out), tokenizer, dataset / "train.jsonl"
         self.prompts, self.eval_steps = first_prompts(dataset / "val.jsonl", cfg.train.samples), cfg.train.eval_steps
         gpu = torch.cuda.is_available()
@@ -44,14 +49,18 @@ class Reports(TrainerCallback):
         self.train_seconds = self.speed = 0.0
         self.recent: list[float] = []
         self.zero_norms = 0
+        self.bar = contextlib.ExitStack()
+        self.tick: Callable[[], None] = lambda: None
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A resumed state brings the steps of the run it was saved by; what is asked for now counts.
         state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
         self.first_step, self.start = state.global_step, time.monotonic()
         self.trainer.totals.clear()
+        self.tick = self.bar.enter_context(ticks(state.max_steps, "training", done=state.global_step, lines=False))
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.tick()
         if self.checks_every_step or control.should_log or control.should_save:
             self.check_losses(state.global_step)
         if len(self.trainer.validation) and self.trainer.plan.evaluates(state.global_step, self.eval_steps):
@@ -121,16 +130,28 @@ class Reports(TrainerCallback):
             done_operations = operations(self.trainer.model, totals["tokens"], totals["trained"] if self.trainer.head else totals["tokens"])
             values["train/mfu"] = done_operations / passed / (self.peak * args.world_size)
             used = f", {values['train/mfu']:.0%} of {self.unit}"
-        status(
-            f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  grad {values['train/grad_norm']:.2f}  "
-            f"{self.speed:,.0f} tokens/s ({values['train/trained_tokens_per_second']:,.0f} trained, {values['train/padding_share']:.0%} padding{used})  "
-            f"{values['train/memory_gb']:.1f} GB  {duration(passed / done * (state.max_steps - state.global_step))} left"
+        say(
+            fitted(
+                (f"  step {state.global_step}/{state.max_steps}", 0),
+                (f"  loss {logs['loss']:.4f}", 1),
+                (f"  lr {logs['learning_rate']:.2e}", 3),
+                (f"  grad {values['train/grad_norm']:.2f}", 4),
+                (f"  {self.speed:,.0f} tokens/s", 2),
+                (f" ({values['train/trained_tokens_per_second']:,.0f} trained, {values['train/padding_share']:.0%} padding{used})", 7),
+                (f"  {values['train/memory_gb']:.1f} GB", 5),
+                (f"  {duration(passed / done * (state.max_steps - state.global_step))} left", 6),
+            )
         )
         self.trackers.numbers(values, state.global_step)
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         say(
-            f"  step {state.global_step}  validation loss {metrics['eval_loss']:.4f}, right next token {metrics['eval_accuracy']:.1%} of {metrics['eval_tokens']}, turn ends {metrics['eval_turns_ended']:.0%}"
+            fitted(
+                (f"  step {state.global_step}", 1),
+                (f"  validation loss {metrics['eval_loss']:.4f}", 0),
+                (f", right next token {metrics['eval_accuracy']:.1%} of {metrics['eval_tokens']}", 3),
+                (f", turn ends {metrics['eval_turns_ended']:.0%}", 2),
+            )
         )
         self.trackers.numbers({f"eval/{name}": metrics[f"eval_{name}"] for name in ("loss", "accuracy", "turns_ended")}, state.global_step)
         first = next(h["eval_loss"] for h in state.log_history if "eval_loss" in h)
@@ -220,7 +241,7 @@ def summary(trainer, reports: Reports, precision: str, saved: dict) -> dict:
     losses = [h["loss"] for h in history if "loss" in h]
     evals = [h for h in history if "eval_loss" in h]
     if on_terminal():
-        say(f"  loss {losses[0]:.3f} {spark(losses)} {losses[-1]:.3f}")
+        say(fitted((f"  loss {losses[0]:.3f}", 0), (f" {spark(losses)}", 2), (f" {losses[-1]:.3f}", 1)))
     metrics = {
         "steps": trainer.state.max_steps,
         "processes": trainer.args.world_size,

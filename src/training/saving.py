@@ -1,12 +1,15 @@
 """The folder of what was trained: made complete, looked at, and proven to say what was trained."""
 
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from src.chat import encoding
 from src.core import processes
 from src.core.artifact import Artifact
-from src.core.errors import ProofFailed
+from src.core.errors import BadData, ProofFailed
+from src.core.files import read_json, write_json
 from src.models import adapter_files, complete, fidelity, generation, rounding, safetensors_io
 from src.models.devices import device_that_fits, give_back_memory
 from src.models.folder import stored_dtype
@@ -44,17 +47,49 @@ def finish(cfg: FinetuneVerb, base: Path, tokenizer, eos_id: int, out: Path, *, 
     if not full:
         adapter_files.tidy(out)
     generation.write_generation_config(out, base, tokenizer, eos_id)
-    if keep_tokenizer:
-        complete.copy(base, out)
-        complete.set_chat(out, tokenizer)
-    else:
-        tokenizer.save_pretrained(out)
-        complete.copy(base, out, tokenizer=False)
+    write_tokenizer(cfg, base, tokenizer, out, keep=keep_tokenizer)
     if isinstance(cfg.tuner, FullTuner):
         check_moved(out, base)
         rounding.cast_folder(out, saved_dtype(cfg, base), cfg.tuner.rounding)
         generation.write_stop_token(out / "config.json", eos_id)
     adapter_files.check_saved(out, moved=not full, expected=saved)
+
+
+def write_tokenizer(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, *, keep: bool) -> None:
+    """Write a result's tokenizer, with the base's other files that `out` lacks. keep: as the base's own files with the run's template, no token being new."""
+    if not keep:
+        tokenizer.save_pretrained(out)
+        complete.copy(base, out, tokenizer=False)
+        return
+    complete.copy(base, out)
+    complete.set_chat(out, tokenizer)
+    config = read_json(file) if (file := out / "tokenizer_config.json").is_file() else {}
+    as_it_is = "PreTrainedTokenizerFast"
+    if (
+        not isinstance(cfg.tuner, FullTuner)
+        and type(tokenizer).__name__ == "TokenizersBackend"
+        and config.get("tokenizer_class", as_it_is) != as_it_is
+    ):
+        # What the base's config.json has transformers read as it is, another class may stand for here, where there is no config.json.
+        write_json(file, config | {"tokenizer_class": as_it_is})
+
+
+def check_tokenizer_kept(cfg: FinetuneVerb, base: Path, tokenizer, *, keep: bool) -> None:
+    """Raises BadData where transformers would not read the result's tokenizer as it reads the base's. It chooses a class by config.json too, which an
+    adapter's folder lacks, and may read its own files otherwise than it wrote them."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place)
+        if isinstance(cfg.tuner, FullTuner):
+            shutil.copy(base / "config.json", out)
+        write_tokenizer(cfg, base, tokenizer, out, keep=keep)
+        kept = complete.token_ids(out, cfg.model.trust_remote_code)
+    for text, found, wanted in zip(complete.PROBES, kept, complete.ids_of(tokenizer)):
+        if found != wanted:
+            raise BadData(
+                f"the result would not keep this tokenizer: transformers reads {text!r} there as {found}, here as {wanted}",
+                where=f"model.path={cfg.model.path}",
+                fix=f'"tokenizer_class": "PreTrainedTokenizerFast" in {base / "tokenizer_config.json"} has it read alike everywhere',
+            )
 
 
 def check_moved(out: Path, base: Path) -> None:

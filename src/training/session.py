@@ -76,7 +76,7 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     held = fidelity.within(of_val, most=fidelity.enough(inputs["model"].path)) or fidelity.held_out(
         records, tokenizer, inputs["model"].path
     )
-    with stop:
+    with stop, reports.bar:
         run.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.number:
         reports.trackers.close()
