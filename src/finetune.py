@@ -94,7 +94,7 @@ def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     eos_id = encoding.turn_end(tokenizer)
     describe(cfg, tokenizer, added)
     if rank() == 0:
-        saving.check_tokenizer_kept(cfg, base, tokenizer, keep=not added)
+        saving.check_tokenizer_kept(cfg, base, tokenizer, out, keep=not added)
     from src.training.session import train
 
     trained = train(cfg, inputs, out, tokenizer, eos_id, added)

@@ -1,7 +1,6 @@
 """The folder of what was trained: made complete, looked at, and proven to say what was trained."""
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,15 +73,17 @@ def write_tokenizer(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, *, keep
         write_json(file, config | {"tokenizer_class": as_it_is})
 
 
-def check_tokenizer_kept(cfg: FinetuneVerb, base: Path, tokenizer, *, keep: bool) -> None:
-    """Raises BadData where transformers would not read the result's tokenizer as it reads the base's. It chooses a class by config.json too, which an
-    adapter's folder lacks, and may read its own files otherwise than it wrote them."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place)
-        if isinstance(cfg.tuner, FullTuner):
-            shutil.copy(base / "config.json", out)
-        write_tokenizer(cfg, base, tokenizer, out, keep=keep)
-        kept = complete.token_ids(out, cfg.model.trust_remote_code)
+def check_tokenizer_kept(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, *, keep: bool) -> None:
+    """Write the result's tokenizer to a folder in `out` and read it again. Raises BadData where transformers would read it otherwise than the base's: it
+    chooses a class by config.json too, which an adapter's folder lacks, and may read its own files otherwise than it wrote them."""
+    trial = out / "trial"
+    shutil.rmtree(trial, ignore_errors=True)
+    trial.mkdir()
+    if isinstance(cfg.tuner, FullTuner):
+        shutil.copy(base / "config.json", trial)
+    write_tokenizer(cfg, base, tokenizer, trial, keep=keep)
+    kept = complete.token_ids(trial, cfg.model.trust_remote_code)
+    shutil.rmtree(trial)
     for text, found, wanted in zip(complete.PROBES, kept, complete.ids_of(tokenizer)):
         if found != wanted:
             raise BadData(
