@@ -185,8 +185,8 @@ def check_first_layer(*given) -> None:
 def prove(made: Made, out: Path, bits: int) -> dict:
     """The proof's figures: loss, KL and likeliest tokens against the weights that were quantized, by the folder alone, read in a fresh process; its
     tokenizer is compared too. Raises ProofFailed where what it says has nothing to do with the source's."""
-    processes.fresh(check_first_layer, made.start, out, bits)
-    ids, after = processes.fresh(read_back, made.start, out, made.rows, made.before.top_k_ids, bits)
+    processes.fresh(check_first_layer, made.start, out)
+    ids, after = processes.fresh(read_back, made.start, out, made.rows, made.before.top_k_ids)
     complete.compare(ids, made.ids, out)
     error = fidelity.distance(made.before, after)
     if not error < 1:

@@ -104,7 +104,7 @@ def test_a_folder_that_leaves_out_how_names_begin_is_read_back(tmp_path):
     before = seen.observe(seen.by_layer(found, "before"), ROWS)
     gptq_layers.quantize(found, [row.input_ids for row in ROWS], gptq.Settings(8, 32, 0.05, False), tmp_path / "layers")
     quantize.write(source, tmp_path / "layers", out := Path(shutil.copytree(source, tmp_path / "out")))
-    after = seen.observe(seen.by_layer(gptq_layers.opened(start, out, 8), "after"), ROWS, before.top_k_ids)
+    after = seen.observe(seen.by_layer(gptq_layers.opened(start, out), "after"), ROWS, before.top_k_ids)
     assert 0 < np.abs(after.losses - before.losses).max() < 0.2
 
 
@@ -114,7 +114,7 @@ def test_a_matrix_that_no_row_reaches_is_rounded_to_the_nearest_and_that_is_said
     gptq_layers.quantize(found, [row.input_ids for row in ROWS], HOW, tmp_path / "layers")
     assert "no calibration row reaches model.layers.0.mlp.gate_proj" in capsys.readouterr().err
     stored = load_file(tmp_path / "layers" / "layer-00000.safetensors")
-    made = gptq.widen({suffix: stored[f"model.layers.0.mlp.up_proj.{suffix}"] for suffix in gptq.SUFFIXES}, 4)
+    made = gptq.widen({suffix: stored[f"model.layers.0.mlp.up_proj.{suffix}"] for suffix in gptq.SUFFIXES})
     weight = model.state_dict()["model.layers.0.mlp.up_proj.weight"]
     step = weight.view(len(weight), -1, HOW.group).abs().amax(-1).repeat_interleave(HOW.group, 1) * 2 / 15
     assert ((made - weight).abs() <= 0.51 * step + 1e-6)[weight < 7.4 * step].all()

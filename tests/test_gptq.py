@@ -76,7 +76,7 @@ def test_gptqmodels_own_layer_reads_what_was_meant(bits, act_order):
     convert_gptq_v1_to_v2_format_module(layer, bits=bits, pack_dtype=torch.int32)
     layer.post_init()
     assert torch.allclose(layer.dequantize_weight().T.float(), made.weight, atol=2e-3 * float(weight.abs().max()))
-    assert torch.equal(gptq.widen(made.tensors, bits), made.weight)
+    assert torch.equal(gptq.widen(made.tensors), made.weight)
 
 
 def test_packing_is_undone():

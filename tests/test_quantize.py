@@ -11,15 +11,15 @@ import pytest
 import torch
 from conftest import go, helps
 from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from src import data, evaluate, finetune, merge, quantize
 from src.chat import encoding
 from src.core import artifact, log
 from src.core.compose import compose
 from src.core.errors import ConfigError, MissingTool, ProofFailed
-from src.models import complete, loading, seen
+from src.models import by_layer, complete, gptq, loading, safetensors_io, seen
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, QuantizeVerb
 from src.training import session
@@ -88,6 +88,33 @@ def test_it_loads_in_plain_transformers_and_speaks_like_its_source(made, here):
     assert apart < {4: 0.35, 8: 0.03}[bits]
     assert made.metrics["logit_error"] < {4: 0.35, 8: 0.03}[bits]
     assert made.kind == "quantized" and made.metrics["module_loss"] >= 0
+
+
+def test_it_is_measured_layer_by_layer_from_its_folder_alone(made):
+    assert apart_from_kernels(made[1]) < (0.1 if made[0] == 4 else 5e-3)
+    config = AutoConfig.from_pretrained(made[1].path, local_files_only=True)
+    del config.quantization_config
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    stored = gptq.matrices(safetensors_io.entries(made[1].path))
+    tensors = {name: each() if isinstance(each, gptq.Stored) else safetensors_io.load_wide(each) for name, each in stored.items()}
+    assert sum(isinstance(each, gptq.Stored) for each in stored.values()) == 7
+    assert dense.load_state_dict(tensors, strict=False).unexpected_keys == []
+    assert float(abs(said_by_layer(made[1]) - seen.observe(seen.whole(dense, "dense"), ROWS).losses).max()) < 1e-4
+
+
+ROWS = [encoding.Encoded(list(range(begin, begin + 40)), list(range(begin, begin + 40))) for begin in (5, 60)]
+
+
+def said_by_layer(model):
+    """The losses of ROWS' tokens, layer by layer."""
+    return seen.observe(seen.by_layer(by_layer.load(model)[0], "by layer"), ROWS).losses
+
+
+def apart_from_kernels(model) -> float:
+    """How far a token's loss is at most from the one by transformers' kernels, which on a CPU compute 4-bit layers in bf16."""
+    return float(
+        abs(said_by_layer(model) - seen.observe(seen.whole(loading.load_any(model, dtype="float32")[0], "whole"), ROWS).losses).max()
+    )
 
 
 def test_its_weights_are_the_source_s_rounded_to_the_bits_asked_for(made, here):
@@ -237,6 +264,26 @@ def test_gradients_flow_through_a_gptq_base_after_an_evaluation(int4):
     assert all(g.any() for n, g in after.items() if "lora_B" in n), "lora_A has none while lora_B is zero"
 
 
+def test_adapters_on_a_gptq_base_are_measured_layer_by_layer(on_gptq):
+    assert apart_from_kernels(on_gptq) < 0.1
+
+
+@pytest.mark.parametrize("fault", ["three bits", "not symmetric", "another method"])
+def test_other_quantized_weights_are_taken_whole(int4, tmp_path, fault):
+    shutil.copytree(int4.path, tmp_path / "m", ignore=shutil.ignore_patterns("manifest.json"))
+    file = next((tmp_path / "m").glob("model*.safetensors"))
+    tensors, config = load_file(file), json.loads((tmp_path / "m" / "config.json").read_text())
+    for name in [name for name in tensors if name.endswith((".qweight", ".qzeros"))]:
+        if fault == "three bits" and name.endswith("qweight"):
+            tensors[name] = tensors[name][: len(tensors[name]) * 3 // 4].clone()
+        if fault == "not symmetric" and name.endswith("qzeros"):
+            tensors[name] += 1
+    config["quantization_config"]["quant_method"] = "awq" if fault == "another method" else "gptq"
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert by_layer.load(artifact.open_any(tmp_path / "m")) is None
+
+
 def test_lora_that_is_not_qlora_is_refused_on_a_gptq_base(int4, here, capsys):
     assert go(finetune, f"outputs={here}", "run=plain", f"source={here / 'q' / 'data'}", f"model.path={int4.path}") == 4
     assert "tuner=qlora trains adapters on a GPTQ base" in capsys.readouterr().err
@@ -296,8 +343,6 @@ def test_an_adapter_is_refused(on_gptq, here, capsys):
 
 def test_a_quantized_model_that_lost_its_source_fails_the_proof(int4, here, monkeypatch):
     """Another model's weights in the folder: each matrix the negative of what it should be."""
-    from src.models import by_layer, gptq
-
     rows = [encoding.Encoded(list(range(5, 60)), list(range(5, 60)))]
     start = artifact.open_any(here / "model")
     before = seen.observe(seen.by_layer(by_layer.load(start)[0], "proof"), rows)

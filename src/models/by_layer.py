@@ -21,7 +21,7 @@ from src.core.errors import BadData
 from src.core.files import read_json
 from src.core.log import progress
 from src.core.processes import import_quietly
-from src.models import adapter_files, held, loading, merging, safetensors_io
+from src.models import adapter_files, gptq, held, loading, merging, safetensors_io
 from src.models.folder import base_of, check_adapter_file, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 
@@ -43,7 +43,7 @@ class Place:
     module: Any
     name: str
     full: str
-    source: safetensors_io.Entry | Callable[[], torch.Tensor]
+    source: safetensors_io.Entry | gptq.Stored | Callable[[], torch.Tensor]
 
     def load(self, into: torch.Tensor | None, *, narrow: bool) -> torch.Tensor:
         """The tensor, fp32; written over `into` where that is given. narrow: as it is stored, if its module computes in fp32 from that."""
@@ -285,23 +285,23 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def load(artifact: Artifact, base: Path | None = None, tokens: int = 0, device: str = "cpu") -> tuple[ByLayer, Any] | None:
-    """(the model to be taken layer by layer, tokenizer) of a model, or of an adapter on its base; None where that cannot be: quantized weights, code of
-    the model's own, layers that are no one list or share more than hidden states, adapters with more than A and B in them.
+    """(the model to be taken layer by layer, tokenizer) of a model, or of an adapter on its base; None where that cannot be: weights quantized otherwise than
+    by GPTQ, symmetrically, to 4 or 8 bits, code of the model's own, layers that are no one list or share more than hidden states, adapters with more than A and B in them.
 
     base: where the adapter's base is, if not where it was. tokens: ids it has to know. device: where layers
     are computed.
     """
     trust = bool(trust_of(artifact))
-    if artifact.kind == "quantized" or trust:
+    if trust:
         return None
-    if artifact.kind == "model":
+    if artifact.kind in ("model", "quantized"):
         if not (model := _on_disk(artifact.path)) or vocabulary_rows(model) < tokens:
             return None
         loading.refuse_unknown_ids(model, artifact.path)
         return (found, loading.load_tokenizer(artifact.path)) if (found := ByLayer(model, device=device)).works() else None
     check_adapter_file(artifact.path)
     base = base or base_of(artifact)
-    if "quantization_config" in read_json(base / "config.json") or not adapter_files.streams(artifact.path):
+    if not adapter_files.streams(artifact.path):
         return None
     tokenizer = loading.load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base)
     grows = max(tokens, len(tokenizer)) > (read_json(base / "config.json").get("vocab_size") or 0)
@@ -333,6 +333,9 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized and quantized.get("quant_method") != "gptq":
+        return None
     if config.is_encoder_decoder or config.model_type.startswith("bigbird"):  # the latter's attention sees padding
         return None
     with init_empty_weights(include_buffers=False):
@@ -342,10 +345,10 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
     lists = (name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
     if (layers := next(lists, None)) is None:
         return None
-    entries = safetensors_io.entries(path)
+    entries = gptq.matrices(safetensors_io.entries(path))
     stored = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False) if name in entries}
     if not _stored_as_named(model, entries):
-        return _left_by_transformers(path, model, layers, ends=ends)
+        return None if quantized else _left_by_transformers(path, model, layers, ends=ends)
     tensors: dict[int | str, list[Place]] = defaultdict(list)
     loaded: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for module, own, name, what in _parameters(model, layers):
@@ -355,18 +358,18 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
             tensors[what].append(Place(module, own, at.name, at))
         else:
             if empty not in loaded:
-                loaded[empty] = torch.nn.Parameter(safetensors_io.load_wide(at), requires_grad=False)
+                loaded[empty] = torch.nn.Parameter(Place(module, own, name, at).load(None, narrow=False), requires_grad=False)
             module._parameters[own] = loaded[empty]
     with torch.no_grad():
         for name, buffer in model.named_buffers():
-            if name in entries:
-                buffer.copy_(safetensors_io.load(entries[name]))
+            if isinstance(tensor := entries.get(name), safetensors_io.Entry):
+                buffer.copy_(safetensors_io.load(tensor))
     _hold_ends(tensors)
     model.places = Places(layers, list(model.get_submodule(layers)), dict(tensors))
     return model
 
 
-def _stored_as_named(model: Any, entries: dict[str, safetensors_io.Entry]) -> bool:
+def _stored_as_named(model: Any, entries: dict[str, safetensors_io.Entry | gptq.Stored]) -> bool:
     """Whether a folder holds a model's tensors under the names and in the shapes that they have in it, and no others."""
     named = list(model.named_parameters(remove_duplicate=False))
     known = {name: tuple(t.shape) for name, t in (*named, *model.named_buffers())}

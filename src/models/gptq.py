@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from src.models import safetensors_io
+
 BLOCK = 128
 """inputs whose errors are gathered before the rest of the matrix takes them up"""
 ROWS = 4096
@@ -151,12 +153,42 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     return values
 
 
-def widen(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
-    """The weights that a matrix's tensors say, fp32 (out, in)."""
+@dataclass(frozen=True)
+class Stored:
+    """A matrix in a folder, by the name its weight would have. parts: {suffix: entry}."""
+
+    name: str
+    parts: dict[str, safetensors_io.Entry]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts["qweight"].shape[1], self.parts["g_idx"].shape[0]
+
+    def __call__(self) -> torch.Tensor:
+        """The weights, fp32 (out, in)."""
+        return widen({suffix: safetensors_io.load(entry) for suffix, entry in self.parts.items()})
+
+
+def matrices(entries: dict[str, safetensors_io.Entry]) -> dict[str, safetensors_io.Entry | Stored]:
+    """{name: where it is stored} of a folder's tensors, the quantized ones under the names that their weights would have."""
+    found: dict[str, safetensors_io.Entry | Stored] = {}
+    for name, entry in entries.items():
+        module, _, suffix = name.rpartition(".")
+        if f"{module}.qweight" not in entries or suffix not in SUFFIXES:
+            found[name] = entry
+        elif suffix == "qweight" and all(f"{module}.{each}" in entries for each in SUFFIXES):
+            found[f"{module}.weight"] = Stored(f"{module}.weight", {each: entries[f"{module}.{each}"] for each in SUFFIXES})
+    return found
+
+
+def widen(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The weights that a matrix's tensors say, fp32 (out, in). Raises ValueError where they are not of 4 or 8 bits, or not symmetric."""
+    words, g_idx = tensors["qweight"], tensors["g_idx"]
+    bits = 32 * len(words) // len(g_idx)
     half = 1 << (bits - 1)
-    if not bool((unpack(tensors["qzeros"].T.contiguous(), bits) == half - 1).all()):
-        raise ValueError("not symmetric")
-    return _widened(unpack(tensors["qweight"], bits), tensors["scales"], tensors["g_idx"], half)
+    if bits not in (4, 8) or not bool((unpack(tensors["qzeros"].T.contiguous(), bits) == half - 1).all()):
+        raise ValueError(f"{bits} bits, or not symmetric")
+    return _widened(unpack(words, bits), tensors["scales"], g_idx, half)
 
 
 def _widened(values, scales, g_idx, half: int) -> torch.Tensor:

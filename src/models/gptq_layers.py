@@ -46,7 +46,7 @@ def quantize(model: ByLayer, rows: list[list[int]], how: gptq.Settings, folder: 
                 tensors, found = _quantize_layer(model, number, passes, how)
                 save_file(tensors, partial := file.with_suffix(".partial"), {"losses": " ".join(map(repr, found))})
                 partial.rename(file)
-            losses += _take(model, number, file, how.bits)
+            losses += _take(model, number, file)
             model.through(number, passes)
     return losses
 
@@ -125,12 +125,12 @@ def _add_inputs(model: ByLayer, number: int, module: nn.Module, each: Pass, hess
     hook.remove()
 
 
-def _take(model: ByLayer, number: int, file: Path, bits: int) -> list[float]:
+def _take(model: ByLayer, number: int, file: Path) -> list[float]:
     """Put into a layer that is held what its file says; returns the file's losses."""
     tensors = load_file(file)
     for name, module in model.names(number):
         if f"{name}.qweight" in tensors:
-            _outputs_first(module).copy_(gptq.widen({suffix: tensors[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES}, bits))
+            _outputs_first(module).copy_(gptq.widen({suffix: tensors[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES}))
     with safetensors_io.opened(file) as stored:
         return [float(text) for text in stored.metadata()["losses"].split()]
 
@@ -147,37 +147,36 @@ def _is_of(name: str, layer: nn.Module) -> bool:
 # ---- reading back
 
 
-def read_back(start: Artifact, out: Path, rows: list, at, bits: int) -> tuple:
+def read_back(start: Artifact, out: Path, rows: list, at) -> tuple:
     """(token ids of aux_files' probes, what the quantized model says at `rows`), from the folder `out` alone but for the code and the shape of the model
     it was made from. Made to run in a fresh process. at: see seen.observe."""
-    model = opened(start, out, bits)
+    model = opened(start, out)
     return complete.token_ids(out, trust_of(start)), seen.observe(seen.by_layer(model, "proof"), rows, at)
 
 
-def opened(start: Artifact, out: Path, bits: int) -> ByLayer:
+def opened(start: Artifact, out: Path) -> ByLayer:
     """The quantized model in `out`. start: what it was made from."""
     model = by_layer.need(replace(start, kind="model"))
-    stored = safetensors_io.entries(out)
+    stored = gptq.matrices(safetensors_io.entries(out))
     turned = {name for number in range(len(model.layers)) for name, module in model.names(number) if isinstance(module, Conv1D)}
 
     def tensor(name: str) -> torch.Tensor:
-        module = name.removesuffix(".weight")
-        if f"{module}.qweight" not in stored:
-            # Some folders leave out how the model's own names begin.
-            return safetensors_io.load_wide(stored[next(each for each in stored if name == each or name.endswith(f".{each}"))])
-        weight = gptq.widen({suffix: safetensors_io.load(stored[f"{module}.{suffix}"]) for suffix in gptq.SUFFIXES}, bits)
-        return weight.T if module in turned else weight
+        # Some folders leave out how the model's own names begin.
+        found = stored[next(each for each in stored if name == each or name.endswith(f".{each}"))]
+        if isinstance(found, safetensors_io.Entry):
+            return safetensors_io.load_wide(found)
+        return found().T if name.removesuffix(".weight") in turned else found()
 
     model.take(tensor)
     return model
 
 
-def check_first_layer(start: Artifact, out: Path, bits: int) -> None:
+def check_first_layer(start: Artifact, out: Path) -> None:
     """Load the folder's first layer with transformers, whose kernels gptqmodel brings, and run it beside ours. Made to run in a fresh process.
 
     Raises ProofFailed where they differ.
     """
-    model = opened(start, out, bits)
+    model = opened(start, out)
     config = AutoConfig.from_pretrained(out, local_files_only=True)
     text = config.get_text_config()
     text.num_hidden_layers = 1
