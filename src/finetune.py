@@ -14,7 +14,7 @@ from src.core.errors import ConfigError, MissingInput
 from src.core.log import rank, say
 from src.core.processes import import_quietly
 from src.core.room import Needs
-from src.models.folder import check_folder, check_tokenizer, locate
+from src.models.folder import check_folder, check_tokenizer, locate, weights_of
 from src.models.loading import import_peft
 from src.settings.verbs import FinetuneVerb, FullTuner
 from src.sizing import host
@@ -73,8 +73,12 @@ def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
 
 
 def needs(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> Needs:
-    here = {"processes": launch.per_node(cfg.launch), "gpus": launch.gpu_count()}
-    return host.finetune(read_shape(inputs["model"].path), cfg.tuner, cfg.deepspeed, cfg.train, **here)
+    processes, gpus = launch.per_node(cfg.launch), launch.gpu_count()
+    needed = host.finetune(read_shape(inputs["model"].path), cfg.tuner, cfg.deepspeed, cfg.train, processes=processes, gpus=gpus)
+    if "teacher" not in inputs or gpus:
+        return needed
+    rows = host.conversations(inputs["dataset"].path / "train.jsonl").tokens(None, cfg.train.max_length)
+    return host.with_teacher(needed, read_shape(weights_of(inputs["teacher"])), rows, processes)
 
 
 def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:

@@ -194,6 +194,16 @@ def test_a_disk_too_small_for_the_exact_sum():
     assert "weights=stored" in error.value.fix
 
 
+def test_a_teacher_is_counted_where_it_takes_more_to_be_asked_than_the_student_to_be_trained(call, command, machine, monkeypatch):
+    plan = [*command("finetune"), f"teacher.path={CHAT}", "dry_run=true"]
+    machine(GB / 100)
+    small = call(*plan)
+    refused(small, NoMemory)
+    assert "teacher:" not in small.stderr
+    monkeypatch.setattr(host, "by_layer", lambda shape, tokens=0, adapter=None: {"layer in fp32 and a pass": 8e9 * (adapter is None)})
+    refused(call(*plan), NoMemory, "teacher: layer in fp32 and a pass 8.0 GB")
+
+
 # ---- the plan
 
 

@@ -147,6 +147,15 @@ def finetune(shape: ModelShape, tuner: Tuner, zero: Deepspeed, train: Train | Pl
     return replace(set_up.needs(), ways=[{way: then.needs() for way, then in tried.items()} for tried in ways])
 
 
+def with_teacher(needs: Needs, teacher: ModelShape, tokens: float, processes: int) -> Needs:
+    """A training's needs where on a CPU a teacher goes through rows of so many tokens first, in each process, layer by layer."""
+    libraries = {"libraries": processes * EVALUATE, "tokenizers": 2 * processes * tokenizer(teacher)}
+    asked = libraries | {f"teacher: {name}": processes * count for name, count in by_layer(teacher, tokens / processes).items()}
+    smaller = needs.smaller and with_teacher(needs.smaller, teacher, tokens, processes)
+    ways = [{way: with_teacher(then, teacher, tokens, processes) for way, then in tried.items()} for tried in needs.ways]
+    return replace(needs, parts=largest(dict(needs.parts), asked), smaller=smaller, ways=ways)
+
+
 @dataclass(frozen=True)
 class Training:
     """A training as it is set up. kind, rank: of the tuner, rank 0 of a model that is trained whole; trained: values; processes, gpus: of this machine.

@@ -13,13 +13,15 @@ from src.core.artifact import Artifact, key_of
 from src.core.errors import WrongKind
 from src.core.files import sha256
 from src.core.log import progress, rank, say
-from src.models.loading import load_any, tokenizer_of
+from src.models import evaluation
+from src.models.loading import tokenizer_of
 from src.settings.verbs import FinetuneVerb
 from src.training import launch
-from src.training.batches import micro_batch
 from src.training.checkpoints import barrier, from_first
 from src.training.examples import Examples
-from src.training.layout import inputs_of
+
+TOGETHER = 1024
+"""rows that are asked for at a time: on a CPU the teacher is read from its files for each such part"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,17 +94,14 @@ def make(cfg: FinetuneVerb, teacher: Artifact, examples: Examples, bounds: np.nd
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
     barrier()
     top_k_ids, probs = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("top_k_ids", "probs"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, _ = load_any(teacher, dtype="auto" if device == "cuda" else "float32", device=device)
-    world = launch.world_size(cfg.launch)
-    mine = np.argsort(-examples.lengths, kind="stable").tolist()[rank() :: world]
-    for example in progress(mine, "teacher", total=len(mine)):
-        batch = micro_batch(examples, [example], 0, packed=False)
-        with torch.no_grad():
-            logits = model(**inputs_of(batch, device), use_cache=False).logits[batch["keep"].to(device)]
+    mine = np.argsort(-examples.lengths, kind="stable").tolist()[rank() :: launch.world_size(cfg.launch)]
+    read = evaluation.Measured(teacher, "teacher").reader
+    for some in progress([mine[at : at + TOGETHER] for at in range(0, len(mine), TOGETHER)], "teacher"):
+        rows = [encoding.Encoded(each.input_ids.tolist(), each.labels.tolist()) for each in map(examples.__getitem__, some)]
+        at = np.concatenate([np.arange(bounds[example], bounds[example + 1]) for example in some])
+        for places, logits in read(rows):
             found = logits[:, :vocabulary].float().softmax(-1).topk(min(cfg.teacher.top_k, vocabulary), dim=-1)
-        span = slice(bounds[example], bounds[example + 1])
-        top_k_ids[span], probs[span] = found.indices.cpu().numpy(), found.values.cpu().numpy()
+            top_k_ids[at[places]], probs[at[places]] = found.indices.cpu().numpy(), found.values.cpu().numpy()
     for array in (top_k_ids, probs):
         array.flush()
     barrier()
