@@ -2,7 +2,7 @@
 
 A random model of a real shape in bf16, made in shards (or FOLDER), goes down the road: data, LoRA (rank 64, two steps), merge, GPTQ int4, evaluation of
 each, the CPU bundle. Beside them peft's own script (load, merge_and_unload, save_pretrained), gptqmodel called plainly with batches of 1 and 16, and
-transformers' Trainer with its rows padded to 512. Each is a tree of processes of its own. Of each: CPU seconds, peak memory that the tree has of its own
+transformers' Trainer with its rows padded to 512, two at a time, as Qwen's finetune.py has it. Each is a tree of processes of its own. Of each: CPU seconds, peak memory that the tree has of its own
 (USS, sampled ten times a second) over the bytes of the weights, bytes written, wall time.
 
 SIZE: 135m (SmolLM2), 0.5b (Qwen2.5), 0.6b (Qwen3), 1b (Llama 3.2), 7b (Qwen2.5, cut to 12 of 28 layers). Chats: GSM8K-like, of assets/ without FILE.
@@ -109,9 +109,12 @@ def by_trainer(model: Path, dataset: Path, out: Path) -> None:
     ]
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True)
     tuned = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=16, target_modules="all-linear"))
-    how = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2, "save_strategy": "no", "report_to": "none"}
-    Trainer(tuned, TrainingArguments(str(out), use_cpu=True, **how), train_dataset=rows).train()
+    how = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "save_strategy": "no", "report_to": "none"}
+    counts = {"include_num_input_tokens_seen": "non_padding"}
+    trainer = Trainer(tuned, TrainingArguments(str(out), use_cpu=True, **how, **counts), train_dataset=rows)
+    seconds = trainer.train().metrics["train_runtime"]
     tuned.save_pretrained(out)
+    (out / "speed.json").write_text(json.dumps({"tokens_per_second": trainer.state.num_input_tokens_seen / seconds}))
 
 
 def encoded(model: Path, file: Path) -> list[list[int]]:
@@ -192,6 +195,13 @@ def road(model: Path, chats: list[str], place: Path) -> dict[str, list]:
     }
 
 
+def speeds(place: Path) -> dict[str, float]:
+    """Tokens per second of the trainings that are done."""
+    files = {"finetune": place / "r" / "finetune" / "manifest.json", "finetune, Trainer padded": place / "trainer" / "speed.json"}
+    read = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    return {name: found.get("metrics", found)["tokens_per_second"] for name, found in read.items()}
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("size", choices=SHAPES)
@@ -214,6 +224,8 @@ def main() -> None:
             found = measured(argv, log := place / f"{name.replace(' ', '-')}.log")
             words = f"{found['cpu_s']:8.1f} CPU s  {found['peak'] / 1e6:8,.0f} MB  {found['peak'] / weights:5.2f} of the weights"
             print(f"{name:<26}{words}  {found['written'] / 1e6:8,.0f} MB written  {found['wall_s']:7.1f} s", flush=True)
+            if (speed := speeds(place).get(name)) is not None:
+                print(f"  {speed:,.0f} tokens/s of the rows, padding left out")
             if found["code"]:
                 print(f"  ended with {found['code']}: {log.read_text()[-300:].strip()}")
 

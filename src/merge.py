@@ -16,7 +16,7 @@ from src.core.errors import ProofFailed, WrongKind
 from src.core.files import read_json
 from src.core.log import say, ticks
 from src.core.room import Needs
-from src.models import complete, fidelity, merging, safetensors_io, seen
+from src.models import adapter_files, complete, fidelity, merging, safetensors_io, seen
 from src.models.folder import base_of, check_folder, trust_of
 from src.models.loading import tokenizer_of
 from src.settings.verbs import MergeVerb
@@ -124,7 +124,7 @@ def prove(cfg: MergeVerb, adapter: Artifact, out: Path, trained: Trained) -> dic
 def needs(cfg: MergeVerb, inputs: dict[str, Artifact]) -> Needs:
     adapter = inputs["adapter"]
     asked = None if (adapter.path / fidelity.RECORD).is_file() else sum(file["size"] for file in adapter.files.values())
-    return host.merge(read_shape(inputs["model"].path), asked, cfg.dtype)
+    return host.merge(read_shape(inputs["model"].path), asked, cfg.dtype, ends=bool(adapter_files.table_rows(adapter.path)))
 
 
 STAGE = stage.Stage(verb="merge", version=2, schema=MergeVerb, kind="model", find=find, check=check, needs=needs, run=merge, doc=__doc__)

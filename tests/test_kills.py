@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import CHAT, FEW, ROOT, in_process
+from conftest import CHAT, FEW, ROOT
 
 from src.core.files import hash_files
 
@@ -38,8 +38,9 @@ def road(tmp_path_factory) -> Path:
     (here / "chats.json").write_text(json.dumps(json.loads((ROOT / "assets" / "conversations.json").read_text())[:60]))
     given = [f"outputs={here / 'o'}", "run=r"]
     for verb, *argv in (("data", f"data.path={here / 'chats.json'}", *FEW), ("finetune", *SHORT, "train.max_steps=8"), ("merge",)):
-        done = in_process(verb, *given, *argv)
-        assert done.returncode == 0, done.stderr
+        process = begin([verb, *given, *argv])
+        said = process.communicate(timeout=300)[1].decode()
+        assert process.returncode == 0, said
     return here / "o"
 
 

@@ -493,6 +493,7 @@ def test_layer_by_layer_is_the_whole_model(tied, rows_trained, tmp_path):
     rows = [encoding.Encoded(ids, ids) for ids in ([5, 6, 7, 8], list(range(9, 60)), list(range(3, 54)), [3, 1])]
     for found in folders:
         walk, _ = by_layer.load(found, base if found.kind == "adapter" else None)
+        assert {"embedding", "head"} <= walk.places.tensors.keys(), "which stay on disk under trained rows too"
         assert all(p.is_meta for name, p in walk.layers[0].named_parameters() if "lora" not in name)
         apart, together = (
             seen.observe(read, rows) for read in (seen.by_layer(walk, "a"), seen.whole(load_any(found, dtype="float32", base=base)[0], "b"))

@@ -111,7 +111,7 @@ def test_a_worker_leaves_the_room_to_the_launcher(call, command, machine, monkey
 
 
 def test_what_no_equation_is_known_for_is_said(call, command, monkeypatch, machine):
-    def unknown(*given):
+    def unknown(*given, **more):
         raise WrongKind("a mixture of experts")
 
     machine(GB / 100)
@@ -200,7 +200,7 @@ def test_a_teacher_is_counted_where_it_takes_more_to_be_asked_than_the_student_t
     small = call(*plan)
     refused(small, NoMemory)
     assert "teacher:" not in small.stderr
-    monkeypatch.setattr(host, "by_layer", lambda shape, tokens=0, adapter=None: {"layer in fp32 and a pass": 8e9 * (adapter is None)})
+    monkeypatch.setattr(host, "by_layer", lambda shape, tokens=0, adapter=0, ends=False: {"layer in fp32 and a pass": 8e9 * (not adapter)})
     refused(call(*plan), NoMemory, "teacher: layer in fp32 and a pass 8.0 GB")
 
 

@@ -305,7 +305,10 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0, device: 
         return None
     tokenizer = loading.load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base)
     grows = max(tokens, len(tokenizer)) > (read_json(base / "config.json").get("vocab_size") or 0)
-    inside = all(INSIDE.search(name) for name in safetensors_io.entries(artifact.path, "adapter_model*.safetensors"))
+    inside = all(
+        INSIDE.search(name) or name.endswith(".trainable_tokens_delta")
+        for name in safetensors_io.entries(artifact.path, "adapter_model*.safetensors")
+    )
     if any(base.glob("*.bin")) or not (model := _on_disk(base, ends=inside and not grows)):
         return None
     loading.grow_for_adapter(model, artifact.path, len(tokenizer))

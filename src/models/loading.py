@@ -179,6 +179,9 @@ def with_adapter(model, adapter: Path):
     import_peft()
     from peft import PeftModel
 
+    from src.models.token_rows import rows_beside_their_matrix
+
+    rows_beside_their_matrix()
     with using("the adapter", adapter), warnings.catch_warnings():
         # Of layers that are on disk: ByLayer does what torch says was not done.
         warnings.filterwarnings("ignore", message="for .*: copying from a non-meta parameter")

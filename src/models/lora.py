@@ -9,7 +9,7 @@ from src.core.errors import ConfigError
 from src.core.log import say
 from src.models.held import is_held
 from src.models.loading import import_peft
-from src.models.token_rows import keep_rows_under_zero3, row_rates, vocabulary_layers
+from src.models.token_rows import row_rates, rows_beside_their_matrix, vocabulary_layers
 from src.settings.verbs import AdapterTuner, Optimizer
 
 
@@ -31,7 +31,7 @@ def attach(model, tuner: AdapterTuner, rows: list[int], *, deepspeed: bool):
     import_peft()
     from peft import LoraConfig, get_peft_model
 
-    keep_rows_under_zero3()
+    rows_beside_their_matrix()
     kept = layers_to_save(model, tuner.modules_to_save)
     targets = lora_targets(model, tuner)
     tables = [name for name in vocabulary_layers(model) if not any(is_called(k, name) for k in kept)] if rows else []

@@ -117,11 +117,11 @@ def sample_rows(weight, used: int):
     return weight.detach()[torch.linspace(0, used - 1, min(used, 4096)).long()].float()
 
 
-def keep_rows_under_zero3() -> None:
-    """Let peft's trainable token rows work where ZeRO-3 has partitioned the matrix, on CPU and GPU, and without copying it each step.
+def rows_beside_their_matrix() -> None:
+    """Have peft's trained token rows computed beside the matrix they belong to, which is used as it is: held in 16 bits, on disk, or partitioned by ZeRO-3.
 
-    peft 0.21 gathers the first rows through `torch.cuda` alone and, in every forward, writes the rows into a copy of the whole matrix outside
-    the layer ZeRO-3 gathers. Here the layer runs as it is and the rows' part of its output is replaced.
+    peft 0.21 writes the rows into a copy of the whole matrix in every forward, outside the layer that ZeRO-3 gathers, and takes the first ones through
+    `torch.cuda` alone. Here the layer runs and the rows' part of its output is replaced.
     """
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 

@@ -92,16 +92,14 @@ def conversations(split: Path) -> Conversations:
     return Conversations(rows, split.stat().st_size / JSON / max(1, rows))
 
 
-def by_layer(shape: ModelShape, tokens: float = HELD_OUT, adapter: float | None = None) -> dict[str, float]:
+def by_layer(shape: ModelShape, tokens: float = HELD_OUT, adapter: float = 0, *, ends: bool = False) -> dict[str, float]:
     """Parts of a model gone through layer by layer over rows of so many tokens: the larger of a layer in fp32 with a pass, and of the output layer as it is
-    stored with its logits. adapter: bytes of one, under which embedding and output layer are in fp32 and stay."""
+    stored with its logits. adapter: bytes of one. ends: it has an embedding or output layer of its own; then the base's are in fp32 and stay."""
     layer = 4 * max(layer.params for layer in shape.stack) + 4 * TOGETHER * max(map(_widest, shape.stack))
-    table = stored_width(shape) * shape.embedding if adapter is None else 0.0
-    kept = (
-        {} if adapter is None else {"embedding and output layer in fp32, and the adapter": adapter + 4.0 * (shape.embedding + shape.head)}
-    )
-    ends = ("output layer and its logits", table + 3 * min(CHUNK, 4 * shape.vocab * tokens))
-    what, most = max(("layer in fp32 and a pass", layer), ends, key=lambda part: part[1])
+    table = 0.0 if ends else stored_width(shape) * shape.embedding
+    kept = {"adapter": adapter, "embedding and output layer in fp32": 4.0 * (shape.embedding + shape.head) if ends else 0.0}
+    last = ("output layer and its logits", table + 3 * min(CHUNK, 4 * shape.vocab * tokens))
+    what, most = max(("layer in fp32 and a pass", layer), last, key=lambda part: part[1])
     return {**kept, what: most, "hidden states": 2 * min(HIDDEN, 4 * shape.hidden * tokens)}
 
 
@@ -111,9 +109,9 @@ def _widest(layer: Layer) -> int:
     return 3 * down.columns + 4 * down.rows
 
 
-def proof(shape: ModelShape, adapter: float | None = None) -> dict[str, float]:
+def proof(shape: ModelShape, adapter: float = 0, *, ends: bool = False) -> dict[str, float]:
     """Parts of a process that loads what was made and says what it says at held-out conversations."""
-    return {"libraries of the proof": SERVER + PROOF, "its tokenizer": tokenizer(shape), **by_layer(shape, adapter=adapter)}
+    return {"libraries of the proof": SERVER + PROOF, "its tokenizer": tokenizer(shape), **by_layer(shape, adapter=adapter, ends=ends)}
 
 
 def largest(*phases: dict[str, float]) -> dict[str, float]:
@@ -132,7 +130,9 @@ def finetune(shape: ModelShape, tuner: Tuner, zero: Deepspeed, train: Train | Pl
     """processes, gpus: of this machine. On GPUs a model is in the machine's memory until it has been moved, and what is offloaded stays there."""
     adapter = None if isinstance(tuner, FullTuner) else tuner
     trained = adapter_values(shape, adapter) if adapter else shape.params
-    set_up = Training(shape, tuner.kind, adapter.rank if adapter else 0, trained, zero, train, processes, gpus)
+    set_up = Training(
+        shape, tuner.kind, adapter.rank if adapter else 0, trained, zero, train, processes, gpus, bool(adapter and tables(adapter))
+    )
     lora = replace(set_up, kind="lora", rank=adapter.rank if adapter else RANK, trained=adapter_values(shape, adapter))
     qlora = replace(lora, kind="qlora")
     lengths = (n for n in (4096, 2048, 1024, 512, 256, 128) if n < train.max_length)
@@ -158,7 +158,8 @@ def with_teacher(needs: Needs, teacher: ModelShape, tokens: float, processes: in
 
 @dataclass(frozen=True)
 class Training:
-    """A training as it is set up. kind, rank: of the tuner, rank 0 of a model that is trained whole; trained: values; processes, gpus: of this machine.
+    """A training as it is set up. kind, rank: of the tuner, rank 0 of a model that is trained whole; trained: values; processes, gpus: of this machine. tables: an
+    adapter has an embedding or output layer of its own.
 
     length, micro_batch, checkpointing: in place of those that `train` has.
     """
@@ -171,16 +172,17 @@ class Training:
     train: Train | PlanTrain
     processes: int
     gpus: int
+    tables: bool
     length: int | None = None
     micro_batch: int | None = None
     checkpointing: bool | None = None
 
     def needs(self) -> Needs:
         disk = 3 * 12 * self.trained  # two checkpoints with Adam's moments while one replaces the other, and the result
-        adapter = 4 * self.trained if self.kind != "full" else None
-        after = {**self.resident(), **proof(self.shape, adapter)}
+        proven = proof(self.shape, 4 * self.trained, ends=self.tables) if self.kind != "full" else proof(self.shape)
+        after = {**self.own, **proven}
         if self.gpus:
-            return Needs(largest(self.loading(), self.offloaded(), {**self.own, **proof(self.shape, adapter)}), disk)
+            return Needs(largest(self.loading(), self.offloaded(), after), disk)
         asked = self.train.gradient_checkpointing if self.checkpointing is None else self.checkpointing
         needs = Needs(largest(self.step(self.tokens(), checkpointing=asked is True), after), disk)
         if asked != "auto":
@@ -246,11 +248,15 @@ def adapter_values(shape: ModelShape, tuner: AdapterTuner | None) -> int:
 
     tuner: None for the adapters that configs/tuner/lora.yaml has.
     """
-    listed, rank, whole = (tuner.target_modules, tuner.rank, tuner.modules_to_save) if tuner else ("all-linear", RANK, [])
+    listed, rank = (tuner.target_modules, tuner.rank) if tuner else ("all-linear", RANK)
     names = None if listed == "all-linear" else {name.removesuffix("_proj") for name in listed}
     adapted = (m for layer in shape.stack for m in layer.matrices if names is None or m.name in names)
-    tables = {name.rsplit(".", 1)[-1] for name in whole} & {"embed_tokens", "lm_head"}
-    return rank * sum(m.rows + m.columns for m in adapted) + len(tables) * shape.embedding
+    return rank * sum(m.rows + m.columns for m in adapted) + (len(tables(tuner)) if tuner else 0) * shape.embedding
+
+
+def tables(tuner: AdapterTuner) -> set[str]:
+    """Which of embedding and output layer are trained whole."""
+    return {name.rsplit(".", 1)[-1] for name in tuner.modules_to_save} & {"embed_tokens", "lm_head"}
 
 
 def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool, fused: bool = True) -> float:
@@ -274,14 +280,14 @@ def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool, fused: bool
     return 4 * shape.hidden * shape.layers + max(each) if checkpointing else sum(each)
 
 
-def merge(shape: ModelShape, adapter: float | None = None, dtype: str = "auto") -> Needs:
+def merge(shape: ModelShape, adapter: float | None = None, dtype: str = "auto", *, ends: bool = False) -> Needs:
     """Each in a process of its own: tensor by tensor into the result; the adapter on its base, where training has not kept what it said; the result.
 
-    adapter: its bytes, where the adapter on its base has to be asked.
+    adapter: its bytes, where the adapter on its base has to be asked. ends: see by_layer.
     """
     matrix = max(m.size for layer in shape.stack for m in layer.matrices)
     work = {"libraries": SERVER + PROOF, "a matrix, its sum and its rounding": 12 * matrix}
-    asked = [] if adapter is None else [proof(shape, adapter)]
+    asked = [] if adapter is None else [proof(shape, adapter, ends=ends)]
     parts = largest(*({"this process": PYTHON, **phase} for phase in (work, *asked, proof(shape))))
     return Needs(parts, stored(shape if dtype == "auto" else replace(shape, dtype=dtype)))
 
