@@ -35,18 +35,28 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
 
 
-def interrupted_by_signals() -> None:
-    """Have SIGTERM and SIGHUP end this process as Ctrl-C does, by an exception that cleans up on its way; SIGHUP stays ignored under nohup."""
+@contextlib.contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP end this process as Ctrl-C does, by an exception that cleans up on its way; SIGHUP stays ignored under nohup.
+
+    Behind it they end the process at once, since an interpreter that closes down has nothing left to clean up, and would show the exception.
+    """
 
     def end(number: int, frame: object) -> None:
         raise Interrupted(number)
 
+    before = {}
     with contextlib.suppress(ValueError):  # not in the main thread
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, end)
+                before[number] = signal.signal(number, end)
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_with_parent(parent: int) -> None:
@@ -117,7 +127,8 @@ def _answer(sender: Any, parent: int, function: Callable[..., Any], args: tuple[
         if not isinstance(error, UserError):
             error.add_note("".join(traceback.format_exception(error)))
             found = (False, error if _can_be_sent(error) else RuntimeError("".join(traceback.format_exception(error))))
-    sender.send(found)
+    with contextlib.suppress(BrokenPipeError):  # who asked has ended, and ends us
+        sender.send(found)
 
 
 def _can_be_sent(error: Exception) -> bool:

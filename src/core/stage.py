@@ -190,12 +190,12 @@ def guarded(work: Callable[[], int]) -> int:
     """Exit code of `work`, with errors a user can mend printed instead of raised. A worker process ends with the one that started it."""
     if launcher := os.environ.get("BOARDWALK_WORKER"):
         end_with_parent(int(launcher))
-    interrupted_by_signals()
     try:
-        check_environment()
-        code = work()
-        sys.stdout.flush()
-        return code
+        with interrupted_by_signals():
+            check_environment()
+            code = work()
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt as stop:
         if "BOARDWALK_WORKER" not in os.environ:  # else the process that started the workers says it
             say("interrupted; the same command goes on, from the last checkpoint where there is one")
