@@ -70,7 +70,7 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     reports = Reports(run, cfg, out, tokenizer, records)
     stop = Stop()
     states = Checkpoints(run, world, cfg.train.checkpoint_minutes, stop)
-    for callback in (Probe(run, out, precision, proven=cfg.deepspeed.stage != 3), reports, states):
+    for callback in (Probe(run, cfg, out, precision), reports, states):
         run.add_callback(callback)
     of_val = (encoding.Encoded(example.input_ids.tolist(), example.labels.tolist()) for example in val)
     held = fidelity.within(of_val, most=fidelity.enough(inputs["model"].path)) or fidelity.held_out(
