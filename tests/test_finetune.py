@@ -22,6 +22,7 @@ from src.models.loading import load_any, load_tokenizer
 from src.settings.verbs import FinetuneVerb
 from src.training import session
 from src.training.deepspeed_config import CPU_BUCKET, GPU_BUCKET, deepspeed_json
+from src.training.partitions import share_masters
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
@@ -237,6 +238,15 @@ def test_on_a_cpu_zero_3_keeps_no_layer_that_is_not_computed_and_a_small_bucket(
     assert [told(False)[name] for name in held] == [0, 0, 0] and told(False)["reduce_bucket_size"] == CPU_BUCKET
     assert told(True)["stage3_prefetch_bucket_size"] == told(True)["reduce_bucket_size"] == GPU_BUCKET
     assert "stage3_max_live_parameters" not in told(True) and told(True, "deepspeed.bucket_size=7")["reduce_bucket_size"] == 7
+
+
+def test_fp32_weights_are_their_own_masters():
+    weights = [torch.arange(4.0), torch.arange(4.0).bfloat16(), torch.zeros(2)]
+    masters = [weights[0].clone(), weights[1].float(), torch.ones(2)]
+    share_masters(masters, weights)
+    masters[0].add_(1)
+    assert [master.data_ptr() == weight.data_ptr() for master, weight in zip(masters, weights)] == [True, False, False]
+    assert weights[0].tolist() == [1, 2, 3, 4]
 
 
 def test_without_a_validation_split_nothing_is_evaluated(here, eighty, capsys):
