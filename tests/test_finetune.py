@@ -238,10 +238,10 @@ def zero_settings(gpu: bool, *more: str) -> dict:
     return deepspeed_json(compose("finetune", ["deepspeed=zero3", *more], FinetuneVerb), gpu=gpu)["zero_optimization"]
 
 
-def test_on_a_cpu_zero_3_keeps_no_layer_that_is_not_computed_and_a_small_bucket():
+def test_on_a_cpu_zero_3_keeps_no_layer_that_is_not_computed_and_small_buckets():
     here = zero_settings(gpu=False)
     held = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
-    assert [here[name] for name in held] == [0, 0, 0] and here["reduce_bucket_size"] == CPU_BUCKET
+    assert [here[name] for name in held] == [0, 0, 0] and here["reduce_bucket_size"] == here["sub_group_size"] == CPU_BUCKET
 
 
 def test_on_a_gpu_zero_3_sends_and_keeps_by_the_models_width(tmp_path):
@@ -254,7 +254,7 @@ def test_on_a_gpu_zero_3_sends_and_keeps_by_the_models_width(tmp_path):
         return [config.get_value(f"zero_optimization.{name}") for name in names]
 
     assert filled() == [10_000, 9_000, 1_000] and filled("deepspeed.bucket_size=7") == [7, 7, 1_000]
-    assert "stage3_max_live_parameters" not in zero_settings(True)
+    assert not {"stage3_max_live_parameters", "sub_group_size"} & set(zero_settings(True))
 
 
 def test_fp32_weights_are_their_own_masters():

@@ -36,8 +36,9 @@ def deepspeed_json(cfg: FinetuneVerb, *, gpu: bool) -> dict:
         zero |= {"allgather_bucket_size": bucket, "allgather_partitions": True, "reduce_scatter": True}
     if settings.stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-        # A CPU gathers and computes in turn, so whole weights that wait or are kept for a second use save no time: a layer's are let go after it.
-        zero |= WIDE if gpu else ONE_LAYER
+        # A CPU gathers and computes in turn, so whole weights that wait or are kept for a second use save no time: a layer's are let go after it. Its
+        # optimizer's step copies the gradients of a group of weights, which by default is all there are.
+        zero |= WIDE if gpu else {**ONE_LAYER, "sub_group_size": bucket}
         if gpu and settings.bucket_size != "auto":
             zero |= {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
     if settings.offload:
