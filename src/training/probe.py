@@ -102,6 +102,7 @@ class Probe(TrainerCallback):
     def save(self) -> int:
         """Bytes of a trial save. Raises NoRoom where the checkpoints of the run would not fit on the disk."""
         folder = self.out / "probe"
+        self.trainer.tidy()
         self.trainer.finished = True
         self.trainer.save_model(str(folder))
         self.trainer.finished = False
