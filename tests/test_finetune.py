@@ -5,12 +5,14 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import END, START, go, helps, in_terminal, make_base, process, to_its_end
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from src import data, finetune, merge
 from src.core import artifact
@@ -21,7 +23,8 @@ from src.models.held import is_held
 from src.models.loading import load_any, load_tokenizer
 from src.settings.verbs import FinetuneVerb
 from src.training import session
-from src.training.deepspeed_config import CPU_BUCKET, GPU_BUCKET, deepspeed_json
+from src.training.deepspeed_config import CPU_BUCKET, deepspeed_json
+from src.training.partitions import share_masters
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-chat"
@@ -231,12 +234,36 @@ def test_validation_rows_may_be_fewer_and_that_is_said(train, here, capsys):
     assert "validation: on 2 of " in capsys.readouterr().err
 
 
-def test_on_a_cpu_zero_3_keeps_no_layer_that_is_not_computed_and_a_small_bucket():
-    told = lambda gpu, *more: deepspeed_json(compose("finetune", ["deepspeed=zero3", *more], FinetuneVerb), gpu=gpu)["zero_optimization"]
+def zero_settings(gpu: bool, *more: str) -> dict:
+    return deepspeed_json(compose("finetune", ["deepspeed=zero3", *more], FinetuneVerb), gpu=gpu)["zero_optimization"]
+
+
+def test_on_a_cpu_zero_3_keeps_no_layer_that_is_not_computed_and_small_buckets():
+    here = zero_settings(gpu=False)
     held = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
-    assert [told(False)[name] for name in held] == [0, 0, 0] and told(False)["reduce_bucket_size"] == CPU_BUCKET
-    assert told(True)["stage3_prefetch_bucket_size"] == told(True)["reduce_bucket_size"] == GPU_BUCKET
-    assert "stage3_max_live_parameters" not in told(True) and told(True, "deepspeed.bucket_size=7")["reduce_bucket_size"] == 7
+    assert [here[name] for name in held] == [0, 0, 0] and here["reduce_bucket_size"] == here["sub_group_size"] == CPU_BUCKET
+
+
+def test_on_a_gpu_zero_3_sends_and_keeps_by_the_models_width(tmp_path):
+    names = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+
+    def filled(*more):
+        config = HfTrainerDeepSpeedConfig({"zero_optimization": zero_settings(True, *more)})
+        model = SimpleNamespace(config=SimpleNamespace(hidden_size=100))
+        config.trainer_config_finalize(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), model, 1)
+        return [config.get_value(f"zero_optimization.{name}") for name in names]
+
+    assert filled() == [10_000, 9_000, 1_000] and filled("deepspeed.bucket_size=7") == [7, 7, 1_000]
+    assert not {"stage3_max_live_parameters", "sub_group_size"} & set(zero_settings(True))
+
+
+def test_fp32_weights_are_their_own_masters():
+    weights = [torch.arange(4.0), torch.arange(4.0).bfloat16(), torch.zeros(2)]
+    masters = [weights[0].clone(), weights[1].float(), torch.ones(2)]
+    share_masters(masters, weights)
+    masters[0].add_(1)
+    assert [master.data_ptr() == weight.data_ptr() for master, weight in zip(masters, weights)] == [True, False, False]
+    assert weights[0].tolist() == [1, 2, 3, 4]
 
 
 def test_without_a_validation_split_nothing_is_evaluated(here, eighty, capsys):

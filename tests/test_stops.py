@@ -11,7 +11,9 @@ from conftest import CHAT, go, helps, make_base
 
 from src import data, finetune
 from src.core import artifact
+from src.core.compose import compose
 from src.core.errors import MissingTool, NoMemory, NoRoom, ProofFailed
+from src.settings.verbs import FinetuneVerb
 from src.training import batches, choices, layout, probe, reports, rules, session
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
@@ -154,6 +156,20 @@ def test_a_machine_that_cannot_hold_one_conversation_says_so(run, monkeypatch):
     machine(monkeypatch, (kept + recomputed) / 2, 1e8)
     assert run("tiny", "train.max_steps=2", "train.gradient_checkpointing=false")[0] == NoMemory.exit_code
     assert run("tiny", "train.max_steps=2", "train.gradient_checkpointing=true")[0] == 0
+
+
+def test_what_takes_less_memory_is_advised_where_it_would(monkeypatch):
+    def advised(*argv, gpu=True, checkpointing=False, one=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        cfg = compose("finetune", argv, FinetuneVerb)
+        return [way.split(",")[0].split(" or ")[0] for way in layout.smaller(cfg, checkpointing=checkpointing, one=one)]
+
+    every = ["train.micro_batch_size=1", "train.gradient_checkpointing=true", "train.max_length=N", "tuner=lora", "deepspeed=zero3_offload"]
+    assert advised("tuner=full") == every
+    assert advised("tuner=full", gpu=False) == every[:-1]  # a machine has no other memory to move anything to
+    assert advised("tuner=full", "deepspeed=zero3_offload") == every[:-1]
+    assert advised("tuner=lora", checkpointing=True, one=True) == [every[2], every[4]]
+    assert advised("tuner=qlora", checkpointing=True, one=True) == [every[2]]  # a 4-bit base cannot be partitioned
 
 
 @helps("training/layout.py", "train.{}=auto")

@@ -234,7 +234,7 @@ class Deepspeed(Settings):
     offload: bool
     """keep optimizer states (and under ZeRO-3 parameters) in host memory"""
     bucket_size: PositiveInt | Literal["auto"]
-    """elements per reduce or all-gather bucket; auto: 200 million on a GPU, 5 million on a CPU"""
+    """elements per reduce or all-gather bucket; auto: 200 million on a GPU, under ZeRO-3 by the model's width, and 5 million on a CPU"""
     config: Annotated[str | None, Unkeyed]
     """a DeepSpeed JSON file merged over these settings; optimizer and scheduler blocks in it are refused"""
 

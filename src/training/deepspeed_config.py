@@ -11,9 +11,19 @@ from src.settings.verbs import FinetuneVerb
 GPU_BUCKET, CPU_BUCKET = 200_000_000, 5_000_000
 """elements that are sent at a time: on a GPU while it computes; on a CPU nothing runs beside the sending, and a bucket is only memory"""
 
+AUTO = "auto"
+"""what a DeepSpeed file says for a number that the trainer gives"""
+WIDE = {"reduce_bucket_size": AUTO, "stage3_prefetch_bucket_size": AUTO, "stage3_param_persistence_threshold": AUTO}
+ONE_LAYER = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+
 
 def deepspeed_json(cfg: FinetuneVerb, *, gpu: bool) -> dict:
-    """DeepSpeed's configuration. Optimizer and scheduler stay out of it: a block for either silently replaces the one asked for."""
+    """DeepSpeed's configuration. Optimizer and scheduler stay out of it: a block for either silently replaces the one asked for.
+
+    On a GPU what ZeRO-3 gathers ahead, sends together and leaves whole is for transformers to say by the model's width, as DeepSpeed's authors advise:
+    0.9 h^2, h^2 and 10 h elements (transformers/integrations/deepspeed.py, `trainer_config_finalize`; snowflakedb/ArcticTraining#270). How much
+    may be gathered at once keeps DeepSpeed's default, for which transformers has no such rule.
+    """
     settings = cfg.deepspeed
     bucket = (GPU_BUCKET if gpu else CPU_BUCKET) if settings.bucket_size == "auto" else settings.bucket_size
     zero: dict[str, object] = {
@@ -25,10 +35,12 @@ def deepspeed_json(cfg: FinetuneVerb, *, gpu: bool) -> dict:
     if settings.stage == 2:
         zero |= {"allgather_bucket_size": bucket, "allgather_partitions": True, "reduce_scatter": True}
     if settings.stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_gather_16bit_weights_on_model_save": True}
-        if not gpu:
-            # A CPU gathers and computes in turn, so whole weights that wait or are kept for a second use save no time: a layer's are let go after it.
-            zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        # A CPU gathers and computes in turn, so whole weights that wait or are kept for a second use save no time: a layer's are let go after it. Its
+        # optimizer's step copies the gradients of a group of weights, which by default is all there are.
+        zero |= WIDE if gpu else {**ONE_LAYER, "sub_group_size": bucket}
+        if gpu and settings.bucket_size != "auto":
+            zero |= {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
         if settings.stage == 3:
@@ -52,8 +64,6 @@ def deepspeed_json(cfg: FinetuneVerb, *, gpu: bool) -> dict:
 
 
 NO_FILE = "deepspeed=zero2 or deepspeed=zero3 needs no file"
-AUTO = "auto"
-"""what a DeepSpeed file says for a number that the trainer's settings give"""
 
 
 def user_deepspeed_json(path: Path, cfg: FinetuneVerb) -> dict:

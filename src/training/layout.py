@@ -263,18 +263,25 @@ def tokens_that_fit(cfg: FinetuneVerb, model, examples: Examples, layout: Layout
             if need > there:
                 raise NoMemory(
                     f"the longest conversation needs about {size(need)} beside the weights, this machine has {size(there)}",
-                    fix=SMALLER[2 if layout.checkpointing else 1 :],
+                    fix=smaller(cfg, checkpointing=layout.checkpointing, one=True),
                 )
     return rules.tokens_that_fit(left, each, trained=trained, shards=world, offload=offload)
 
 
-SMALLER = [
-    "train.micro_batch_size=1",
-    "train.gradient_checkpointing=true",
-    "train.max_length=N, lower, for shorter conversations; train.long_rows says what becomes of the longer",
-    "tuner=lora or tuner=qlora, which train fewer weights",
-    "deepspeed=zero3_offload, which shares what is left between processes and the host's memory",
-]
+def smaller(cfg: FinetuneVerb, *, checkpointing: bool, one: bool) -> list[str]:
+    """Settings that take less memory than the run's own. one: a single conversation is too much already.
+
+    Offloading moves what a GPU holds into the machine's memory, where all of it is where there is no GPU.
+    """
+    gpu, kind, zero = torch.cuda.is_available(), cfg.tuner.kind, cfg.deepspeed
+    return [
+        *["train.micro_batch_size=1"] * (not one),
+        *["train.gradient_checkpointing=true"] * (not checkpointing),
+        "train.max_length=N, lower, for shorter conversations; train.long_rows says what becomes of the longer",
+        *["tuner=lora or tuner=qlora, which train fewer weights"] * (kind == "full"),
+        *["deepspeed=zero3_offload, which shares what is left between processes and the host's memory"]
+        * (gpu and kind != "qlora" and not (zero.stage == 3 and zero.offload)),
+    ]
 
 
 def kept_bytes(model, batch: dict) -> int:

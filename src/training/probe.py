@@ -10,10 +10,11 @@ from transformers import TrainerCallback
 from src.core.errors import NO_SPACE, NoMemory, NoRoom, ProofFailed
 from src.core.log import duration, rank, say, size
 from src.models.devices import give_back_memory
+from src.settings.verbs import FinetuneVerb
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
 from src.training.head import token_results
-from src.training.layout import EQUAL, SMALLER, as_in_use, leaks, losses, sample_examples
+from src.training.layout import EQUAL, as_in_use, leaks, losses, sample_examples, smaller
 from src.training.trainer import ChatTrainer
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps")
@@ -27,9 +28,8 @@ class Probe(TrainerCallback):
     are put back.
     """
 
-    def __init__(self, trainer: ChatTrainer, out: Path, precision: str, *, proven: bool):
-        """proven: whether packing and the chunked loss were proven before; under ZeRO-3 they are here."""
-        self.trainer, self.out, self.precision, self.proven = trainer, out, precision, proven
+    def __init__(self, trainer: ChatTrainer, cfg: FinetuneVerb, out: Path, precision: str):
+        self.trainer, self.cfg, self.out, self.precision = trainer, cfg, out, precision
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
@@ -38,14 +38,14 @@ class Probe(TrainerCallback):
         give_back_memory()  # what loading and DeepSpeed's partitioning went through
         examples = trainer.plan.longest()
         try:
-            if not self.proven:
+            if self.cfg.deepspeed.stage == 3:  # nothing was proven before the model was in the engine
                 self.prove_inside()
             self.step(micro_batch(trainer.examples, examples, trainer.pad, packed=trainer.plan.packed))
         except torch.OutOfMemoryError:
             raise NoMemory(
                 f"the longest batch of the run, {trainer.plan.size(examples):,} tokens, does not fit on the GPU",
                 where=f"{torch.cuda.get_device_name()}, {size(torch.cuda.mem_get_info()[1])}",
-                fix=SMALLER,
+                fix=smaller(self.cfg, checkpointing=trainer.model.is_gradient_checkpointing, one=len(examples) == 1),
             ) from None
         written = self.save()
         say(
@@ -102,6 +102,7 @@ class Probe(TrainerCallback):
     def save(self) -> int:
         """Bytes of a trial save. Raises NoRoom where the checkpoints of the run would not fit on the disk."""
         folder = self.out / "probe"
+        self.trainer.tidy()
         self.trainer.finished = True
         self.trainer.save_model(str(folder))
         self.trainer.finished = False

@@ -22,6 +22,7 @@ from src.training.checkpoints import Checkpoints, Stop, barrier
 from src.training.examples import Examples, examples_of
 from src.training.head import HeadLoss, may_chunk
 from src.training.layout import choose_layout
+from src.training.partitions import InPlace
 from src.training.probe import Probe
 from src.training.reports import Reports, preview, summary
 from src.training.saving import Trained, saved_dtype
@@ -70,7 +71,7 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     reports = Reports(run, cfg, out, tokenizer, records)
     stop = Stop()
     states = Checkpoints(run, world, cfg.train.checkpoint_minutes, stop)
-    for callback in (Probe(run, out, precision, proven=cfg.deepspeed.stage != 3), reports, states):
+    for callback in (InPlace(), Probe(run, cfg, out, precision), reports, states):
         run.add_callback(callback)
     of_val = (encoding.Encoded(example.input_ids.tolist(), example.labels.tolist()) for example in val)
     held = fidelity.within(of_val, most=fidelity.enough(inputs["model"].path)) or fidelity.held_out(

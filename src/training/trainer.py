@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_model
 from transformers import PreTrainedModel, Trainer, get_scheduler
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
 
 from src.chat.encoding import Encoded
 from src.core.log import progress
 from src.models import adapter_files, lora, seen
+from src.models.devices import give_back_memory
 from src.models.token_rows import folded
 from src.training.batches import BatchPlan, Steps, micro_batch
 from src.training.examples import Example, Examples
@@ -102,11 +104,18 @@ class ChatTrainer(Trainer):
             self.accelerator.gradient_state._set_sync_gradients(i == last)
             waits = i < last and isinstance(model, torch.nn.parallel.DistributedDataParallel)
             with model.no_sync() if waits else contextlib.nullcontext():
+                self.tidy()
                 loss = share_of_step(self.loss_sum(model, batch), num_items_in_batch, self.args.world_size)
+                self.tidy()
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
             total += loss.detach()
         self.step_losses.append(total)
         return total
+
+    def tidy(self) -> None:
+        """Under ZeRO-3 on a CPU, give back what glibc keeps: there weights and gradients come and go between activations, and what is free lies scattered."""
+        if self.args.device.type == "cpu" and is_deepspeed_zero3_enabled():
+            give_back_memory()
 
     def loss_sum(self, model, batch: dict) -> torch.Tensor:
         """Sum of the losses of a micro-batch's trained tokens, fp32."""
