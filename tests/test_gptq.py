@@ -93,6 +93,19 @@ def test_inputs_that_are_always_zero_and_groups_of_zeros_do_no_harm():
     assert made.weight.isfinite().all() and lost(weight, tokens, made.weight) < 0.02 * lost(weight, tokens, 0 * weight)
 
 
+def test_the_factor_is_that_of_the_damped_inverse_in_order():
+    _, tokens = matrix()
+    hessian = gptq.Hessian(256)
+    hessian.add(tokens)
+    whole, order = hessian.sum.double(), torch.randperm(256)
+    ordered = whole[order][:, order]
+    ordered.diagonal().add_(0.05 * ordered.diagonal().mean())
+    factor = hessian.factor(order, 0.05).double()
+    assert torch.equal(factor, factor.triu()) and torch.allclose(
+        factor.T @ factor @ ordered, torch.eye(256, dtype=torch.float64), atol=1e-3
+    )
+
+
 def test_a_hessian_that_is_no_number_is_refused():
     hessian = gptq.Hessian(8)
     hessian.add(torch.full((4, 8), math.nan))

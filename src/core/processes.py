@@ -91,15 +91,16 @@ def fresh(function: Callable[..., T], *args: Any) -> T:
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = _server().Process(target=_answer, args=(sender, os.getpid(), function, args))
-    process.start()
-    sender.close()
     try:
+        process.start()
+        sender.close()
         done, value = receiver.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):  # of the process, or of the server before it had forked it
         raise NoMemory("a process of this stage was killed, most likely for lack of memory", fix=MEMORY) from None
     finally:
-        process.kill()
-        process.join()
+        if process.pid:
+            process.kill()
+            process.join()
     if not done:
         raise value
     found: T = value

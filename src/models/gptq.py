@@ -56,18 +56,21 @@ class Hessian:
         return (within + torch.arange(len(groups), device=groups.device)[:, None] * groups.shape[1])[among].flatten()
 
     def factor(self, order: torch.Tensor, damp: float) -> torch.Tensor:
-        """Upper Cholesky factor of the damped inverse in that order, fp32 (in, in); uses the sum up. Raises NotPositive."""
-        ordered = self.sum[order][:, order]
+        """Upper Cholesky factor of the damped inverse in that order, fp32 (in, in); uses the sum up, and holds no more than two of its size. Raises
+        NotPositive."""
+        ordered = self.sum[order]
         del self.sum
+        ordered = ordered[:, order]
         diagonal = ordered.diagonal()
         diagonal[diagonal == 0] = 1
         step = float(diagonal.mean())
         while damp < 1:
             diagonal.add_(damp * step)
             lower, fault = torch.linalg.cholesky_ex(ordered)
-            if not fault and lower.isfinite().all():
+            if not fault and lower.diagonal().isfinite().all():  # what is no number comes down to it
                 del ordered, diagonal
-                return torch.linalg.cholesky(torch.cholesky_inverse(lower, out=lower), upper=True)
+                inverse = torch.cholesky_inverse(lower, out=lower)
+                return torch.linalg.cholesky_ex(inverse, upper=True, out=(inverse, fault))[0]
             diagonal.sub_(damp * step)
             damp = max(2 * damp, 0.01)
         raise NotPositive

@@ -320,7 +320,7 @@ def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversati
 def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, *, exact: bool = False) -> Needs:
     """A layer in fp32, the calibration rows' hidden states, and of the matrices that share an input one group at a time; then the proof.
 
-    A group takes three copies of its Hessian, which is sorted and factored, or beside the factor its weights four times: as they are, and as the
+    A group takes two copies of its Hessian, which is sorted and factored, or beside the factor its weights four times: as they are, and as the
     integers, scales and sums that they become. exact: the sum of adapter and base is written in fp32 first.
     """
     result = 0.6 * shape.matrix_params + stored(shape) * (1 - shape.matrix_params / shape.params)
@@ -328,7 +328,7 @@ def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, 
     own = {"this process": PYTHON, "libraries": SERVER + PROOF, "tokenizer": tokenizer(shape)}
     layer = max(shape.stack, key=lambda layer: layer.params)
     groups = [list(group) for _, group in groupby(layer.matrices, key=lambda m: SHARED.get(m.name, m.name))]
-    group = max(max(12 * g[0].columns ** 2, 4 * g[0].columns ** 2 + 16 * sum(m.size for m in g)) for g in groups)
+    group = max(max(8 * g[0].columns ** 2, 4 * g[0].columns ** 2 + 16 * sum(m.size for m in g)) for g in groups)
 
     def of(rows: int, *, exact: bool) -> Needs:
         hidden = {"hidden states of the calibration rows": 4 * split.tokens(rows, calibration.max_length) * shape.hidden}
