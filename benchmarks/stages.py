@@ -1,9 +1,9 @@
 """What every stage takes, by size, beside what one would use instead: python benchmarks/stages.py SIZE [--only STAGE ...] [--model FOLDER] [--chats FILE]
 
-A random model of a real shape in bf16, made in shards (or FOLDER), goes down the road: data, LoRA (rank 64, two steps), merge, GPTQ int4, evaluation of
-each, the CPU bundle. Beside them peft's own script (load, merge_and_unload, save_pretrained), gptqmodel called plainly with batches of 1 and 16, and
-transformers' Trainer with its rows padded to 512, two at a time, as Qwen's finetune.py has it. Each is a tree of processes of its own. Of each: CPU seconds, peak memory that the tree has of its own
-(USS, sampled ten times a second) over the bytes of the weights, bytes written, wall time.
+A random model of a real shape in bf16, made in shards (or FOLDER), goes down the road: data, LoRA (rank 64, two steps of four conversations), merge, GPTQ
+int4, evaluation of each, the CPU bundle. Beside them peft's own script (load, merge_and_unload, save_pretrained), gptqmodel called plainly with batches of
+1 and 16, and transformers' Trainer with its rows padded to 512, two at a time, as Qwen's finetune.py has it. Each is a tree of processes of its own. Of
+each: CPU seconds, peak memory that the tree has of its own (USS, sampled ten times a second) over the bytes of the weights, bytes written, wall time.
 
 SIZE: 135m (SmolLM2), 0.5b (Qwen2.5), 0.6b (Qwen3), 1b (Llama 3.2), 7b (Qwen2.5, cut to 12 of 28 layers). Chats: GSM8K-like, of assets/ without FILE.
 """
@@ -171,6 +171,7 @@ def road(model: Path, chats: list[str], place: Path) -> dict[str, list]:
     size = f"quantizer.group_size={group(model)}"
     few = ["evaluation.rows=16", "evaluation.samples=2", "evaluation.max_new_tokens=16", "evaluation.max_length=2048"]
     steps = ["train.max_steps=2", "train.global_batch_size=4", f"train.max_length={LENGTH}", f"tuner.rank={RANK}", "chat_template=chatml"]
+    steps += ["train.samples=0", "train.eval_rows=8"]
     return {
         "data": ["-m", "src.data", *run, *chats],
         "finetune": ["-m", "src.finetune", *run, f"model.path={model}", "tuner=lora", *steps],
