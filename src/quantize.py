@@ -1,4 +1,5 @@
-"""Quantize a model with GPTQ, layer by layer, calibrated on the dataset's calib split rendered through the training template.
+"""Quantize a model layer by layer: with GPTQ, calibrated on the dataset's calib split rendered through the training template, or, as what that has to be
+better than, rounded to the nearest (quantizer=rtn_int4, rtn_int8).
 
 A merged adapter is quantized from the exact sum, not from the 16 bits its merge was rounded to. The layout is what gptqmodel writes, with everything
 that is not quantized as the source stores it; it loads in transformers as it is, and equal inputs give equal bytes.
@@ -24,7 +25,7 @@ from src.models.devices import device
 from src.models.folder import check_folder, check_tokenizer, trust_of
 from src.models.loading import load_tokenizer
 from src.models.safetensors_io import Entry
-from src.settings.verbs import QuantizeVerb
+from src.settings.verbs import QuantizeVerb, RtnQuantizer
 from src.sizing import host
 from src.sizing.config_reader import read_shape
 
@@ -37,7 +38,7 @@ def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
 def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     model, dataset = inputs["model"], inputs["dataset"]
     config = check_folder(model.path, trust_remote_code=trust_of(model))
-    if not dataset.files["calib.jsonl"]["size"]:
+    if calibrates(cfg) and not dataset.files["calib.jsonl"]["size"]:
         raise MissingInput("the calib split is empty", where=str(dataset.path), fix=stage.made_again(dataset, "data.calib=0.1"))
     group = cfg.quantizer.group_size
     linear = [e for e in safetensors_io.entries(model.path).values() if ".layers." in e.name and len(e.shape) == 2]
@@ -61,7 +62,12 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     if trust_of(model):
         raise WrongKind("GPTQ goes layer by layer, and this model runs code of its own, which may do otherwise", where=str(model.path))
     return [
-        f"GPTQ int{cfg.quantizer.bits}, group {group}, of {model.path}, calibrated on {dataset.path}/calib.jsonl",
+        f"{cfg.quantizer.kind.upper()} int{cfg.quantizer.bits}, group {group}, of {model.path}, "
+        + (
+            f"calibrated on {dataset.path}/calib.jsonl"
+            if calibrates(cfg)
+            else "each weight rounded to the nearest; calibration= is not used"
+        ),
         *exact_sum.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize.partial" / "scratch" / "exact"),
     ]
 
@@ -82,7 +88,7 @@ class Made:
 def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Each part in a process of its own, so that the second reads the result from disk alone, and neither holds what the other needs."""
     made = processes.fresh(make, cfg, inputs, out)
-    figures = prove(made, out, cfg.quantizer.bits)
+    figures = prove(made, out, best=calibrates(cfg) and cfg.quantizer.bits == 8)
     shutil.rmtree(out / "scratch")
     return {**made.figures, **figures}
 
@@ -93,7 +99,7 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
 
     source, data = inputs["model"].path.resolve(), inputs["dataset"].path
     tokenizer = load_tokenizer(source, trust_remote_code=trust_of(inputs["model"]))
-    rows, tokens = calibration_rows(cfg, data / "calib.jsonl", tokenizer)
+    rows, tokens = calibration_rows(cfg, data / "calib.jsonl", tokenizer) if calibrates(cfg) else ([], 0)
     scratch = out / "scratch"
     scratch.mkdir(exist_ok=True)
     start = exact_sum.write(inputs, scratch / "exact")
@@ -104,16 +110,25 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
             where=str(source),
         )
     q = cfg.quantizer
-    losses = gptq_layers.quantize(found[0], rows, gptq.Settings(q.bits, q.group_size, q.damp, q.act_order), scratch / "layers")
+    how = gptq.Nearest(q.bits, q.group_size) if isinstance(q, RtnQuantizer) else gptq.Settings(q.bits, q.group_size, q.damp, q.act_order)
+    losses = gptq_layers.quantize(found[0], rows, how, scratch / "layers")
     del found
     write(source, scratch / "layers", out)
     complete.copy(source, out)
     complete_config(cfg, source, out)
     held = fidelity.held_out(data, tokenizer, source)
-    asked = held or [encoding.Encoded(row[:256], row[:256]) for row in rows[:8]]
+    asked = (
+        held
+        or [encoding.Encoded(row[:256], row[:256]) for row in rows[:8]]
+        or fidelity.probes(read_json(out / "config.json")["vocab_size"])
+    )
     before = seen.observe(fidelity.reader(start, "float32"), asked)
     figures = {"calibration_rows": len(rows), "calibration_tokens": tokens, "module_loss": sum(losses) / len(losses)}
     return Made(start, figures, asked, before, bool(held), complete.ids_of(tokenizer))
+
+
+def calibrates(cfg: QuantizeVerb) -> bool:
+    return not isinstance(cfg.quantizer, RtnQuantizer)
 
 
 def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[list[int]], int]:
@@ -159,10 +174,10 @@ def complete_config(cfg: QuantizeVerb, source: Path, out: Path) -> None:
         "checkpoint_format": "gptq",
         "bits": q.bits,
         "group_size": q.group_size,
-        "desc_act": q.act_order,
+        "desc_act": not isinstance(q, RtnQuantizer) and q.act_order,
         "sym": True,
         "lm_head": False,
-        "damp_percent": q.damp,
+        **({} if isinstance(q, RtnQuantizer) else {"damp_percent": q.damp}),
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"boardwalk:{__version__}"]},
     }
@@ -182,9 +197,9 @@ def check_first_layer(*given) -> None:
     gptq_layers.check_first_layer(*given)
 
 
-def prove(made: Made, out: Path, bits: int) -> dict:
+def prove(made: Made, out: Path, *, best: bool) -> dict:
     """The proof's figures: loss, KL and likeliest tokens against the weights that were quantized, by the folder alone, read in a fresh process; its
-    tokenizer is compared too. Raises ProofFailed where what it says has nothing to do with the source's."""
+    tokenizer is compared too. best: no other quantizer loses less. Raises ProofFailed where what it says has nothing to do with the source's."""
     processes.fresh(check_first_layer, made.start, out)
     ids, after = processes.fresh(read_back, made.start, out, made.rows, made.before.top_k_ids)
     complete.compare(ids, made.ids, out)
@@ -195,7 +210,7 @@ def prove(made: Made, out: Path, bits: int) -> dict:
         )
     say(f"quantize: transformers reads the folder alone; log-probabilities within {error:.1%} of the source's")
     change = fidelity.compare(made.before, after, len(made.rows))
-    figures = fidelity.report("quantize", change, "quantized", "quantizer=gptq_int8 loses less" if bits == 4 else "")
+    figures = fidelity.report("quantize", change, "quantized", "" if best else "quantizer=gptq_int8 loses less")
     return {"logit_error": error, **(figures if made.held_out else {})}
 
 

@@ -79,6 +79,15 @@ def test_gptqmodels_own_layer_reads_what_was_meant(bits, act_order):
     assert torch.equal(gptq.widen(made.tensors), made.weight)
 
 
+@pytest.mark.parametrize("bits, group", [(4, 64), (8, 64), (4, -1)])
+def test_rounding_to_the_nearest_loses_more_and_is_nearest(bits, group):
+    weight, tokens = matrix()
+    made, better = gptq.nearest(weight, gptq.Nearest(bits, group)), ours(weight, tokens, gptq.Settings(bits, group, 0.05, False))
+    assert torch.equal(gptq.widen(made.tensors), made.weight) and lost(weight, tokens, better.weight) < lost(weight, tokens, made.weight)
+    assert (made.weight - weight).square().sum() <= (better.weight - weight).square().sum() + 1e-6
+    assert made.loss == pytest.approx(float((made.weight - weight).square().sum()) / 2)
+
+
 def test_packing_is_undone():
     values = torch.randint(0, 16, (64, 24), dtype=torch.uint8)
     assert torch.equal(gptq.unpack(gptq.pack(values, 4), 4), values)

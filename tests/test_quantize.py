@@ -300,6 +300,27 @@ def test_such_an_adapter_is_not_merged_but_measured(on_gptq, here, capsys):
     assert report["loss"] < report["parent_loss"]
 
 
+# ---- rounded to the nearest
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounded_to_the_nearest_is_what_gptq_has_to_be_better_than(bits, here, capsys):
+    """The same layout; each weight within half a step of its source's; without a calib split, and said to use none."""
+    argv_of = [each for each in argv(here, f"rtn{bits}", bits, "quantizer.group_size=64") if not each.startswith("quantizer=")]
+    assert go(quantize, *argv_of, f"quantizer=rtn_int{bits}") == 0
+    said = capsys.readouterr().err
+    assert f"RTN int{bits}, group 64" in said and "calibration= is not used" in said and "calibrates on" not in said
+    path = here / f"rtn{bits}" / "quantize"
+    block = json.loads((path / "config.json").read_text())["quantization_config"]
+    assert (block["bits"], block["group_size"], block["desc_act"]) == (bits, 64, False) and "damp_percent" not in block
+    source = load_file(here / "model" / "model.safetensors")
+    stored = gptq.matrices(safetensors_io.entries(path))
+    for name, each in ((name, each) for name, each in stored.items() if isinstance(each, gptq.Stored)):
+        step = source[name].float().reshape(len(source[name]), -1, 64).abs().amax(2).repeat_interleave(64, 1) * 2 / ((1 << bits) - 1)
+        assert ((each() - source[name].float()).abs() <= (0.51 + 2 ** (bits - 12)) * step).all(), name
+    assert artifact.open_artifact(path).metrics["calibration_rows"] == 0
+
+
 # ---- refused early
 
 
@@ -347,8 +368,8 @@ def test_a_quantized_model_that_lost_its_source_fails_the_proof(int4, here, monk
     start = artifact.open_any(here / "model")
     before = seen.observe(seen.by_layer(by_layer.load(start)[0], "proof"), rows)
     made = quantize.Made(start, {}, rows, before, False, complete.token_ids(here / "model", False))
-    quantize.prove(made, int4.path, 4)
+    quantize.prove(made, int4.path, best=False)
     widen = gptq.widen
     monkeypatch.setattr(gptq, "widen", lambda *given: -widen(*given))
     with pytest.raises(ProofFailed, match=r"away from the source|something else than it holds"):
-        quantize.prove(made, int4.path, 4)
+        quantize.prove(made, int4.path, best=False)

@@ -1,11 +1,12 @@
 """GPTQ (Frantar et al. 2022, arXiv:2210.17323): a matrix's weights rounded one input at a time, each rounding's error taken up by the inputs to come.
+Beside it, in the same layout, plain rounding to the nearest.
 
 The layout is AutoGPTQ's, which gptqmodel, transformers, vLLM and Pulsar2 read: for a matrix of (out, in) weights of 4 or 8 bits `qweight`, int32 (in x
 bits / 32, out); `scales`, fp16 (groups, out); `qzeros`, int32 (groups, out x bits / 32), each zero point less one; `g_idx`, int32 (in,), the group of
 each input. Symmetric: the zero point is half the range.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +28,14 @@ class Settings:
     group: int
     damp: float
     act_order: bool
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """bits, group: as in Settings."""
+
+    bits: int
+    group: int
 
 
 class NotPositive(Exception):
@@ -109,10 +118,34 @@ def quantize(weight: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, se
     g_idx[order] = of_input.int()
     back = torch.empty_like(order)
     back[order] = torch.arange(width, device=there)
-    values = values[back]
+    return _packed(values[back], scales, g_idx, how.bits, loss)
+
+
+def nearest(weight: torch.Tensor, how: Nearest) -> Quantized:
+    """weight: fp32 (out, in), each rounded to the nearest of its group's values; the same layout. The loss is that of the weights, no input being known."""
+    outputs, width = weight.shape
+    groups = weight.reshape(outputs, -1, width if how.group == -1 else how.group)
+    scales = _scales(groups.abs().amax(2), how.bits)
     half = 1 << (how.bits - 1)
-    zeros = torch.full(scales.shape, half - 1, dtype=torch.uint8, device=there)
-    tensors = {"qweight": pack(values, how.bits), "qzeros": pack(zeros.T, how.bits).T.contiguous(), "scales": scales, "g_idx": g_idx}
+    rounded = (groups / scales.float()[:, :, None]).round_().clamp_(-half, half - 1)
+    values = (rounded + half).view(outputs, width).T.to(torch.uint8)
+    g_idx = (torch.arange(width, device=weight.device) // groups.shape[2]).int()
+    made = _packed(values, scales.T.contiguous(), g_idx, how.bits, 0.0)
+    return replace(made, loss=float((made.weight - weight).square_().sum()) / 2)
+
+
+def _scales(largest: torch.Tensor, bits: int) -> torch.Tensor:
+    """fp16 scales of groups whose largest weights are these."""
+    scales = largest * (2 / ((1 << bits) - 1))
+    scales[scales == 0] = 2 / ((1 << bits) - 1)
+    return scales.clamp_(2**-24, 65504).half()
+
+
+def _packed(values, scales, g_idx, bits: int, loss: float) -> Quantized:
+    """Of values, uint8 (in, out), scales, fp16 (groups, out), and the inputs' groups."""
+    half = 1 << (bits - 1)
+    zeros = torch.full(scales.shape, half - 1, dtype=torch.uint8, device=scales.device)
+    tensors = {"qweight": pack(values, bits), "qzeros": pack(zeros.T, bits).T.contiguous(), "scales": scales, "g_idx": g_idx}
     return Quantized(tensors, _widened(values, scales, g_idx, half), loss)
 
 
@@ -124,9 +157,7 @@ def _round(left, factor, of_input: list[int], values, scales, group: int, bits: 
         errors = left.new_empty(end - begin, left.shape[1])
         for i in range(begin, end):
             if i % group == 0:
-                scale = left[i : i + group].abs().amax(0).mul_(2 / ((1 << bits) - 1))
-                scale[scale == 0] = 2 / ((1 << bits) - 1)
-                scales[of_input[i]] = scale.clamp_(2**-24, 65504)
+                scales[of_input[i]] = _scales(left[i : i + group].abs().amax(0), bits)
                 scale = scales[of_input[i]].float()
             rounded = (left[i] / scale).round_().clamp_(-half, half - 1)
             values[i] = rounded + half

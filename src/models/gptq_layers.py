@@ -29,15 +29,15 @@ OTHER = 0.1
 """share of a layer's weights that may be in no linear layer"""
 
 
-def quantize(model: ByLayer, rows: list[list[int]], how: gptq.Settings, folder: Path) -> list[float]:
+def quantize(model: ByLayer, rows: list[list[int]], how: gptq.Settings | gptq.Nearest, folder: Path) -> list[float]:
     """Quantize every linear layer inside the model's layers; the tensors of layer N go into layer-N.safetensors in `folder`.
 
-    rows: token ids to calibrate on. Returns the loss of each group of matrices, per token. Raises WrongKind for layers that are mostly something else,
+    rows: token ids to calibrate on, which rounding to the nearest needs none of. Returns the loss of each group of matrices, per token. Raises WrongKind for layers that are mostly something else,
     ProofFailed where the rows' activations are no numbers.
     """
     folder.mkdir(exist_ok=True)
     with model.held("embedding"):
-        passes = [model.start([rows[i] for i in group]) for group in model.batches(rows)]
+        passes = [model.start([rows[i] for i in group]) for group in model.batches(rows)] if rows else []
     losses: list[float] = []
     for number in progress(range(len(model.layers)), "quantizing layers"):
         file = folder / f"layer-{number:05d}.safetensors"
@@ -51,7 +51,9 @@ def quantize(model: ByLayer, rows: list[list[int]], how: gptq.Settings, folder: 
     return losses
 
 
-def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: gptq.Settings) -> tuple[dict[str, torch.Tensor], list[float]]:
+def _quantize_layer(
+    model: ByLayer, number: int, passes: list[Pass], how: gptq.Settings | gptq.Nearest
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     names = {module: name for name, module in model.names(number)}
     linear: list[Any] = [module for module in model.layers[number].modules() if isinstance(module, LINEAR)]
     inside = sum(module.weight.numel() for module in linear)
@@ -65,6 +67,12 @@ def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: gptq.S
         )
     tensors: dict[str, torch.Tensor] = {}
     losses = []
+    if isinstance(how, gptq.Nearest):
+        for module in linear:
+            made = gptq.nearest(_outputs_first(module), how)
+            tensors |= {f"{names[module]}.{suffix}": t for suffix, t in made.part(0, len(made.weight), how.bits).items()}
+            losses.append(made.loss / made.weight.numel())
+        return tensors, losses
     for group in _groups(model, number, passes[0], linear):
         hessian = gptq.Hessian(_outputs_first(group[0]).shape[1], model.device)
         for each in passes:

@@ -406,17 +406,28 @@ class AuxFilesVerb(Verb):
     """model folder made elsewhere that lacks them"""
 
 
-class GptqQuantizer(Settings):
-    kind: Literal["gptq"]
-    """Frantar et al. 2022, arXiv:2210.17323"""
+class Quantizer(Settings):
     bits: Literal[4, 8]
     """bits per weight"""
     group_size: Literal[-1, 16, 32, 64, 128]
     """weights that share a scale; -1: a whole column"""
+
+
+class GptqQuantizer(Quantizer):
+    kind: Literal["gptq"]
+    """Frantar et al. 2022, arXiv:2210.17323"""
     act_order: bool
     """quantize columns by falling activation (desc_act); NPU compilers want false"""
     damp: Annotated[float, Field(gt=0, lt=1)]
     """share of the mean Hessian diagonal added for stability"""
+
+
+class RtnQuantizer(Quantizer):
+    kind: Literal["rtn"]
+    """each weight rounded to the nearest, whatever the conversations: what another method has to be better than"""
+
+
+AnyQuantizer = Annotated[GptqQuantizer | RtnQuantizer, Field(discriminator="kind")]
 
 
 class Calibration(Settings):
@@ -427,7 +438,7 @@ class Calibration(Settings):
 
 
 class QuantizeVerb(SourcedVerb):
-    quantizer: GptqQuantizer
+    quantizer: AnyQuantizer
     """the method and its numbers"""
     weights: Weights
     """of a merged adapter, quantize the exact sum, made anew in fp32 on the way, or the weights as the merge stored them"""
