@@ -200,7 +200,9 @@ def check_first_layer(*given) -> None:
 def prove(made: Made, out: Path, *, best: bool) -> dict:
     """The proof's figures: loss, KL and likeliest tokens against the weights that were quantized, by the folder alone, read in a fresh process; its
     tokenizer is compared too. best: no other quantizer loses less. Raises ProofFailed where what it says has nothing to do with the source's."""
-    processes.fresh(check_first_layer, made.start, out)
+    shutil.rmtree(first := out / "scratch" / "first", ignore_errors=True)
+    first.mkdir(parents=True)
+    processes.fresh(check_first_layer, made.start, out, first)
     ids, after = processes.fresh(read_back, made.start, out, made.rows, made.before.top_k_ids)
     complete.compare(ids, made.ids, out)
     error = fidelity.distance(made.before, after)

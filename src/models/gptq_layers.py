@@ -5,7 +5,7 @@ rows once they are quantized. A finished layer is a file, so a run that was kill
 """
 
 import contextlib
-import tempfile
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from src.models.by_layer import ByLayer, Pass, Reached
 from src.models.folder import trust_of
 
 LINEAR = (nn.Linear, Conv1D)
+VOCABULARY = 64
+"""rows of the vocabulary that a model of one layer has"""
 OTHER = 0.1
 """share of a layer's weights that may be in no linear layer"""
 
@@ -96,6 +98,7 @@ def _quantize_layer(
             tensors |= {f"{names[module]}.{suffix}": t for suffix, t in made.part(at, at + outputs, how.bits).items()}
             _outputs_first(module).copy_(made.weight[at : at + outputs])
             at += outputs
+        del made, factor  # before the next Hessian is there
     return tensors, losses
 
 
@@ -179,38 +182,22 @@ def opened(start: Artifact, out: Path) -> ByLayer:
     return model
 
 
-def check_first_layer(start: Artifact, out: Path) -> None:
+def check_first_layer(start: Artifact, out: Path, scratch: Path) -> None:
     """Load the folder's first layer with transformers, whose kernels gptqmodel brings, and run it beside ours. Made to run in a fresh process.
 
-    Raises ProofFailed where they differ.
+    scratch: an empty folder to use. Raises ProofFailed where they differ.
     """
     model = opened(start, out)
-    config = AutoConfig.from_pretrained(out, local_files_only=True)
-    text = config.get_text_config()
-    text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
+    write_first_layer(model, out, scratch)
     loading.prepare_gptq()
-    first = f"{model.places.name}.0"
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    on_disk = by_layer.modules_on_disk(empty, model.places.name, ends=True)
-    with tempfile.TemporaryDirectory() as scratch, using("what was quantized", out, fix=()), silenced():
-        theirs = AutoModelForCausalLM.from_pretrained(
-            out,
-            config=config,
-            dtype=torch.float32,
-            device_map=on_disk | {first: "cpu"},
-            offload_folder=scratch,
-            local_files_only=True,
-            use_safetensors=True,
-        ).eval()
+    with using("what was quantized", out, fix=()), silenced():
+        theirs = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
     row = list(range(64))
     with model.held("embedding"):
         each = model.start([row])
     args, kwargs = each.calls[0]
     with torch.no_grad():
-        there = theirs.get_submodule(first)(each.hidden, *args, **kwargs)
+        there = theirs.get_submodule(f"{model.places.name}.0")(each.hidden, *args, **kwargs)
         with model.held(0):
             here = model.call(0, each)
     there = there[0] if isinstance(there, tuple) else there
@@ -219,3 +206,21 @@ def check_first_layer(start: Artifact, out: Path) -> None:
         raise ProofFailed(
             f"transformers makes of the first layer something else than it holds: {error:.1%} of what it adds", where=str(out)
         )
+
+
+def write_first_layer(model: ByLayer, out: Path, folder: Path) -> None:
+    """A model of the first of a folder's layers and a few rows of its vocabulary, byte for byte."""
+    config = AutoConfig.from_pretrained(out, local_files_only=True)
+    text = config.get_text_config()
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, VOCABULARY, None
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    config.save_pretrained(folder)
+    later = re.compile(rf"(^|\.){re.escape(model.places.name.rpartition('.')[2])}\.[1-9]\d*\.")
+    ends = {place.full for what in ("embedding", "head") for place in model.places.tensors.get(what, ())}
+    kept = {}
+    for name, entry in safetensors_io.entries(out).items():
+        if not later.search(name):
+            table = any(name == end or end.endswith(f".{name}") for end in ends)
+            kept[name] = replace(entry, shape=(VOCABULARY, *entry.shape[1:])) if table else entry
+    safetensors_io.write(folder, list(kept.values()), kept.__getitem__, safetensors_io.parse_size("5GB"))
