@@ -113,7 +113,8 @@ def draw_of(p: float) -> tuple[int, int]:
     torch's own Bernoulli draws take a CPU longer than a narrow product. Here a byte is compared with a threshold that is itself drawn between the two
     whole ones next to 256 p, so the probability is p to the last bit.
     """
-    return int(torch.randint(1 << 62, ())), int(256 * p) + int(torch.rand(()) < 256 * p % 1)
+    threshold = int(256 * p) + int(torch.rand(()) < 256 * p % 1)
+    return int(torch.randint(1 << 62, ())), threshold
 
 
 def keep_mask(shape, draw: tuple[int, int]) -> torch.Tensor:
