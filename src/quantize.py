@@ -21,7 +21,7 @@ from src.core.files import read_json, write_json
 from src.core.log import progress, say, warn
 from src.core.room import Needs
 from src.models import complete, exact_sum, fidelity, safetensors_io, seen
-from src.models.devices import device
+from src.models.devices import device, give_back_memory
 from src.models.folder import check_folder, check_tokenizer, trust_of
 from src.models.loading import load_tokenizer
 from src.models.safetensors_io import Entry
@@ -113,6 +113,7 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
     how = gptq.Nearest(q.bits, q.group_size) if isinstance(q, RtnQuantizer) else gptq.Settings(q.bits, q.group_size, q.damp, q.act_order)
     losses = gptq_layers.quantize(found[0], rows, how, scratch / "layers")
     del found
+    give_back_memory()  # of the Hessians, before the source is asked
     write(source, scratch / "layers", out)
     complete.copy(source, out)
     complete_config(cfg, source, out)

@@ -26,8 +26,8 @@ MB = 1e6
 PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 280 * MB, 40 * MB, 400 * MB, 380 * MB
 """bytes of a process after its imports: settings and records alone; core.processes' server with torch and transformers; what a process forked from it
 adds; torch, transformers and peft, and what a first pass leaves behind; the same with transformers' Trainer"""
-LAUNCHER, DEEPSPEED, BITSANDBYTES = 180 * MB, 60 * MB, 100 * MB
-"""what torchrun's process takes, and what these libraries add to one that trains"""
+LAUNCHER, DEEPSPEED, BITSANDBYTES, GPTQMODEL = 180 * MB, 60 * MB, 100 * MB, 270 * MB
+"""what torchrun's process takes, and what these libraries add to one that uses them"""
 SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 """matrices of a layer that have the same input"""
 PIECE = 800
@@ -309,7 +309,10 @@ def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversati
             left = stored_width(shape) * shape.embedding + 4 * max(
                 layer.params for layer in shape.stack
             )  # of the loss: the last that was held
-            yield {**own, "weights as stored": held(shape), "keys and values": cache, "a pass": inside, "left of the loss": left}
+            wide = (
+                {"gptqmodel, and the weights as its kernels have them": GPTQMODEL + 4 * shape.matrix_params} if shape.quantization else {}
+            )
+            yield {**own, "weights as stored": held(shape), **wide, "keys and values": cache, "a pass": inside, "left of the loss": left}
 
     answers = evaluation.samples if evaluation.prompts is None else len(evaluation.prompts)
     fewer = {f"evaluation.batch_size={n}": of(n, answers=answers) for n in (4, 1) if n < evaluation.batch_size}
@@ -331,10 +334,11 @@ def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, 
     group = max(max(8 * g[0].columns ** 2, 4 * g[0].columns ** 2 + 16 * sum(m.size for m in g)) for g in groups)
 
     def of(rows: int, *, exact: bool) -> Needs:
+        source = replace(shape, dtype="float32") if exact else shape
         hidden = {"hidden states of the calibration rows": 4 * split.tokens(rows, calibration.max_length) * shape.hidden}
         work = {**own, "layer in fp32": 4 * layer.params, "Hessians and weights of one input": group, **hidden}
-        start = {**own, "embedding": stored_width(shape) * shape.embedding, **hidden}
-        return Needs(largest(work, start, {"this process": PYTHON, **proof(shape)}), exact * sum_bytes + 2 * result)
+        start = {**own, "embedding": stored_width(source) * shape.embedding, **hidden}
+        return Needs(largest(work, start, {"this process": PYTHON, **proof(source)}), exact * sum_bytes + 2 * result)
 
     fewer = {f"calibration.rows={n}": of(n, exact=exact) for n in (128, 64, 32) if n < calibration.rows}
     as_stored = {"weights=stored": of(calibration.rows, exact=False)} if exact else {}
@@ -351,7 +355,7 @@ def deploy(shape: ModelShape, target: Target, *, exact: bool = False) -> Needs:
     if isinstance(target, Llama2c):
         form = budget.format_of(shape, target)
         written = budget.layer_bytes(shape, form) + budget.embedding_bytes(shape, form) + budget.head_bytes(shape, form)
-        parts, disk = {**own, **by_layer(shape)}, float(written)
+        parts, disk = {**own, **by_layer(start)}, float(written)
     elif isinstance(target, Openvino):
         memory, disk, _ = budget.host_needs(start, target)
         parts = {**own, "the exporter": memory}

@@ -5,18 +5,19 @@ Formats: export.py of karpathy/llama2.c, read by its run.c (versions 0 and 1, fp
 
 import math
 import struct
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from src.core.errors import BadData, MissingInput, WrongKind
 from src.core.files import read_json
-from src.models.safetensors_io import entries
+from src.models.safetensors_io import ITEM, Entry, entries, load_wide
 from src.sizing import takes
 
 MAGIC = 0x616B3432
+BLOCK = 1 << 22
+"""weights of a matrix that are made and written at a time"""
 VERSIONS = {"fp32_v0": 0, "fp32_v1": 1, "int8_v2": 2}
 SMALLEST_GROUP = 4  # below this the fp32 scales weigh as much as the values, and lose their 4-byte alignment
 DTYPES = {"F64", "F32", "F16", "BF16"}
@@ -129,23 +130,25 @@ def group_size(shape: Shape, wanted: int) -> int:
 
 
 def write_model(model_dir: Path, shape: Shape, version: int, group: int, path: Path) -> None:
-    """model.bin of llama2.c's version 0, 1 (fp32) or 2 (int8 in groups), one matrix in memory at a time."""
-    from safetensors import safe_open
-
+    """model.bin of llama2.c's version 0, 1 (fp32) or 2 (int8 in groups), BLOCK weights in memory at a time."""
     found = entries(model_dir)
-    with ExitStack() as stack, path.open("wb") as file:
-        shards = {shard: stack.enter_context(safe_open(shard, framework="pt")) for shard in {e.file for e in found.values()}}
+    with path.open("wb") as file:
 
         def weight(name: str):
-            return shards[found[name].file].get_tensor(name).float()
+            return load_wide(found[name])
 
         def put(*tensors) -> None:
             for tensor in tensors:
                 tensor.contiguous().numpy().tofile(file)
 
         def matrix(name: str, heads: int = 0) -> None:
-            rows = interleave(weight(name), heads) if heads else weight(name)
-            put(*(quantize(rows, group) if version == 2 else [rows]))
+            scales = []
+            for block in blocks(found[name], whole=bool(heads)):
+                rows = interleave(block, heads) if heads else block
+                values, *of_groups = quantize(rows, group) if version == 2 else [rows]
+                put(values)
+                scales += of_groups
+            put(*scales)
 
         vocab = shape.vocab if shape.shared or version > 0 else -shape.vocab
         params = struct.pack("<7i", shape.dim, shape.hidden, shape.layers, shape.heads, shape.kv_heads, vocab, shape.context)
@@ -168,6 +171,15 @@ def write_model(model_dir: Path, shape: Shape, version: int, group: int, path: P
             put(weight(FINAL_NORM), *rope_tables(shape))
         if not shape.shared:
             matrix(CLASSIFIER)
+
+
+def blocks(entry: Entry, *, whole: bool) -> Iterator:
+    """The rows of a matrix in fp32, so many at a time that they have about BLOCK weights, or all at once."""
+    rows, width = entry.shape
+    step = rows if whole else max(1, BLOCK // width)
+    for begin in range(0, rows, step):
+        some = replace(entry, shape=(min(step, rows - begin), width), start=entry.start + begin * width * ITEM[entry.dtype])
+        yield load_wide(some)
 
 
 def reader_of(path: Path, shape: Shape) -> Callable[[str], Any]:
