@@ -8,10 +8,7 @@ cd "$root"
 # Types take half a minute the first time, on the share of the cores that tests leave.
 "$python" -m mypy &
 types=$! failed=0
-# One more than there are cores, at most four: tests wait for processes and ends of time.
-processes=$(($(nproc) + 1))
-((processes > 4)) && processes=4
 # A file's tests share what its fixtures made, so files are what is spread, in the order that tests/conftest.py gives them.
-"$python" -m pytest -n "$processes" --dist loadfile --no-loadscope-reorder --durations=20 "$@" || failed=$?
+"$python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=20 "$@" || failed=$?
 wait "$types" || failed=1
 exit "$failed"
