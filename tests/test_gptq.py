@@ -1,12 +1,15 @@
 """GPTQ by our own hand: the loss of gptqmodel's on the same Hessian or less, its layout as its own layers read it."""
 
+import contextlib
 import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from src.core.errors import BadData
 from src.core.processes import import_quietly
-from src.models import gptq
+from src.models import gptq, safetensors_io
 
 import_quietly("gptqmodel")
 
@@ -86,6 +89,27 @@ def test_rounding_to_the_nearest_loses_more_and_is_nearest(bits, group):
     assert torch.equal(gptq.widen(made.tensors), made.weight) and lost(weight, tokens, better.weight) < lost(weight, tokens, made.weight)
     assert (made.weight - weight).square().sum() <= (better.weight - weight).square().sum() + 1e-6
     assert made.loss == pytest.approx(float((made.weight - weight).square().sum()) / 2)
+
+
+@pytest.mark.parametrize("damage", ["beyond", "negative", "empty", "short scales", "floats"])
+def test_a_matrix_whose_tensors_do_not_belong_together_is_named(damage, tmp_path):
+    tensors = {f"layers.3.up.{suffix}": t for suffix, t in gptq.nearest(matrix()[0], gptq.Nearest(4, 64)).tensors.items()}
+    whole = dict(tensors)
+    g_idx = tensors["layers.3.up.g_idx"].clone()
+    if damage in ("beyond", "negative"):
+        g_idx[7] = 10**6 if damage == "beyond" else -1
+        tensors["layers.3.up.g_idx"] = g_idx
+    elif damage == "empty":
+        tensors["layers.3.up.g_idx"] = g_idx[:0]
+    elif damage == "short scales":
+        tensors["layers.3.up.scales"] = tensors["layers.3.up.scales"][:2].clone()
+    else:
+        tensors["layers.3.up.qweight"] = tensors["layers.3.up.qweight"].float()
+    for stored, fails in ((whole, False), (tensors, True)):
+        save_file(stored, tmp_path / "model.safetensors")
+        found = gptq.matrices(safetensors_io.entries(tmp_path))["layers.3.up.weight"]
+        with pytest.raises(BadData, match=r"layers\.3\.up\.weight") if fails else contextlib.nullcontext():
+            assert found().shape == (96, 256)
 
 
 def test_packing_is_undone():

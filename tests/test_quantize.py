@@ -236,6 +236,7 @@ def test_adapters_train_on_a_gptq_base(on_gptq, int4):
     m = on_gptq.metrics
     print(f"qlora on GPTQ: validation loss {m['val_loss_first']:.3f} -> {m['val_loss']:.3f}")
     assert on_gptq.kind == "adapter" and "nf4" not in m and m["val_loss"] < m["val_loss_first"]
+    assert abs(m["loss_after"] - m["loss_before"]) < 1e-4 and m["kl"] < 1e-5, "proven on the weights it was trained on"
     assert on_gptq.parent("model")["key"] == int4.key
     names = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in load_file(on_gptq.path / "adapter_model.safetensors")}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -226,7 +226,7 @@ class ByLayer:
             with self.held("head"):
                 self.logits(hidden[0])
             return hidden.shape == one.hidden.shape and _same(one.calls, other.calls)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        except (BadData, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
             return False
         finally:
             self._spare.clear()
@@ -285,11 +285,11 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def load(artifact: Artifact, base: Path | None = None, tokens: int = 0, device: str = "cpu") -> tuple[ByLayer, Any] | None:
-    """(the model to be taken layer by layer, tokenizer) of a model, or of an adapter on its base; None where that cannot be: weights quantized otherwise than
-    by GPTQ, symmetrically, to 4 or 8 bits, code of the model's own, layers that are no one list or share more than hidden states, adapters with more than A and B in them.
+    """(the model to be taken layer by layer, tokenizer) of a model, or of an adapter on its base; None where that cannot be: weights quantized otherwise
+    than by GPTQ, symmetrically, to 4 or 8 bits, code of the model's own, layers that are no one list or share more than hidden states, adapters with more
+    than A and B, and trained token rows, in them.
 
-    base: where the adapter's base is, if not where it was. tokens: ids it has to know. device: where layers
-    are computed.
+    base: where the adapter's base is, if not where it was. tokens: ids it has to know. device: where layers are computed.
     """
     trust = bool(trust_of(artifact))
     if trust:

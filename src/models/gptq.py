@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from src.core.errors import using
 from src.models import safetensors_io
 
 BLOCK = 128
@@ -199,8 +200,9 @@ class Stored:
         return self.parts["qweight"].shape[1], self.parts["g_idx"].shape[0]
 
     def __call__(self) -> torch.Tensor:
-        """The weights, fp32 (out, in)."""
-        return widen({suffix: safetensors_io.load(entry) for suffix, entry in self.parts.items()})
+        """The weights, fp32 (out, in). Raises BadData where its tensors do not belong together, or are in another form than `widen` knows."""
+        with using(f"the quantized matrix {self.name}", self.parts["qweight"].file):
+            return widen({suffix: safetensors_io.load(entry) for suffix, entry in self.parts.items()})
 
 
 def matrices(entries: dict[str, safetensors_io.Entry]) -> dict[str, safetensors_io.Entry | Stored]:
@@ -216,12 +218,14 @@ def matrices(entries: dict[str, safetensors_io.Entry]) -> dict[str, safetensors_
 
 
 def widen(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The weights that a matrix's tensors say, fp32 (out, in). Raises ValueError where they are not of 4 or 8 bits, or not symmetric."""
+    """The weights that a matrix's tensors say, fp32 (out, in). Raises ValueError where they are not of 4 or 8 bits, or not symmetric, or a group is none."""
     words, g_idx = tensors["qweight"], tensors["g_idx"]
-    bits = 32 * len(words) // len(g_idx)
+    bits = 32 * len(words) // max(len(g_idx), 1)
     half = 1 << (bits - 1)
     if bits not in (4, 8) or not bool((unpack(tensors["qzeros"].T.contiguous(), bits) == half - 1).all()):
         raise ValueError(f"{bits} bits, or not symmetric")
+    if bool((g_idx < 0).any()):
+        raise ValueError("a group below the first")
     return _widened(unpack(words, bits), tensors["scales"], g_idx, half)
 
 

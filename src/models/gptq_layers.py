@@ -34,8 +34,8 @@ OTHER = 0.1
 def quantize(model: ByLayer, rows: list[list[int]], how: gptq.Settings | gptq.Nearest, folder: Path) -> list[float]:
     """Quantize every linear layer inside the model's layers; the tensors of layer N go into layer-N.safetensors in `folder`.
 
-    rows: token ids to calibrate on, which rounding to the nearest needs none of. Returns the loss of each group of matrices, per token. Raises WrongKind for layers that are mostly something else,
-    ProofFailed where the rows' activations are no numbers.
+    rows: token ids to calibrate on, which rounding to the nearest needs none of. Returns the loss of each group of matrices, per token. Raises WrongKind
+    for layers that are mostly something else, ProofFailed where the rows' activations are no numbers.
     """
     folder.mkdir(exist_ok=True)
     with model.held("embedding"):
