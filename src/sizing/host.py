@@ -355,7 +355,9 @@ def deploy(shape: ModelShape, target: Target, *, exact: bool = False) -> Needs:
     if isinstance(target, Llama2c):
         form = budget.format_of(shape, target)
         written = budget.layer_bytes(shape, form) + budget.embedding_bytes(shape, form) + budget.head_bytes(shape, form)
-        parts, disk = {**own, **by_layer(start)}, float(written)
+        # In this process: model.bin is read as fp32, by the tokenizer's two readers.
+        read = {"libraries": EVALUATE, "tokenizers": 2 * tokenizer(shape), **by_layer(replace(shape, dtype="float32"))}
+        parts, disk = read, float(written)
     elif isinstance(target, Openvino):
         memory, disk, _ = budget.host_needs(start, target)
         parts = {**own, "the exporter": memory}
