@@ -3,19 +3,19 @@
 Makes a random base of Qwen2.5-0.5B's shape in bf16 and a LoRA adapter of rank 64 on all its linear layers in FOLDER (a temporary one by default), then in
 turn runs as whole processes: peft (load the base, PeftModel.from_pretrained, merge_and_unload, save_pretrained), our streamed merge alone, rounding
 stochastically as it does by default and to the nearest as peft does, and `python -m src.merge`, which also hashes its inputs and result and proves the
-result by reloading it in a fresh process. Prints wall time and peak resident memory as the kernel counts it, their ratios pair by pair, and whether the
+result by reloading it in a fresh process. Prints wall time and the peak memory that each tree of processes has of its own, their ratios pair by pair, and whether the
 tensors rounded to the nearest are peft's byte for byte. Takes 3.2 GB of disk.
 """
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from stages import measured
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -89,15 +89,12 @@ def compare(one: Path, other: Path) -> None:
 
 
 def run(*argv) -> tuple[float, float]:
-    """(seconds, peak resident MB) of a process from its start to its end, its own children counted by the largest."""
-    begun = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(said.decode())
-    return time.perf_counter() - begun, usage.ru_maxrss / 1000
+    """(seconds, peak MB of its own) of a process with all that it starts."""
+    with tempfile.NamedTemporaryFile() as log:
+        found = measured(list(argv), Path(log.name))
+        if found["code"]:
+            sys.exit(Path(log.name).read_text())
+    return found["wall_s"], found["peak"] / 1e6
 
 
 def spread(values: list[float]) -> str:
