@@ -19,7 +19,7 @@ from src.chat import encoding
 from src.core import artifact, log
 from src.core.compose import compose
 from src.core.errors import ConfigError, MissingTool, ProofFailed
-from src.models import by_layer, complete, gptq, loading, safetensors_io, seen
+from src.models import by_layer, complete, gptq, loading, safetensors_io, seen, skeleton
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, QuantizeVerb
 from src.training import session
@@ -242,12 +242,16 @@ def test_adapters_train_on_a_gptq_base(on_gptq, int4):
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_gradients_flow_through_a_gptq_base_after_an_evaluation(int4):
+@pytest.mark.parametrize("by", ["weights made fp16", "gptqmodel's kernels"])
+def test_gradients_flow_through_a_gptq_base_after_an_evaluation(int4, by, monkeypatch):
     """gptqmodel's CPU layers lose their gradient for good at the first evaluation, unless kept from it: every adapter must still get the gradient it had."""
+    if by == "gptqmodel's kernels":
+        monkeypatch.setattr(skeleton, "widened", lambda path: None)
     cfg = compose("finetune", ["tuner=qlora", "tuner.dropout=0", "tuner.rank=4", f"model.path={int4.path}"], FinetuneVerb)
     tokenizer = load_tokenizer(int4.path)
     torch.manual_seed(0)
     model, _, _ = session.prepare(cfg, int4, tokenizer, 1023, [], "cpu", "fp32")
+    assert any(hasattr(module, "qweight") for module in model.modules()) == (by == "gptqmodel's kernels")
     ids = tokenizer("<|im_start|>user\nWhat does a cat say?<|im_end|>\n", return_tensors="pt").input_ids
 
     def gradients():
@@ -263,6 +267,16 @@ def test_gradients_flow_through_a_gptq_base_after_an_evaluation(int4):
     after = gradients()
     assert len(before) == 14 and all(torch.equal(before[n], after[n]) for n in before)
     assert all(g.any() for n, g in after.items() if "lora_B" in n), "lora_A has none while lora_B is zero"
+
+
+def test_answers_come_from_the_weights_that_the_folder_says(int4):
+    """Whole in 16 bits against layer by layer in fp32: no more apart than a rounding of 2^-12 makes them, and with the folder's own stop tokens."""
+    model, _ = loading.load_any(int4, dtype="held")
+    whole, layers = (seen.observe(read, ROWS) for read in (seen.whole(model, "whole"), seen.by_layer(by_layer.need(int4), "layers")))
+    assert 0 < abs(whole.losses - layers.losses).max() < 2e-3
+    assert torch.float16 in {p.dtype for p in model.parameters()}
+    stops = json.loads((int4.path / "generation_config.json").read_text())["eos_token_id"]
+    assert model.generation_config.eos_token_id == stops and not any(hasattr(module, "qweight") for module in model.modules())
 
 
 def test_adapters_on_a_gptq_base_are_measured_layer_by_layer(on_gptq):

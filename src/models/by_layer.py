@@ -332,8 +332,9 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
     None where transformers cannot leave them there.
     """
     import_quietly("transformers.modeling_utils", "transformers.quantizers.auto")
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from src.models import skeleton
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     quantized = getattr(config, "quantization_config", None)
@@ -341,16 +342,14 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
         return None
     if config.is_encoder_decoder or config.model_type.startswith("bigbird"):  # the latter's attention sees padding
         return None
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.tie_weights()
+    model = skeleton.build(config)
     count = config.get_text_config().num_hidden_layers
     lists = (name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
     if (layers := next(lists, None)) is None:
         return None
     entries = gptq.matrices(safetensors_io.entries(path))
     stored = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False) if name in entries}
-    if not _stored_as_named(model, entries):
+    if not skeleton.stored_as_named(model, entries):
         return None if quantized else _left_by_transformers(path, model, layers, ends=ends)
     tensors: dict[int | str, list[Place]] = defaultdict(list)
     loaded: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
@@ -363,23 +362,10 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
             if empty not in loaded:
                 loaded[empty] = torch.nn.Parameter(Place(module, own, name, at).load(None, narrow=False), requires_grad=False)
             module._parameters[own] = loaded[empty]
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if isinstance(tensor := entries.get(name), safetensors_io.Entry):
-                buffer.copy_(safetensors_io.load(tensor))
+    skeleton.fill_buffers(model, entries)
     _hold_ends(tensors)
     model.places = Places(layers, list(model.get_submodule(layers)), dict(tensors))
     return model
-
-
-def _stored_as_named(model: Any, entries: dict[str, safetensors_io.Entry | gptq.Stored]) -> bool:
-    """Whether a folder holds a model's tensors under the names and in the shapes that they have in it, and no others."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    known = {name: tuple(t.shape) for name, t in (*named, *model.named_buffers())}
-    stored = {parameter for name, parameter in named if name in entries}
-    return (
-        stored == {p for _, p in named} and entries.keys() <= known.keys() and all(entries[name].shape == known[name] for name in entries)
-    )
 
 
 def _parameters(model: Any, layers: str) -> Iterator[tuple[Any, str, str, int | str | None]]:

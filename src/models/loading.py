@@ -44,7 +44,7 @@ def load_model(
 ):
     """A causal language model from a folder, whole or quantized, on the CPU unless device_map says otherwise.
 
-    dtype: auto keeps the stored one. quantization: a transformers quantization config to apply while loading. on_disk: of `modules_on_disk`, what
+    dtype: auto keeps the stored one; held is that of 16-bit weights and of GPTQ's matrices made fp16, else fp32 (see held). quantization: a transformers quantization config to apply while loading. on_disk: of `modules_on_disk`, what
     stays there, for ByLayer to read.
     Raises BadData where the folder's tensors are not those the model needs: transformers would draw what is missing at random.
     """
@@ -54,6 +54,13 @@ def load_model(
 
     config = check_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     gptq = (config.get("quantization_config") or {}).get("quant_method") == "gptq"
+    if dtype == "held":
+        from src.models import held, skeleton
+
+        if gptq and not trust_remote_code and (model := skeleton.widened(path)):
+            check_special_ids(path, model)
+            return model
+        dtype = held.dtype_of(path)
     if gptq:
         prepare_gptq()
     given = {"quantization_config": quantization, "device_map": device_map}
@@ -135,11 +142,9 @@ def refuse_unknown_ids(model, where: Path) -> None:
 def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", base: Path | None = None, tokens: int = 0):
     """(model in eval mode, tokenizer) of an adapter, a model or a quantized artifact.
 
-    dtype: auto for the stored one, held for the stored one computing in fp32 (see held), or a name. base: where the adapter's base is, if not where it
+    dtype: as load_model has it; held computes in fp32. base: where the adapter's base is, if not where it
     was. tokens: ids it has to know; its vocabulary grows to as many.
     """
-    from src.models import held
-
     trust, adapter = bool(trust_of(artifact)), artifact.path if artifact.kind == "adapter" else None
     if adapter:
         check_adapter_file(adapter)
@@ -149,7 +154,7 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
     nf4 = artifact.metrics.get("nf4") if adapter else None
     model = load_model(
         folder,
-        dtype=held.dtype_of(folder) if dtype == "held" else dtype,
+        dtype=dtype,
         trust_remote_code=trust,
         allow_pickle=bool(adapter) and _allowed(artifact, "allow_pickle"),
         quantization=nf4_config(**nf4) if nf4 else None,
@@ -158,6 +163,8 @@ def load_any(artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", ba
         grow_for_adapter(model, adapter, len(tokenizer))
     grow_vocabulary(model, tokens)
     if dtype == "held":
+        from src.models import held
+
         held.hold(model)
     if adapter:
         model = with_adapter(model, adapter)

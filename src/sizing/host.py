@@ -26,7 +26,7 @@ MB = 1e6
 PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 280 * MB, 40 * MB, 400 * MB, 380 * MB
 """bytes of a process after its imports: settings and records alone; core.processes' server with torch and transformers; what a process forked from it
 adds; torch, transformers and peft, and what a first pass leaves behind; the same with transformers' Trainer"""
-LAUNCHER, DEEPSPEED, BITSANDBYTES, GPTQMODEL = 180 * MB, 60 * MB, 100 * MB, 270 * MB
+LAUNCHER, DEEPSPEED, BITSANDBYTES = 180 * MB, 60 * MB, 100 * MB
 """what torchrun's process takes, and what these libraries add to one that uses them"""
 SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 """matrices of a layer that have the same input"""
@@ -65,9 +65,10 @@ def stored(shape: ModelShape) -> float:
 
 
 def held(shape: ModelShape) -> float:
-    """Bytes of the weights in memory where 16-bit matrices stay as they are stored; norms and biases are fp32."""
+    """Bytes of the weights in memory where 16-bit matrices stay as they are stored and GPTQ's become fp16; norms and biases are fp32."""
     vectors = sum(layer.vectors for layer in shape.stack) + shape.outside
-    return stored(shape) + (4 - stored_width(shape)) * vectors
+    matrices = 2 if shape.quantization else stored_width(shape)
+    return matrices * shape.matrix_params + stored_width(shape) * (shape.params - shape.matrix_params) + (4 - stored_width(shape)) * vectors
 
 
 def tokenizer(shape: ModelShape) -> float:
@@ -190,8 +191,12 @@ class Training:
         return replace(needs, smaller=Needs(largest(self.step(self.tokens(least=True), checkpointing=True), after), disk))
 
     @property
+    def nf4(self) -> bool:
+        return self.kind == "qlora" and not self.shape.quantization
+
+    @property
     def own(self) -> dict[str, float]:
-        more = (DEEPSPEED if self.zero.stage else 0) + (BITSANDBYTES if self.kind == "qlora" else 0)
+        more = (DEEPSPEED if self.zero.stage else 0) + (BITSANDBYTES if self.nf4 else 0)
         launcher = LAUNCHER if self.zero.stage or self.processes > 1 else 0
         return {"libraries": launcher + self.processes * (TRAINER + more), "tokenizers": self.processes * tokenizer(self.shape)}
 
@@ -216,7 +221,7 @@ class Training:
 
     def step(self, tokens: float, *, checkpointing: bool) -> dict[str, float]:
         """Parts of a forward and backward pass over so many tokens in each process, and of the optimizer's step."""
-        fused = self.kind != "qlora" and self.zero.stage != 3 and (isinstance(self.train, PlanTrain) or self.train.kernels == "auto")
+        fused = not self.nf4 and self.zero.stage != 3 and (isinstance(self.train, PlanTrain) or self.train.kernels == "auto")
         kept = KEPT * kept_bytes(self.shape, self.rank, checkpointing=checkpointing, fused=fused)
         return {
             **self.resident(),
@@ -229,7 +234,7 @@ class Training:
         shape = self.shape
         if self.kind == "full":
             return 4 * shape.params
-        if self.kind == "qlora" and not shape.quantization:
+        if self.nf4:
             return NF4 * shape.matrix_params + 4 * (shape.params - shape.matrix_params)
         return held(shape)
 
@@ -309,10 +314,7 @@ def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversati
             left = stored_width(shape) * shape.embedding + 4 * max(
                 layer.params for layer in shape.stack
             )  # of the loss: the last that was held
-            wide = (
-                {"gptqmodel, and the weights as its kernels have them": GPTQMODEL + 4 * shape.matrix_params} if shape.quantization else {}
-            )
-            yield {**own, "weights as stored": held(shape), **wide, "keys and values": cache, "a pass": inside, "left of the loss": left}
+            yield {**own, "weights as they are held": held(shape), "keys and values": cache, "a pass": inside, "left of the loss": left}
 
     answers = evaluation.samples if evaluation.prompts is None else len(evaluation.prompts)
     fewer = {f"evaluation.batch_size={n}": of(n, answers=answers) for n in (4, 1) if n < evaluation.batch_size}

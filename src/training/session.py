@@ -12,7 +12,7 @@ from src.core.errors import MissingInput
 from src.core.log import rank, say
 from src.core.processes import Interrupted
 from src.models import adapter_files, fidelity, generation, lora, token_rows
-from src.models.held import dtype_of, hold
+from src.models.held import hold
 from src.models.loading import keep_gptq_trainable, load_model, nf4_config
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 from src.settings.verbs import FinetuneVerb, FullTuner, LoraTuner, QloraTuner
@@ -113,12 +113,13 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, eos_id: int, added: li
     sixteen = gpu and precision != "fp32" and (cfg.deepspeed.stage or not isinstance(cfg.tuner, FullTuner))
     dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision] if sixteen else "float32"
     # PiSSA and OLoRA take their part out of the base, which then needs fp32; DeepSpeed in 16 bits makes weights of its own; ZeRO-3 shares them.
-    holds = not gpu and isinstance(cfg.tuner, LoraTuner) and not cfg.tuner.takes_from_base
+    quantized = base.kind == "quantized"
+    holds = not gpu and (quantized or (isinstance(cfg.tuner, LoraTuner) and not cfg.tuner.takes_from_base))
     holds &= cfg.deepspeed.stage == 0 or (cfg.deepspeed.stage == 2 and precision == "fp32")
     if holds:
-        dtype = dtype_of(base.path)
+        dtype = "held"
     nf4: dict[str, Any] | None = None
-    if isinstance(cfg.tuner, QloraTuner) and base.kind == "model":
+    if isinstance(cfg.tuner, QloraTuner) and not quantized:
         nf4 = {"double_quant": cfg.tuner.double_quant, "compute_dtype": dtype}
     model = load_model(
         base.path,
@@ -148,13 +149,14 @@ def prepare(cfg: FinetuneVerb, base: Artifact, tokenizer, eos_id: int, added: li
             + ("those rows are trained at a rate of their own" if cfg.train_new_tokens == "auto" else "train_new_tokens=never leaves it so")
         )
     rows = rows if cfg.train_new_tokens == "auto" else []
-    if holds:
+    kernels = getattr(model, "is_quantized", False)  # layers of bitsandbytes or gptqmodel
+    if holds and not kernels:
         hold(model)
     if isinstance(cfg.tuner, FullTuner):
         if rows:
             token_rows.split_off(model, rows)
         return placed(model, cfg, device), rows, None
-    if nf4 or base.kind == "quantized":
+    if kernels:
         from peft import prepare_model_for_kbit_training
 
         keep_gptq_trainable(model)
