@@ -90,7 +90,7 @@ def observe(adapter: Artifact, base: Path, out: Path) -> Trained:
     ids = complete.ids_of(tokenizer)
     if known := fidelity.Record.load(adapter.path):
         return Trained(known.rows, known.seen, True, ids)
-    held = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer, out)
+    held = fidelity.held_out(fidelity.dataset_of(adapter), tokenizer, out, fidelity.FEWEST_EXACT)
     rows = held or fidelity.probes(read_json(out / "config.json")["vocab_size"])
     return Trained(rows, seen.observe(fidelity.reader(adapter, "float32", None, base), rows), bool(held), ids)
 

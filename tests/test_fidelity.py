@@ -351,10 +351,17 @@ def test_the_limit_is_on_loss_either_way_and_on_kl(loss, kl, fails):
             fidelity.judge("merge", change, float(way.split()[0].removeprefix("max_loss_change=")), Path("somewhere"), [])
 
 
-@pytest.mark.parametrize("parameters, tokens", [(10**6, 4096), (134_515_008, 1115), (494_032_768, 1024), (7_600_000_000, 1024)])
-def test_larger_models_are_compared_on_fewer_tokens(parameters, tokens, monkeypatch):
+@pytest.mark.parametrize(
+    "parameters, tokens, exact", [(10**6, 4096, 4096), (134_515_008, 1115, 1115), (494_032_768, 1024, 303), (7_600_000_000, 1024, 256)]
+)
+def test_larger_models_are_compared_on_fewer_tokens(parameters, tokens, exact, monkeypatch):
     monkeypatch.setattr(fidelity, "_parameters", lambda folder: parameters)
-    assert fidelity.enough(CHAT) == tokens
+    assert (fidelity.enough(CHAT), fidelity.enough(CHAT, fidelity.FEWEST_EXACT)) == (tokens, exact)
+
+
+def test_a_row_longer_than_all_that_is_compared_is_compared_alone():
+    rows = [Encoded([1] * n, [1] * n) for n in (1025, 700, 40)]
+    assert fidelity.within(rows, most=256) == rows[1:2] and fidelity.within(rows, most=740) == rows[1:]
 
 
 def test_rows_are_bounded_and_come_from_val_then_calib(place, tmp_path, monkeypatch):
@@ -363,7 +370,7 @@ def test_rows_are_bounded_and_come_from_val_then_calib(place, tmp_path, monkeypa
     tokenizer, dataset = load_tokenizer(CHAT), place / "d" / "data"
     val = fidelity.held_out(dataset, tokenizer, CHAT)
     assert 5 < len(val) <= sum(1 for _ in open(dataset / "val.jsonl"))
-    monkeypatch.setattr(fidelity, "enough", lambda folder: 200)
+    monkeypatch.setattr(fidelity, "enough", lambda folder, least: 200)
     few = fidelity.held_out(dataset, tokenizer, CHAT)
     assert 0 < sum(len(row.input_ids) for row in few) <= 200 and all(row in val for row in few)
     other = Path(shutil.copytree(dataset, tmp_path / "data"))

@@ -31,6 +31,8 @@ TOKENS, LONGEST = 4096, 1024
 """tokens of the conversations that are compared, all together and each"""
 WORK = 3 * 10**11
 """floating-point operations of a pass over them, beyond which fewer are compared: two seconds on two cores"""
+FEWEST, FEWEST_EXACT = 1024, 256
+"""tokens to compare however large the model: where its weights lost bits, and where none but a rounding changed them, of which fewer tell as much"""
 RECORD = "proof.npz"
 
 
@@ -89,35 +91,35 @@ def dataset_of(made: Artifact) -> Path | None:
     return None
 
 
-def enough(folder: Path) -> int:
-    """Tokens to compare a model in `folder` on, all together: TOKENS, or so many that a pass over them takes WORK, at least one long row."""
-    return max(LONGEST, min(TOKENS, WORK // (2 * (_parameters(folder) or 1))))
+def enough(folder: Path, least: int = FEWEST) -> int:
+    """Tokens to compare a model in `folder` on, all together: TOKENS, or so many that a pass over them takes WORK, at least `least`."""
+    return max(least, min(TOKENS, WORK // (2 * (_parameters(folder) or 1))))
 
 
 def within(rows: Iterable[encoding.Encoded], longest: int = LONGEST, most: int = TOKENS) -> list[encoding.Encoded]:
-    """The first rows that fit into `most` tokens together, those over `longest` left out."""
+    """The first rows that fit into `most` tokens together, or the first alone; those over `longest` left out."""
     found: list[encoding.Encoded] = []
     tokens = 0
     for row in rows:
         if not row.trained or len(row.input_ids) > longest:
             continue
-        if len(row.input_ids) > most - tokens:
+        if found and len(row.input_ids) > most - tokens:
             break
         found, tokens = [*found, row], tokens + len(row.input_ids)
     return found
 
 
-def held_out(dataset: Path | None, tokenizer, folder: Path) -> list[encoding.Encoded]:
+def held_out(dataset: Path | None, tokenizer, folder: Path, least: int = FEWEST) -> list[encoding.Encoded]:
     """Conversations of a dataset's val split, or of its calib split where that has none, `within` bounds; empty, and said, without any.
 
-    folder: of the model, whose positions and size bound the rows.
+    folder: of the model, whose positions and size bound the rows. least: see `enough`.
     """
     found: list[encoding.Encoded] = []
     if dataset:
         encoding.ensure_chat(tokenizer)
         config = read_json(folder / "config.json")
         longest = min(LONGEST, config.get("max_position_embeddings") or config.get("n_positions") or LONGEST)
-        splits = (within(_encoded(dataset / f"{split}.jsonl", tokenizer), longest, enough(folder)) for split in ("val", "calib"))
+        splits = (within(_encoded(dataset / f"{split}.jsonl", tokenizer), longest, enough(folder, least)) for split in ("val", "calib"))
         found = next(splits) or next(splits)
     if not found:
         warn("no dataset is known to compare on, so what is lost on held-out conversations is not measured")

@@ -74,9 +74,8 @@ def train(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path, tokenizer, 
     for callback in (InPlace(), Probe(run, cfg, out, precision), reports, states):
         run.add_callback(callback)
     of_val = (encoding.Encoded(example.input_ids.tolist(), example.labels.tolist()) for example in val)
-    held = fidelity.within(of_val, most=fidelity.enough(inputs["model"].path)) or fidelity.held_out(
-        records, tokenizer, inputs["model"].path
-    )
+    start, least = inputs["model"].path, fidelity.FEWEST_EXACT
+    held = fidelity.within(of_val, most=fidelity.enough(start, least)) or fidelity.held_out(records, tokenizer, start, least)
     with stop, reports.bar:
         run.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.number:
