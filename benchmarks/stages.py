@@ -84,11 +84,11 @@ def by_peft(model: Path, adapter: Path, out: Path) -> None:
     PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out)
 
 
-def by_gptqmodel(model: Path, dataset: Path, out: Path, batch: str) -> None:
+def by_gptqmodel(model: Path, dataset: Path, out: Path, batch: str, count: str = str(ROWS)) -> None:
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(os.cpu_count())  # it asks for more than a small machine has
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in encoded(model, dataset / "calib.jsonl")[:ROWS]]
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in encoded(model, dataset / "calib.jsonl")[: int(count)]]
     loaded = GPTQModel.load(str(model), QuantizeConfig(bits=4, group_size=group(model), desc_act=False, sym=True), device="cpu")
     loaded.quantize(rows, batch_size=int(batch))
     loaded.save(str(out))

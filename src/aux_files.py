@@ -1,6 +1,7 @@
 """Make a model folder complete: tokenizer files, chat template, generation config and custom code; and prove it by loading it alone.
 
-As a verb it serves folders made elsewhere: `python -m src.aux_files source=BASE_MODEL target=FOLDER`.
+As a verb it serves folders made elsewhere: `python -m src.aux_files source=BASE_MODEL target=FOLDER`. One that AutoGPTQ made gets the names and the
+config.json too that transformers, gptqmodel and vLLM look for.
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from src.core import stage
 from src.core.artifact import is_finished
 from src.core.errors import MissingInput, WrongKind
 from src.core.log import say
+from src.models import autogptq
 from src.models.complete import AUXILIARY, TOKENIZER, copy, prove
 from src.models.loading import load_tokenizer
 from src.settings.verbs import AuxFilesVerb
@@ -20,7 +22,8 @@ def main_aux_files(cfg: AuxFilesVerb) -> int:
     for folder in (source, target):
         if not folder.is_dir():
             raise MissingInput("no such folder", where=str(folder), fix="give a folder that is on this machine")
-    if not (target / "config.json").is_file():
+    adopts = autogptq.is_one(target)
+    if not adopts and not (target / "config.json").is_file():
         raise WrongKind(
             "the target is not a model folder: it has no config.json",
             where=str(target),
@@ -32,10 +35,14 @@ def main_aux_files(cfg: AuxFilesVerb) -> int:
             where=str(target),
             fix="give a copy of it without manifest.json",
         )
+    for step in (steps := autogptq.steps(source, target) if adopts else []):
+        say(f"aux_files: AutoGPTQ's folder: {'would ' * cfg.dry_run}{step}")
     if cfg.dry_run:
         wanted = [f.name for p in (*TOKENIZER, *AUXILIARY) for f in sorted(source.glob(p)) if not (target / f.relative_to(source)).exists()]
         say(f"aux_files: would copy {', '.join(wanted) or 'nothing'} into {target}")
         return 0
+    if steps:
+        autogptq.complete(source, target)
     tokenizer = load_tokenizer(source)
     copied = copy(source, target)
     say(f"aux_files: copied {', '.join(copied) or 'nothing: all were there'}")

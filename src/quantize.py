@@ -1,81 +1,97 @@
-"""Quantize a model layer by layer: with GPTQ, calibrated on the dataset's calib split rendered through the training template, or, as what that has to be
-better than, rounded to the nearest (quantizer=rtn_int4, rtn_int8).
+"""Quantize a model layer by layer: with GPTQ, calibrated on the dataset's calib split rendered through the training template, in one width or in two
+(quantizer=mixed), or, as what that has to be better than, rounded to the nearest (quantizer=rtn_int8, rtn_int4, rtn_int3).
 
 A merged adapter is quantized from the exact sum, not from the 16 bits its merge was rounded to. The layout is what gptqmodel writes, with everything
-that is not quantized as the source stores it; it loads in transformers as it is, and equal inputs give equal bytes.
+that is not quantized as the source stores it; one width loads in transformers as it is, two in gptqmodel and vLLM. Equal inputs give equal bytes.
 """
 
-import itertools
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from src import __version__
 from src.chat import encoding
-from src.chat.rows import rows_of
-from src.core import processes, stage
+from src.core import artifact, processes, stage
 from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput, ProofFailed, WrongKind
 from src.core.files import read_json, write_json
-from src.core.log import progress, say, warn
+from src.core.log import say
 from src.core.room import Needs
-from src.models import complete, exact_sum, fidelity, safetensors_io, seen
+from src.models import calibration, complete, exact_sum, fidelity, gptq_folder, safetensors_io, seen
 from src.models.devices import device, give_back_memory
 from src.models.folder import check_folder, check_tokenizer, trust_of
 from src.models.loading import load_tokenizer
-from src.models.safetensors_io import Entry
-from src.settings.verbs import QuantizeVerb, RtnQuantizer
-from src.sizing import host
+from src.settings.verbs import AnyQuantizer, GptqQuantizer, MixedQuantizer, QuantizeVerb, RtnQuantizer
+from src.sizing import budget, host
 from src.sizing.config_reader import read_shape
+
+LIMITS = {8: (0.02, 0.95), 4: (0.6, 0.6), 3: (2.5, 0.3)}
+"""by the fewest bits of a matrix: KL in nats and share of likeliest tokens, beyond which something else than rounding must have happened"""
+SENSITIVE = 8192, 64
+"""tokens and conversations that tell what each part of a model alone would lose"""
 
 
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
     model = run.source(cfg.source, "merge", "finetune", kinds={"model"})
-    return {"model": model, "dataset": stage.data_sources(run, cfg.dataset), **exact_sum.parents(model, cfg.weights, run.cache)}
+    inputs = {"model": model, "dataset": stage.data_sources(run, cfg.dataset), **exact_sum.parents(model, cfg.weights, run.cache)}
+    if cfg.calibration.text is not None:
+        if not (text := Path(cfg.calibration.text)).is_file():
+            raise MissingInput("calibration.text is no file", where=str(text), fix="calibration.text=null leaves it out")
+        inputs["text"] = artifact.outside(text, "file", run.cache)
+    return inputs
 
 
 def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
-    model, dataset = inputs["model"], inputs["dataset"]
+    model, dataset, q = inputs["model"], inputs["dataset"], cfg.quantizer
     config = check_folder(model.path, trust_remote_code=trust_of(model))
     if calibrates(cfg) and not dataset.files["calib.jsonl"]["size"]:
         raise MissingInput("the calib split is empty", where=str(dataset.path), fix=stage.made_again(dataset, "data.calib=0.1"))
-    group = cfg.quantizer.group_size
     linear = [e for e in safetensors_io.entries(model.path).values() if ".layers." in e.name and len(e.shape) == 2]
-    pack = 32 // cfg.quantizer.bits  # values in a word, of inputs and of outputs
+    pack = max(map(budget.filling, q.widths))
     if narrow := [e for e in linear if e.shape[0] % pack or e.shape[1] % pack]:
         raise ConfigError(
-            f"{narrow[0].name} is {narrow[0].shape[0]} x {narrow[0].shape[1]}, which int{cfg.quantizer.bits} cannot pack by {pack}",
+            f"{narrow[0].name} is {narrow[0].shape[0]} x {narrow[0].shape[1]}, which int{min(q.widths)} cannot pack by {pack}",
             where=str(model.path),
-            fix=["quantizer=gptq_int8"] * (cfg.quantizer.bits == 4 and all(n % 4 == 0 for e in linear for n in e.shape))
+            fix=["quantizer=gptq_int8"] * (min(q.widths) < 8 and all(n % 4 == 0 for e in linear for n in e.shape))
             + ["python -m src.deploy target=llama2c target.format=int8_v2 quantizes it by itself"] * (config.get("model_type") == "llama"),
         )
-    odd = [e for e in linear if group > 0 and e.shape[1] % group]
+    odd = [e for e in linear if q.group_size > 0 and e.shape[1] % q.group_size]
     if odd:
         divisors = [g for g in (128, 64, 32, 16) if all(e.shape[1] % g == 0 for e in linear)]
         raise ConfigError(
-            f"quantizer.group_size={group} does not divide the width {odd[0].shape[1]} of {odd[0].name}",
+            f"quantizer.group_size={q.group_size} does not divide the width {odd[0].shape[1]} of {odd[0].name}",
             where=str(model.path),
             fix=[f"quantizer.group_size={g}" for g in divisors[:1]] + ["quantizer.group_size=-1"],
+        )
+    if isinstance(q, MixedQuantizer) and q.bits_per_weight < (least := budget.bits_with_scale(4, q.group_size)):
+        raise ConfigError(
+            f"quantizer.bits_per_weight={q.bits_per_weight:g} is less than int4 in groups of {q.group_size} takes, {least:.3f}",
+            fix=["quantizer.bits_per_weight=4.5"] * (least <= 4.5) + ["quantizer=gptq_int3"],
         )
     check_tokenizer(model.path, trust_remote_code=trust_of(model))
     if trust_of(model):
         raise WrongKind("GPTQ goes layer by layer, and this model runs code of its own, which may do otherwise", where=str(model.path))
+    how = f"calibrated on {dataset.path}/calib.jsonl" if calibrates(cfg) else "each weight rounded to the nearest; calibration= is not used"
     return [
-        f"{cfg.quantizer.kind.upper()} int{cfg.quantizer.bits}, group {group}, of {model.path}, "
-        + (
-            f"calibrated on {dataset.path}/calib.jsonl"
-            if calibrates(cfg)
-            else "each weight rounded to the nearest; calibration= is not used"
-        ),
+        f"{in_words(cfg)}, group {q.group_size}, of {model.path}, {how}",
         *exact_sum.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize.partial" / "scratch" / "exact"),
     ]
+
+
+def calibrates(cfg: QuantizeVerb) -> bool:
+    return not isinstance(cfg.quantizer, RtnQuantizer)
+
+
+def in_words(cfg: QuantizeVerb) -> str:
+    q = cfg.quantizer
+    if isinstance(q, MixedQuantizer):
+        return f"GPTQ int4 and int8, {q.bits_per_weight:g} bits a weight"
+    return f"{q.kind.upper()} int{q.bits}"
 
 
 @dataclass(frozen=True)
 class Made:
     """A folder that has been written. figures: of its making. rows, before: what the weights it was made from say at them. held_out: whether they are
-    held-out conversations. ids: of its source's tokenizer, see complete."""
+    held-out conversations. ids: of its source's tokenizer, see complete. bits: of each matrix; None where all have one width."""
 
     start: Artifact
     figures: dict
@@ -83,23 +99,25 @@ class Made:
     before: seen.Seen
     held_out: bool
     ids: list[list[int]]
+    bits: dict[str, int] | None
 
 
 def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Each part in a process of its own, so that the second reads the result from disk alone, and neither holds what the other needs."""
     made = processes.fresh(make, cfg, inputs, out)
-    figures = prove(made, out, best=calibrates(cfg) and cfg.quantizer.bits == 8)
+    figures = prove(cfg, made, inputs["model"].path.resolve(), out)
     shutil.rmtree(out / "scratch")
     return {**made.figures, **figures}
 
 
 def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
     """Write the quantized folder, and ask what it was made from for held-out rows, or for the calibration's first where there are none."""
-    from src.models import by_layer, gptq, gptq_layers
+    from src.models import by_layer, gptq_layers
 
     source, data = inputs["model"].path.resolve(), inputs["dataset"].path
     tokenizer = load_tokenizer(source, trust_remote_code=trust_of(inputs["model"]))
-    rows, tokens = calibration_rows(cfg, data / "calib.jsonl", tokenizer) if calibrates(cfg) else ([], 0)
+    text = inputs["text"].path if "text" in inputs else None
+    rows = calibration.read(cfg.calibration, data / "calib.jsonl", text, tokenizer) if calibrates(cfg) else calibration.Rows([], [])
     scratch = out / "scratch"
     scratch.mkdir(exist_ok=True)
     start = exact_sum.write(inputs, scratch / "exact")
@@ -109,81 +127,58 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
             "or are no one list",
             where=str(source),
         )
-    q = cfg.quantizer
-    how = gptq.Nearest(q.bits, q.group_size) if isinstance(q, RtnQuantizer) else gptq.Settings(q.bits, q.group_size, q.damp, q.act_order)
-    losses = gptq_layers.quantize(found[0], rows, how, scratch / "layers")
+    bits = mixture(cfg, found[0], rows.chats, scratch)
+    losses = gptq_layers.quantize(found[0], rows.ids, settings_of(cfg, bits), scratch / "layers")
     del found
     give_back_memory()  # of the Hessians, before the source is asked
-    write(source, scratch / "layers", out)
+    gptq_folder.write(source, scratch / "layers", out)
     complete.copy(source, out)
-    complete_config(cfg, source, out)
+    gptq_folder.complete_config(cfg.quantizer, bits, source, out)
     held = fidelity.held_out(data, tokenizer, source)
     asked = (
         held
-        or [encoding.Encoded(row[:256], row[:256]) for row in rows[:8]]
+        or [encoding.Encoded(row[:256], row[:256]) for row in rows.ids[:8]]
         or fidelity.probes(read_json(out / "config.json")["vocab_size"])
     )
     before = seen.observe(fidelity.reader(start, "float32"), asked)
-    figures = {"calibration_rows": len(rows), "calibration_tokens": tokens, "module_loss": sum(losses) / len(losses)}
-    return Made(start, figures, asked, before, bool(held), complete.ids_of(tokenizer))
+    figures = {"calibration_rows": len(rows.ids), "calibration_tokens": rows.tokens, "module_loss": sum(losses) / len(losses)}
+    if bits:
+        figures["matrices_in_8_bits"] = sum(width == 8 for width in bits.values())
+    return Made(start, figures, asked, before, bool(held), complete.ids_of(tokenizer), bits)
 
 
-def calibrates(cfg: QuantizeVerb) -> bool:
-    return not isinstance(cfg.quantizer, RtnQuantizer)
+def mixture(cfg: QuantizeVerb, model, chats: list[encoding.Encoded], scratch: Path) -> dict[str, int] | None:
+    """{matrix: bits} by what each part alone would lose; None where all have one width. A killed run finds what was measured in `scratch`."""
+    from src.models import sensitivity
 
-
-def calibration_rows(cfg: QuantizeVerb, path: Path, tokenizer) -> tuple[list[list[int]], int]:
-    """(token ids of each row, tokens in all): whole conversations, as in training."""
-    encoding.ensure_chat(tokenizer)
-    rows: list[list[int]] = []
-    cut = 0
-    count = min(cfg.calibration.rows, sum(1 for _ in open(path, "rb")))
-    found = map(json.loads, open(path, encoding="utf-8"))
-    for _, row in progress(
-        itertools.islice(rows_of(found, tokenizer, "calibration"), cfg.calibration.rows), "tokenizing calibration", count
-    ):
-        cut += len(row.input_ids) > cfg.calibration.max_length
-        rows.append(row.input_ids[: cfg.calibration.max_length])
-    tokens = sum(map(len, rows))
-    say(
-        f"quantize: calibrates on {len(rows)} conversations, {tokens:,} tokens"
-        + (f"; {cut} were cut at {cfg.calibration.max_length} tokens" if cut else "")
-    )
-    if tokens < 4096:
-        warn(f"{tokens:,} calibration tokens are few; more records, or a larger data.calib, quantize better")
-    return rows, tokens
-
-
-def write(source: Path, layers: Path, out: Path) -> None:
-    """The source's tensors as it stores them, in its order, with what the files in `layers` hold in place of those that were quantized."""
-    from src.models.gptq import SUFFIXES
-
-    quantized = safetensors_io.entries(layers, "layer-*.safetensors")
-    written: list[Entry] = []
-    for name, entry in safetensors_io.entries(source).items():
-        parts = [quantized.get(f"{name.removesuffix('.weight')}.{suffix}") for suffix in SUFFIXES]
-        written += [entry] if None in parts else [part for part in parts if part]
-    stored = {entry.name: entry for entry in written}
-    safetensors_io.write(out, written, stored.__getitem__, safetensors_io.parse_size("5GB"))
-
-
-def complete_config(cfg: QuantizeVerb, source: Path, out: Path) -> None:
-    """The source's config.json with the block that says how it is quantized, and quantize_config.json, where AutoGPTQ's readers look for it."""
     q = cfg.quantizer
-    block = {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": q.bits,
-        "group_size": q.group_size,
-        "desc_act": not isinstance(q, RtnQuantizer) and q.act_order,
-        "sym": True,
-        "lm_head": False,
-        **({} if isinstance(q, RtnQuantizer) else {"damp_percent": q.damp}),
-        "pack_dtype": "int32",
-        "meta": {"quantizer": [f"boardwalk:{__version__}"]},
-    }
-    write_json(out / "config.json", read_json(source / "config.json") | {"quantization_config": block})
-    write_json(out / "quantize_config.json", block)
+    if not isinstance(q, MixedQuantizer):
+        return None
+    if not (file := scratch / "bits.json").is_file():
+        shutil.rmtree(hidden := scratch / "hidden", ignore_errors=True)
+        hidden.mkdir()
+        tokens, rows = SENSITIVE
+        some = fidelity.within(chats[:: max(1, len(chats) // rows)][:rows], cfg.calibration.max_length, tokens)
+        parts = sensitivity.measure(model, some, q.widths, q.group_size, hidden)
+        write_json(file, sensitivity.bits_of(parts, q.bits_per_weight, q.group_size))
+        told = sorted(parts, key=lambda part: -part.kl[4])
+        say(
+            "quantize: parts that lose most in 4 bits: "
+            + ", ".join(f"{part.names[0]}{' and others' * (len(part.names) > 1)} (KL {part.kl[4]:.1e})" for part in told[:3])
+        )
+    bits = read_json(file)
+    say(f"quantize: {sum(width == 8 for width in bits.values())} of {len(bits)} matrices are int8")
+    return bits
+
+
+def settings_of(cfg: QuantizeVerb, bits: dict[str, int] | None):
+    """{matrix: how it is quantized}, as a function."""
+    from src.models import gptq
+
+    q = cfg.quantizer
+    if isinstance(q, RtnQuantizer):
+        return lambda name: gptq.Nearest(q.bits, q.group_size)
+    return lambda name: gptq.Settings(bits[name] if bits else q.widths[0], q.group_size, q.damp, q.act_order)
 
 
 def read_back(*given) -> tuple:
@@ -198,23 +193,34 @@ def check_first_layer(*given) -> None:
     gptq_layers.check_first_layer(*given)
 
 
-def prove(made: Made, out: Path, *, best: bool) -> dict:
-    """The proof's figures: loss, KL and likeliest tokens against the weights that were quantized, by the folder alone, read in a fresh process; its
-    tokenizer is compared too. best: no other quantizer loses less. Raises ProofFailed where what it says has nothing to do with the source's."""
+def prove(cfg: QuantizeVerb, made: Made, source: Path, out: Path) -> dict:
+    """The proof's figures: loss, KL and likeliest tokens against the weights that were quantized, by the folder alone, read in a fresh process, and each
+    of its tensors held to the source's; its tokenizer is compared too. Raises ProofFailed where it is further from the source than its bits explain."""
     shutil.rmtree(first := out / "scratch" / "first", ignore_errors=True)
     first.mkdir(parents=True)
     processes.fresh(check_first_layer, made.start, out, first)
-    ids, after = processes.fresh(read_back, made.start, out, made.rows, made.before.top_k_ids)
+    ids, after = processes.fresh(read_back, made.start, source, out, made.rows, made.before.top_k_ids)
     complete.compare(ids, made.ids, out)
     error = fidelity.distance(made.before, after)
     if not error < 1:
         raise ProofFailed(
             f"the quantized model's log-probabilities are {error:.2f} of their own size away from the source's", where=str(out)
         )
-    say(f"quantize: transformers reads the folder alone; log-probabilities within {error:.1%} of the source's")
-    change = fidelity.compare(made.before, after, len(made.rows))
-    figures = fidelity.report("quantize", change, "quantized", "" if best else "quantizer=gptq_int8 loses less")
-    return {"logit_error": error, **(figures if made.held_out else {})}
+    by = "gptqmodel" if made.bits else "transformers"
+    say(f"quantize: {by} reads the folder alone; log-probabilities within {error:.1%} of the source's")
+    if not made.held_out:
+        return {"logit_error": error}
+    change, better = fidelity.compare(made.before, after, len(made.rows)), better_than(cfg.quantizer)
+    figures = fidelity.report("quantize", change, "quantized", " ".join(f"{way} loses less" for way in better))
+    kl, agreement = LIMITS[min(cfg.quantizer.widths)]
+    kl, agreement = kl if cfg.max_kl == "auto" else cfg.max_kl, agreement if cfg.min_agreement == "auto" else cfg.min_agreement
+    fidelity.hold(change, kl, agreement, out, better)
+    return {"logit_error": error, **figures}
+
+
+def better_than(q: AnyQuantizer) -> list[str]:
+    """The quantizer that loses less; none where it is the best."""
+    return [] if isinstance(q, GptqQuantizer) and q.bits == 8 else ["quantizer=gptq_int8"]
 
 
 def needs(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> Needs:
@@ -224,7 +230,7 @@ def needs(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> Needs:
 
 STAGE = stage.Stage(
     verb="quantize",
-    version=3,
+    version=4,
     schema=QuantizeVerb,
     kind="quantized",
     find=find,
@@ -232,7 +238,7 @@ STAGE = stage.Stage(
     needs=needs,
     run=quantize,
     doc=__doc__,
-    resumes=lambda partial: any(partial.glob("scratch/layers/layer-*.safetensors")),
+    resumes=lambda partial: any(partial.glob("scratch/layers/layer-*.safetensors")) or (partial / "scratch" / "bits.json").is_file(),
 )
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CHAT, helps, refused
+from safetensors.torch import load_file, save_file
 
-from src.core.errors import MissingInput, ProofFailed, WrongKind
+from src.core import artifact
+from src.core.errors import BadData, MissingInput, ProofFailed, WrongKind
 from src.core.files import hash_files
-from src.models import complete
+from src.models import by_layer, complete, gptq
+from src.models.autogptq import complete as complete_autogptq
 
 NAMES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -127,3 +131,76 @@ def test_probes_reach_what_tokenizers_get_wrong():
     text = "".join(complete.PROBES)
     for part in ("  ", "\t", "\n\n", "12345", "안녕", "你好", "🚀", "é", "<|im_start|>"):
         assert part in text
+
+
+# ---- folders that AutoGPTQ made
+
+
+@pytest.fixture
+def autogptq(tmp_path):
+    """The embedded model as AutoGPTQ leaves one: weights under its own name, quantize_config.json, and a config.json that says nothing of either."""
+    folder = tmp_path / "auto"
+    folder.mkdir()
+    tensors = load_file(CHAT / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        made = gptq.nearest(tensors.pop(name).float(), gptq.Nearest(4, 32))
+        tensors |= {f"{name.removesuffix('.weight')}.{suffix}": t for suffix, t in made.tensors.items()}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "gptq_model-4bit-32g.safetensors", {"format": "pt"})
+    shutil.copy(CHAT / "config.json", folder)
+    settings = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "static_groups": False, "sym": True}
+    settings |= {"true_sequential": True, "model_name_or_path": None, "model_file_base_name": "gptq_model-4bit-32g"}
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("config", ["there", "missing", "halfway"])
+def test_a_folder_that_autogptq_made_is_completed_by_one_command(autogptq, config, call):
+    if config == "missing":
+        (autogptq / "config.json").unlink()
+    if config == "halfway":  # killed before the rename
+        complete_autogptq(CHAT, autogptq)
+        (autogptq / "model.safetensors").rename(autogptq / "gptq_model-4bit-32g.safetensors")
+    before = {path.name: path.read_bytes() for path in autogptq.iterdir()}
+    dry = call("aux_files", f"source={CHAT}", f"target={autogptq}", "dry_run=true")
+    assert dry.returncode == 0 and "would rename gptq_model-4bit-32g.safetensors to model.safetensors" in dry.stderr
+    assert before == {path.name: path.read_bytes() for path in autogptq.iterdir()}
+    done = call("aux_files", f"source={CHAT}", f"target={autogptq}")
+    assert done.returncode == 0, done.stderr
+    assert (autogptq / "model.safetensors").read_bytes() == before["gptq_model-4bit-32g.safetensors"]
+    block = json.loads((autogptq / "config.json").read_text())["quantization_config"]
+    assert (block["quant_method"], block["bits"], block["group_size"], block["sym"]) == ("gptq", 4, 32, True)
+    assert json.loads((autogptq / "quantize_config.json").read_text())["model_file_base_name"] == "model"
+    found = artifact.open_any(autogptq)
+    assert found.kind == "quantized" and by_layer.load(found)
+    again = call("aux_files", f"source={CHAT}", f"target={autogptq}")
+    assert again.returncode == 0 and "AutoGPTQ" not in again.stderr
+
+
+@helps("models/autogptq.py", "take the folder as it was before it was repacked", "leave one of them there", "give a folder that AutoGPTQ made")
+@helps("models/autogptq.py", "take weights and quantize_config.json of one and the same model")
+def test_what_is_no_such_folder_is_left_as_it_is_and_that_is_said(autogptq, call):
+    settings, weights = autogptq / "quantize_config.json", autogptq / "gptq_model-4bit-32g.safetensors"
+    right = json.loads(settings.read_text())
+
+    def told(error, *words):
+        before = sorted(path.name for path in autogptq.iterdir())
+        refused(call("aux_files", f"source={CHAT}", f"target={autogptq}"), error, *words)
+        assert before == sorted(path.name for path in autogptq.iterdir())
+
+    for change, error, words in (
+        ({"is_marlin_format": True}, WrongKind, "Marlin"),
+        ({"bits": 8}, BadData, "has 4 bits in groups of 32, and quantize_config.json says 8"),
+        ({"group_size": 64}, BadData, "says 4 in groups of 64"),
+    ):
+        settings.write_text(json.dumps(right | change))
+        told(error, words)
+    settings.write_text(json.dumps(right))
+    for other in ("gptq_model-8bit.safetensors", "model.safetensors"):
+        shutil.copy(weights, autogptq / other)
+        told(WrongKind, "which is the model?" if other.startswith("gptq") else "both")
+        (autogptq / other).unlink()
+    kept = weights.read_bytes()
+    save_file({"x": torch.zeros(1)}, weights)
+    told(BadData, "no quantized matrix")
+    weights.write_bytes(kept)
+    assert call("aux_files", f"source={CHAT}", f"target={autogptq}").returncode == 0

@@ -64,7 +64,7 @@ def test_what_is_lost_is_no_more_than_with_gptqmodel(bits, group, act_order):
         assert ((made.weight - theirs).abs() > 0.1 * scale.max()).float().mean() < 0.05
 
 
-@pytest.mark.parametrize("bits, act_order", [(4, False), (4, True), (8, False)])
+@pytest.mark.parametrize("bits, act_order", [(3, False), (3, True), (4, False), (4, True), (8, False)])
 def test_gptqmodels_own_layer_reads_what_was_meant(bits, act_order):
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
@@ -82,7 +82,7 @@ def test_gptqmodels_own_layer_reads_what_was_meant(bits, act_order):
     assert torch.equal(gptq.widen(made.tensors), made.weight)
 
 
-@pytest.mark.parametrize("bits, group", [(4, 64), (8, 64), (4, -1)])
+@pytest.mark.parametrize("bits, group", [(3, 64), (4, 64), (8, 64), (4, -1)])
 def test_rounding_to_the_nearest_loses_more_and_is_nearest(bits, group):
     weight, tokens = matrix()
     made, better = gptq.nearest(weight, gptq.Nearest(bits, group)), ours(weight, tokens, gptq.Settings(bits, group, 0.05, False))
@@ -112,9 +112,13 @@ def test_a_matrix_whose_tensors_do_not_belong_together_is_named(damage, tmp_path
             assert found().shape == (96, 256)
 
 
-def test_packing_is_undone():
-    values = torch.randint(0, 16, (64, 24), dtype=torch.uint8)
-    assert torch.equal(gptq.unpack(gptq.pack(values, 4), 4), values)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_packing_is_a_stream_of_bits_and_undone(bits):
+    values = torch.randint(0, 1 << bits, (64, 24), dtype=torch.uint8)
+    words = gptq.pack(values, bits)
+    assert torch.equal(gptq.unpack(words, bits), values) and len(words) == 2 * bits
+    stream = sum(int(value) << (bits * i) for i, value in enumerate(values[:, 0]))
+    assert [int(word) % 2**32 for word in words[:, 0]] == [stream >> (32 * i) & 0xFFFFFFFF for i in range(2 * bits)]
     assert gptq.pack(torch.arange(8, dtype=torch.uint8)[:, None], 4).item() == 0x76543210
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from src import data, evaluate, finetune, merge, quantize
 from src.chat import encoding
 from src.core import artifact, log
 from src.core.compose import compose
-from src.core.errors import ConfigError, MissingTool, ProofFailed
-from src.models import by_layer, complete, gptq, loading, safetensors_io, seen, skeleton
+from src.core.errors import ConfigError, MissingInput, MissingTool, ProofFailed
+from src.models import by_layer, calibration, complete, gptq, loading, safetensors_io, seen, skeleton
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, QuantizeVerb
+from src.sizing.budget import bits_with_scale
 from src.training import session
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +75,6 @@ def int4(here):
     return artifact.open_artifact(here / "int4" / "quantize")
 
 
-@helps("quantize.py", "quantizer=gptq_int8 loses less")
 def test_it_loads_in_plain_transformers_and_speaks_like_its_source(made, here):
     bits, made = made
     model = AutoModelForCausalLM.from_pretrained(made.path, local_files_only=True).eval()
@@ -204,10 +205,11 @@ def test_calibration_is_the_calib_split_through_the_template(int4, here, capsys,
     monkeypatch.setattr(log, "FIRST", 0)
     tokenizer = load_tokenizer(here / "model")
     cfg = compose("quantize", ["calibration.rows=5", "calibration.max_length=30"], QuantizeVerb)
-    rows, tokens = quantize.calibration_rows(cfg, here / "q" / "data" / "calib.jsonl", tokenizer)
-    records = [json.loads(line) for line in open(here / "q" / "data" / "calib.jsonl")][:5]
+    rows = calibration.read(cfg.calibration, here / "q" / "data" / "calib.jsonl", None, tokenizer)
+    records = [json.loads(line) for line in open(here / "q" / "data" / "calib.jsonl")]
+    records = [records[i] for i in calibration.drawn([len(json.dumps(r)) for r in records], 5, 0)]
     whole = [tokenizer.apply_chat_template(r["messages"], return_dict=False) for r in records]
-    assert rows == [ids[:30] for ids in whole] and tokens == sum(map(len, rows))
+    assert rows.ids == [ids[:30] for ids in whole] and rows.tokens == sum(map(len, rows.ids))
     err = capsys.readouterr().err
     assert f"{sum(len(ids) > 30 for ids in whole)} were cut at 30 tokens" in err and "calibration tokens are few" in err
     assert "  tokenizing calibration: 1 of 5, " in err
@@ -377,14 +379,91 @@ def test_an_adapter_is_refused(on_gptq, here, capsys):
     assert "makes a model of it" in capsys.readouterr().err
 
 
-def test_a_quantized_model_that_lost_its_source_fails_the_proof(int4, here, monkeypatch):
-    """Another model's weights in the folder: each matrix the negative of what it should be."""
-    rows = [encoding.Encoded(list(range(5, 60)), list(range(5, 60)))]
+def test_what_has_nothing_to_do_with_its_source_fails_the_proof_without_conversations_too(int4, here):
+    rows = ROWS
     start = artifact.open_any(here / "model")
     before = seen.observe(seen.by_layer(by_layer.load(start)[0], "proof"), rows)
-    made = quantize.Made(start, {}, rows, before, False, complete.token_ids(here / "model", False))
-    quantize.prove(made, int4.path, best=False)
-    widen = gptq.widen
-    monkeypatch.setattr(gptq, "widen", lambda *given: -widen(*given))
-    with pytest.raises(ProofFailed, match=r"away from the source|something else than it holds"):
-        quantize.prove(made, int4.path, best=False)
+    cfg = compose("quantize", [], QuantizeVerb)
+    made = quantize.Made(start, {}, rows, before, False, complete.token_ids(here / "model", False), None)
+    assert quantize.prove(cfg, made, here / "model", int4.path)["logit_error"] < 0.35
+    with pytest.raises(ProofFailed, match="away from the source"):
+        quantize.prove(cfg, replace(made, before=replace(before, log_probs=before.log_probs / 5)), here / "model", int4.path)
+
+
+# ---- two widths, and limits
+
+
+@pytest.fixture(scope="module")
+def mixed(here):
+    where = here / "mixed" / "quantize"
+    if not where.is_dir():
+        shutil.copytree(TINY, here / "whole")
+        argv = [f"outputs={here}", "run=mixed", f"source={here / 'whole'}", f"dataset={here / 'q' / 'data'}", "calibration.rows=16"]
+        assert go(quantize, *argv, "quantizer=mixed", "quantizer.group_size=32", "quantizer.bits_per_weight=5.5") == 0
+    return artifact.open_artifact(where)
+
+
+def test_two_widths_are_the_size_asked_for_and_gptqmodel_reads_them(mixed, here):
+    stored = [each for each in gptq.matrices(safetensors_io.entries(mixed.path)).values() if isinstance(each, gptq.Stored)]
+    size = sum(each.shape[0] * each.shape[1] * bits_with_scale(each.form.bits, 32) for each in stored)
+    weights = sum(each.shape[0] * each.shape[1] for each in stored)
+    assert {each.form.bits for each in stored} == {4, 8} and 5.2 < size / weights <= 5.5
+    assert mixed.metrics["matrices_in_8_bits"] == sum(each.form.bits == 8 for each in stored)
+    config = json.loads((mixed.path / "quantize_config.json").read_text())
+    assert config["bits"] == 4 and all(rule == {"bits": 8} for rule in config["dynamic"].values())
+    theirs = loading.load_by_gptqmodel(mixed.path, torch.float32)
+    ours = loading.load_any(mixed, dtype="held")[0]
+    ids = torch.tensor([ROWS[0].input_ids])
+    with torch.no_grad():
+        one, other = (model(ids).logits.float() for model in (theirs, ours))
+    assert (one - other).norm() < 0.02 * other.norm()
+    assert theirs.generate(ids, max_new_tokens=8, do_sample=False).tolist() == ours.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+
+
+def test_what_it_loses_is_between_that_of_its_two_widths(mixed, here):
+    kl = {"mixed": mixed.metrics["kl"]}
+    for name in ("rtn_int3", "gptq_int3", "gptq_int4", "gptq_int8"):
+        argv = [f"outputs={here}", f"run=of-{name}", f"source={here / 'whole'}", f"dataset={here / 'q' / 'data'}", "calibration.rows=16"]
+        assert go(quantize, *argv, f"quantizer={name}", "quantizer.group_size=32") == 0
+        kl[name] = artifact.open_artifact(here / f"of-{name}" / "quantize").metrics["kl"]
+    print(kl)
+    assert kl["gptq_int8"] < kl["mixed"] < kl["gptq_int4"] < kl["gptq_int3"] < kl["rtn_int3"]
+
+
+@helps("models/fidelity.py", "{} if you accept it")
+@helps("quantize.py", "quantizer=gptq_int8")
+def test_more_loss_than_is_allowed_is_refused_and_the_ways_out_help(mixed, here, capsys):
+    argv = [f"outputs={here}", f"source={here / 'whole'}", f"dataset={here / 'q' / 'data'}", "calibration.rows=16", "quantizer.group_size=32"]
+    capsys.readouterr()
+    assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5", "min_agreement=1") == ProofFailed.exit_code
+    said = capsys.readouterr().err
+    assert "more was lost than bits explain" in said and "limits KL 1e-05 nats and 100% the same likeliest token" in said
+    accepted = next(line for line in said.splitlines() if "if you accept it" in line).split(" if you")[0].split()
+    typed = [word for word in accepted if "=" in word]
+    assert [word.split("=")[0] for word in typed] in (["max_kl"], ["max_kl", "min_agreement"])
+    assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5", *typed) == 0
+    assert go(quantize, *argv, "run=limit8", "quantizer=gptq_int8", "max_kl=1e-3") == 0
+
+
+@helps("quantize.py", "quantizer.bits_per_weight=4.5", "quantizer=gptq_int3", "calibration.text=null leaves it out")
+def test_a_size_below_four_bits_and_a_text_that_is_not_there_are_refused(here, capsys):
+    argv = [f"outputs={here}", f"source={here / 'model'}", f"dataset={here / 'q' / 'data'}", "run=small", "dry_run=true"]
+    assert go(quantize, *argv, "quantizer=mixed", "quantizer.bits_per_weight=4.1") == ConfigError.exit_code
+    assert "less than int4 in groups of 128 takes, 4.156" in capsys.readouterr().err
+    for way in ("quantizer=gptq_int3", "quantizer=mixed quantizer.bits_per_weight=4.5"):
+        assert go(quantize, *argv, *way.split()) == 0
+    assert go(quantize, *argv, "calibration.text=/nowhere.txt") == MissingInput.exit_code
+    assert go(quantize, *argv, "calibration.text=null") == 0
+
+
+def test_general_text_is_its_share_of_the_calibration(here, tmp_path, capsys):
+    tokenizer = load_tokenizer(here / "model")
+    cfg = compose("quantize", ["calibration.rows=8", "calibration.text_share=0.4"], QuantizeVerb)
+    split = here / "q" / "data" / "calib.jsonl"
+    found = calibration.read(cfg.calibration, split, ROOT / "README.md", tokenizer)
+    general = sum(map(len, found.text))
+    assert abs(general / found.tokens - 0.4) < 0.01 and f"and on {general:,} tokens of {ROOT / 'README.md'}" in capsys.readouterr().err
+    assert tokenizer.decode(found.text[0]) == (ROOT / "README.md").read_text()[: len(tokenizer.decode(found.text[0]))]
+    (tmp_path / "short.txt").write_bytes(b"few words \xff and no UTF-8")
+    found = calibration.read(cfg.calibration, split, tmp_path / "short.txt", tokenizer)
+    assert "few words" in tokenizer.decode(found.text[0]) and "fewer than the" in capsys.readouterr().err

@@ -190,13 +190,18 @@ class ByLayer:
         return given[0] if isinstance(given, tuple) else given
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `head` gives them, without what a gradient would need."""
+        with torch.no_grad():
+            return self.head(hidden)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the model makes of the last layer's hidden states, (tokens, width): logits, fp32 (tokens, vocabulary). The output layer has to be held."""
 
         def give(number: int) -> Callable:
             last = number == len(self.layers) - 1
             return lambda *args, **kwargs: self._as_given(hidden[None] if last else _apart(args, kwargs)[0])
 
-        with self._layers_as(give), torch.no_grad():
+        with self._layers_as(give):
             return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
 
     def run(self, rows: list[list[int]], what: str) -> list[torch.Tensor]:
@@ -286,7 +291,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def load(artifact: Artifact, base: Path | None = None, tokens: int = 0, device: str = "cpu") -> tuple[ByLayer, Any] | None:
     """(the model to be taken layer by layer, tokenizer) of a model, or of an adapter on its base; None where that cannot be: weights quantized otherwise
-    than by GPTQ, symmetrically, to 4 or 8 bits, code of the model's own, layers that are no one list or share more than hidden states, adapters with more
+    than by GPTQ, symmetrically, to 3, 4 or 8 bits, code of the model's own, layers that are no one list or share more than hidden states, adapters with more
     than A and B, and trained token rows, in them.
 
     base: where the adapter's base is, if not where it was. tokens: ids it has to know. device: where layers are computed.

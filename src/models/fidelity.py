@@ -239,6 +239,23 @@ def judge(verb: str, change: Change, limit: float, where: Path, fix: list[str], 
     say(f"{verb}: {told}")
 
 
+def hold(change: Change, kl: float, agreement: float, where: Path, fix: list[str]) -> None:
+    """Raises ProofFailed where KL is above its limit, or the share of tokens with the same likeliest one below its own, beside what other rows would explain.
+
+    fix: ways out beside the limits, `max_kl` and `min_agreement`.
+    """
+    waver = 2 * math.sqrt(change.agreement * (1 - change.agreement) / change.tokens)
+    over = [f"max_kl={change.kl * 1.1:.2g}"] * (not change.kl - change.kl_waver <= kl)
+    over += [f"min_agreement={change.agreement * 0.95:.2g}"] * (not change.agreement + waver >= agreement)
+    if over:
+        accepted = [f"{' '.join(over)} if you accept it"] if math.isfinite(change.kl + change.agreement) else []
+        raise ProofFailed(
+            f"more was lost than bits explain: {change.told('before', 'quantized')}",
+            where=f"{where}, limits KL {kl:g} nats and {agreement:.0%} the same likeliest token",
+            fix=[*fix, *accepted],
+        )
+
+
 def report(verb: str, change: Change, other: str, fix: str) -> dict:
     """Says what fewer bits lost, with a warning and a way out (`fix`) where it is more than MUCH; returns the figures for the manifest.
 

@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al. 2022, arXiv:2210.17323): a matrix's weights rounded one input at a time, each rounding's error taken up by the inputs to come.
 Beside it, in the same layout, plain rounding to the nearest.
 
-The layout is AutoGPTQ's, which gptqmodel, transformers, vLLM and Pulsar2 read: for a matrix of (out, in) weights of 4 or 8 bits `qweight`, int32 (in x
+The layout is AutoGPTQ's, which gptqmodel, transformers, vLLM and Pulsar2 read: for a matrix of (out, in) weights of 3, 4 or 8 bits `qweight`, int32 (in x
 bits / 32, out); `scales`, fp16 (groups, out); `qzeros`, int32 (groups, out x bits / 32), each zero point less one; `g_idx`, int32 (in,), the group of
 each input. Symmetric: the zero point is half the range.
 """
@@ -12,6 +12,7 @@ import torch
 
 from src.core.errors import using
 from src.models import safetensors_io
+from src.sizing.budget import filling
 
 BLOCK = 128
 """inputs whose errors are gathered before the rest of the matrix takes them up"""
@@ -22,7 +23,7 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True)
 class Settings:
-    """bits: 4 or 8. group: inputs that share a scale, -1 for all. damp: share of the Hessian's mean diagonal added to it. act_order: the inputs that
+    """bits: 3, 4 or 8. group: inputs that share a scale, -1 for all. damp: share of the Hessian's mean diagonal added to it. act_order: the inputs that
     matter most first, whatever their group; else groups and the inputs in each by that order, which keeps groups together."""
 
     bits: int
@@ -97,8 +98,7 @@ class Quantized:
 
     def part(self, begin: int, end: int, bits: int) -> dict[str, torch.Tensor]:
         """The tensors of some of the outputs, which are whole words."""
-        each = 32 // bits
-        cut = {"qweight": (begin, end), "scales": (begin, end), "qzeros": (begin // each, end // each)}
+        cut = {"qweight": (begin, end), "scales": (begin, end), "qzeros": (begin * bits // 32, end * bits // 32)}
         return {name: t[:, slice(*cut[name])].cpu().contiguous() if name in cut else t.cpu().clone() for name, t in self.tensors.items()}
 
 
@@ -171,20 +171,30 @@ def _round(left, factor, of_input: list[int], values, scales, group: int, bits: 
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 (n, m) of `bits` each as int32 (n x bits / 32, m): the first of a word's values in its lowest bits."""
-    each = 32 // bits
-    words = torch.zeros(len(values) // each, values.shape[1], dtype=torch.int32, device=values.device)
+    """uint8 (n, m) of `bits` each as int32 (n x bits / 32, m): value k of a column in the bits from k x bits on, lowest first; of 3 bits, two of 32 values
+    lie in two words."""
+    each = filling(bits)
+    words = torch.zeros(len(values) * bits // 32, values.shape[1], dtype=torch.int32, device=values.device)
     for i in range(each):
-        words |= values[i::each].int() << (bits * i)
+        word, at = divmod(i * bits, 32)
+        some = values[i::each].int()
+        words[word :: each * bits // 32] |= some << at
+        if at + bits > 32:
+            words[word + 1 :: each * bits // 32] |= some >> (32 - at)
     return words
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """`pack` undone."""
-    each = 32 // bits
-    values = torch.empty(len(words) * each, words.shape[1], dtype=torch.uint8, device=words.device)
+    each, mask = filling(bits), (1 << bits) - 1
+    count = each * bits // 32
+    values = torch.empty(len(words) // count * each, words.shape[1], dtype=torch.uint8, device=words.device)
     for i in range(each):
-        values[i::each] = (words >> (bits * i) & ((1 << bits) - 1)).to(torch.uint8)
+        word, at = divmod(i * bits, 32)
+        found = words[word::count] >> at  # of a negative word the sign comes in from above, and is masked
+        if at + bits > 32:
+            found = found & ((1 << (32 - at)) - 1) | words[word + 1 :: count] << (32 - at)
+        values[i::each] = (found & mask).to(torch.uint8)
     return values
 
 
@@ -198,6 +208,11 @@ class Stored:
     @property
     def shape(self) -> tuple[int, int]:
         return self.parts["qweight"].shape[1], self.parts["g_idx"].shape[0]
+
+    @property
+    def form(self) -> Nearest:
+        width, groups = self.shape[1], self.parts["scales"].shape[0]
+        return Nearest(32 * self.parts["qweight"].shape[0] // width, width // groups if groups > 1 else -1)
 
     def __call__(self) -> torch.Tensor:
         """The weights, fp32 (out, in). Raises BadData where its tensors do not belong together, or are in another form than `widen` knows."""
@@ -218,11 +233,11 @@ def matrices(entries: dict[str, safetensors_io.Entry]) -> dict[str, safetensors_
 
 
 def widen(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The weights that a matrix's tensors say, fp32 (out, in). Raises ValueError where they are not of 4 or 8 bits, or not symmetric, or a group is none."""
+    """The weights that a matrix's tensors say, fp32 (out, in). Raises ValueError where they are not of 3, 4 or 8 bits, or not symmetric, or a group is none."""
     words, g_idx = tensors["qweight"], tensors["g_idx"]
     bits = 32 * len(words) // max(len(g_idx), 1)
     half = 1 << (bits - 1)
-    if bits not in (4, 8) or not bool((unpack(tensors["qzeros"].T.contiguous(), bits) == half - 1).all()):
+    if bits not in (3, 4, 8) or not bool((unpack(tensors["qzeros"].T.contiguous(), bits) == half - 1).all()):
         raise ValueError(f"{bits} bits, or not symmetric")
     if bool((g_idx < 0).any()):
         raise ValueError("a group below the first")

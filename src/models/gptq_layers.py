@@ -6,14 +6,16 @@ rows once they are quantized. A finished layer is a file, so a run that was kill
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from src.core.artifact import Artifact
@@ -23,15 +25,22 @@ from src.core.processes import silenced
 from src.models import by_layer, complete, gptq, loading, safetensors_io, seen
 from src.models.by_layer import ByLayer, Pass, Reached
 from src.models.folder import trust_of
+from src.models.layers import LINEAR, inputs_together, linear_of, outputs_first
 
-LINEAR = (nn.Linear, Conv1D)
 VOCABULARY = 64
 """rows of the vocabulary that a model of one layer has"""
+How = Callable[[str], gptq.Settings | gptq.Nearest]
+"""how each matrix is quantized, by its name"""
+COMPARED = 256
+"""tokens that matrices are compared at"""
+OUTLIER, OUTLIER_OUTPUT = 2.5, 4.0
+"""times what rounding to the nearest changes of a matrix's outputs, and of one of them that is mostly wrong, from which on it is another fault; on
+SmolLM2-135M GPTQ comes to at most 0.8, and 2.4"""
 OTHER = 0.1
 """share of a layer's weights that may be in no linear layer"""
 
 
-def quantize(model: ByLayer, rows: list[list[int]], how: gptq.Settings | gptq.Nearest, folder: Path) -> list[float]:
+def quantize(model: ByLayer, rows: list[list[int]], how: How, folder: Path) -> list[float]:
     """Quantize every linear layer inside the model's layers; the tensors of layer N go into layer-N.safetensors in `folder`.
 
     rows: token ids to calibrate on, which rounding to the nearest needs none of. Returns the loss of each group of matrices, per token. Raises WrongKind
@@ -53,11 +62,9 @@ def quantize(model: ByLayer, rows: list[list[int]], how: gptq.Settings | gptq.Ne
     return losses
 
 
-def _quantize_layer(
-    model: ByLayer, number: int, passes: list[Pass], how: gptq.Settings | gptq.Nearest
-) -> tuple[dict[str, torch.Tensor], list[float]]:
+def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: How) -> tuple[dict[str, torch.Tensor], list[float]]:
     names = {module: name for name, module in model.names(number)}
-    linear: list[Any] = [module for module in model.layers[number].modules() if isinstance(module, LINEAR)]
+    linear = linear_of(model, number)
     inside = sum(module.weight.numel() for module in linear)
     largest = max(
         ((p.numel(), name) for name, p in model.layers[number].named_parameters() if not _is_of(name, model.layers[number])),
@@ -69,14 +76,16 @@ def _quantize_layer(
         )
     tensors: dict[str, torch.Tensor] = {}
     losses = []
-    if isinstance(how, gptq.Nearest):
+    if not passes:
         for module in linear:
-            made = gptq.nearest(_outputs_first(module), how)
-            tensors |= {f"{names[module]}.{suffix}": t for suffix, t in made.part(0, len(made.weight), how.bits).items()}
+            own = how(names[module])
+            made = gptq.nearest(outputs_first(module), gptq.Nearest(own.bits, own.group))
+            tensors |= {f"{names[module]}.{suffix}": t for suffix, t in made.part(0, len(made.weight), own.bits).items()}
             losses.append(made.loss / made.weight.numel())
         return tensors, losses
-    for group in _groups(model, number, passes[0], linear):
-        hessian = gptq.Hessian(_outputs_first(group[0]).shape[1], model.device)
+    for group in inputs_together(model, number, passes[0]):
+        own = how(names[group[0]])
+        hessian = gptq.Hessian(outputs_first(group[0]).shape[1], model.device)
         for each in passes:
             _add_inputs(model, number, group[0], each, hessian)
         if not hessian.tokens:
@@ -84,50 +93,29 @@ def _quantize_layer(
             hessian.sum.fill_diagonal_(1)
         ever = hessian.sum.diagonal() != 0
         try:
-            order = hessian.order(how)
-            factor = hessian.factor(order, how.damp)
+            order = hessian.order(own)
+            factor = hessian.factor(order, own.damp)
         except gptq.NotPositive:
             raise ProofFailed(
                 f"what comes into {names[group[0]]} on the calibration rows is no number, or nothing that GPTQ can use"
             ) from None
-        made = gptq.quantize(torch.cat([_outputs_first(module) for module in group]), order, factor, ever, how)
+        made = gptq.quantize(torch.cat([outputs_first(module) for module in group]), order, factor, ever, own)
         losses.append(made.loss / max(hessian.tokens, 1))
         at = 0
         for module in group:
-            outputs = len(_outputs_first(module))
-            tensors |= {f"{names[module]}.{suffix}": t for suffix, t in made.part(at, at + outputs, how.bits).items()}
-            _outputs_first(module).copy_(made.weight[at : at + outputs])
+            outputs = len(outputs_first(module))
+            tensors |= {f"{names[module]}.{suffix}": t for suffix, t in made.part(at, at + outputs, own.bits).items()}
+            outputs_first(module).copy_(made.weight[at : at + outputs])
             at += outputs
         del made, factor  # before the next Hessian is there
     return tensors, losses
-
-
-def _groups(model: ByLayer, number: int, each: Pass, linear: list[nn.Module]) -> list[list[nn.Module]]:
-    """The layer's matrices as a pass calls them, those with one input together; in the end each that it does not call."""
-    called: list[tuple[torch.Tensor, list[nn.Module]]] = []
-
-    def note(module, given) -> None:
-        if any(module in modules for _, modules in called):  # it is used twice: calibrated on its first inputs
-            return
-        if called and called[-1][0] is given[0]:
-            called[-1][1].append(module)
-        else:
-            called.append((given[0], [module]))
-
-    hooks = [module.register_forward_pre_hook(note) for module in linear]
-    model.call(number, each)
-    for hook in hooks:
-        hook.remove()
-    groups = [modules for _, modules in called]
-    return groups + [[module] for module in linear if not any(module in group for group in groups)]
 
 
 def _add_inputs(model: ByLayer, number: int, module: nn.Module, each: Pass, hessian: gptq.Hessian) -> None:
     """Add what a pass gives to a matrix, padding left out; the pass ends there."""
 
     def add(module, given) -> None:
-        inputs = given[0]
-        hessian.add(inputs[each.mask.bool()] if each.mask is not None and inputs.shape[:2] == each.mask.shape else inputs)
+        hessian.add(_flat(given[0], each))
         raise Reached
 
     hook = module.register_forward_pre_hook(add)
@@ -141,14 +129,9 @@ def _take(model: ByLayer, number: int, file: Path) -> list[float]:
     tensors = load_file(file)
     for name, module in model.names(number):
         if f"{name}.qweight" in tensors:
-            _outputs_first(module).copy_(gptq.widen({suffix: tensors[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES}))
+            outputs_first(module).copy_(gptq.widen({suffix: tensors[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES}))
     with safetensors_io.opened(file) as stored:
         return [float(text) for text in stored.metadata()["losses"].split()]
-
-
-def _outputs_first(module: Any) -> torch.Tensor:
-    """A linear layer's weight as (out, in)."""
-    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
 
 
 def _is_of(name: str, layer: nn.Module) -> bool:
@@ -158,10 +141,14 @@ def _is_of(name: str, layer: nn.Module) -> bool:
 # ---- reading back
 
 
-def read_back(start: Artifact, out: Path, rows: list, at) -> tuple:
+def read_back(start: Artifact, source: Path, out: Path, rows: list, at) -> tuple:
     """(token ids of aux_files' probes, what the quantized model says at `rows`), from the folder `out` alone but for the code and the shape of the model
-    it was made from. Made to run in a fresh process. at: see seen.observe."""
+    it was made from. Made to run in a fresh process.
+
+    source: whose tensors are the folder's where they were not quantized. at: see seen.observe. Raises ProofFailed, naming the tensor, as `compare` does.
+    """
     model = opened(start, out)
+    compare(model, start.path, source, out, [row.input_ids for row in rows])
     return complete.token_ids(out, trust_of(start)), seen.observe(seen.by_layer(model, "proof"), rows, at)
 
 
@@ -169,29 +156,95 @@ def opened(start: Artifact, out: Path) -> ByLayer:
     """The quantized model in `out`. start: what it was made from."""
     model = by_layer.need(replace(start, kind="model"))
     stored = gptq.matrices(safetensors_io.entries(out))
-    turned = {name for number in range(len(model.layers)) for name, module in model.names(number) if isinstance(module, Conv1D)}
+    conv = turned(model)
 
     def tensor(name: str) -> torch.Tensor:
         # Some folders leave out how the model's own names begin.
         found = stored[next(each for each in stored if name == each or name.endswith(f".{each}"))]
         if isinstance(found, safetensors_io.Entry):
             return safetensors_io.load_wide(found)
-        return found().T if name.removesuffix(".weight") in turned else found()
+        return found().T if name in conv else found()
 
     model.take(tensor)
     return model
 
 
+def compare(model: ByLayer, start: Path, source: Path, out: Path, rows: list[list[int]]) -> None:
+    """Hold every tensor of the folder `out` to what it was made from. model: it, opened. rows: token ids to compare matrices at.
+
+    Raises ProofFailed where an output of a matrix is further from what it was than rounding explains, and where another tensor is not the source's, bit
+    for bit.
+    """
+    as_stored, made = safetensors_io.entries(source), gptq.matrices(safetensors_io.entries(out))
+    if missing := sorted(as_stored.keys() ^ made.keys()):
+        raise ProofFailed(f"{missing[0]} is in one of the folder and what it was made from alone", where=str(out))
+    for name, found in made.items():
+        if isinstance(found, safetensors_io.Entry) and not _same_bits(found, as_stored[name]):
+            raise ProofFailed(f"{name}, which is not quantized, is not the source's", where=str(out))
+    with model.held("embedding"):
+        each = model.start([row[: COMPARED // len(rows[:4])] for row in rows[:4]])
+    exact = safetensors_io.entries(start)
+    for number in progress(range(len(model.layers)), "comparing layers"):
+        with model.held(number):
+            inputs = _inputs(model, number, each)
+            for name, module in model.names(number):
+                if module in inputs and isinstance(found := made.get(f"{name}.weight"), gptq.Stored):
+                    weight = safetensors_io.load_wide(exact[f"{name}.weight"])
+                    _hold(name, weight.T if isinstance(module, Conv1D) else weight, outputs_first(module), inputs[module], found.form, out)
+
+
+def _same_bits(*entries: safetensors_io.Entry) -> bool:
+    return torch.equal(*(safetensors_io.load(entry).reshape(-1).view(torch.uint8) for entry in entries))
+
+
+def _hold(name: str, weight: torch.Tensor, rounded: torch.Tensor, inputs: torch.Tensor, form: gptq.Nearest, out: Path) -> None:
+    """Raises ProofFailed where outputs are further from what they were on `inputs`, (tokens, in), than rounding to the nearest takes them."""
+    nearest = gptq.nearest(weight.contiguous(), form).weight
+    moved, explained = ((inputs @ (each - weight).T).norm(dim=0) for each in (rounded, nearest))
+    whole = float(moved.norm() / explained.norm())
+    times = moved / explained.clamp_(min=explained.mean() / 10)
+    times[moved < (inputs @ weight.T).norm(dim=0) / 2] = 0
+    if not (whole <= OUTLIER and float(times.max()) <= OUTLIER_OUTPUT):
+        what, far = (name, whole) if not whole <= OUTLIER else (f"output {int(times.argmax())} of {name}", float(times.max()))
+        raise ProofFailed(
+            f"what {what} gives is {far:.1f} times as far from what it was as rounding to {form.bits} bits takes it", where=str(out)
+        )
+
+
+def _inputs(model: ByLayer, number: int, each: Pass) -> dict[nn.Module, torch.Tensor]:
+    """What a pass gives each of a layer's matrices that it calls, fp32 (tokens, in), padding left out; the pass goes on behind the layer."""
+    found: dict[nn.Module, torch.Tensor] = {}
+
+    def note(module, given) -> None:
+        found[module] = _flat(given[0], each)
+
+    hooks = [module.register_forward_pre_hook(note) for module in linear_of(model, number)]
+    model.through(number, [each])
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _flat(inputs: torch.Tensor, each: Pass) -> torch.Tensor:
+    if each.mask is not None and inputs.shape[:2] == each.mask.shape:
+        return inputs[each.mask.bool()]
+    return inputs.reshape(-1, inputs.shape[-1])
+
+
+def turned(model: ByLayer) -> set[str]:
+    """Names of the weights that are stored as (in, out)."""
+    return {f"{name}.weight" for number in range(len(model.layers)) for name, module in model.names(number) if isinstance(module, Conv1D)}
+
+
 def check_first_layer(start: Artifact, out: Path, scratch: Path) -> None:
-    """Load the folder's first layer with transformers, whose kernels gptqmodel brings, and run it beside ours. Made to run in a fresh process.
+    """Load the folder's first layer with transformers and gptqmodel's kernels, or gptqmodel alone where it has two widths, and run it beside ours. Made to run in a fresh process.
 
     scratch: an empty folder to use. Raises ProofFailed where they differ.
     """
     model = opened(start, out)
     write_first_layer(model, out, scratch)
-    loading.prepare_gptq()
     with using("what was quantized", out, fix=()), silenced():
-        theirs = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+        theirs = loading.load_by_gptqmodel(scratch, torch.float32)
     row = list(range(64))
     with model.held("embedding"):
         each = model.start([row])
@@ -204,7 +257,7 @@ def check_first_layer(start: Artifact, out: Path, scratch: Path) -> None:
     error = float((here - there).norm() / (here - each.hidden).norm())
     if not error < 2e-2:
         raise ProofFailed(
-            f"transformers makes of the first layer something else than it holds: {error:.1%} of what it adds", where=str(out)
+            f"gptqmodel's kernels make of the first layer something else than it holds: {error:.1%} of what it adds", where=str(out)
         )
 
 
@@ -216,6 +269,8 @@ def write_first_layer(model: ByLayer, out: Path, folder: Path) -> None:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     config.save_pretrained(folder)
+    words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, "0"))  # gptqmodel asks for a tokenizer of the model's size
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="0").save_pretrained(folder)
     later = re.compile(rf"(^|\.){re.escape(model.places.name.rpartition('.')[2])}\.[1-9]\d*\.")
     ends = {place.full for what in ("embedding", "head") for place in model.places.tensors.get(what, ())}
     kept = {}

@@ -11,6 +11,7 @@ from typing import Any
 from src.chat.template import bound_templates
 from src.core.artifact import Artifact
 from src.core.errors import AGAIN, BadData, MissingTool, using
+from src.core.files import read_json
 from src.core.log import warn
 from src.core.processes import absent, import_quietly, silenced
 from src.models import adapter_files, safetensors_io, tokenizer_file
@@ -63,6 +64,11 @@ def load_model(
         dtype = held.dtype_of(path)
     if gptq:
         prepare_gptq()
+    if gptq and config["quantization_config"].get("dynamic"):  # widths that transformers does not know
+        with using("the model", path), silenced():
+            model = load_by_gptqmodel(path, dtype, "cuda" if device_map else "cpu")
+        check_special_ids(path, model)
+        return model
     given = {"quantization_config": quantization, "device_map": device_map}
     if on_disk:
         scratch = tempfile.TemporaryDirectory()  # for weights that transformers stores otherwise than the folder does, as experts
@@ -91,6 +97,29 @@ def load_model(
     if on_disk:
         model.scratch = scratch  # removed with the model
     return model
+
+
+def load_by_gptqmodel(path: Path, dtype, device: str = "cpu"):
+    """A GPTQ folder with gptqmodel's kernels: by transformers, or, where it has more than one width, which transformers does not know, by gptqmodel."""
+    prepare_gptq()
+    if not (read_json(path / "config.json").get("quantization_config") or {}).get("dynamic"):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, device_map=device
+        ).eval()
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    wide = dtype in (torch.float32, "float32")  # in which its layers compute, but do not load
+    backend = BACKEND.TORCH if device == "cpu" else BACKEND.AUTO  # the one that is chosen for a CPU has 4 bits alone
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:  # it makes a folder there that it leaves behind in a forked process
+        try:
+            model = GPTQModel.load(str(path), device=device, dtype=torch.float16 if wide else dtype, backend=backend).model.eval()
+            return model.float() if wide else model
+        finally:
+            tempfile.tempdir = before
 
 
 MISMATCH = "take config.json and weights of one and the same model, with its names for the tensors"

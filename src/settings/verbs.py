@@ -406,35 +406,65 @@ class AuxFilesVerb(Verb):
     """model folder made elsewhere that lacks them"""
 
 
-class Quantizer(Settings):
-    bits: Literal[4, 8]
-    """bits per weight"""
+class Grouped(Settings):
     group_size: Literal[-1, 16, 32, 64, 128]
     """weights that share a scale; -1: a whole column"""
 
 
-class GptqQuantizer(Quantizer):
-    kind: Literal["gptq"]
-    """Frantar et al. 2022, arXiv:2210.17323"""
+class GptqSettings(Grouped):
     act_order: bool
     """quantize columns by falling activation (desc_act); NPU compilers want false"""
     damp: Annotated[float, Field(gt=0, lt=1)]
     """share of the mean Hessian diagonal added for stability"""
 
 
-class RtnQuantizer(Quantizer):
+class GptqQuantizer(GptqSettings):
+    kind: Literal["gptq"]
+    """Frantar et al. 2022, arXiv:2210.17323"""
+    bits: Literal[3, 4, 8]
+    """bits per weight"""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.bits,)
+
+
+class MixedQuantizer(GptqSettings):
+    kind: Literal["mixed"]
+    """GPTQ in 4 bits, and in 8 where the model would otherwise lose most, by the KL that each part alone costs on calibration rows"""
+    bits_per_weight: Annotated[float, Field(gt=4, le=9)]
+    """of the matrices inside layers, scales and zero points counted: 4.16 is int4 in groups of 128, 8.19 int8"""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (4, 8)
+
+
+class RtnQuantizer(Grouped):
     kind: Literal["rtn"]
     """each weight rounded to the nearest, whatever the conversations: what another method has to be better than"""
+    bits: Literal[3, 4, 8]
+    """bits per weight"""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.bits,)
 
 
-AnyQuantizer = Annotated[GptqQuantizer | RtnQuantizer, Field(discriminator="kind")]
+AnyQuantizer = Annotated[GptqQuantizer | MixedQuantizer | RtnQuantizer, Field(discriminator="kind")]
 
 
 class Calibration(Settings):
     rows: PositiveInt
-    """conversations used at most"""
+    """conversations used at most, of all lengths alike"""
     max_length: PositiveInt
     """tokens per conversation; longer ones are cut, and counted"""
+    seed: NonNegativeInt
+    """which conversations are drawn where there are more"""
+    text: Annotated[str | None, Unkeyed]
+    """file of general text to calibrate on beside the conversations; null: none"""
+    text_share: Annotated[float, Field(gt=0, lt=1)]
+    """of the calibration tokens, the part that text gives"""
 
 
 class QuantizeVerb(SourcedVerb):
@@ -446,6 +476,10 @@ class QuantizeVerb(SourcedVerb):
     """the conversations it looks at"""
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to calibrate on; null: the run's own"""
+    max_kl: Annotated[Literal["auto"] | PositiveFloat, Unkeyed]
+    """nats a token of KL to the weights that were quantized, on held-out conversations, beside what others would explain; auto: by bit width"""
+    min_agreement: Annotated[Literal["auto"] | Annotated[float, Field(ge=0, le=1)], Unkeyed]
+    """share of held-out tokens with the same likeliest token; auto: by bit width"""
 
 
 class Evaluation(Settings):

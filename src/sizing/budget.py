@@ -3,6 +3,7 @@
 Every figure that is known comes as a `Quantity`: a value with the equation it is from. A board's figures are in configs/target.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
@@ -61,6 +62,16 @@ class Format:
 def quantized(bits: int, group: int | None = None, scale: float = 2.0) -> float:
     """Bytes per weight of `bits`, with a scale of `scale` bytes for every `group` weights (None or -1: a share that does not count)."""
     return bits / 8 + (scale / group if group and group > 0 else 0.0)
+
+
+def bits_with_scale(bits: int, group: int) -> float:
+    """Bits of a GPTQ weight with its share of a 16-bit scale and of a zero point; group -1: of a whole column, whose share does not count."""
+    return bits + ((16 + bits) / group if group > 0 else 0.0)
+
+
+def filling(bits: int) -> int:
+    """Weights of so many bits that fill 32-bit words to the last bit."""
+    return 32 // math.gcd(bits, 32)
 
 
 def format_of(shape: ModelShape, target: Target) -> Format:

@@ -1,0 +1,61 @@
+"""The folder of a GPTQ model as gptqmodel, transformers, vLLM and Pulsar2 read it: tensors, and the blocks that say how they are to be read."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from src import __version__
+from src.core.files import read_json, write_json
+from src.models import safetensors_io
+from src.models.safetensors_io import Entry
+from src.settings.verbs import AnyQuantizer, RtnQuantizer
+
+FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+"""what vLLM calls the matrix that it makes of this one and others of one input"""
+
+
+def write(source: Path, layers: Path, out: Path) -> None:
+    """The source's tensors as it stores them, in its order, with what the files in `layers` hold in place of those that were quantized."""
+    from src.models.gptq import SUFFIXES
+
+    quantized = safetensors_io.entries(layers, "layer-*.safetensors")
+    written: list[Entry] = []
+    for name, entry in safetensors_io.entries(source).items():
+        parts = [quantized.get(f"{name.removesuffix('.weight')}.{suffix}") for suffix in SUFFIXES]
+        written += [entry] if None in parts else [part for part in parts if part]
+    stored = {entry.name: entry for entry in written}
+    safetensors_io.write(out, written, stored.__getitem__, safetensors_io.parse_size("5GB"))
+
+
+def complete_config(q: AnyQuantizer, bits: dict[str, int] | None, source: Path, out: Path) -> None:
+    """The source's config.json with the block that says how it is quantized, and quantize_config.json, where AutoGPTQ's readers look for it."""
+    block = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": q.widths[0],
+        "group_size": q.group_size,
+        "desc_act": not isinstance(q, RtnQuantizer) and q.act_order,
+        "sym": True,
+        "lm_head": False,
+        **({} if isinstance(q, RtnQuantizer) else {"damp_percent": q.damp}),
+        **({"dynamic": rules(bits)} if bits else {}),
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"boardwalk:{__version__}"]},
+    }
+    write_json(out / "config.json", read_json(source / "config.json") | {"quantization_config": block})
+    write_json(out / "quantize_config.json", block)
+
+
+def rules(bits: dict[str, int]) -> dict[str, dict[str, int]]:
+    """gptqmodel's and vLLM's `dynamic` block of the matrices in 8 bits: by their name, and by what vLLM calls it fused with others."""
+    layers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, width in bits.items():
+        if width == 8:
+            before, number, after = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name).groups()
+            layers[before, after].append(number)
+    found = {}
+    for (before, after), numbers in layers.items():
+        path, _, own = after.rpartition(".")
+        names = "|".join([own, *([FUSED[own]] if own in FUSED else [])])
+        found[f"+:{re.escape(before)}\\.({'|'.join(numbers)})\\.{re.escape(path)}\\.({names})$"] = {"bits": 8}
+    return found
