@@ -346,14 +346,14 @@ def test_settings_never_change_in_validation():
 # fmt: off
 OUTSIDE_THE_KEY = [
     "AuxFilesVerb.source", "AuxFilesVerb.target", "Axera.board", "Axera.check_level", "Axera.check_prompt", "Axera.image", "Axera.parallel",
-    "Axera.toolchain", "Data.hub_split", "Data.path", "Data.revision", "Data.subset",
+    "Axera.toolchain", "Calibration.text", "Data.hub_split", "Data.path", "Data.revision", "Data.subset",
     "Deepspeed.config", "DeployVerb.dataset", "DistillVerb.budget", "DistillVerb.estimate", "DistillVerb.retry_set_aside",
     "Endpoint.timeout", "EndpointTeacher.batch", "EndpointTeacher.batch_size", "EndpointTeacher.key_env", "EndpointTeacher.limits",
     "EndpointTeacher.url", "EvaluateVerb.dataset", "EvaluateVerb.endpoint", "EvaluateVerb.parent", "FinetuneVerb.launch",
     "FinetuneVerb.max_loss_change", "FinetuneVerb.teacher", "FinetuneVerb.tracker", "LocalTeacher.path", "MergeVerb.base",
     "MergeVerb.max_loss_change", "Mobilint.board", "Mobilint.device", "Mobilint.image", "Mobilint.python", "Mobilint.sdk",
     "Mobilint.texts", "Model.path", "Model.revision", "Openvino.board", "Openvino.environment", "Overlap.sets", "Prompts.path",
-    "QuantizeVerb.dataset", "RunCode.at_once", "RunCode.isolation", "SourcedVerb.source", "Teacher.path", "Train.attention",
+    "QuantizeVerb.dataset", "QuantizeVerb.max_kl", "QuantizeVerb.min_agreement", "RunCode.at_once", "RunCode.isolation", "SourcedVerb.source", "Teacher.path", "Train.attention",
     "Train.checkpoint_minutes", "Train.checkpoint_steps", "Train.chunked_loss", "Train.compile", "Train.eval_rows", "Train.eval_steps",
     "Train.gradient_checkpointing", "Train.kernels", "Train.log_steps", "Train.micro_batch_size", "Train.packing", "Train.samples", "Verb.dry_run",
     "Verb.force", "Verb.outputs", "Verb.room", "Verb.run",

@@ -20,7 +20,7 @@ from src.chat import encoding
 from src.core import artifact, log
 from src.core.compose import compose
 from src.core.errors import ConfigError, MissingInput, MissingTool, ProofFailed
-from src.models import by_layer, calibration, complete, gptq, loading, safetensors_io, seen, skeleton
+from src.models import by_layer, calibration, complete, fidelity, gptq, loading, safetensors_io, seen, skeleton
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, QuantizeVerb
 from src.sizing.budget import bits_with_scale
@@ -380,7 +380,7 @@ def test_an_adapter_is_refused(on_gptq, here, capsys):
 
 
 def test_what_has_nothing_to_do_with_its_source_fails_the_proof_without_conversations_too(int4, here):
-    rows = ROWS
+    rows = fidelity.held_out(here / "q" / "data", load_tokenizer(here / "model"), here / "model")[:4]
     start = artifact.open_any(here / "model")
     before = seen.observe(seen.by_layer(by_layer.load(start)[0], "proof"), rows)
     cfg = compose("quantize", [], QuantizeVerb)
