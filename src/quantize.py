@@ -1,8 +1,10 @@
 """Quantize a model layer by layer: with GPTQ, calibrated on the dataset's calib split rendered through the training template, in one width or in two
-(quantizer=mixed), or, as what that has to be better than, rounded to the nearest (quantizer=rtn_int8, rtn_int4, rtn_int3).
+(quantizer=mixed), or, as what that has to be better than, rounded to the nearest (quantizer=rtn_int8, rtn_int4, rtn_int3); for GPUs also to what
+bitsandbytes runs (quantizer=bnb_nf4, bnb_int8).
 
 A merged adapter is quantized from the exact sum, not from the 16 bits its merge was rounded to. The layout is what gptqmodel writes, with everything
-that is not quantized as the source stores it; one width loads in transformers as it is, two in gptqmodel and vLLM. Equal inputs give equal bytes.
+that is not quantized as the source stores it, or what transformers saves; one width loads in transformers as it is, two in gptqmodel and vLLM. Equal
+inputs give equal bytes.
 """
 
 import shutil
@@ -16,11 +18,11 @@ from src.core.errors import ConfigError, MissingInput, ProofFailed, WrongKind
 from src.core.files import read_json, write_json
 from src.core.log import say
 from src.core.room import Needs
-from src.models import calibration, complete, exact_sum, fidelity, gptq_folder, safetensors_io, seen
+from src.models import calibration, complete, exact_sum, fidelity, quantized_folder, safetensors_io, seen
 from src.models.devices import device, give_back_memory
 from src.models.folder import check_folder, check_tokenizer, trust_of
 from src.models.loading import load_tokenizer
-from src.settings.verbs import AnyQuantizer, GptqQuantizer, MixedQuantizer, QuantizeVerb, RtnQuantizer
+from src.settings.verbs import AnyQuantizer, BnbQuantizer, GptqQuantizer, MixedQuantizer, QuantizeVerb, RtnQuantizer
 from src.sizing import budget, host
 from src.sizing.config_reader import read_shape
 
@@ -45,6 +47,22 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     config = check_folder(model.path, trust_remote_code=trust_of(model))
     if calibrates(cfg) and not dataset.files["calib.jsonl"]["size"]:
         raise MissingInput("the calib split is empty", where=str(dataset.path), fix=stage.made_again(dataset, "data.calib=0.1"))
+    if not isinstance(q, BnbQuantizer):
+        check_widths(q, model, config)
+    check_tokenizer(model.path, trust_remote_code=trust_of(model))
+    if trust_of(model):
+        raise WrongKind(
+            "a model is quantized layer by layer, and this one runs code of its own, which may do otherwise", where=str(model.path)
+        )
+    how = f"calibrated on {dataset.path}/calib.jsonl" if calibrates(cfg) else "each weight rounded to the nearest; calibration= is not used"
+    return [
+        f"{in_words(q)}, of {model.path}, {how}",
+        *exact_sum.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize.partial" / "scratch" / "exact"),
+    ]
+
+
+def check_widths(q: GptqQuantizer | MixedQuantizer | RtnQuantizer, model: Artifact, config: dict) -> None:
+    """Raises ConfigError where the layout has no place for a matrix."""
     linear = [e for e in safetensors_io.entries(model.path).values() if ".layers." in e.name and len(e.shape) == 2]
     pack = max(map(budget.filling, q.widths))
     if narrow := [e for e in linear if e.shape[0] % pack or e.shape[1] % pack]:
@@ -67,25 +85,18 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
             f"quantizer.bits_per_weight={q.bits_per_weight:g} is less than int4 in groups of {q.group_size} takes, {least:.3f}",
             fix=["quantizer.bits_per_weight=4.5"] * (least <= 4.5) + ["quantizer=gptq_int3"],
         )
-    check_tokenizer(model.path, trust_remote_code=trust_of(model))
-    if trust_of(model):
-        raise WrongKind("GPTQ goes layer by layer, and this model runs code of its own, which may do otherwise", where=str(model.path))
-    how = f"calibrated on {dataset.path}/calib.jsonl" if calibrates(cfg) else "each weight rounded to the nearest; calibration= is not used"
-    return [
-        f"{in_words(cfg)}, group {q.group_size}, of {model.path}, {how}",
-        *exact_sum.cost(inputs, Path(cfg.outputs) / cfg.run / "quantize.partial" / "scratch" / "exact"),
-    ]
 
 
 def calibrates(cfg: QuantizeVerb) -> bool:
-    return not isinstance(cfg.quantizer, RtnQuantizer)
+    return isinstance(cfg.quantizer, GptqQuantizer | MixedQuantizer)
 
 
-def in_words(cfg: QuantizeVerb) -> str:
-    q = cfg.quantizer
+def in_words(q: AnyQuantizer) -> str:
+    if isinstance(q, BnbQuantizer):
+        return f"bitsandbytes' {'NF4' if q.bits == 4 else 'int8'}"
     if isinstance(q, MixedQuantizer):
-        return f"GPTQ int4 and int8, {q.bits_per_weight:g} bits a weight"
-    return f"{q.kind.upper()} int{q.bits}"
+        return f"GPTQ int4 and int8, {q.bits_per_weight:g} bits a weight, group {q.group_size}"
+    return f"{q.kind.upper()} int{q.bits}, group {q.group_size}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
     start = exact_sum.write(inputs, scratch / "exact")
     if not (found := by_layer.load(start, device=device())):
         raise WrongKind(
-            f"GPTQ goes layer by layer, and this {read_json(source / 'config.json').get('model_type')} model's layers hand more to each other than their hidden states, "
+            f"a model is quantized layer by layer, and this {read_json(source / 'config.json').get('model_type')} model's layers hand more to each other than their hidden states, "
             "or are no one list",
             where=str(source),
         )
@@ -131,9 +142,9 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
     losses = gptq_layers.quantize(found[0], rows.ids, settings_of(cfg, bits), scratch / "layers")
     del found
     give_back_memory()  # of the Hessians, before the source is asked
-    gptq_folder.write(source, scratch / "layers", out)
+    quantized_folder.write(source, scratch / "layers", out)
     complete.copy(source, out)
-    gptq_folder.complete_config(cfg.quantizer, bits, source, out)
+    quantized_folder.complete_config(cfg.quantizer, bits, source, out)
     held = fidelity.held_out(data, tokenizer, source)
     asked = (
         held
@@ -173,9 +184,11 @@ def mixture(cfg: QuantizeVerb, model, chats: list[encoding.Encoded], scratch: Pa
 
 def settings_of(cfg: QuantizeVerb, bits: dict[str, int] | None):
     """{matrix: how it is quantized}, as a function."""
-    from src.models import gptq
+    from src.models import bnb, gptq
 
     q = cfg.quantizer
+    if isinstance(q, BnbQuantizer):
+        return lambda name: bnb.Nf4(q.double_quant) if q.bits == 4 else bnb.Int8()
     if isinstance(q, RtnQuantizer):
         return lambda name: gptq.Nearest(q.bits, q.group_size)
     return lambda name: gptq.Settings(bits[name] if bits else q.widths[0], q.group_size, q.damp, q.act_order)

@@ -474,6 +474,7 @@ def test_a_table_larger_than_config_says_counts(tools, deploy, where, model):
         ({"quant_method": "gptq", "bits": 4, "sym": False}, ["not symmetric"]),
         ({"quant_method": "gptq", "bits": 3, "sym": True}, ["3 bits"]),
         ({"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": True}, ["desc_act"]),
+        ({"quant_method": "gptq", "bits": 4, "sym": True, "dynamic": {"+:.*q_proj": {"bits": 8}}}, ["more than one width"]),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes"]),
     ],
 )

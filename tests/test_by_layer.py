@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from src.chat.encoding import Encoded
 from src.core import artifact
 from src.core.errors import ProofFailed, WrongKind
-from src.models import by_layer, gptq, gptq_folder, gptq_layers, seen
+from src.models import by_layer, gptq, gptq_layers, quantized_folder, seen
 
 ROWS = [Encoded(row, row) for row in (list(range(5, 20)), list(range(30, 37)), list(range(50, 90)))]
 OFTEN = {"llama", "qwen3", "gemma3_text", "mixtral", "gpt2"}
@@ -106,7 +106,7 @@ def test_a_folder_that_leaves_out_how_names_begin_is_read_back(tmp_path):
     found = by_layer.need(start)
     before = seen.observe(seen.by_layer(found, "before"), ROWS)
     gptq_layers.quantize(found, [row.input_ids for row in ROWS], lambda name: gptq.Settings(8, 32, 0.05, False), tmp_path / "layers")
-    gptq_folder.write(source, tmp_path / "layers", out := Path(shutil.copytree(source, tmp_path / "out")))
+    quantized_folder.write(source, tmp_path / "layers", out := Path(shutil.copytree(source, tmp_path / "out")))
     after = seen.observe(seen.by_layer(gptq_layers.opened(start, out), "after"), ROWS, before.top_k_ids)
     assert 0 < np.abs(after.losses - before.losses).max() < 0.2
 

@@ -13,8 +13,8 @@ from src.chat import encoding
 from src.chat.rows import rows_of
 from src.core import artifact
 from src.models import by_layer, calibration, fidelity, gptq, safetensors_io, seen, sensitivity
-from src.models.gptq_folder import rules
 from src.models.loading import load_tokenizer
+from src.models.quantized_folder import rules
 from src.models.sensitivity import Part
 from src.sizing.budget import bits_with_scale
 

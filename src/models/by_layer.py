@@ -21,7 +21,7 @@ from src.core.errors import BadData
 from src.core.files import read_json
 from src.core.log import progress
 from src.core.processes import import_quietly
-from src.models import adapter_files, gptq, held, loading, merging, safetensors_io
+from src.models import adapter_files, held, loading, merging, packed, safetensors_io
 from src.models.folder import base_of, check_adapter_file, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 
@@ -43,7 +43,7 @@ class Place:
     module: Any
     name: str
     full: str
-    source: safetensors_io.Entry | gptq.Stored | Callable[[], torch.Tensor]
+    source: safetensors_io.Entry | packed.Stored | Callable[[], torch.Tensor]
 
     def load(self, into: torch.Tensor | None, *, narrow: bool) -> torch.Tensor:
         """The tensor, fp32; written over `into` where that is given. narrow: as it is stored, if its module computes in fp32 from that."""
@@ -291,7 +291,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def load(artifact: Artifact, base: Path | None = None, tokens: int = 0, device: str = "cpu") -> tuple[ByLayer, Any] | None:
     """(the model to be taken layer by layer, tokenizer) of a model, or of an adapter on its base; None where that cannot be: weights quantized otherwise
-    than by GPTQ, symmetrically, to 3, 4 or 8 bits, code of the model's own, layers that are no one list or share more than hidden states, adapters with more
+    than by GPTQ, symmetrically, to 3, 4 or 8 bits, or by bitsandbytes, code of the model's own, layers that are no one list or share more than hidden states, adapters with more
     than A and B, and trained token rows, in them.
 
     base: where the adapter's base is, if not where it was. tokens: ids it has to know. device: where layers are computed.
@@ -343,7 +343,7 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     quantized = getattr(config, "quantization_config", None)
-    if quantized and quantized.get("quant_method") != "gptq":
+    if quantized and quantized.get("quant_method") not in packed.METHODS:
         return None
     if config.is_encoder_decoder or config.model_type.startswith("bigbird"):  # the latter's attention sees padding
         return None
@@ -352,7 +352,7 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
     lists = (name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
     if (layers := next(lists, None)) is None:
         return None
-    entries = gptq.matrices(safetensors_io.entries(path))
+    entries = packed.matrices(safetensors_io.entries(path))
     stored = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False) if name in entries}
     if not skeleton.stored_as_named(model, entries):
         return None if quantized else _left_by_transformers(path, model, layers, ends=ends)

@@ -54,11 +54,12 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     config = check_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    gptq = (config.get("quantization_config") or {}).get("quant_method") == "gptq"
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    gptq = method == "gptq"
     if dtype == "held":
-        from src.models import held, skeleton
+        from src.models import held, packed, skeleton
 
-        if gptq and not trust_remote_code and (model := skeleton.widened(path)):
+        if method in packed.METHODS and not trust_remote_code and (model := skeleton.widened(path)):
             check_special_ids(path, model)
             return model
         dtype = held.dtype_of(path)
@@ -66,7 +67,7 @@ def load_model(
         prepare_gptq()
     if gptq and config["quantization_config"].get("dynamic"):  # widths that transformers does not know
         with using("the model", path), silenced():
-            model = load_by_gptqmodel(path, dtype, "cuda" if device_map else "cpu")
+            model = load_with_kernels(path, dtype, "cuda" if device_map else "cpu")
         check_special_ids(path, model)
         return model
     given = {"quantization_config": quantization, "device_map": device_map}
@@ -99,10 +100,13 @@ def load_model(
     return model
 
 
-def load_by_gptqmodel(path: Path, dtype, device: str = "cpu"):
-    """A GPTQ folder with gptqmodel's kernels: by transformers, or, where it has more than one width, which transformers does not know, by gptqmodel."""
-    prepare_gptq()
-    if not (read_json(path / "config.json").get("quantization_config") or {}).get("dynamic"):
+def load_with_kernels(path: Path, dtype, device: str = "cpu"):
+    """A quantized folder with its own kernels: by transformers, or, where GPTQ gave it more than one width, which transformers does not know, by
+    gptqmodel."""
+    quantized = read_json(path / "config.json")["quantization_config"]
+    if quantized["quant_method"] == "gptq":
+        prepare_gptq()
+    if not quantized.get("dynamic"):
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(

@@ -8,9 +8,9 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from src.core.errors import BadData
-from src.models import gptq, held, safetensors_io
+from src.models import held, packed, safetensors_io
 
-Stored = dict[str, safetensors_io.Entry | gptq.Stored]
+Stored = dict[str, safetensors_io.Entry | packed.Stored]
 
 
 def build(config: Any) -> Any:
@@ -40,15 +40,15 @@ def fill_buffers(model: Any, entries: Stored) -> None:
 
 
 def widened(path: Path) -> Any:
-    """A GPTQ model with its matrices in fp16, a rounding of 2^-12 at most, and the rest as it is stored or in fp32, for `held` to compute from.
+    """A quantized model with its matrices in fp16, a rounding of 2^-12 at most, and the rest as it is stored or in fp32, for `held` to compute from.
 
     gptqmodel's kernels for CPUs keep 4 bytes a weight and compute 4 bits in bf16: twice the memory, and further from what the folder says.
-    None where the folder's names, or its first matrix, are not as `gptq.widen` knows them. Raises BadData where another matrix is damaged.
+    None where the folder's names, or its first matrix, are not as `packed` knows them. Raises BadData where another matrix is damaged.
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     del config.quantization_config
-    model, entries = build(config), gptq.matrices(safetensors_io.entries(path))
-    first = next((entry for entry in entries.values() if isinstance(entry, gptq.Stored)), None)
+    model, entries = build(config), packed.matrices(safetensors_io.entries(path))
+    first = next((entry for entry in entries.values() if isinstance(entry, packed.Stored)), None)
     if first is None or not stored_as_named(model, entries) or not _known(first):
         return None
     stored = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False) if name in entries}
@@ -59,7 +59,7 @@ def widened(path: Path) -> Any:
                 continue
             if empty not in made:
                 entry = entries[stored[empty]]
-                wide = entry().half() if isinstance(entry, gptq.Stored) else safetensors_io.load(entry)
+                wide = entry().half() if isinstance(entry, packed.Stored) else safetensors_io.load(entry)
                 if type(module) not in held.KINDS or own != "weight":
                     wide = wide.float()
                 made[empty] = torch.nn.Parameter(wide, requires_grad=False)
@@ -70,7 +70,7 @@ def widened(path: Path) -> Any:
     return model
 
 
-def _known(matrix: gptq.Stored) -> bool:
+def _known(matrix: packed.Stored) -> bool:
     try:
         return bool(matrix().numel())
     except BadData:

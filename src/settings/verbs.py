@@ -451,7 +451,20 @@ class RtnQuantizer(Grouped):
         return (self.bits,)
 
 
-AnyQuantizer = Annotated[GptqQuantizer | MixedQuantizer | RtnQuantizer, Field(discriminator="kind")]
+class BnbQuantizer(Settings):
+    kind: Literal["bnb"]
+    """bitsandbytes' layers, for GPUs, without calibration: NF4 in 4 bits (arXiv:2305.14314), LLM.int8() in 8 (arXiv:2208.07339)"""
+    bits: Literal[4, 8]
+    """bits per weight"""
+    double_quant: bool
+    """NF4's scales in 8 bits too, 0.4 bits a weight less"""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.bits,)
+
+
+AnyQuantizer = Annotated[GptqQuantizer | MixedQuantizer | RtnQuantizer | BnbQuantizer, Field(discriminator="kind")]
 
 
 class Calibration(Settings):

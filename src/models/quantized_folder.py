@@ -1,4 +1,4 @@
-"""The folder of a GPTQ model as gptqmodel, transformers, vLLM and Pulsar2 read it: tensors, and the blocks that say how they are to be read."""
+"""The folder of a quantized model as transformers, gptqmodel, vLLM and Pulsar2 read it: tensors, and the blocks that say how they are to be read."""
 
 import re
 from collections import defaultdict
@@ -8,7 +8,7 @@ from src import __version__
 from src.core.files import read_json, write_json
 from src.models import safetensors_io
 from src.models.safetensors_io import Entry
-from src.settings.verbs import AnyQuantizer, RtnQuantizer
+from src.settings.verbs import AnyQuantizer, BnbQuantizer, RtnQuantizer
 
 FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 """what vLLM calls the matrix that it makes of this one and others of one input"""
@@ -16,19 +16,21 @@ FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 def write(source: Path, layers: Path, out: Path) -> None:
     """The source's tensors as it stores them, in its order, with what the files in `layers` hold in place of those that were quantized."""
-    from src.models.gptq import SUFFIXES
+    from src.models import packed
 
-    quantized = safetensors_io.entries(layers, "layer-*.safetensors")
+    made = packed.matrices(safetensors_io.entries(layers, "layer-*.safetensors"))
     written: list[Entry] = []
     for name, entry in safetensors_io.entries(source).items():
-        parts = [quantized.get(f"{name.removesuffix('.weight')}.{suffix}") for suffix in SUFFIXES]
-        written += [entry] if None in parts else [part for part in parts if part]
+        written += made[name].parts.values() if name in made else [entry]
     stored = {entry.name: entry for entry in written}
     safetensors_io.write(out, written, stored.__getitem__, safetensors_io.parse_size("5GB"))
 
 
 def complete_config(q: AnyQuantizer, bits: dict[str, int] | None, source: Path, out: Path) -> None:
-    """The source's config.json with the block that says how it is quantized, and quantize_config.json, where AutoGPTQ's readers look for it."""
+    """The source's config.json with the block that says how it is quantized; of GPTQ's layout quantize_config.json too, where AutoGPTQ's readers look for it."""
+    if isinstance(q, BnbQuantizer):
+        write_json(out / "config.json", read_json(source / "config.json") | {"quantization_config": bitsandbytes(q)})
+        return
     block = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -44,6 +46,20 @@ def complete_config(q: AnyQuantizer, bits: dict[str, int] | None, source: Path, 
     }
     write_json(out / "config.json", read_json(source / "config.json") | {"quantization_config": block})
     write_json(out / "quantize_config.json", block)
+
+
+def bitsandbytes(q: BnbQuantizer) -> dict:
+    """transformers' block for layers of bitsandbytes."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": q.bits == 4,
+        "load_in_8bit": q.bits == 8,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": q.double_quant,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_threshold": 6.0,
+    }
 
 
 def rules(bits: dict[str, int]) -> dict[str, dict[str, int]]:

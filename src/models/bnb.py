@@ -1,0 +1,93 @@
+"""Matrices as bitsandbytes stores them, made and read one at a time: NF4 (Dettmers et al. 2023, arXiv:2305.14314), 4 bits in blocks of 64 along a matrix's
+rows, and int8 by output (Dettmers et al. 2022, arXiv:2208.07339), whose kernels round activations too.
+"""
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from src.core.errors import using
+from src.core.processes import import_quietly
+from src.models import gptq, safetensors_io
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+SCALES = "SCB"
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """double_quant: scales in 8 bits, with a scale for each 256 of them."""
+
+    double_quant: bool
+
+    def round(self, weight: torch.Tensor) -> gptq.Quantized:
+        """weight: fp32 (out, in)."""
+        import_quietly("bitsandbytes")
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        packed, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=self.double_quant)
+        tensors = {"weight": packed} | {f"weight.{name}": t.contiguous() for name, t in state.as_dict(packed=True).items()}
+        return gptq.with_loss(tensors, dequantize_4bit(packed, state), weight)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """A scale for each output: its largest weight is 127."""
+
+    def round(self, weight: torch.Tensor) -> gptq.Quantized:
+        """weight: fp32 (out, in)."""
+        largest = weight.abs().amax(1)
+        values = (weight * (127 / largest.clamp(min=1e-30))[:, None]).round_().to(torch.int8)
+        tensors = {"weight": values, SCALES: largest, "weight_format": torch.zeros((), dtype=torch.uint8)}
+        return gptq.with_loss(tensors, values * (largest / 127)[:, None], weight)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix in a folder, by the name its weight would have. parts: {suffix: entry}."""
+
+    name: str
+    parts: dict[str, safetensors_io.Entry]
+
+    @property
+    def form(self) -> gptq.Nearest:
+        """A plain rounding that is as fine."""
+        return gptq.Nearest(4, 64) if STATE in self.parts else gptq.Nearest(8, -1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if STATE not in self.parts:
+            return self.parts["weight"].shape
+        with using(f"the quantized matrix {self.name}", self.parts["weight"].file):
+            out, width = json.loads(safetensors_io.load(self.parts[STATE]).numpy().tobytes())["shape"]
+        return out, width
+
+    def __call__(self) -> torch.Tensor:
+        """The weights, fp32 (out, in). Raises BadData where its tensors do not belong together."""
+        with using(f"the quantized matrix {self.name}", self.parts["weight"].file):
+            tensors = {suffix: safetensors_io.load(entry) for suffix, entry in self.parts.items()}
+            if STATE not in tensors:
+                return tensors["weight"] * (tensors[SCALES].float() / 127)[:, None]
+            import_quietly("bitsandbytes")
+            from bitsandbytes.functional import QuantState, dequantize_4bit
+
+            packed = tensors.pop("weight")
+            state = QuantState.from_dict({suffix.removeprefix("weight."): t for suffix, t in tensors.items()}, device=packed.device)
+            return dequantize_4bit(packed, state).float()
+
+
+def matrices(entries: dict) -> dict:
+    """{name: where it is stored}, those of bitsandbytes' under the names of their weights, with all that belongs to them."""
+    found = dict(entries)
+    for name in entries:
+        suffix = next((each for each in (STATE, SCALES) if name.endswith(f".{each}")), None)
+        module = name.removesuffix(f".{suffix}")
+        if suffix and f"{module}.weight" in entries:
+            parts = [f"{module}.{each}" for each in ("weight", "weight_format", SCALES) if f"{module}.{each}" in entries]
+            parts += [each for each in entries if each.startswith(f"{module}.weight.")]
+            stored = Stored(f"{module}.weight", {each.removeprefix(f"{module}."): entries[each] for each in parts})
+            for each in parts:
+                del found[each]
+            found[stored.name] = stored
+    return found
