@@ -8,19 +8,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import go, helps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from src import data, evaluate, finetune, merge, quantize
 from src.chat import encoding
 from src.core import artifact, log
 from src.core.compose import compose
 from src.core.errors import ConfigError, MissingInput, MissingTool, ProofFailed
-from src.models import by_layer, calibration, complete, fidelity, gptq, loading, safetensors_io, seen, skeleton
+from src.models import by_layer, calibration, complete, fidelity, gptq, loading, packed, safetensors_io, seen, skeleton
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, QuantizeVerb
 from src.sizing.budget import bits_with_scale
@@ -417,7 +418,9 @@ def test_two_widths_are_the_size_asked_for_and_gptqmodel_reads_them(mixed, here)
     with torch.no_grad():
         one, other = (model(ids).logits.float() for model in (theirs, ours))
     assert (one - other).norm() < 0.02 * other.norm()
-    assert theirs.generate(ids, max_new_tokens=8, do_sample=False).tolist() == ours.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+    assert (
+        theirs.generate(ids, max_new_tokens=8, do_sample=False).tolist() == ours.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+    )
 
 
 def test_what_it_loses_is_between_that_of_its_two_widths(mixed, here):
@@ -433,7 +436,13 @@ def test_what_it_loses_is_between_that_of_its_two_widths(mixed, here):
 @helps("models/fidelity.py", "{} if you accept it")
 @helps("quantize.py", "quantizer=gptq_int8")
 def test_more_loss_than_is_allowed_is_refused_and_the_ways_out_help(mixed, here, capsys):
-    argv = [f"outputs={here}", f"source={here / 'whole'}", f"dataset={here / 'q' / 'data'}", "calibration.rows=16", "quantizer.group_size=32"]
+    argv = [
+        f"outputs={here}",
+        f"source={here / 'whole'}",
+        f"dataset={here / 'q' / 'data'}",
+        "calibration.rows=16",
+        "quantizer.group_size=32",
+    ]
     capsys.readouterr()
     assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5", "min_agreement=1") == ProofFailed.exit_code
     said = capsys.readouterr().err
@@ -467,3 +476,34 @@ def test_general_text_is_its_share_of_the_calibration(here, tmp_path, capsys):
     (tmp_path / "short.txt").write_bytes(b"few words \xff and no UTF-8")
     found = calibration.read(cfg.calibration, split, tmp_path / "short.txt", tokenizer)
     assert "few words" in tokenizer.decode(found.text[0]) and "fewer than the" in capsys.readouterr().err
+
+
+# ---- bitsandbytes
+
+
+@pytest.mark.parametrize("name", ["bnb_nf4", "bnb_int8"])
+def test_layers_of_bitsandbytes_are_those_that_transformers_makes_itself(name, here):
+    """NF4 bit for bit what loading with BitsAndBytesConfig gives; the loss from our reading is that of a model with those weights."""
+    argv = [f"outputs={here}", f"run={name}", f"source={here / 'model'}", f"dataset={here / 'q' / 'data'}", f"quantizer={name}"]
+    assert go(quantize, *argv) == 0
+    made = artifact.open_artifact(here / name / "quantize")
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    how = BitsAndBytesConfig(**(nf4 if name == "bnb_nf4" else {"load_in_8bit": True}))
+    theirs = AutoModelForCausalLM.from_pretrained(here / "model", quantization_config=how, dtype=torch.float32, device_map={"": "cpu"})
+    theirs.save_pretrained(here / f"{name}-theirs")
+    one, other = (load_file(path / "model.safetensors") for path in (made.path, here / f"{name}-theirs"))
+    assert one.keys() == other.keys()
+    for key in one:
+        if name == "bnb_nf4" or not key.endswith((".SCB", "_proj.weight")):
+            assert torch.equal(one[key], other[key]), key
+        else:  # transformers takes the weights through fp16
+            assert (one[key].float() - other[key].float()).abs().max() <= (1 if one[key].dtype == torch.int8 else 1e-3), key
+    matrices = {key: each for key, each in packed.matrices(safetensors_io.entries(made.path)).items() if isinstance(each, packed.Stored)}
+    source = load_file(here / "model" / "model.safetensors")
+    assert len(matrices) == 7 and all(each.shape == source[key].shape for key, each in matrices.items())
+    assert all(
+        (each() - source[key]).norm() < {"bnb_nf4": 0.12, "bnb_int8": 0.02}[name] * source[key].norm() for key, each in matrices.items()
+    )
+    model, _ = loading.load_any(made, dtype="held")
+    whole, layers = (seen.observe(read, ROWS) for read in (seen.whole(model, "whole"), seen.by_layer(by_layer.need(made), "layers")))
+    assert np.abs(whole.losses - layers.losses).max() < 2e-3
