@@ -1,5 +1,5 @@
 """Quantize a model layer by layer: with GPTQ, calibrated on the dataset's calib split rendered through the training template, in one width or in two
-(quantizer=mixed), or, as what that has to be better than, rounded to the nearest (quantizer=rtn_int8, rtn_int4, rtn_int3); for GPUs also to what
+(quantizer=mixed); with AWQ; or, as what that has to be better than, rounded to the nearest (quantizer=rtn_int8, rtn_int4, rtn_int3); for GPUs also to what
 bitsandbytes runs (quantizer=bnb_nf4, bnb_int8).
 
 A merged adapter is quantized from the exact sum, not from the 16 bits its merge was rounded to. The layout is what gptqmodel writes, with everything
@@ -22,7 +22,7 @@ from src.models import calibration, complete, exact_sum, fidelity, quantized_fol
 from src.models.devices import device, give_back_memory
 from src.models.folder import check_folder, check_tokenizer, trust_of
 from src.models.loading import load_tokenizer
-from src.settings.verbs import AnyQuantizer, BnbQuantizer, GptqQuantizer, MixedQuantizer, QuantizeVerb, RtnQuantizer
+from src.settings.verbs import AnyQuantizer, AwqQuantizer, BnbQuantizer, GptqQuantizer, Grouped, MixedQuantizer, QuantizeVerb, RtnQuantizer
 from src.sizing import budget, host
 from src.sizing.config_reader import read_shape
 
@@ -61,7 +61,7 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     ]
 
 
-def check_widths(q: GptqQuantizer | MixedQuantizer | RtnQuantizer, model: Artifact, config: dict) -> None:
+def check_widths(q: Grouped, model: Artifact, config: dict) -> None:
     """Raises ConfigError where the layout has no place for a matrix."""
     linear = [e for e in safetensors_io.entries(model.path).values() if ".layers." in e.name and len(e.shape) == 2]
     pack = max(map(budget.filling, q.widths))
@@ -88,7 +88,7 @@ def check_widths(q: GptqQuantizer | MixedQuantizer | RtnQuantizer, model: Artifa
 
 
 def calibrates(cfg: QuantizeVerb) -> bool:
-    return isinstance(cfg.quantizer, GptqQuantizer | MixedQuantizer)
+    return isinstance(cfg.quantizer, GptqQuantizer | MixedQuantizer | AwqQuantizer)
 
 
 def in_words(q: AnyQuantizer) -> str:
@@ -96,7 +96,7 @@ def in_words(q: AnyQuantizer) -> str:
         return f"bitsandbytes' {'NF4' if q.bits == 4 else 'int8'}"
     if isinstance(q, MixedQuantizer):
         return f"GPTQ int4 and int8, {q.bits_per_weight:g} bits a weight, group {q.group_size}"
-    return f"{q.kind.upper()} int{q.bits}, group {q.group_size}"
+    return f"{q.kind.upper()} int{q.widths[0]}, group {q.group_size}"
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,12 @@ def mixture(cfg: QuantizeVerb, model, chats: list[encoding.Encoded], scratch: Pa
 
 
 def settings_of(cfg: QuantizeVerb, bits: dict[str, int] | None):
-    """{matrix: how it is quantized}, as a function."""
-    from src.models import bnb, gptq
+    """{matrix: how it is quantized}, as a function; or how a layer is."""
+    from src.models import awq, bnb, gptq
 
     q = cfg.quantizer
+    if isinstance(q, AwqQuantizer):
+        return awq.Settings(q.group_size)
     if isinstance(q, BnbQuantizer):
         return lambda name: bnb.Nf4(q.double_quant) if q.bits == 4 else bnb.Int8()
     if isinstance(q, RtnQuantizer):

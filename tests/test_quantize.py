@@ -394,12 +394,18 @@ def test_what_has_nothing_to_do_with_its_source_fails_the_proof_without_conversa
 # ---- two widths, and limits
 
 
+def mixed_source(here) -> Path:
+    """The whole embedded model, in the folder of the tests."""
+    if not (here / "whole").is_dir():
+        shutil.copytree(TINY, here / "whole")
+    return here / "whole"
+
+
 @pytest.fixture(scope="module")
 def mixed(here):
     where = here / "mixed" / "quantize"
     if not where.is_dir():
-        shutil.copytree(TINY, here / "whole")
-        argv = [f"outputs={here}", "run=mixed", f"source={here / 'whole'}", f"dataset={here / 'q' / 'data'}", "calibration.rows=16"]
+        argv = [f"outputs={here}", "run=mixed", f"source={mixed_source(here)}", f"dataset={here / 'q' / 'data'}", "calibration.rows=16"]
         assert go(quantize, *argv, "quantizer=mixed", "quantizer.group_size=32", "quantizer.bits_per_weight=5.5") == 0
     return artifact.open_artifact(where)
 
@@ -476,6 +482,26 @@ def test_general_text_is_its_share_of_the_calibration(here, tmp_path, capsys):
     (tmp_path / "short.txt").write_bytes(b"few words \xff and no UTF-8")
     found = calibration.read(cfg.calibration, split, tmp_path / "short.txt", tokenizer)
     assert "few words" in tokenizer.decode(found.text[0]) and "fewer than the" in capsys.readouterr().err
+
+
+# ---- AWQ
+
+
+def test_an_awq_folder_is_read_by_transformers_and_says_what_ours_says(here):
+    where = mixed_source(here)
+    argv = [f"outputs={here}", "run=awq", f"source={where}", f"dataset={here / 'q' / 'data'}", "calibration.rows=16"]
+    assert go(quantize, *argv, "quantizer=awq_int4", "quantizer.group_size=32") == 0
+    made = artifact.open_artifact(here / "awq" / "quantize")
+    assert made.metrics["kl"] < 0.02 and made.metrics["agreement"] > 0.95
+    theirs, ours = loading.load_with_kernels(made.path, torch.float32), loading.load_any(made, dtype="held")[0]
+    assert hasattr(theirs.get_submodule("model.layers.0.mlp.up_proj"), "qweight")
+    ids = torch.tensor([ROWS[0].input_ids])
+    with torch.no_grad():
+        one, other = (model(ids).logits.float() for model in (theirs, ours))
+    assert (one - other).norm() < 0.02 * other.norm()
+    norm = "model.layers.0.input_layernorm.weight"
+    stored, source = (safetensors_io.entries(path)[norm] for path in (made.path, where))
+    assert stored.dtype == source.dtype and not torch.equal(safetensors_io.load(stored), safetensors_io.load(source))
 
 
 # ---- bitsandbytes

@@ -250,9 +250,9 @@ def matrices(entries: dict[str, safetensors_io.Entry]) -> dict[str, safetensors_
     found: dict[str, safetensors_io.Entry | Stored] = {}
     for name, entry in entries.items():
         module, _, suffix = name.rpartition(".")
-        if f"{module}.qweight" not in entries or suffix not in SUFFIXES:
+        if suffix not in SUFFIXES or not all(f"{module}.{each}" in entries for each in SUFFIXES):
             found[name] = entry
-        elif suffix == "qweight" and all(f"{module}.{each}" in entries for each in SUFFIXES):
+        elif suffix == "qweight":
             found[f"{module}.weight"] = Stored(f"{module}.weight", {each: entries[f"{module}.{each}"] for each in SUFFIXES})
     return found
 

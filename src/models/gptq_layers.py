@@ -25,15 +25,15 @@ from src.core.errors import ProofFailed, WrongKind, using
 from src.core.files import read_json
 from src.core.log import progress, warn
 from src.core.processes import silenced
-from src.models import by_layer, complete, gptq, loading, packed, safetensors_io, seen
-from src.models.by_layer import ByLayer, Pass, Reached
+from src.models import awq, awq_layers, by_layer, complete, gptq, loading, packed, safetensors_io, seen
+from src.models.by_layer import INSIDE, ByLayer, Pass, Reached
 from src.models.folder import trust_of
-from src.models.layers import LINEAR, inputs_together, linear_of, outputs_first
+from src.models.layers import LINEAR, flat, inputs_together, linear_of, outputs_first
 
 VOCABULARY = 64
 """rows of the vocabulary that a model of one layer has"""
-How = Callable[[str], Any]
-"""how each matrix is quantized, by its name: gptq.Settings, or what has `round`, which needs no rows"""
+How = Callable[[str], Any] | awq.Settings
+"""how each matrix is quantized, by its name: gptq.Settings, or what has `round`, which needs no rows; or how a layer is"""
 COMPARED = 256
 """tokens that matrices are compared at"""
 OUTLIER, OUTLIER_OUTPUT = 2.5, 4.0
@@ -77,6 +77,8 @@ def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: How) -
         raise WrongKind(
             f"GPTQ quantizes linear layers, and {largest[1]} of layer {number} is none, with {largest[0] / (inside + largest[0]):.0%} of its weights",
         )
+    if isinstance(how, awq.Settings):
+        return awq_layers.quantize_layer(model, number, passes, how)
     tensors: dict[str, torch.Tensor] = {}
     losses = []
     if not passes:
@@ -117,7 +119,7 @@ def _add_inputs(model: ByLayer, number: int, module: nn.Module, each: Pass, hess
     """Add what a pass gives to a matrix, padding left out; the pass ends there."""
 
     def add(module, given) -> None:
-        hessian.add(_flat(given[0], each))
+        hessian.add(flat(given[0], each))
         raise Reached
 
     hook = module.register_forward_pre_hook(add)
@@ -130,8 +132,10 @@ def _take(model: ByLayer, number: int, file: Path) -> list[float]:
     """Put into a layer that is held what its file says; returns the file's losses."""
     stored = packed.matrices(safetensors_io.entries(file.parent, file.name))
     for name, module in model.names(number):
-        if matrix := stored.get(f"{name}.weight"):
-            outputs_first(module).copy_(matrix())
+        if isinstance(found := stored.get(f"{name}.weight"), safetensors_io.Entry):
+            module.weight.data.copy_(safetensors_io.load(found))
+        elif found:
+            outputs_first(module).copy_(found())
     with safetensors_io.opened(file) as stored:
         return [float(text) for text in stored.metadata()["losses"].split()]
 
@@ -180,9 +184,12 @@ def compare(model: ByLayer, start: Path, source: Path, out: Path, rows: list[lis
     as_stored, made = safetensors_io.entries(source), packed.matrices(safetensors_io.entries(out))
     if missing := sorted(as_stored.keys() ^ made.keys()):
         raise ProofFailed(f"{missing[0]} is in one of the folder and what it was made from alone", where=str(out))
+    awq_made = any(isinstance(found, awq.Stored) for found in made.values())
     for name, found in made.items():
-        if isinstance(found, safetensors_io.Entry) and not _same_bits(found, as_stored[name]):
+        if isinstance(found, safetensors_io.Entry) and not (awq_made and INSIDE.search(name)) and not _same_bits(found, as_stored[name]):
             raise ProofFailed(f"{name}, which is not quantized, is not the source's", where=str(out))
+    if awq_made:  # its matrices and norms are scaled against each other
+        return
     with model.held("embedding"):
         each = model.start([row[: COMPARED // len(rows[:4])] for row in rows[:4]])
     exact = safetensors_io.entries(start)
@@ -218,19 +225,13 @@ def _inputs(model: ByLayer, number: int, each: Pass) -> dict[nn.Module, torch.Te
     found: dict[nn.Module, torch.Tensor] = {}
 
     def note(module, given) -> None:
-        found[module] = _flat(given[0], each)
+        found[module] = flat(given[0], each)
 
     hooks = [module.register_forward_pre_hook(note) for module in linear_of(model, number)]
     model.through(number, [each])
     for hook in hooks:
         hook.remove()
     return found
-
-
-def _flat(inputs: torch.Tensor, each: Pass) -> torch.Tensor:
-    if each.mask is not None and inputs.shape[:2] == each.mask.shape:
-        return inputs[each.mask.bool()]
-    return inputs.reshape(-1, inputs.shape[-1])
 
 
 def turned(model: ByLayer) -> set[str]:

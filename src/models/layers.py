@@ -39,3 +39,10 @@ def inputs_together(model: ByLayer, number: int, each: Pass) -> list[list[nn.Mod
         hook.remove()
     groups = [modules for _, modules in called]
     return groups + [[module] for module in linear if not any(module in group for group in groups)]
+
+
+def flat(inputs: torch.Tensor, each: Pass) -> torch.Tensor:
+    """What a module is given in a pass, (tokens, width), padding left out."""
+    if each.mask is not None and inputs.shape[:2] == each.mask.shape:
+        return inputs[each.mask.bool()]
+    return inputs.reshape(-1, inputs.shape[-1])

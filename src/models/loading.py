@@ -55,7 +55,7 @@ def load_model(
 
     config = check_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     method = (config.get("quantization_config") or {}).get("quant_method")
-    gptq = method == "gptq"
+    gptq = method in ("gptq", "awq")  # whose kernels gptqmodel brings
     if dtype == "held":
         from src.models import held, packed, skeleton
 
@@ -104,7 +104,7 @@ def load_with_kernels(path: Path, dtype, device: str = "cpu"):
     """A quantized folder with its own kernels: by transformers, or, where GPTQ gave it more than one width, which transformers does not know, by
     gptqmodel."""
     quantized = read_json(path / "config.json")["quantization_config"]
-    if quantized["quant_method"] == "gptq":
+    if quantized["quant_method"] in ("gptq", "awq"):
         prepare_gptq()
     if not quantized.get("dynamic"):
         from transformers import AutoModelForCausalLM

@@ -1,11 +1,11 @@
 """Quantized matrices in a folder, whatever packed them."""
 
-from src.models import bnb, gptq, safetensors_io
+from src.models import awq, bnb, gptq, safetensors_io
 
-Stored = gptq.Stored | bnb.Stored
-METHODS = ("gptq", "bitsandbytes")
+Stored = gptq.Stored | bnb.Stored | awq.Stored
+METHODS = ("gptq", "bitsandbytes", "awq")
 
 
 def matrices(entries: dict[str, safetensors_io.Entry]) -> dict[str, safetensors_io.Entry | Stored]:
     """{name: where it is stored} of a folder's tensors, the quantized ones under the names that their weights would have."""
-    return bnb.matrices(gptq.matrices(entries))
+    return awq.matrices(bnb.matrices(gptq.matrices(entries)))

@@ -8,7 +8,7 @@ from src import __version__
 from src.core.files import read_json, write_json
 from src.models import safetensors_io
 from src.models.safetensors_io import Entry
-from src.settings.verbs import AnyQuantizer, BnbQuantizer, RtnQuantizer
+from src.settings.verbs import AnyQuantizer, AwqQuantizer, BnbQuantizer, RtnQuantizer
 
 FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 """what vLLM calls the matrix that it makes of this one and others of one input"""
@@ -20,16 +20,30 @@ def write(source: Path, layers: Path, out: Path) -> None:
 
     made = packed.matrices(safetensors_io.entries(layers, "layer-*.safetensors"))
     written: list[Entry] = []
+    scaled: dict[str, Entry] = {}
     for name, entry in safetensors_io.entries(source).items():
-        written += made[name].parts.values() if name in made else [entry]
+        found = made.get(name)
+        if isinstance(found, Entry):  # a norm that AWQ scaled
+            scaled[name] = found
+        written += found.parts.values() if isinstance(found, packed.Stored) else [entry]
     stored = {entry.name: entry for entry in written}
-    safetensors_io.write(out, written, stored.__getitem__, safetensors_io.parse_size("5GB"))
+
+    def tensor(name: str):
+        if name not in scaled:
+            return stored[name]
+        return safetensors_io.load(scaled[name]).to(safetensors_io.load(stored[name]).dtype)
+
+    safetensors_io.write(out, written, tensor, safetensors_io.parse_size("5GB"))
 
 
 def complete_config(q: AnyQuantizer, bits: dict[str, int] | None, source: Path, out: Path) -> None:
     """The source's config.json with the block that says how it is quantized; of GPTQ's layout quantize_config.json too, where AutoGPTQ's readers look for it."""
     if isinstance(q, BnbQuantizer):
         write_json(out / "config.json", read_json(source / "config.json") | {"quantization_config": bitsandbytes(q)})
+        return
+    if isinstance(q, AwqQuantizer):
+        block = {"quant_method": "awq", "bits": 4, "group_size": q.group_size, "zero_point": True, "version": "gemm"}
+        write_json(out / "config.json", read_json(source / "config.json") | {"quantization_config": block})
         return
     block = {
         "quant_method": "gptq",

@@ -464,7 +464,16 @@ class BnbQuantizer(Settings):
         return (self.bits,)
 
 
-AnyQuantizer = Annotated[GptqQuantizer | MixedQuantizer | RtnQuantizer | BnbQuantizer, Field(discriminator="kind")]
+class AwqQuantizer(Grouped):
+    kind: Literal["awq"]
+    """Lin et al. 2023, arXiv:2306.00978"""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (4,)
+
+
+AnyQuantizer = Annotated[GptqQuantizer | MixedQuantizer | RtnQuantizer | AwqQuantizer | BnbQuantizer, Field(discriminator="kind")]
 
 
 class Calibration(Settings):

@@ -1,0 +1,93 @@
+"""AWQ's matrices (Lin et al. 2023, arXiv:2306.00978) as they are stored: each group of weights with a scale and a zero point.
+
+The layout is AutoAWQ's for GEMM kernels, which transformers and vLLM read: for a matrix of (out, in) weights in 4 bits `qweight`, int32 (in, out / 8);
+`qzeros`, int32 (groups, out / 8); `scales`, fp16 (groups, out). A weight is (q - zero) x scale.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from src.core.errors import using
+from src.models import gptq, safetensors_io
+
+SUFFIXES = ("qweight", "qzeros", "scales")
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""which of eight outputs lies in each four bits of a word, from the lowest"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """group: inputs that share a scale and a zero point, -1 for all."""
+
+    group: int
+
+
+def pack(values: torch.Tensor) -> torch.Tensor:
+    """uint8 (n, m) of 4 bits each as int32 (n, m / 8)."""
+    words = torch.zeros(len(values), values.shape[1] // 8, dtype=torch.int32, device=values.device)
+    for i, at in enumerate(ORDER):
+        words |= values[:, at::8].int() << (4 * i)
+    return words
+
+
+def unpack(words: torch.Tensor) -> torch.Tensor:
+    """`pack` undone."""
+    values = torch.empty(len(words), words.shape[1] * 8, dtype=torch.uint8, device=words.device)
+    for i, at in enumerate(ORDER):
+        values[:, at::8] = (words >> (4 * i) & 15).to(torch.uint8)
+    return values
+
+
+def rounded(weight: torch.Tensor, group: int, cut: torch.Tensor | float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(values, fp32; scales, fp16; zero points, fp32) of fp32 weights (out, in): (out, groups, in a group), and (out, groups, 1) twice.
+
+    cut: share of the range that is kept, of all groups or (out, groups, 1).
+    """
+    groups = weight.reshape(len(weight), -1, weight.shape[1] if group == -1 else group)
+    high, low = groups.amax(2, keepdim=True) * cut, groups.amin(2, keepdim=True) * cut
+    scales = ((high - low) / 15).clamp_(2**-14, 65504).half()
+    zeros = (-low / scales.float()).round_().clamp_(0, 15)
+    return (groups / scales.float()).round_().add_(zeros).clamp_(0, 15), scales, zeros
+
+
+def made_of(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """The weights, fp32 (out, in)."""
+    return ((values - zeros) * scales.float()).flatten(1)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix in a folder, by the name its weight would have. parts: {suffix: entry}."""
+
+    name: str
+    parts: dict[str, safetensors_io.Entry]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        width, words = self.parts["qweight"].shape
+        return 8 * words, width
+
+    @property
+    def form(self) -> gptq.Nearest:
+        """A plain rounding that is as fine."""
+        groups = self.parts["scales"].shape[0]
+        return gptq.Nearest(4, self.shape[1] // groups if groups > 1 else -1)
+
+    def __call__(self) -> torch.Tensor:
+        """The weights, fp32 (out, in). Raises BadData where its tensors do not belong together."""
+        with using(f"the quantized matrix {self.name}", self.parts["qweight"].file):
+            words, zeros, scales = (safetensors_io.load(self.parts[suffix]) for suffix in SUFFIXES)
+            values = unpack(words).view(len(scales), -1, scales.shape[1]).float()
+            return values.sub_(unpack(zeros)[:, None]).mul_(scales[:, None].float()).flatten(0, 1).T.contiguous()
+
+
+def matrices(entries: dict) -> dict:
+    """{name: where it is stored}, AWQ's matrices under the names of their weights: those that have no order of inputs."""
+    found = dict(entries)
+    for name in entries:
+        module = name.removesuffix(".qweight")
+        if name != module and f"{module}.g_idx" not in entries and all(f"{module}.{suffix}" in entries for suffix in SUFFIXES):
+            stored = Stored(f"{module}.weight", {suffix: found.pop(f"{module}.{suffix}") for suffix in SUFFIXES})
+            found[stored.name] = stored
+    return found
