@@ -265,8 +265,9 @@ def tables(tuner: AdapterTuner) -> set[str]:
 
 
 def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool, fused: bool = True) -> float:
-    """Bytes a token keeps for the backward pass, in fp32: both norms' inputs, queries, keys and values, what attention gives, as it comes and by token, the MLP's
-    two halves; beside adapters of a rank their narrow products, in a model that is trained whole both norms' outputs and the halves' product.
+    """Bytes a token keeps for the backward pass, in fp32: both norms' inputs, queries, keys and values, with norms of their own what comes into those, what
+    attention gives, as it comes and by token, the MLP's two halves; beside adapters of a rank their narrow products, in a model that is trained whole both
+    norms' outputs and the halves' product.
 
     fused: with training/kernels.py. Without it norms, the activation and the product are kept as well, and of each adapter's input what peft's
     dropout lets through with its mask. Of what is recomputed: each layer's input, and one layer.
@@ -275,6 +276,7 @@ def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool, fused: bool
     def of(layer: Layer) -> float:
         width, q, kv, middle = shape.hidden, shape.heads * shape.head_dim, layer.kv_values // 2, max(m.columns for m in layer.matrices)
         kept = 4 * (2 * width + 3 * q + 2 * kv + 2 * middle) + 4 * rank * len(layer.matrices)
+        kept += 4 * (q + kv) * shape.qk_norm
         if not (rank and fused):
             kept += 4 * (2 * width + middle)
         if not fused:
