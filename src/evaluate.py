@@ -1,5 +1,5 @@
-"""Measure a model, adapter or quantized model on the validation split: loss and perplexity over the assistant's tokens, agreement with the model it
-was made from, and greedy answers to a few prompts. Without source=, every model of the run is measured in turn.
+"""Measure a model, adapter or quantized model on the validation split: loss and perplexity over the assistant's tokens, how far what it says is from what
+the model it was made from says, and greedy answers to a few prompts. Without source=, every model of the run is measured in turn.
 
 With endpoint.url= a running board or server is measured instead: the same prompts and, where it gives log-probabilities, the same figures, its speed,
 and how far its answers are those of the local model it was made from (source=, a bundle too; else the run's own).
@@ -7,7 +7,7 @@ and how far its answers are those of the local model it was made from (source=, 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,12 +16,13 @@ from src.chat import encoding
 from src.chat.template import as_served_today
 from src.core import stage
 from src.core.artifact import Artifact
-from src.core.errors import ConfigError, MissingInput
+from src.core.errors import BadData, ConfigError, MissingInput, WrongKind
 from src.core.log import say
 from src.core.room import Needs
-from src.models import devices, evaluation
+from src.models import comparison, devices, evaluation, seen
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
+from src.models.seen import Seen
 from src.serving import measure
 from src.serving.client import Client
 from src.settings.verbs import EvaluateVerb
@@ -124,7 +125,7 @@ def connect(cfg: EvaluateVerb) -> Client | None:
 
 
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
-    """Writes report.json and answers.jsonl."""
+    """Writes report.json, rows.jsonl and answers.jsonl."""
     if client := connect(cfg):
         with as_served_today():
             return evaluate_endpoint(cfg, client, inputs, out)
@@ -132,30 +133,52 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     prompts = asked(cfg, records)
     tokenizer = tokenizer_of(inputs["model"])
     encoding.ensure_chat(tokenizer)
-    eos_id = encoding.turn_end(tokenizer)
-    rows = evaluation.encode_all(records, tokenizer, cfg.evaluation.max_length)
-
-    def read(role: str, tokens: int = 0) -> tuple[dict, list, list[dict]]:
-        one = evaluation.Measured(inputs[role], role, tokens)
-        figures, top = evaluation.measure(one.reader, rows, eos_id)
-        devices.give_back_memory()
-        answers = evaluation.answer(one, tokenizer, prompts, cfg.evaluation, eos_id)
-        del one
-        devices.give_back_memory()
-        return figures, top, answers
-
-    figures, top, mine = read("model")
-    metrics: dict[str, Any] = {**figures, "rows": len(rows), "prompts": len(prompts)}
-    answers = {"model": mine}
-    if "parent" in inputs:
-        # The parent is read with the child's tokenizer and template, so that both see the same tokens.
-        figures, best, answers["parent"] = read("parent", len(tokenizer))
-        metrics |= {f"parent_{k}": v for k, v in figures.items()}
-        metrics["agreement"] = sum(int((a == b).sum()) for a, b in zip(top, best)) / max(metrics["tokens"], 1)
-    metrics |= expected(cfg, answers)
-    write(out, metrics, answers)
+    ids, rows = map(list, zip(*evaluation.encode_named(records, tokenizer, cfg.evaluation.max_length)))
+    said, answers = read(cfg, inputs, tokenizer, rows, prompts)
+    metrics: dict[str, Any] = {"rows": len(rows), "prompts": len(prompts)}
+    for role, found in said.items():
+        own = evaluation.figures_of(found, rows, encoding.turn_end(tokenizer))
+        metrics |= {("" if role == "model" else "parent_") + name: value for name, value in own.items()}
+    compared = comparison.Rows(ids, rows, said["model"], said.get("parent"))
+    parts = [("", comparison.over_rows(compared.figures, len(rows)))]
+    if "parent" in said:
+        metrics["worst"] = compared.worst()
+        if prompts:
+            parts.append(("", comparison.of_answers(answers["model"], answers["parent"], tokenizer)))
+    metrics |= comparison.report(parts) | expected(cfg, answers)
+    write(out, metrics, answers, compared.lines("validation"))
     show(metrics, answers, ("before", "after") if inputs["model"].stage == "finetune" else ("parent", "answer"))
     return metrics
+
+
+def read(
+    cfg: EvaluateVerb, inputs: dict[str, Artifact], tokenizer, rows: list[encoding.Encoded], prompts: list[tuple]
+) -> tuple[dict[str, Seen], dict[str, list[dict]]]:
+    """What each model says at the rows and its answers to the prompts, by role.
+
+    The parent goes first, for the two are compared at its likeliest tokens, and with the child's tokenizer and template, so that both see the same tokens.
+    """
+    said: dict[str, Seen] = {}
+    answers: dict[str, list[dict]] = {}
+    at = None
+    for role in (role for role in ("parent", "model") if role in inputs):
+        parent = role == "parent"
+        one = evaluation.Measured(inputs[role], role, len(tokenizer) if parent else 0)
+        said[role] = seen.observe(one.reader, rows, at, seen.TOP_K if parent else 0, vocabulary_of(inputs["model"], tokenizer))
+        at = said[role].top_k_ids
+        devices.give_back_memory()
+        answers[role] = evaluation.answer(one, tokenizer, prompts, cfg.evaluation, encoding.turn_end(tokenizer))
+        del one
+        devices.give_back_memory()
+    return said, {role: answers[role] for role in ("model", "parent") if role in answers}
+
+
+def vocabulary_of(model: Artifact, tokenizer) -> int | None:
+    """Ids below which a model has them all; None where its config.json does not say."""
+    try:
+        return max(read_shape(weights_of(model)).vocab, len(tokenizer))
+    except (BadData, WrongKind):
+        return None
 
 
 def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artifact], out: Path) -> dict:
@@ -221,8 +244,10 @@ def expected(cfg: EvaluateVerb, answers: dict[str, list[dict]]) -> dict:
     return {("" if role == "model" else "parent_") + "expected": sum(row["as_expected"] for row in rows) for role, rows in answers.items()}
 
 
-def write(out: Path, metrics: dict, answers: dict) -> None:
+def write(out: Path, metrics: dict, answers: dict, rows: Iterable[dict] = ()) -> None:
     (out / "report.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    if lines := [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]:
+        (out / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
         for role, rows in answers.items():
             for row in rows:
@@ -233,9 +258,11 @@ def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
     """The figures in a line or two, then each prompt with the parent's and the model's answer under these labels."""
     if "loss" in metrics:
         line = f"evaluate: loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.3f}, right next token {metrics['accuracy']:.1%} of {metrics['tokens']}, turn ends {metrics['turns_ended']:.0%}"
-        if "agreement" in metrics:
+        if "agreement" in metrics and "loss_difference" not in metrics:
             line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
         say(line)
+    for line in comparison.in_words(metrics) if "loss_difference" in metrics else ():
+        say(f"evaluate: {line}")
     if "answers_ended" in metrics:
         say(f"evaluate: {measure.in_words(metrics)}")
     if "expected" in metrics:
@@ -264,7 +291,7 @@ def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
 
 STAGE = stage.Stage(
     verb="evaluate",
-    version=2,
+    version=3,
     schema=EvaluateVerb,
     kind="report",
     find=find,

@@ -12,7 +12,7 @@ from src.core.errors import BadData, MissingInput
 from src.core.log import progress, warn
 from src.models import devices, generation, seen
 from src.models.loading import load_any
-from src.models.seen import Reader
+from src.models.seen import Reader, Seen
 from src.settings.verbs import Evaluation
 
 
@@ -42,38 +42,48 @@ class Measured:
 
 
 def encode_all(records: list[dict], tokenizer, max_length: int) -> list[encoding.Encoded]:
-    """Validation records as token ids and labels; those that teach nothing or are longer than max_length tokens are left out, and counted.
+    """The rows of encode_named alone."""
+    return [row for _, row in encode_named(records, tokenizer, max_length)]
+
+
+def encode_named(records: list[dict], tokenizer, max_length: int) -> list[tuple[str, encoding.Encoded]]:
+    """Validation records by their ids, as token ids and labels; those that teach nothing or are longer than max_length tokens are left out, and counted.
 
     Raises BadData where the chat template shows none of them, MissingInput where all are longer.
     """
-    found = [row for _, row in rows_of(progress(records, "tokenizing validation"), tokenizer, "validation")]
+    found = [(record["id"], row) for record, row in rows_of(progress(records, "tokenizing validation"), tokenizer, "validation")]
     if records and not found:
         raise BadData(
             "the chat template shows no answer of the validation split", fix="fine-tune with chat_template=chatml, which shows them"
         )
-    rows = [row for row in found if len(row.input_ids) <= max_length]
+    rows = [(id, row) for id, row in found if len(row.input_ids) <= max_length]
     if long := len(found) - len(rows):
         warn(f"left out {long} of {len(records)} validation rows longer than evaluation.max_length={max_length}")
     if not rows:
         raise MissingInput(
             "no validation row is within evaluation.max_length",
-            fix=f"evaluation.max_length={max(len(row.input_ids) for row in found)}" if found else (),
+            fix=f"evaluation.max_length={max(len(row.input_ids) for _, row in found)}" if found else (),
         )
     return rows
 
 
 def measure(read: Reader, rows: list[encoding.Encoded], eos_id: int) -> tuple[dict, list[np.ndarray]]:
-    """({loss in nats, perplexity, accuracy, tokens} over trained tokens and the share of turn ends predicted, per row the top-1 token at each)."""
-    found, targets = seen.observe(read, rows, top_k=0), seen.targets_of(rows)
+    """(figures_of, per row the top-1 token at each trained one)."""
+    found = seen.observe(read, rows, top_k=0)
+    return figures_of(found, rows, eos_id), np.split(found.likeliest, np.cumsum([len(seen.kept(row)) for row in rows])[:-1])
+
+
+def figures_of(found: Seen, rows: list[encoding.Encoded], eos_id: int) -> dict:
+    """{loss in nats, perplexity, accuracy, tokens} over trained tokens, and the share of turn ends predicted."""
+    targets = seen.targets_of(rows)
     ends, mean = targets == eos_id, float(found.losses.mean())
-    figures = {
+    return {
         "loss": mean,
         "perplexity": math.exp(min(mean, 700)),
         "accuracy": float((found.likeliest == targets).mean()),
         "tokens": len(targets),
         "turns_ended": int((found.likeliest[ends] == eos_id).sum()) / max(int(ends.sum()), 1),
     }
-    return figures, np.split(found.likeliest, np.cumsum([len(seen.kept(row)) for row in rows])[:-1])
 
 
 def answer(measured: Measured, tokenizer, prompts: list, evaluation: Evaluation, eos_id: int) -> list[dict]:
