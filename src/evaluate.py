@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 from src.chat import encoding
 from src.chat.template import as_served_today
 from src.core import stage
-from src.core.artifact import Artifact
+from src.core.artifact import Artifact, outside
 from src.core.errors import BadData, ConfigError, MissingInput, WrongKind
 from src.core.log import say
 from src.core.room import Needs
-from src.models import comparison, devices, evaluation, seen
+from src.models import checks, comparison, devices, evaluation, seen
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
 from src.models.seen import Seen
@@ -52,7 +52,15 @@ def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     inputs = {"model": model, "dataset": stage.data_sources(run, cfg.dataset)}
     if parent := cfg.parent or parent_path(model):
         inputs["parent"] = run.source(str(parent), kinds=KINDS)
+    if cfg.evaluation.json_schema:
+        inputs["json_schema"] = _file(cfg.evaluation.json_schema, run)
     return inputs
+
+
+def _file(path: str, run: stage.Run) -> Artifact:
+    if not Path(path).is_file():
+        raise MissingInput("no such file", where=path)
+    return outside(Path(path), "file", run.cache)
 
 
 def find_for_endpoint(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
@@ -107,7 +115,30 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
     if client := connect(cfg):
         return check_endpoint(cfg, client, inputs, parent)
-    return [f"{inputs['model'].path} ({inputs['model'].kind}){parent}"]
+    return [f"{inputs['model'].path} ({inputs['model'].kind}){parent}", check_answers(cfg, inputs)]
+
+
+def check_answers(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
+    """What of the answers will be checked, in a line."""
+    check, references = to_check(cfg, inputs, validation(cfg, inputs))
+    if check:
+        return f"checks {check.words}, which {sum(map(check.fits, references))} of {len(references)} prompts have in the data's own answer"
+    wanted = cfg.evaluation.check
+    if wanted not in ("auto", "none"):
+        raise ConfigError(
+            f"none of the {len(references)} prompts has an answer in the data to check by evaluation.check={wanted}",
+            fix=[
+                "evaluation.check=auto takes what there is",
+                *(["evaluation.prompts=null asks the data's own"] * bool(cfg.evaluation.prompts)),
+            ],
+        )
+    return "checks no answers" + (f": not half of {len(references)} prompts have one in the data that could be" if wanted == "auto" else "")
+
+
+def to_check(cfg: EvaluateVerb, inputs: dict[str, Artifact], records: list[dict]) -> tuple[checks.Check | None, list[checks.Reference]]:
+    """What of the answers is checked, if anything, and by which of the data's own; prompts of the user's have none."""
+    references = [] if cfg.evaluation.prompts is not None else openings(cfg, records)
+    return checks.choose(cfg.evaluation.check, references, inputs["json_schema"].path if "json_schema" in inputs else None), references
 
 
 def check_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artifact], parent: str) -> list[str]:
@@ -145,6 +176,12 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         metrics["worst"] = compared.worst()
         if prompts:
             parts.append(("", comparison.of_answers(answers["model"], answers["parent"], tokenizer)))
+    check, references = to_check(cfg, inputs, records)
+    if check:
+        checked, right = checks.score(check, references, answers, tokenizer)
+        if right["model"]:
+            metrics |= checked
+            parts.append(("", comparison.of_task(right)))
     metrics |= comparison.report(parts) | expected(cfg, answers)
     write(out, metrics, answers, compared.lines("validation"))
     show(metrics, answers, ("before", "after") if inputs["model"].stage == "finetune" else ("parent", "answer"))
@@ -224,14 +261,20 @@ def asked(cfg: EvaluateVerb, records: list[dict]) -> list[tuple[list[dict], list
     """Prompts as (messages, tools): the ones given, else the openings of the first validation records."""
     if cfg.evaluation.prompts is not None:
         return [([{"role": "user", "content": text}], None) for text in cfg.evaluation.prompts]
-    found: list[tuple[list[dict], list | None]] = []
+    return [(each.messages, each.tools) for each in openings(cfg, records)]
+
+
+def openings(cfg: EvaluateVerb, records: list[dict]) -> list[checks.Reference]:
+    """The messages up to the first answer, and that answer, of the first validation records that open differently."""
+    found: dict[str, checks.Reference] = {}
     for record in records:
-        asked = next((i for i, m in enumerate(record["messages"]) if m["role"] == "user"), len(record["messages"]))
-        cut = next((i for i, m in enumerate(record["messages"]) if m["role"] == "assistant" and i > asked), 0)
-        opening = (record["messages"][:cut], record.get("tools"))
-        if cut and len(found) < cfg.evaluation.samples and opening not in found:
-            found.append(opening)
-    return found
+        messages = record["messages"]
+        asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
+        cut = next((i for i, m in enumerate(messages) if m["role"] == "assistant" and i > asked), 0)
+        if cut and len(found) < cfg.evaluation.samples:
+            opening = checks.Reference(messages[:cut], record.get("tools"), messages[cut])
+            found.setdefault(json.dumps(opening[:2]), opening)
+    return list(found.values())
 
 
 def expected(cfg: EvaluateVerb, answers: dict[str, list[dict]]) -> dict:
@@ -261,7 +304,7 @@ def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
         if "agreement" in metrics and "loss_difference" not in metrics:
             line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
         say(line)
-    for line in comparison.in_words(metrics) if "loss_difference" in metrics else ():
+    for line in comparison.in_words(metrics):
         say(f"evaluate: {line}")
     if "answers_ended" in metrics:
         say(f"evaluate: {measure.in_words(metrics)}")

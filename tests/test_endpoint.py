@@ -137,6 +137,8 @@ def test_system_turn_and_tools_go_along(finished):
                 "max_new_tokens": 9,
                 "prompts": None,
                 "expect": None,
+                "check": "none",
+                "json_schema": None,
             }
         }
         | {"endpoint": {"url": None, "model": None, "timeout": 1, "concurrency": 1}}

@@ -17,6 +17,8 @@ ALIKE = 0.01
 """nats a token within which a row counts as neither better nor worse"""
 WORST = 5
 """rows that are named"""
+PARTS = (("", "validation"), ("general_", "general"))
+"""prefixes of figures, and what their rows are of"""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,18 @@ def of_answers(mine: list[dict], theirs: list[dict], tokenizer) -> Figures:
     return over_rows(figures, len(pairs))
 
 
+def of_task(right: dict[str, list[bool]]) -> Figures:
+    """task: the share of answers that are right; parent_task and task_difference where there is a parent, prompt by prompt."""
+    by = {role: np.array(each, float) for role, each in right.items()}
+
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        share = {role: float(weights @ each / weights.sum()) for role, each in by.items()}
+        parent = {"parent_task": share["parent"], "task_difference": share["model"] - share["parent"]} if "parent" in share else {}
+        return {"task": share["model"], **parent}
+
+    return over_rows(figures, len(by["model"]))
+
+
 def report(parts: Iterable[tuple[str, Figures]]) -> dict[str, Any]:
     """Figures under one name each, prefix first, with their intervals and what each difference is evidence of."""
     found: dict[str, Any] = {"intervals": {}, "evidence": {}, "resamples": RESAMPLES}
@@ -127,36 +141,49 @@ def shown(metrics: dict, name: str, form: str = "{:.4f}") -> str:
 
 
 def in_words(metrics: dict) -> list[str]:
-    """Lines about a model and its parent: a table of losses, then how far what it says is from what its parent says."""
-    rows = []
-    for prefix, of in (("", "validation"), ("general_", "general")):
-        if f"{prefix}loss_difference" in metrics:
-            at = lambda name, form="{:.4f}", prefix=prefix: shown(metrics, prefix + name, form)
-            rows.append(
-                (
-                    of,
-                    str(metrics[f"{prefix}rows"]),
-                    f"{metrics[f'{prefix}parent_loss']:.4f}",
-                    f"{metrics[f'{prefix}loss']:.4f}",
-                    at("loss_difference", "{:+.4f}"),
-                    at("perplexity_ratio", "{:.3f}"),
-                    f"{metrics[f'{prefix}rows_worse']:.0%}",
-                    f"{metrics[f'{prefix}rows_better']:.0%}",
-                    metrics["evidence"][f"{prefix}loss_difference"],
-                )
-            )
-    head = ("rows of", "rows", "parent's loss", "loss", "difference", "perplexity ratio", "rows worse", "rows better", "evidence")
-    lines = table(head, rows, right=(1, 2, 3, 6, 7)).splitlines()
-    lines.append(
-        f"KL to the parent {shown(metrics, 'kl')} nats, 99th percentile {shown(metrics, 'kl_p99')}, same likeliest token "
-        + shown(metrics, "agreement", "{:.1%}")
-    )
-    if "parts_at" in metrics:
+    """Lines about a model and its parent: a table of losses, how far what it says is from what its parent says, and how many answers are right."""
+    lines = []
+    if "kl" in metrics:
+        head = ("rows of", "rows", "parent's loss", "loss", "difference", "perplexity ratio", "rows worse", "rows better", "evidence")
+        rows = [_row(metrics, prefix, of) for prefix, of in PARTS if f"{prefix}loss_difference" in metrics]
+        lines += table(head, rows, right=(1, 2, 3, 6, 7)).splitlines()
         lines.append(
-            f"greedy answers: {shown(metrics, 'same_answers', '{:.0%}')} of {metrics['prompts']} the same, alike for "
-            f"{shown(metrics, 'parts_at', '{:.0f}')} tokens (median)"
+            f"KL to the parent {shown(metrics, 'kl')} nats, 99th percentile {shown(metrics, 'kl_p99')}, same likeliest token "
+            + shown(metrics, "agreement", "{:.1%}")
         )
-    lines.append(
-        f"in brackets 95 % intervals, by {RESAMPLES:,} bootstrap resamples of rows and of prompts; of fewer than {FEWEST} there is none"
+    if "parts_at" in metrics:
+        same, at = shown(metrics, "same_answers", "{:.0%}"), shown(metrics, "parts_at", "{:.0f}")
+        lines.append(f"greedy answers: {same} of {metrics['prompts']} the same, alike for {at} tokens (median)")
+    if "task" in metrics:
+        lines.append(_task(metrics))
+    about = f"in brackets 95 % intervals, by {RESAMPLES:,} bootstrap resamples of rows and of prompts; of fewer than {FEWEST} there is none"
+    return [*lines, about] if lines else []
+
+
+def _row(metrics: dict, prefix: str, of: str) -> tuple[str, ...]:
+    """A row of the table. prefix: of the names of its figures; of: what its rows are of."""
+    own = lambda name: metrics[prefix + name]
+    return (
+        of,
+        str(own("rows")),
+        f"{own('parent_loss'):.4f}",
+        f"{own('loss'):.4f}",
+        shown(metrics, f"{prefix}loss_difference", "{:+.4f}"),
+        shown(metrics, f"{prefix}perplexity_ratio", "{:.3f}"),
+        f"{own('rows_worse'):.0%}",
+        f"{own('rows_better'):.0%}",
+        metrics["evidence"][f"{prefix}loss_difference"],
     )
-    return lines
+
+
+def _task(metrics: dict) -> str:
+    """How many of the answers that were checked are right."""
+    line = f"{metrics['task_check']}: {shown(metrics, 'task', '{:.1%}')} of {metrics['task_prompts']} answers right"
+    if "parent_task" in metrics:
+        line += f", parent's {shown(metrics, 'parent_task', '{:.1%}')}, difference {shown(metrics, 'task_difference', '{:+.1%}')}"
+        line += f": {metrics['evidence']['task_difference']}"
+    if "false_calls" in metrics:
+        line += f"; {metrics['false_calls']} false calls" + (
+            f", parent's {metrics['parent_false_calls']}" if "parent_task" in metrics else ""
+        )
+    return line

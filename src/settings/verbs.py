@@ -463,6 +463,19 @@ class Evaluation(Settings):
     """prompts to answer; null: first user turns of the validation split"""
     expect: str | None
     """regular expression that prompt, newline and answer together must match whole; answers that do not end their turn count as wrong"""
+    check: Literal["auto", "none", "number", "choice", "json", "schema", "calls"]
+    """what of an answer has to be that of the data's own: its last number, the letter of a choice, that it is JSON, or follows json_schema, its tool calls; auto:
+    what the data's answers are made for, and says it"""
+    json_schema: Annotated[str | None, Unkeyed]
+    """file with the JSON Schema that every answer has to follow"""
+
+    @model_validator(mode="after")
+    def _schema_where_it_is_checked(self) -> Self:
+        if self.check == "schema" and self.json_schema is None:
+            raise ValueError("evaluation.check=schema needs evaluation.json_schema=FILE")
+        if self.json_schema is not None and self.check not in ("auto", "schema"):
+            raise ValueError("evaluation.json_schema goes with evaluation.check=schema")
+        return self
 
 
 class Endpoint(Settings):
