@@ -8,6 +8,7 @@ and how far its answers are those of the local model it was made from (source=, 
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,13 +17,16 @@ from src.chat import encoding
 from src.chat.template import as_served_today
 from src.core import stage
 from src.core.artifact import Artifact, outside
-from src.core.errors import BadData, ConfigError, MissingInput, WrongKind
+from src.core.errors import ConfigError, MissingInput
 from src.core.log import say
 from src.core.room import Needs
-from src.models import checks, comparison, devices, evaluation, seen
+from src.models import checks, comparison, evaluation
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
-from src.models.seen import Seen
+from src.records import conversations
+from src.records.conversations import Conversation, Tally
+from src.records.sources import kinds
+from src.records.sources.found import found
 from src.serving import measure
 from src.serving.client import Client
 from src.settings.verbs import EvaluateVerb
@@ -32,6 +36,7 @@ from src.sizing.config_reader import read_shape
 MEASURED = ("finetune", "merge", "quantize")
 BUILT_FROM = ("merge", "finetune", "quantize")
 """what a bundle is most likely made from, in this order"""
+PARENT = "parent=FOLDER names the model to compare with"
 KINDS = {"adapter", "model", "quantized"}
 
 
@@ -53,14 +58,16 @@ def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     if parent := cfg.parent or parent_path(model):
         inputs["parent"] = run.source(str(parent), kinds=KINDS)
     if cfg.evaluation.json_schema:
-        inputs["json_schema"] = _file(cfg.evaluation.json_schema, run)
+        inputs["json_schema"] = files(cfg.evaluation.json_schema, run)
+    if cfg.evaluation.general:
+        inputs["general"] = files(cfg.evaluation.general, run)
     return inputs
 
 
-def _file(path: str, run: stage.Run) -> Artifact:
-    if not Path(path).is_file():
-        raise MissingInput("no such file", where=path)
-    return outside(Path(path), "file", run.cache)
+def files(path: str, run: stage.Run) -> Artifact:
+    """What a setting names as data.path does, by content."""
+    there = found(path, subset=None, split="train", revision=None, download=not run.dry)
+    return outside(there.root, "file", run.cache, there.files)
 
 
 def find_for_endpoint(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
@@ -112,13 +119,26 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
             where=str(inputs["dataset"].path),
             fix=stage.made_again(inputs["dataset"], "data.val=0.1"),
         )
+    refuse_unmeasured(cfg, inputs)
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
     if client := connect(cfg):
         return check_endpoint(cfg, client, inputs, parent)
-    return [f"{inputs['model'].path} ({inputs['model'].kind}){parent}", check_answers(cfg, inputs)]
+    return [f"{inputs['model'].path} ({inputs['model'].kind}){parent}", what_is_checked(cfg, inputs)]
 
 
-def check_answers(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
+def refuse_unmeasured(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> None:
+    """Raises ConfigError for what is asked and cannot be told of this model."""
+    e = cfg.evaluation
+    if cfg.endpoint.url and (asked := [name for name in ("general", "check") if getattr(e, name) not in (None, "auto", "none")]):
+        raise ConfigError(
+            f"evaluation.{asked[0]} is measured of a model on this machine, not of an endpoint",
+            fix=f"evaluation.{asked[0]}={'null' if asked[0] == 'general' else 'none'}",
+        )
+    if e.general and "parent" not in inputs:
+        raise ConfigError("what a model forgot is told by the one it was made from, and none is known", fix=PARENT)
+
+
+def what_is_checked(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
     """What of the answers will be checked, in a line."""
     check, references = to_check(cfg, inputs, validation(cfg, inputs))
     if check:
@@ -137,7 +157,7 @@ def check_answers(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
 
 def to_check(cfg: EvaluateVerb, inputs: dict[str, Artifact], records: list[dict]) -> tuple[checks.Check | None, list[checks.Reference]]:
     """What of the answers is checked, if anything, and by which of the data's own; prompts of the user's have none."""
-    references = [] if cfg.evaluation.prompts is not None else openings(cfg, records)
+    references = [] if cfg.evaluation.prompts is not None else checks.openings(records, cfg.evaluation.samples)
     return checks.choose(cfg.evaluation.check, references, inputs["json_schema"].path if "json_schema" in inputs else None), references
 
 
@@ -164,58 +184,23 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     prompts = asked(cfg, records)
     tokenizer = tokenizer_of(inputs["model"])
     encoding.ensure_chat(tokenizer)
-    ids, rows = map(list, zip(*evaluation.encode_named(records, tokenizer, cfg.evaluation.max_length)))
-    said, answers = read(cfg, inputs, tokenizer, rows, prompts)
-    metrics: dict[str, Any] = {"rows": len(rows), "prompts": len(prompts)}
-    for role, found in said.items():
-        own = evaluation.figures_of(found, rows, encoding.turn_end(tokenizer))
+    rows = {"": evaluation.encode_named(records, tokenizer, cfg.evaluation.max_length)}
+    if "general" in inputs:
+        rows["general_"] = evaluation.encode_general(general(cfg, inputs), tokenizer, cfg.evaluation.max_length)
+    said, answers = evaluation.read(inputs, tokenizer, rows, prompts, cfg.evaluation)
+    metrics: dict[str, Any] = {f"{prefix}rows": len(some) for prefix, some in rows.items()} | {"prompts": len(prompts)}
+    for role, seen in said[""].items():
+        own = evaluation.figures_of(seen, [row for _, row in rows[""]], encoding.turn_end(tokenizer))
         metrics |= {("" if role == "model" else "parent_") + name: value for name, value in own.items()}
-    compared = comparison.Rows(ids, rows, said["model"], said.get("parent"))
-    parts = [("", comparison.over_rows(compared.figures, len(rows)))]
-    if "parent" in said:
-        metrics["worst"] = compared.worst()
-        if prompts:
-            parts.append(("", comparison.of_answers(answers["model"], answers["parent"], tokenizer)))
-    check, references = to_check(cfg, inputs, records)
-    if check:
-        checked, right = checks.score(check, references, answers, tokenizer)
-        if right["model"]:
-            metrics |= checked
-            parts.append(("", comparison.of_task(right)))
-    metrics |= comparison.report(parts) | expected(cfg, answers)
-    write(out, metrics, answers, compared.lines("validation"))
+    compared = {prefix: comparison.Rows(prefix, rows[prefix], **by_role) for prefix, by_role in said.items()}
+    parts = [(prefix, comparison.over_rows(some.figures, len(some.ids))) for prefix, some in compared.items()]
+    if "parent" in inputs:
+        metrics["worst"] = {prefix + name: worst for prefix, some in compared.items() for name, worst in some.worst().items()}
+    checked, of_answers = check_answers(cfg, inputs, records, answers, tokenizer)
+    metrics |= checked | comparison.report([*parts, *of_answers]) | expected(cfg, answers)
+    write(out, metrics, answers, (line for some in compared.values() for line in some.lines()))
     show(metrics, answers, ("before", "after") if inputs["model"].stage == "finetune" else ("parent", "answer"))
     return metrics
-
-
-def read(
-    cfg: EvaluateVerb, inputs: dict[str, Artifact], tokenizer, rows: list[encoding.Encoded], prompts: list[tuple]
-) -> tuple[dict[str, Seen], dict[str, list[dict]]]:
-    """What each model says at the rows and its answers to the prompts, by role.
-
-    The parent goes first, for the two are compared at its likeliest tokens, and with the child's tokenizer and template, so that both see the same tokens.
-    """
-    said: dict[str, Seen] = {}
-    answers: dict[str, list[dict]] = {}
-    at = None
-    for role in (role for role in ("parent", "model") if role in inputs):
-        parent = role == "parent"
-        one = evaluation.Measured(inputs[role], role, len(tokenizer) if parent else 0)
-        said[role] = seen.observe(one.reader, rows, at, seen.TOP_K if parent else 0, vocabulary_of(inputs["model"], tokenizer))
-        at = said[role].top_k_ids
-        devices.give_back_memory()
-        answers[role] = evaluation.answer(one, tokenizer, prompts, cfg.evaluation, encoding.turn_end(tokenizer))
-        del one
-        devices.give_back_memory()
-    return said, {role: answers[role] for role in ("model", "parent") if role in answers}
-
-
-def vocabulary_of(model: Artifact, tokenizer) -> int | None:
-    """Ids below which a model has them all; None where its config.json does not say."""
-    try:
-        return max(read_shape(weights_of(model)).vocab, len(tokenizer))
-    except (BadData, WrongKind):
-        return None
 
 
 def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artifact], out: Path) -> dict:
@@ -257,24 +242,35 @@ def validation(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[dict]:
     return [json.loads(line) for line in open(inputs["dataset"].path / "val.jsonl", encoding="utf-8")][: cfg.evaluation.rows]
 
 
+def general(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Iterator[Conversation]:
+    """Texts and conversations of another domain; those that cannot be read are left out, and counted."""
+    tally, source = Tally(), inputs["general"]
+    yield from islice(
+        conversations.read(kinds.files(source.path, source.files), format="auto", on_fault="drop", tally=tally), cfg.evaluation.rows
+    )
+    for reason, count in tally.ordered("dropped"):
+        say(f"general: left out {count}: {reason}")
+
+
 def asked(cfg: EvaluateVerb, records: list[dict]) -> list[tuple[list[dict], list | None]]:
     """Prompts as (messages, tools): the ones given, else the openings of the first validation records."""
     if cfg.evaluation.prompts is not None:
         return [([{"role": "user", "content": text}], None) for text in cfg.evaluation.prompts]
-    return [(each.messages, each.tools) for each in openings(cfg, records)]
+    return [(each.messages, each.tools) for each in checks.openings(records, cfg.evaluation.samples)]
 
 
-def openings(cfg: EvaluateVerb, records: list[dict]) -> list[checks.Reference]:
-    """The messages up to the first answer, and that answer, of the first validation records that open differently."""
-    found: dict[str, checks.Reference] = {}
-    for record in records:
-        messages = record["messages"]
-        asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
-        cut = next((i for i, m in enumerate(messages) if m["role"] == "assistant" and i > asked), 0)
-        if cut and len(found) < cfg.evaluation.samples:
-            opening = checks.Reference(messages[:cut], record.get("tools"), messages[cut])
-            found.setdefault(json.dumps(opening[:2]), opening)
-    return list(found.values())
+def check_answers(
+    cfg: EvaluateVerb, inputs: dict[str, Artifact], records: list[dict], answers: dict[str, list[dict]], tokenizer
+) -> tuple[dict, list[tuple[str, comparison.Figures]]]:
+    """(what was checked of the answers, marked in their rows, figures of it and of where model and parent part)."""
+    figures = []
+    if answers.get("parent"):
+        figures.append(("", comparison.of_answers(answers["model"], answers["parent"], tokenizer)))
+    check, references = to_check(cfg, inputs, records)
+    checked, right = checks.score(check, references, answers, tokenizer) if check else ({}, {"model": []})
+    if not right["model"]:
+        return {}, figures
+    return checked, [*figures, ("", comparison.of_task(right))]
 
 
 def expected(cfg: EvaluateVerb, answers: dict[str, list[dict]]) -> dict:
@@ -289,12 +285,10 @@ def expected(cfg: EvaluateVerb, answers: dict[str, list[dict]]) -> dict:
 
 def write(out: Path, metrics: dict, answers: dict, rows: Iterable[dict] = ()) -> None:
     (out / "report.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    if lines := [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]:
-        (out / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
-    with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
-        for role, rows in answers.items():
-            for row in rows:
-                file.write(json.dumps({"by": role, **row}, ensure_ascii=False) + "\n")
+    in_files = {"answers.jsonl": [{"by": role, **row} for role, each in answers.items() for row in each], "rows.jsonl": list(rows)}
+    for name, lines in in_files.items():
+        if lines or name == "answers.jsonl":
+            (out / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
@@ -329,7 +323,8 @@ def _short(row: dict) -> str:
 
 def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
     models = [read_shape(weights_of(inputs[role])) for role in ("model", "parent") if role in inputs]
-    return host.evaluate(models, cfg.evaluation, host.conversations(inputs["dataset"].path / "val.jsonl"))
+    other = sum(file["size"] for file in inputs["general"].files.values()) if "general" in inputs else 0
+    return host.evaluate(models, cfg.evaluation, host.conversations(inputs["dataset"].path / "val.jsonl"), other)
 
 
 STAGE = stage.Stage(

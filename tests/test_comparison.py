@@ -36,7 +36,7 @@ def test_kl_and_top_1_of_distributions_known_by_hand(at_most):
     model = said(MODEL, rows, parent.top_k_ids[:, :at_most])
     parent = seen.Seen(parent.losses, parent.top_k_ids[:, :at_most], parent.log_probs[:, :at_most], parent.likeliest)
     assert seen.divergence(parent, model) == pytest.approx(TRUE_KL, abs=1e-6), "what differs is among the two likeliest"
-    found = comparison.Rows(["a", "b"], rows, model, parent)
+    found = comparison.Rows("", list(zip("ab", rows)), model, parent)
     figures = found.figures(np.ones(2))
     assert figures["kl"] == pytest.approx(sum(TRUE_KL) / 3, abs=1e-6)
     assert figures["kl_p99"] == pytest.approx(max(TRUE_KL), abs=1e-6)
@@ -45,7 +45,8 @@ def test_kl_and_top_1_of_distributions_known_by_hand(at_most):
     assert figures["perplexity_ratio"] == pytest.approx(math.exp(math.log(0.5 / 0.25) / 3), abs=1e-6), (
         "only the first target's probability moved"
     )
-    assert [id for id, _ in found.worst()["kl"]] == ["a", "b"] and [id for id, _ in found.worst()["agreement"]] == ["b", "a"]
+    worst = {name: [row["id"] for row in rows] for name, rows in found.worst().items()}
+    assert worst == {"kl": ["a", "b"], "agreement": ["b", "a"], "loss_difference": ["a", "b"]}
     twice = found.figures(np.array([1, 2]))
     assert twice["agreement"] == pytest.approx(1 / 4) and twice["kl"] == pytest.approx((TRUE_KL[0] + 2 * TRUE_KL[2]) / 4, abs=1e-6)
 
@@ -88,7 +89,7 @@ def test_golden_values_of_a_fixed_pair_of_models(rounded):
     ids, rows = zip(*evaluation.encode_named(records, tokenizer, 512))
     read = lambda folder: evaluation.Measured(open_any(folder), "test").reader
     parent = seen.observe(read(CHAT), rows)
-    found = comparison.Rows(ids, rows, seen.observe(read(rounded), rows, parent.top_k_ids), parent)
+    found = comparison.Rows("", list(zip(ids, rows)), seen.observe(read(rounded), rows, parent.top_k_ids), parent)
     figures = found.figures(np.ones(len(rows)))
     golden = {"parent_loss": 0.34111, "loss": 0.37999, "kl": 0.02861, "kl_p99": 0.44017, "agreement": 0.96594, "perplexity_ratio": 1.03965}
     assert {name: figures[name] for name in golden} == pytest.approx(golden, abs=1e-4)

@@ -139,6 +139,7 @@ def test_system_turn_and_tools_go_along(finished):
                 "expect": None,
                 "check": "none",
                 "json_schema": None,
+                "general": None,
             }
         }
         | {"endpoint": {"url": None, "model": None, "timeout": 1, "concurrency": 1}}

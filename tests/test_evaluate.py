@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import go, helps
+from conftest import go, helps, in_process, refused, ways
 from transformers import AutoModelForCausalLM
 
 from src import data, evaluate, finetune, merge
 from src.core import artifact
+from src.core.errors import ConfigError, MissingInput
 from src.models import evaluation, seen
 from src.models.loading import load_tokenizer
 
@@ -251,7 +252,7 @@ def test_the_report_has_every_figure_against_the_parent_with_its_interval(report
     assert len(rows) == found["rows"] and sum(row["tokens"] for row in rows) == found["tokens"]
     assert sum(row["tokens"] * row["kl"] for row in rows) / found["tokens"] == pytest.approx(found["kl"])
     by_kl = sorted(rows, key=lambda row: -row["kl"])
-    assert [id for id, _ in found["worst"]["kl"]] == [row["id"] for row in by_kl[:5]]
+    assert [row["id"] for row in found["worst"]["kl"]] == [row["id"] for row in by_kl[:5]]
 
 
 def log_probs_of(here, folder: Path) -> torch.Tensor:
@@ -287,3 +288,60 @@ def test_where_answers_part(here):
     assert found["parts_at"] == at[3] and len(at) == 8, "the lower median"
     low, high = found["intervals"]["parts_at"]
     assert low <= found["parts_at"] <= high and 0 < found["same_answers"] < 1
+
+
+# ---- what was forgotten
+
+
+@helps("evaluate.py", "parent=FOLDER names the model to compare with")
+def test_what_was_forgotten_is_measured_row_by_row_against_the_parent(here, tmp_path):
+    """Texts as they stand, token by token, and chats by their answers, in files of a folder; the table names the rows that got worst."""
+    texts = [f"The {word} of a duck is yellow, and so it was." for word in ("bill", "foot", "egg", "eye", "nest", "tail")]
+    chats = [{"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": f"It is {n}."}]} for n in range(3)]
+    (tmp_path / "other").mkdir()
+    for name, rows in {"chats": chats, "texts": [*({"text": text} for text in texts), {"text": 7}]}.items():
+        (tmp_path / "other" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [
+        f"outputs={tmp_path}",
+        "run=g",
+        f"dataset={here / 'r' / 'data'}",
+        "evaluation.samples=0",
+        f"evaluation.general={tmp_path / 'other'}",
+    ]
+    done = in_process("evaluate", *argv, f"source={TINY}")
+    refused(done, ConfigError, "what a model forgot is told by the one it was made from")
+    done = in_process("evaluate", *argv, f"source={here / 'r' / 'merge'}", ways(done)[0].split()[0].replace("FOLDER", str(TINY)))
+    assert done.returncode == 0, done.stderr
+    assert "general: left out 1: malformed: " in done.stderr
+    found = json.loads((tmp_path / "g" / "evaluate-merge" / "report.json").read_text())
+    rows = [row for line in open(tmp_path / "g" / "evaluate-merge" / "rows.jsonl") if (row := json.loads(line))["of"] == "general"]
+    assert found["general_rows"] == len(rows) == 9
+    model, parent = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (here / "r" / "merge", TINY))
+    tokenizer = load_tokenizer(TINY)
+    for row, text in zip(rows, texts):
+        ids = torch.tensor([tokenizer(text).input_ids])
+        with torch.no_grad():
+            losses = [each(ids, labels=ids).loss.item() for each in (model, parent)]
+        assert (row["loss"], row["parent_loss"], row["tokens"]) == (*(pytest.approx(x, abs=1e-5) for x in losses), ids.shape[1] - 1)
+    difference = sum(row["loss_difference"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert found["general_loss_difference"] == pytest.approx(difference, abs=1e-9)
+    low, high = found["intervals"]["general_loss_difference"]
+    assert low < difference < high
+    assert found["general_rows_worse"] == pytest.approx(sum(row["loss_difference"] > 0.01 for row in rows) / 9)
+    worst = max(rows, key=lambda row: row["loss_difference"])
+    assert found["worst"]["general_loss_difference"][0]["id"] == worst["id"]
+    assert any(f"worst: {worst['id']} " in line and f"{worst['loss_difference']:+.4f}" in line for line in done.stderr.splitlines())
+    lengths = {parent["role"] for parent in artifact.open_artifact(tmp_path / "g" / "evaluate-merge").manifest["parents"]}
+    assert lengths == {"model", "parent", "dataset", "general"}, "the file is known by its content"
+
+
+@helps("models/evaluation.py", "evaluation.general=FILE of texts, or of chats that the template shows")
+def test_general_text_is_cut_and_what_is_nothing_is_refused(here, tmp_path):
+    (tmp_path / "g.txt").write_text("x\n")
+    argv = [f"outputs={tmp_path}", "run=g", f"source={TINY}", f"parent={TINY}", f"dataset={here / 'r' / 'data'}", "evaluation.samples=0"]
+    refused(in_process("evaluate", *argv, f"evaluation.general={tmp_path / 'g.txt'}"), MissingInput, "no row of evaluation.general")
+    (tmp_path / "g.txt").write_text("A duck says quack. " * 50 + "\n" + "A cow says moo. " * 50 + "\n")
+    done = in_process("evaluate", *argv, f"evaluation.general={tmp_path / 'g.txt'}", "evaluation.max_length=100", "evaluation.rows=1")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in open(tmp_path / "g" / "evaluate-tiny-chat" / "rows.jsonl")]
+    assert [(row["of"], row["tokens"]) for row in rows][1:] == [("general", 99)], "one row, as evaluation.rows says, cut at max_length"

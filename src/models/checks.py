@@ -3,8 +3,9 @@
 Either is read in the same way, so that what counts is what was meant and not how it was put. Reasoning in front of an answer is no part of it.
 """
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import groupby
@@ -124,6 +125,19 @@ class Reference(NamedTuple):
         spans = groupby(zip(row.labels, row.input_ids), key=lambda pair: pair[0] != encoding.IGNORE)
         *_, last = ([id for _, id in pairs] for trained, pairs in spans if trained)
         return same_calls(self.calls, calls(tokenizer.decode(last, skip_special_tokens=True)))
+
+
+def openings(records: Iterable[dict], most: int) -> list[Reference]:
+    """The messages up to the first answer, and that answer, of the first records of a split that open differently."""
+    found: dict[str, Reference] = {}
+    for record in records:
+        messages = record["messages"]
+        asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
+        cut = next((i for i, m in enumerate(messages) if m["role"] == "assistant" and i > asked), 0)
+        if cut and len(found) < most:
+            opening = Reference(messages[:cut], record.get("tools"), messages[cut])
+            found.setdefault(json.dumps(opening[:2]), opening)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

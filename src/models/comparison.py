@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from src.chat.encoding import Encoded
 from src.core.log import table
 from src.models import seen
 from src.models.bootstrap import FEWEST, RESAMPLES, Interval, intervals, quantile, verdict
@@ -41,9 +42,10 @@ class Rows:
     likeliest one; all (rows,).
     """
 
-    def __init__(self, ids: list[str], rows: list, model: Seen, parent: Seen | None):
-        self.ids, self.has_parent = ids, parent is not None
-        of = np.repeat(np.arange(len(rows)), [len(seen.kept(row)) for row in rows])
+    def __init__(self, prefix: str, rows: list[tuple[str, Encoded]], model: Seen, parent: Seen | None = None):
+        """prefix: of what their figures are called, one of PARTS. rows: with the id of each."""
+        self.of, self.ids, self.has_parent = dict(PARTS)[prefix], [id for id, _ in rows], parent is not None
+        of = np.repeat(np.arange(len(rows)), [len(seen.kept(row)) for _, row in rows])
         self.tokens = np.bincount(of, minlength=len(rows))
         mean = lambda values: np.bincount(of, weights=values, minlength=len(rows)) / self.tokens
         self.loss = mean(model.losses)
@@ -78,19 +80,24 @@ class Rows:
             "rows_better": share(self.difference < -ALIKE),
         }
 
-    def worst(self) -> dict[str, list]:
-        """By each figure that a gate may limit, [id, value] of the rows that are farthest from the parent."""
+    def worst(self) -> dict[str, list[dict]]:
+        """By each figure that a gate may limit, the rows that are farthest from the parent, that of the farthest first."""
         farthest = {"kl": self.kl, "agreement": -self.agreement, "loss_difference": self.difference}
-        shown = {"kl": self.kl, "agreement": self.agreement, "loss_difference": self.difference}
-        return {
-            name: [[self.ids[i], float(shown[name][i])] for i in np.argsort(-by, kind="stable")[:WORST]] for name, by in farthest.items()
-        }
+        return {name: [self.line(i) for i in np.argsort(-by, kind="stable")[:WORST]] for name, by in farthest.items()}
 
-    def lines(self, of: str) -> Iterator[dict[str, Any]]:
-        """Each row's own figures; of: what the rows are of."""
-        for i, id in enumerate(self.ids):
-            line = {"of": of, "id": id, "tokens": int(self.tokens[i]), "loss": self.loss[i]}
-            yield line | ({"parent_loss": self.parent_loss[i], "kl": self.kl[i], "agreement": self.agreement[i]} if self.has_parent else {})
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Every row's own figures."""
+        return ({"of": self.of, **self.line(i)} for i in range(len(self.ids)))
+
+    def line(self, i: int) -> dict[str, Any]:
+        """A row's own figures."""
+        line = {"id": self.ids[i], "tokens": int(self.tokens[i]), "loss": float(self.loss[i])}
+        more = (
+            {"parent_loss": self.parent_loss, "loss_difference": self.difference, "kl": self.kl, "agreement": self.agreement}
+            if self.has_parent
+            else {}
+        )
+        return line | {name: float(values[i]) for name, values in more.items()}
 
 
 def _exp(nats: float) -> float:
@@ -145,7 +152,7 @@ def in_words(metrics: dict) -> list[str]:
     lines = []
     if "kl" in metrics:
         head = ("rows of", "rows", "parent's loss", "loss", "difference", "perplexity ratio", "rows worse", "rows better", "evidence")
-        rows = [_row(metrics, prefix, of) for prefix, of in PARTS if f"{prefix}loss_difference" in metrics]
+        rows = [row for prefix, of in PARTS if f"{prefix}loss_difference" in metrics for row in _rows(metrics, prefix, of)]
         lines += table(head, rows, right=(1, 2, 3, 6, 7)).splitlines()
         lines.append(
             f"KL to the parent {shown(metrics, 'kl')} nats, 99th percentile {shown(metrics, 'kl_p99')}, same likeliest token "
@@ -160,20 +167,22 @@ def in_words(metrics: dict) -> list[str]:
     return [*lines, about] if lines else []
 
 
-def _row(metrics: dict, prefix: str, of: str) -> tuple[str, ...]:
-    """A row of the table. prefix: of the names of its figures; of: what its rows are of."""
+def _rows(metrics: dict, prefix: str, of: str) -> list[tuple[str, ...]]:
+    """The rows of the table, of the general ones those that got worst too. prefix: of the names of figures; of: what their rows are of."""
     own = lambda name: metrics[prefix + name]
-    return (
+    losses = lambda of: (f"{of['parent_loss']:.4f}", f"{of['loss']:.4f}")
+    whole = (
         of,
         str(own("rows")),
-        f"{own('parent_loss'):.4f}",
-        f"{own('loss'):.4f}",
+        *losses({name: own(name) for name in ("parent_loss", "loss")}),
         shown(metrics, f"{prefix}loss_difference", "{:+.4f}"),
         shown(metrics, f"{prefix}perplexity_ratio", "{:.3f}"),
         f"{own('rows_worse'):.0%}",
         f"{own('rows_better'):.0%}",
         metrics["evidence"][f"{prefix}loss_difference"],
     )
+    worst = [row for row in metrics["worst"]["general_loss_difference"] if row["loss_difference"] > ALIKE] if prefix else []
+    return [whole, *((f"  worst: {row['id']}", "", *losses(row), f"{row['loss_difference']:+.4f}", "", "", "", "") for row in worst)]
 
 
 def _task(metrics: dict) -> str:

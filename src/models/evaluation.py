@@ -1,6 +1,7 @@
 """What is measured of a model on this machine: the loss over validation rows, token by token, and greedy answers."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,15 @@ import numpy as np
 from src.chat import encoding
 from src.chat.rows import rows_of
 from src.core.artifact import Artifact
-from src.core.errors import BadData, MissingInput
+from src.core.errors import BadData, MissingInput, WrongKind
 from src.core.log import progress, warn
 from src.models import devices, generation, seen
+from src.models.folder import weights_of
 from src.models.loading import load_any
 from src.models.seen import Reader, Seen
+from src.records.conversations import Conversation
 from src.settings.verbs import Evaluation
+from src.sizing.config_reader import read_shape
 
 
 class Measured:
@@ -65,6 +69,68 @@ def encode_named(records: list[dict], tokenizer, max_length: int) -> list[tuple[
             fix=f"evaluation.max_length={max(len(row.input_ids) for _, row in found)}" if found else (),
         )
     return rows
+
+
+def encode_general(conversations: Iterable[Conversation], tokenizer, max_length: int) -> list[tuple[str, encoding.Encoded]]:
+    """Texts and conversations of another domain by their ids. Of a text every token counts, as it stands and without a template, up to max_length of them; of a
+    conversation its answers, as of encode_named.
+
+    Raises MissingInput where nothing is left.
+    """
+    chats, rows = [], []
+    for one in progress(conversations, "reading general"):
+        if (
+            one.tools is None
+            and [message.keys() for message in one.messages] == [{"role", "content"}]
+            and one.messages[0]["role"] == "assistant"
+        ):
+            ids = tokenizer(one.messages[0]["content"]).input_ids[:max_length]
+            rows.append((one.id, encoding.Encoded(ids, ids)))
+        else:
+            chats.append({"id": one.id, "messages": one.messages, "tools": one.tools})
+    rows += [(record["id"], row) for record, row in rows_of(chats, tokenizer, "general")]
+    found = [(id, row) for id, row in rows if 1 < len(row.input_ids) <= max_length]
+    if left := len(rows) - len(found):
+        warn(f"left out {left} of {len(rows)} general rows longer than evaluation.max_length={max_length}, or of one token")
+    if not found:
+        raise MissingInput(
+            "no row of evaluation.general can be measured", fix="evaluation.general=FILE of texts, or of chats that the template shows"
+        )
+    return found
+
+
+def read(
+    inputs: dict[str, Artifact], tokenizer, rows: dict[str, list[tuple[str, encoding.Encoded]]], prompts: list, settings: Evaluation
+) -> tuple[dict[str, dict[str, Seen]], dict[str, list[dict]]]:
+    """({name of some rows: {role: what that model says at them}}, {role: answers to the prompts}) of "model", and of "parent" where there is one.
+
+    The parent goes first, for the two are compared at its likeliest tokens, and with the child's tokenizer and template, so that both see the same
+    tokens. Each goes over all rows once.
+    """
+    said: dict[str, dict[str, Seen]] = {name: {} for name in rows}
+    answers: dict[str, list[dict]] = {}
+    every, eos_id, at = [row for some in rows.values() for _, row in some], encoding.turn_end(tokenizer), None
+    for role in (role for role in ("parent", "model") if role in inputs):
+        is_parent = role == "parent"
+        one = Measured(inputs[role], role, len(tokenizer) if is_parent else 0)
+        found = seen.observe(one.reader, every, at, seen.TOP_K if is_parent else 0, _vocabulary(inputs["model"], tokenizer))
+        at, begin = found.top_k_ids, 0
+        for name, some in rows.items():
+            end = begin + sum(len(seen.kept(row)) for _, row in some)
+            said[name][role], begin = found[begin:end], end
+        devices.give_back_memory()
+        answers[role] = answer(one, tokenizer, prompts, settings, eos_id)
+        del one
+        devices.give_back_memory()
+    return said, {role: answers[role] for role in ("model", "parent") if role in answers}
+
+
+def _vocabulary(model: Artifact, tokenizer) -> int | None:
+    """Ids below which a model has them all; None where its config.json does not say."""
+    try:
+        return max(read_shape(weights_of(model)).vocab, len(tokenizer))
+    except (BadData, WrongKind):
+        return None
 
 
 def measure(read: Reader, rows: list[encoding.Encoded], eos_id: int) -> tuple[dict, list[np.ndarray]]:

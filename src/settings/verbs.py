@@ -454,7 +454,7 @@ class Evaluation(Settings):
     max_length: PositiveInt
     """tokens per conversation; longer ones are left out, and counted"""
     rows: PositiveInt | None
-    """conversations of the validation split used at most; null: all"""
+    """rows used at most, of the validation split and of general; null: all"""
     samples: NonNegativeInt
     """prompts answered greedily"""
     max_new_tokens: PositiveInt
@@ -468,6 +468,8 @@ class Evaluation(Settings):
     what the data's answers are made for, and says it"""
     json_schema: Annotated[str | None, Unkeyed]
     """file with the JSON Schema that every answer has to follow"""
+    general: Annotated[str | None, Unkeyed]
+    """text or chats of another domain, as data.path takes them, to see what of that the model forgot; of a text each line is a row, cut at max_length"""
 
     @model_validator(mode="after")
     def _schema_where_it_is_checked(self) -> Self:

@@ -299,10 +299,11 @@ def merge(shape: ModelShape, adapter: float | None = None, dtype: str = "auto", 
     return Needs(parts, stored(shape if dtype == "auto" else replace(shape, dtype=dtype)))
 
 
-def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversations) -> Needs:
+def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversations, general: float = 0) -> Needs:
     """One model after the other: its loss layer by layer, then its answers from the weights as they are stored. Of a model and its parent, what either says at
-    the parent's likeliest tokens is kept: their ids and two log-probabilities."""
+    the parent's likeliest tokens is kept: their ids and two log-probabilities. general: bytes of files of another domain."""
     tokens = split.tokens(evaluation.rows, evaluation.max_length)
+    tokens += min(general / JSON, float("inf") if evaluation.rows is None else evaluation.rows * evaluation.max_length)
     compared = {"likeliest tokens": 3 * 8 * LIKELIEST * tokens} if len(models) > 1 else {}
 
     def of(batch: int, *, answers: int) -> Needs:
