@@ -20,7 +20,7 @@ from src.core.artifact import Artifact, outside
 from src.core.errors import ConfigError, MissingInput
 from src.core.log import say
 from src.core.room import Needs
-from src.models import checks, comparison, evaluation
+from src.models import checks, comparison, evaluation, gates
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
 from src.records import conversations
@@ -36,7 +36,6 @@ from src.sizing.config_reader import read_shape
 MEASURED = ("finetune", "merge", "quantize")
 BUILT_FROM = ("merge", "finetune", "quantize")
 """what a bundle is most likely made from, in this order"""
-PARENT = "parent=FOLDER names the model to compare with"
 KINDS = {"adapter", "model", "quantized"}
 
 
@@ -129,13 +128,18 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
 def refuse_unmeasured(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> None:
     """Raises ConfigError for what is asked and cannot be told of this model."""
     e = cfg.evaluation
-    if cfg.endpoint.url and (asked := [name for name in ("general", "check") if getattr(e, name) not in (None, "auto", "none")]):
+    limits = gates.limits(cfg.gate)
+    if cfg.endpoint.url and (e.general or e.check not in ("auto", "none") or limits):
         raise ConfigError(
-            f"evaluation.{asked[0]} is measured of a model on this machine, not of an endpoint",
-            fix=f"evaluation.{asked[0]}={'null' if asked[0] == 'general' else 'none'}",
+            "evaluation.general, evaluation.check and gates are for models on this machine, not for an endpoint",
+            fix="source=FOLDER without endpoint.url measures the model here",
         )
     if e.general and "parent" not in inputs:
-        raise ConfigError("what a model forgot is told by the one it was made from, and none is known", fix=PARENT)
+        raise ConfigError("what a model forgot is told by the one it was made from, and none is known", fix=gates.PARENT)
+    measured = {"kl", "agreement", "perplexity_ratio"} if "parent" in inputs else set()
+    measured |= {"general_loss_difference"} if e.general else set()
+    measured |= {"task_difference"} if measured and "task_drop" in limits and to_check(cfg, inputs, validation(cfg, inputs))[0] else set()
+    gates.refuse_unmeasured(cfg.gate, measured)
 
 
 def what_is_checked(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
@@ -152,7 +156,8 @@ def what_is_checked(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
                 *(["evaluation.prompts=null asks the data's own"] * bool(cfg.evaluation.prompts)),
             ],
         )
-    return "checks no answers" + (f": not half of {len(references)} prompts have one in the data that could be" if wanted == "auto" else "")
+    why = f": not half of {len(references)} prompts have one in the data that could be" if wanted == "auto" and references else ""
+    return f"checks no answers{why}"
 
 
 def to_check(cfg: EvaluateVerb, inputs: dict[str, Artifact], records: list[dict]) -> tuple[checks.Check | None, list[checks.Reference]]:
@@ -321,6 +326,10 @@ def _short(row: dict) -> str:
     return (text if len(text) <= 160 else f"{text[:100]} … {text[-50:]}") + ("" if row["ended"] else " [turn not ended]")
 
 
+def judge(cfg: EvaluateVerb, made: Artifact) -> None:
+    gates.judge(cfg.gate, made.metrics, made.path / "report.json")
+
+
 def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
     models = [read_shape(weights_of(inputs[role])) for role in ("model", "parent") if role in inputs]
     other = sum(file["size"] for file in inputs["general"].files.values()) if "general" in inputs else 0
@@ -338,6 +347,7 @@ STAGE = stage.Stage(
     needs=needs,
     run=evaluate,
     each=each,
+    judge=judge,
     doc=__doc__,
     resumes=lambda partial: (file := partial / measure.RECEIVED).is_file() and file.stat().st_size > 0,
 )

@@ -253,7 +253,7 @@ def test_a_check_that_nothing_is_made_for(measured):
 
 def test_settings_of_a_schema_go_together(measured, tmp_path):
     refused(measured("evaluation.check=schema")[0], ConfigError, "evaluation.json_schema=FILE")
-    refused(measured("evaluation.check=number", "evaluation.json_schema=x")[0], ConfigError, "goes with evaluation.check=schema")
+    refused(measured("evaluation.check=number", "evaluation.json_schema=x")[0], ConfigError, "is of use where schema is what is checked")
     refused(measured("evaluation.json_schema=nowhere.json")[0], MissingInput, "no such file", way=False)
     (tmp_path / "s.json").write_text('{"type": "object"}')
     done, report = measured(f"evaluation.json_schema={tmp_path / 's.json'}", "evaluation.samples=2", "evaluation.rows=2")

@@ -2,14 +2,11 @@
 
 import json
 import math
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT, ROOT
-from safetensors.torch import load_file, save_file
+from conftest import CHAT, ROOT, rounded
 from transformers import AutoModelForCausalLM
 
 from src.chat.encoding import Encoded
@@ -61,22 +58,9 @@ def test_ids_that_the_model_lacks_are_not_asked_of_it():
     assert math.isfinite(seen.divergence(parent, model)[0])
 
 
-@pytest.fixture(scope="module")
-def rounded(tmp_path_factory) -> Path:
-    """tiny-chat with its matrices rounded to 7 levels a row: a fixed other model."""
-    folder = Path(shutil.copytree(CHAT, tmp_path_factory.mktemp("pair") / "rounded"))
-    weights = load_file(CHAT / "model.safetensors")
-    for name, weight in weights.items():
-        if "proj" in name:
-            scale = weight.abs().amax(1, keepdim=True) / 3
-            weights[name] = (weight / scale).round().clamp(-3, 3) * scale
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def test_golden_values_of_a_fixed_pair_of_models(rounded):
+def test_golden_values_of_a_fixed_pair_of_models(tmp_path):
     """As literals, and against the whole vocabulary in fp64."""
-    tokenizer = load_tokenizer(CHAT)
+    tokenizer, other = load_tokenizer(CHAT), rounded(tmp_path / "rounded", 3)
     records = [
         {
             "id": str(i),
@@ -89,7 +73,7 @@ def test_golden_values_of_a_fixed_pair_of_models(rounded):
     ids, rows = zip(*evaluation.encode_named(records, tokenizer, 512))
     read = lambda folder: evaluation.Measured(open_any(folder), "test").reader
     parent = seen.observe(read(CHAT), rows)
-    found = comparison.Rows("", list(zip(ids, rows)), seen.observe(read(rounded), rows, parent.top_k_ids), parent)
+    found = comparison.Rows("", list(zip(ids, rows)), seen.observe(read(other), rows, parent.top_k_ids), parent)
     figures = found.figures(np.ones(len(rows)))
     golden = {"parent_loss": 0.34111, "loss": 0.37999, "kl": 0.02861, "kl_p99": 0.44017, "agreement": 0.96594, "perplexity_ratio": 1.03965}
     assert {name: figures[name] for name in golden} == pytest.approx(golden, abs=1e-4)
@@ -99,7 +83,7 @@ def test_golden_values_of_a_fixed_pair_of_models(rounded):
         with torch.no_grad():
             return torch.cat([model(torch.tensor([row.input_ids])).logits[0, seen.kept(row)] for row in rows]).double().log_softmax(-1)
 
-    p, q = everywhere(CHAT), everywhere(rounded)
+    p, q = everywhere(CHAT), everywhere(other)
     true = (p.exp() * (p - q)).sum(-1).numpy()
     assert figures["agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=1e-9)
     assert figures["kl"] == pytest.approx(true.mean(), rel=0.02) and figures["kl"] <= true.mean()

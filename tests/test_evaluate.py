@@ -293,7 +293,7 @@ def test_where_answers_part(here):
 # ---- what was forgotten
 
 
-@helps("evaluate.py", "parent=FOLDER names the model to compare with")
+@helps("models/gates.py", "parent=FOLDER names the model to compare with")
 def test_what_was_forgotten_is_measured_row_by_row_against_the_parent(here, tmp_path):
     """Texts as they stand, token by token, and chats by their answers, in files of a folder; the table names the rows that got worst."""
     texts = [f"The {word} of a duck is yellow, and so it was." for word in ("bill", "foot", "egg", "eye", "nest", "tail")]
@@ -345,3 +345,10 @@ def test_general_text_is_cut_and_what_is_nothing_is_refused(here, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in open(tmp_path / "g" / "evaluate-tiny-chat" / "rows.jsonl")]
     assert [(row["of"], row["tokens"]) for row in rows][1:] == [("general", 99)], "one row, as evaluation.rows says, cut at max_length"
+
+
+def test_every_model_of_a_run_is_judged_whatever_the_first_one_is(reports, here, capsys):
+    """An adapter that is meant to differ from its base fails, the merge that comes after it keeps the limit."""
+    assert go(evaluate, f"outputs={here}", "run=r", "evaluation.max_new_tokens=24", "evaluation.batch_size=3", "gate.top1=0.999") == 17
+    said = capsys.readouterr().err
+    assert said.count("up to date, skipped") == 2 and said.count("gate failed") == 1 and said.count("keeps gate.top1=0.999") == 1

@@ -474,9 +474,9 @@ class Evaluation(Settings):
     @model_validator(mode="after")
     def _schema_where_it_is_checked(self) -> Self:
         if self.check == "schema" and self.json_schema is None:
-            raise ValueError("evaluation.check=schema needs evaluation.json_schema=FILE")
+            raise ValueError("to check by a schema, give evaluation.json_schema=FILE too")
         if self.json_schema is not None and self.check not in ("auto", "schema"):
-            raise ValueError("evaluation.json_schema goes with evaluation.check=schema")
+            raise ValueError("evaluation.json_schema is of use where schema is what is checked")
         return self
 
 
@@ -500,6 +500,21 @@ class Endpoint(Settings):
         return self
 
 
+class Gate(Settings):
+    """Limits of a report's figures against the parent; null: none."""
+
+    kl: PositiveFloat | None
+    """nats of KL to the parent at most"""
+    top1: Annotated[float, Field(gt=0, le=1)] | None
+    """share of tokens whose likeliest is the parent's, at least"""
+    perplexity_ratio: PositiveFloat | None
+    """perplexity over the parent's at most"""
+    task_drop: Annotated[float, Field(ge=0, le=1)] | None
+    """share of answers right that may be lost of the parent's (evaluation.check)"""
+    forgetting: NonNegativeFloat | None
+    """nats of loss over the parent's at most, on evaluation.general"""
+
+
 class EvaluateVerb(SourcedVerb):
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to evaluate on; null: the run's own"""
@@ -509,6 +524,8 @@ class EvaluateVerb(SourcedVerb):
     """what is measured and asked"""
     endpoint: Annotated[Endpoint, Field(exclude_if=lambda endpoint: endpoint.url is None)]
     """a running board or server to measure in place of a model on this machine"""
+    gate: Annotated[Gate, Unkeyed]
+    """limits that turn the report into a verdict: none, or strict"""
 
 
 class DeployVerb(SourcedVerb):
