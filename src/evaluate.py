@@ -191,7 +191,8 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     encoding.ensure_chat(tokenizer)
     rows = {"": evaluation.encode_named(records, tokenizer, cfg.evaluation.max_length)}
     if "general" in inputs:
-        rows["general_"] = evaluation.encode_general(general(cfg, inputs), tokenizer, cfg.evaluation.max_length)
+        longest = evaluation.positions(inputs["model"], cfg.evaluation.max_length)
+        rows["general_"] = evaluation.encode_general(general(cfg, inputs), tokenizer, longest)
     said, answers = evaluation.read(inputs, tokenizer, rows, prompts, cfg.evaluation)
     metrics: dict[str, Any] = {f"{prefix}rows": len(some) for prefix, some in rows.items()} | {"prompts": len(prompts)}
     for role, seen in said[""].items():

@@ -18,6 +18,7 @@ from src.models.seen import Reader, Seen
 from src.records.conversations import Conversation
 from src.settings.verbs import Evaluation
 from src.sizing.config_reader import read_shape
+from src.sizing.shape import ModelShape
 
 
 class Measured:
@@ -91,7 +92,7 @@ def encode_general(conversations: Iterable[Conversation], tokenizer, max_length:
     rows += [(record["id"], row) for record, row in rows_of(chats, tokenizer, "general")]
     found = [(id, row) for id, row in rows if 1 < len(row.input_ids) <= max_length]
     if left := len(rows) - len(found):
-        warn(f"left out {left} of {len(rows)} general rows longer than evaluation.max_length={max_length}, or of one token")
+        warn(f"left out {left} of {len(rows)} general rows longer than {max_length} tokens, or of one")
     if not found:
         raise MissingInput(
             "no row of evaluation.general can be measured", fix="evaluation.general=FILE of texts, or of chats that the template shows"
@@ -125,12 +126,24 @@ def read(
     return said, {role: answers[role] for role in ("model", "parent") if role in answers}
 
 
-def _vocabulary(model: Artifact, tokenizer) -> int | None:
-    """Ids below which a model has them all; None where its config.json does not say."""
+def _shape(model: Artifact) -> ModelShape | None:
+    """A model by its config.json, where that says enough."""
     try:
-        return max(read_shape(weights_of(model)).vocab, len(tokenizer))
+        return read_shape(weights_of(model))
     except (BadData, WrongKind):
         return None
+
+
+def _vocabulary(model: Artifact, tokenizer) -> int | None:
+    """Ids below which a model has them all, as far as is known."""
+    shape = _shape(model)
+    return shape and (max(shape.vocab, len(tokenizer)) if model.kind == "adapter" else shape.vocab)
+
+
+def positions(model: Artifact, most: int) -> int:
+    """Tokens of a text that a model takes, `most` at most."""
+    shape = _shape(model)
+    return min(most, (shape and shape.max_positions) or most)
 
 
 def measure(read: Reader, rows: list[encoding.Encoded], eos_id: int) -> tuple[dict, list[np.ndarray]]:

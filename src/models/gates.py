@@ -15,10 +15,11 @@ NAMED = 3
 
 
 TAKES = {
+    **dict.fromkeys(("kl", "top1", "perplexity_ratio"), PARENT),
     "task_drop": "evaluation.check=number, choice, json or calls, of what the data can check",
     "forgetting": "evaluation.general=FILE of another domain",
 }
-"""what a gate takes beside a parent"""
+"""what a figure takes to be measured"""
 
 
 class Figure(NamedTuple):
@@ -61,7 +62,7 @@ def refuse_unmeasured(gate: Gate, measured: Collection[str]) -> None:
         if (figure := FIGURES[name]).name not in measured:
             raise ConfigError(
                 f"gate.{name} limits what is not measured here: {figure.words}",
-                fix=[TAKES[name] if name in TAKES else PARENT, f"gate.{name}=null"],
+                fix=[TAKES[name], f"gate.{name}=null"],
             )
 
 
