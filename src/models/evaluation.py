@@ -136,8 +136,9 @@ def _shape(model: Artifact) -> ModelShape | None:
 
 def _vocabulary(model: Artifact, tokenizer) -> int | None:
     """Ids below which a model has them all, as far as is known."""
-    shape = _shape(model)
-    return shape and (max(shape.vocab, len(tokenizer)) if model.kind == "adapter" else shape.vocab)
+    if (shape := _shape(model)) is None:
+        return None
+    return max(shape.vocab, len(tokenizer)) if model.kind == "adapter" else shape.vocab
 
 
 def positions(model: Artifact, most: int) -> int:

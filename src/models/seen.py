@@ -18,6 +18,9 @@ from src.core.log import progress
 TOP_K = 64
 """likeliest tokens kept of a distribution; the others count together, which makes KL a little smaller than it is, never larger"""
 
+TOGETHER = 1 << 14
+"""tokens of which KL is computed together"""
+
 Reader = Callable[[list[Encoded]], Iterator[tuple[np.ndarray, Any]]]
 """asks a model for rows: (which of the rows' trained tokens, counted through, int64 (n,); logits at the positions before them, (n, vocabulary)), in
 any order"""
@@ -81,23 +84,28 @@ def observe(read: Reader, rows: list[Encoded], at: np.ndarray | None = None, top
     seen = Seen(np.empty(count), ids_kept, np.empty((count, width)), np.empty(count, np.int64))
     for places, logits in read(rows):
         with torch.no_grad():
-            log_probs = logits.float()
-            log_probs -= log_probs.logsumexp(-1, keepdim=True)
-            known = min(width, below or width, log_probs.shape[-1])
-            ids = log_probs[:, :below].topk(known).indices if at is None else torch.from_numpy(at[places]).to(log_probs.device)
-            seen.losses[places] = -log_probs.gather(1, targets[places].to(log_probs.device)[:, None])[:, 0].double().cpu()
-            seen.log_probs[places, :known] = log_probs.gather(1, ids).double().cpu()
+            logits = logits.float()
+            total = logits.logsumexp(-1, keepdim=True)
+            known = min(width, below or width, logits.shape[-1])
+            ids = logits[:, :below].topk(known).indices if at is None else torch.from_numpy(at[places]).to(logits.device)
+            log_probs_of = lambda ids: (logits.gather(1, ids) - total).double().cpu()
+            seen.losses[places] = -log_probs_of(targets[places].to(logits.device)[:, None])[:, 0]
+            seen.log_probs[places, :known] = log_probs_of(ids)
             if at is None:
                 seen.top_k_ids[places, :known] = ids.cpu()
-            seen.likeliest[places] = log_probs.argmax(-1).cpu()
+            seen.likeliest[places] = logits.argmax(-1).cpu()
     return seen if at is not None or not count else Seen(seen.losses, seen.top_k_ids[:, :known], seen.log_probs[:, :known], seen.likeliest)
 
 
 def divergence(before: Seen, after: Seen) -> np.ndarray:
     """KL(before || after) at each token, nats, fp64 (tokens,); `after` was asked for `before`'s top_k_ids."""
-    p, q = (np.exp(seen.log_probs) for seen in (before, after))
-    rest_p, rest_q = (np.clip(1 - x.sum(1), 1e-12, 1) for x in (p, q))
-    return (p * (before.log_probs - after.log_probs)).sum(1) + rest_p * np.log(rest_p / rest_q)
+    found = np.empty(len(before))
+    for at in range(0, len(before), TOGETHER):
+        log_p, log_q = (seen.log_probs[at : at + TOGETHER] for seen in (before, after))
+        p = np.exp(log_p)
+        rest_p, rest_q = (np.clip(1 - probs.sum(1), 1e-12, 1) for probs in (p, np.exp(log_q)))
+        found[at : at + TOGETHER] = (p * (log_p - log_q)).sum(1) + rest_p * np.log(rest_p / rest_q)
+    return found
 
 
 def one_by_one(logits_of: Callable, what: str) -> Reader:
