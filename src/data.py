@@ -50,7 +50,7 @@ def check(cfg: DataVerb, inputs: dict[str, Artifact]) -> list[str]:
 
 
 def _records(source: Artifact) -> list[kinds.File]:
-    return [kinds.file(source.path if source.path.is_file() else source.path / name, name) for name in source.files]
+    return kinds.files(source.path, source.files)
 
 
 def needs(cfg: DataVerb, inputs: dict[str, Artifact]) -> Needs:

@@ -1,5 +1,5 @@
-"""Measure a model, adapter or quantized model on the validation split: loss and perplexity over the assistant's tokens, agreement with the model it
-was made from, and greedy answers to a few prompts. Without source=, every model of the run is measured in turn.
+"""Measure a model, adapter or quantized model on the validation split: loss and perplexity over the assistant's tokens, how far what it says is from what
+the model it was made from says, and greedy answers to a few prompts. Without source=, every model of the run is measured in turn.
 
 With endpoint.url= a running board or server is measured instead: the same prompts and, where it gives log-probabilities, the same figures, its speed,
 and how far its answers are those of the local model it was made from (source=, a bundle too; else the run's own).
@@ -7,7 +7,8 @@ and how far its answers are those of the local model it was made from (source=, 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,13 +16,17 @@ from urllib.parse import urlsplit
 from src.chat import encoding
 from src.chat.template import as_served_today
 from src.core import stage
-from src.core.artifact import Artifact
+from src.core.artifact import Artifact, outside
 from src.core.errors import ConfigError, MissingInput
 from src.core.log import say
 from src.core.room import Needs
-from src.models import devices, evaluation
+from src.models import checks, comparison, evaluation, gates
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
+from src.records import conversations
+from src.records.conversations import Conversation, Tally
+from src.records.sources import kinds
+from src.records.sources.found import found
 from src.serving import measure
 from src.serving.client import Client
 from src.settings.verbs import EvaluateVerb
@@ -51,7 +56,17 @@ def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     inputs = {"model": model, "dataset": stage.data_sources(run, cfg.dataset)}
     if parent := cfg.parent or parent_path(model):
         inputs["parent"] = run.source(str(parent), kinds=KINDS)
+    if cfg.evaluation.json_schema:
+        inputs["json_schema"] = files(cfg.evaluation.json_schema, run)
+    if cfg.evaluation.general:
+        inputs["general"] = files(cfg.evaluation.general, run)
     return inputs
+
+
+def files(path: str, run: stage.Run) -> Artifact:
+    """What a setting names as data.path does, by content."""
+    there = found(path, subset=None, split="train", revision=None, download=not run.dry)
+    return outside(there.root, "file", run.cache, there.files)
 
 
 def find_for_endpoint(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
@@ -103,10 +118,52 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
             where=str(inputs["dataset"].path),
             fix=stage.made_again(inputs["dataset"], "data.val=0.1"),
         )
+    refuse_unmeasured(cfg, inputs)
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
     if client := connect(cfg):
         return check_endpoint(cfg, client, inputs, parent)
-    return [f"{inputs['model'].path} ({inputs['model'].kind}){parent}"]
+    return [f"{inputs['model'].path} ({inputs['model'].kind}){parent}", what_is_checked(cfg, inputs)]
+
+
+def refuse_unmeasured(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> None:
+    """Raises ConfigError for what is asked and cannot be told of this model."""
+    e = cfg.evaluation
+    limits = gates.limits(cfg.gate)
+    if cfg.endpoint.url and (e.general or e.check not in ("auto", "none") or limits):
+        raise ConfigError(
+            "evaluation.general, evaluation.check and gates are for models on this machine, not for an endpoint",
+            fix="source=FOLDER without endpoint.url measures the model here",
+        )
+    if e.general and "parent" not in inputs:
+        raise ConfigError("what a model forgot is told by the one it was made from, and none is known", fix=gates.PARENT)
+    measured = {"kl", "agreement", "perplexity_ratio"} if "parent" in inputs else set()
+    measured |= {"general_loss_difference"} if e.general else set()
+    measured |= {"task_difference"} if measured and "task_drop" in limits and to_check(cfg, inputs, validation(cfg, inputs))[0] else set()
+    gates.refuse_unmeasured(cfg.gate, measured)
+
+
+def what_is_checked(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
+    """What of the answers will be checked, in a line."""
+    check, references = to_check(cfg, inputs, validation(cfg, inputs))
+    if check:
+        return f"checks {check.words}, which {sum(map(check.fits, references))} of {len(references)} prompts have in the data's own answer"
+    wanted = cfg.evaluation.check
+    if wanted not in ("auto", "none"):
+        raise ConfigError(
+            f"none of the {len(references)} prompts has an answer in the data to check by evaluation.check={wanted}",
+            fix=[
+                "evaluation.check=auto takes what there is",
+                *(["evaluation.prompts=null asks the data's own"] * bool(cfg.evaluation.prompts)),
+            ],
+        )
+    why = f": not half of {len(references)} prompts have one in the data that could be" if wanted == "auto" and references else ""
+    return f"checks no answers{why}"
+
+
+def to_check(cfg: EvaluateVerb, inputs: dict[str, Artifact], records: list[dict]) -> tuple[checks.Check | None, list[checks.Reference]]:
+    """What of the answers is checked, if anything, and by which of the data's own; prompts of the user's have none."""
+    references = [] if cfg.evaluation.prompts is not None else checks.openings(records, cfg.evaluation.samples)
+    return checks.choose(cfg.evaluation.check, references, inputs["json_schema"].path if "json_schema" in inputs else None), references
 
 
 def check_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artifact], parent: str) -> list[str]:
@@ -124,7 +181,7 @@ def connect(cfg: EvaluateVerb) -> Client | None:
 
 
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
-    """Writes report.json and answers.jsonl."""
+    """Writes report.json, rows.jsonl and answers.jsonl."""
     if client := connect(cfg):
         with as_served_today():
             return evaluate_endpoint(cfg, client, inputs, out)
@@ -132,28 +189,22 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     prompts = asked(cfg, records)
     tokenizer = tokenizer_of(inputs["model"])
     encoding.ensure_chat(tokenizer)
-    eos_id = encoding.turn_end(tokenizer)
-    rows = evaluation.encode_all(records, tokenizer, cfg.evaluation.max_length)
-
-    def read(role: str, tokens: int = 0) -> tuple[dict, list, list[dict]]:
-        one = evaluation.Measured(inputs[role], role, tokens)
-        figures, top = evaluation.measure(one.reader, rows, eos_id)
-        devices.give_back_memory()
-        answers = evaluation.answer(one, tokenizer, prompts, cfg.evaluation, eos_id)
-        del one
-        devices.give_back_memory()
-        return figures, top, answers
-
-    figures, top, mine = read("model")
-    metrics: dict[str, Any] = {**figures, "rows": len(rows), "prompts": len(prompts)}
-    answers = {"model": mine}
+    rows = {"": evaluation.encode_named(records, tokenizer, cfg.evaluation.max_length)}
+    if "general" in inputs:
+        longest = evaluation.positions(inputs["model"], cfg.evaluation.max_length)
+        rows["general_"] = evaluation.encode_general(general(cfg, inputs), tokenizer, longest)
+    said, answers = evaluation.read(inputs, tokenizer, rows, prompts, cfg.evaluation)
+    metrics: dict[str, Any] = {f"{prefix}rows": len(some) for prefix, some in rows.items()} | {"prompts": len(prompts)}
+    for role, seen in said[""].items():
+        own = evaluation.figures_of(seen, [row for _, row in rows[""]], encoding.turn_end(tokenizer))
+        metrics |= {("" if role == "model" else "parent_") + name: value for name, value in own.items()}
+    compared = {prefix: comparison.Rows(prefix, rows[prefix], **by_role) for prefix, by_role in said.items()}
+    parts = [(prefix, comparison.over_rows(some.figures, len(some.ids))) for prefix, some in compared.items()]
     if "parent" in inputs:
-        # The parent is read with the child's tokenizer and template, so that both see the same tokens.
-        figures, best, answers["parent"] = read("parent", len(tokenizer))
-        metrics |= {f"parent_{k}": v for k, v in figures.items()}
-        metrics["agreement"] = sum(int((a == b).sum()) for a, b in zip(top, best)) / max(metrics["tokens"], 1)
-    metrics |= expected(cfg, answers)
-    write(out, metrics, answers)
+        metrics["worst"] = {prefix + name: worst for prefix, some in compared.items() for name, worst in some.worst().items()}
+    checked, of_answers = check_answers(cfg, inputs, records, answers, tokenizer)
+    metrics |= checked | comparison.report([*parts, *of_answers]) | expected(cfg, answers)
+    write(out, metrics, answers, (line for some in compared.values() for line in some.lines()))
     show(metrics, answers, ("before", "after") if inputs["model"].stage == "finetune" else ("parent", "answer"))
     return metrics
 
@@ -197,18 +248,35 @@ def validation(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[dict]:
     return [json.loads(line) for line in open(inputs["dataset"].path / "val.jsonl", encoding="utf-8")][: cfg.evaluation.rows]
 
 
+def general(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Iterator[Conversation]:
+    """Texts and conversations of another domain; those that cannot be read are left out, and counted."""
+    tally, source = Tally(), inputs["general"]
+    yield from islice(
+        conversations.read(kinds.files(source.path, source.files), format="auto", on_fault="drop", tally=tally), cfg.evaluation.rows
+    )
+    for reason, count in tally.ordered("dropped"):
+        say(f"general: left out {count}: {reason}")
+
+
 def asked(cfg: EvaluateVerb, records: list[dict]) -> list[tuple[list[dict], list | None]]:
     """Prompts as (messages, tools): the ones given, else the openings of the first validation records."""
     if cfg.evaluation.prompts is not None:
         return [([{"role": "user", "content": text}], None) for text in cfg.evaluation.prompts]
-    found: list[tuple[list[dict], list | None]] = []
-    for record in records:
-        asked = next((i for i, m in enumerate(record["messages"]) if m["role"] == "user"), len(record["messages"]))
-        cut = next((i for i, m in enumerate(record["messages"]) if m["role"] == "assistant" and i > asked), 0)
-        opening = (record["messages"][:cut], record.get("tools"))
-        if cut and len(found) < cfg.evaluation.samples and opening not in found:
-            found.append(opening)
-    return found
+    return [(each.messages, each.tools) for each in checks.openings(records, cfg.evaluation.samples)]
+
+
+def check_answers(
+    cfg: EvaluateVerb, inputs: dict[str, Artifact], records: list[dict], answers: dict[str, list[dict]], tokenizer
+) -> tuple[dict, list[tuple[str, comparison.Figures]]]:
+    """(what was checked of the answers, marked in their rows, figures of it and of where model and parent part)."""
+    figures = []
+    if answers.get("parent"):
+        figures.append(("", comparison.of_answers(answers["model"], answers["parent"], tokenizer)))
+    check, references = to_check(cfg, inputs, records)
+    checked, right = checks.score(check, references, answers, tokenizer) if check else ({}, {"model": []})
+    if not right["model"]:
+        return {}, figures
+    return checked, [*figures, ("", comparison.of_task(right))]
 
 
 def expected(cfg: EvaluateVerb, answers: dict[str, list[dict]]) -> dict:
@@ -221,21 +289,23 @@ def expected(cfg: EvaluateVerb, answers: dict[str, list[dict]]) -> dict:
     return {("" if role == "model" else "parent_") + "expected": sum(row["as_expected"] for row in rows) for role, rows in answers.items()}
 
 
-def write(out: Path, metrics: dict, answers: dict) -> None:
+def write(out: Path, metrics: dict, answers: dict, rows: Iterable[dict] = ()) -> None:
     (out / "report.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
-        for role, rows in answers.items():
-            for row in rows:
-                file.write(json.dumps({"by": role, **row}, ensure_ascii=False) + "\n")
+    in_files = {"answers.jsonl": [{"by": role, **row} for role, each in answers.items() for row in each], "rows.jsonl": list(rows)}
+    for name, lines in in_files.items():
+        if lines or name == "answers.jsonl":
+            (out / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
     """The figures in a line or two, then each prompt with the parent's and the model's answer under these labels."""
     if "loss" in metrics:
         line = f"evaluate: loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.3f}, right next token {metrics['accuracy']:.1%} of {metrics['tokens']}, turn ends {metrics['turns_ended']:.0%}"
-        if "agreement" in metrics:
+        if "agreement" in metrics and "loss_difference" not in metrics:
             line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
         say(line)
+    for line in comparison.in_words(metrics):
+        say(f"evaluate: {line}")
     if "answers_ended" in metrics:
         say(f"evaluate: {measure.in_words(metrics)}")
     if "expected" in metrics:
@@ -257,14 +327,19 @@ def _short(row: dict) -> str:
     return (text if len(text) <= 160 else f"{text[:100]} … {text[-50:]}") + ("" if row["ended"] else " [turn not ended]")
 
 
+def judge(cfg: EvaluateVerb, made: Artifact) -> None:
+    gates.judge(cfg.gate, made.metrics, made.path / "report.json")
+
+
 def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
     models = [read_shape(weights_of(inputs[role])) for role in ("model", "parent") if role in inputs]
-    return host.evaluate(models, cfg.evaluation, host.conversations(inputs["dataset"].path / "val.jsonl"))
+    other = sum(file["size"] for file in inputs["general"].files.values()) if "general" in inputs else 0
+    return host.evaluate(models, cfg.evaluation, host.conversations(inputs["dataset"].path / "val.jsonl"), other)
 
 
 STAGE = stage.Stage(
     verb="evaluate",
-    version=2,
+    version=3,
     schema=EvaluateVerb,
     kind="report",
     find=find,
@@ -273,6 +348,7 @@ STAGE = stage.Stage(
     needs=needs,
     run=evaluate,
     each=each,
+    judge=judge,
     doc=__doc__,
     resumes=lambda partial: (file := partial / measure.RECEIVED).is_file() and file.stat().st_size > 0,
 )

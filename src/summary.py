@@ -28,6 +28,8 @@ def headline(a: Artifact) -> str:
         parts = [f"perplexity {m['perplexity']:.3f}"] if "perplexity" in m else []
         if "parent_perplexity" in m:
             parts.append(f"parent {m['parent_perplexity']:.3f}")
+        if "kl" in m:
+            parts.append(f"KL {m['kl']:.4f}")
         if "expected" in m:
             parts.append(f"{m['expected']}/{m['prompts']} as expected")
         if "same_answers" in m:

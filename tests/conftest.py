@@ -338,6 +338,20 @@ def make_base(folder: Path, *, tied=True, dtype="float32", blank=True, layers=4)
     return folder
 
 
+def rounded(folder: Path, levels: int) -> Path:
+    """tiny-chat with its matrices rounded to so many levels on each side of zero, row by row: a fixed other model, worse the fewer they are."""
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file as save_tensors
+
+    shutil.copytree(CHAT, folder)
+    weights = load_file(CHAT / "model.safetensors")
+    for name in (name for name in weights if "proj" in name):
+        scale = weights[name].abs().amax(1, keepdim=True) / levels
+        weights[name] = (weights[name] / scale).round() * scale
+    save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 @pytest.fixture(scope="session")
 def eighty(tmp_path_factory) -> Path:
     """A dataset artifact of 80 embedded conversations, an eighth of them held out."""

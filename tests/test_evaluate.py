@@ -2,16 +2,20 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import go, helps
+from conftest import go, helps, in_process, refused, ways
 from transformers import AutoModelForCausalLM
 
 from src import data, evaluate, finetune, merge
 from src.core import artifact
+from src.core.errors import ConfigError, MissingInput
+from src.models import evaluation, seen
 from src.models.loading import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,3 +228,127 @@ def test_a_broken_pattern_is_refused_first(here, capsys):
 def test_a_second_call_skips_what_is_measured(reports, here, capsys):
     assert go(evaluate, f"outputs={here}", "run=r", "evaluation.max_new_tokens=24", "evaluation.batch_size=3") == 0
     assert capsys.readouterr().err.count("up to date, skipped") == 2
+
+
+# ---- against the parent
+
+
+def test_the_report_has_every_figure_against_the_parent_with_its_interval(reports, here):
+    """KL, percentile and agreement equal those of whole distributions; each interval holds its figure; each row is in rows.jsonl."""
+    found, (p, q) = reports["finetune"], (log_probs_of(here, TINY), log_probs_of(here, here / "r" / "merge"))
+    kl = (p.exp() * (p - q)).sum(-1).numpy()
+    assert found["kl"] == pytest.approx(kl.mean(), rel=0.02)
+    assert found["kl_p99"] == pytest.approx(np.quantile(kl, 0.99, method="inverted_cdf"), rel=0.02)
+    assert found["agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=1e-3)
+    assert found["perplexity_ratio"] == pytest.approx(found["perplexity"] / found["parent_perplexity"], rel=1e-9)
+    assert found["loss_difference"] == pytest.approx(found["loss"] - found["parent_loss"], abs=1e-9)
+    assert found["resamples"] == 1000
+    for name, interval in found["intervals"].items():
+        if name in ("same_answers", "parts_at"):
+            assert interval is None, "of five prompts there is none"
+        else:
+            assert interval[0] <= found[name] <= interval[1], name
+    rows = [json.loads(line) for line in open(here / "r" / "evaluate-finetune" / "rows.jsonl")]
+    assert len(rows) == found["rows"] and sum(row["tokens"] for row in rows) == found["tokens"]
+    assert sum(row["tokens"] * row["kl"] for row in rows) / found["tokens"] == pytest.approx(found["kl"])
+    by_kl = sorted(rows, key=lambda row: -row["kl"])
+    assert [row["id"] for row in found["worst"]["kl"]] == [row["id"] for row in by_kl[:5]]
+
+
+def log_probs_of(here, folder: Path) -> torch.Tensor:
+    """Of each trained token of run r's validation split, over the whole vocabulary, fp64."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32), load_tokenizer(folder)
+    records = [json.loads(line) for line in open(here / "r" / "data" / "val.jsonl")]
+    with torch.no_grad():
+        rows = evaluation.encode_all(records, tokenizer, 2048)
+        return torch.cat([model(torch.tensor([row.input_ids])).logits[0, seen.kept(row)] for row in rows]).double().log_softmax(-1)
+
+
+def test_a_difference_is_called_better_worse_or_no_evidence(reports, here, capsys):
+    assert reports["finetune"]["evidence"] == {"loss_difference": "better"}
+    assert reports["merge"]["evidence"] == {"loss_difference": "no evidence"}, "rounding alone is none"
+    argv = [f"outputs={here}", "run=worse", f"source={TINY}", f"parent={here / 'r' / 'merge'}", f"dataset={here / 'r' / 'data'}"]
+    assert go(evaluate, *argv, "evaluation.max_new_tokens=24", "evaluation.samples=8") == 0
+    said = capsys.readouterr().err
+    print(said)
+    found = json.loads((here / "worse" / "evaluate-tiny-chat" / "report.json").read_text())
+    assert found["evidence"]["loss_difference"] == "worse" and re.search(r"validation .* worse$", said, re.M)
+    assert found["loss_difference"] == pytest.approx(-reports["finetune"]["loss_difference"], abs=1e-5)
+    low, high = found["intervals"]["loss_difference"]
+    assert f"{found['loss_difference']:+.4f} [{low:+.4f}, {high:+.4f}]" in said
+    assert f"KL to the parent {found['kl']:.4f} [" in said and "greedy answers: " in said
+
+
+def test_where_answers_part(here):
+    """The first token that differs, by hand; equal answers part behind their last."""
+    rows = [json.loads(line) for line in open(here / "worse" / "evaluate-tiny-chat" / "answers.jsonl")]
+    tokenizer, found = load_tokenizer(TINY), json.loads((here / "worse" / "evaluate-tiny-chat" / "report.json").read_text())
+    mine, theirs = ([tokenizer(row["answer"]).input_ids for row in rows if row["by"] == by] for by in ("model", "parent"))
+    at = sorted(next((k for k in range(len(a)) if a[k : k + 1] != b[k : k + 1]), min(len(a), len(b))) for a, b in zip(mine, theirs))
+    assert found["parts_at"] == at[3] and len(at) == 8, "the lower median"
+    low, high = found["intervals"]["parts_at"]
+    assert low <= found["parts_at"] <= high and 0 < found["same_answers"] < 1
+
+
+# ---- what was forgotten
+
+
+@helps("models/gates.py", "parent=FOLDER names the model to compare with")
+def test_what_was_forgotten_is_measured_row_by_row_against_the_parent(here, tmp_path):
+    """Texts as they stand, token by token, and chats by their answers, in files of a folder; the table names the rows that got worst."""
+    texts = [f"The {word} of a duck is yellow, and so it was." for word in ("bill", "foot", "egg", "eye", "nest", "tail")]
+    chats = [{"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": f"It is {n}."}]} for n in range(3)]
+    (tmp_path / "other").mkdir()
+    for name, rows in {"chats": chats, "texts": [*({"text": text} for text in texts), {"text": 7}]}.items():
+        (tmp_path / "other" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [
+        f"outputs={tmp_path}",
+        "run=g",
+        f"dataset={here / 'r' / 'data'}",
+        "evaluation.samples=0",
+        f"evaluation.general={tmp_path / 'other'}",
+    ]
+    done = in_process("evaluate", *argv, f"source={TINY}")
+    refused(done, ConfigError, "what a model forgot is told by the one it was made from")
+    done = in_process("evaluate", *argv, f"source={here / 'r' / 'merge'}", ways(done)[0].split()[0].replace("FOLDER", str(TINY)))
+    assert done.returncode == 0, done.stderr
+    assert "general: left out 1: malformed: " in done.stderr
+    found = json.loads((tmp_path / "g" / "evaluate-merge" / "report.json").read_text())
+    rows = [row for line in open(tmp_path / "g" / "evaluate-merge" / "rows.jsonl") if (row := json.loads(line))["of"] == "general"]
+    assert found["general_rows"] == len(rows) == 9
+    model, parent = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (here / "r" / "merge", TINY))
+    tokenizer = load_tokenizer(TINY)
+    for row, text in zip(rows, texts):
+        ids = torch.tensor([tokenizer(text).input_ids])
+        with torch.no_grad():
+            losses = [each(ids, labels=ids).loss.item() for each in (model, parent)]
+        assert (row["loss"], row["parent_loss"], row["tokens"]) == (*(pytest.approx(x, abs=1e-5) for x in losses), ids.shape[1] - 1)
+    difference = sum(row["loss_difference"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert found["general_loss_difference"] == pytest.approx(difference, abs=1e-9)
+    low, high = found["intervals"]["general_loss_difference"]
+    assert low < difference < high
+    assert found["general_rows_worse"] == pytest.approx(sum(row["loss_difference"] > 0.01 for row in rows) / 9)
+    worst = max(rows, key=lambda row: row["loss_difference"])
+    assert found["worst"]["general_loss_difference"][0]["id"] == worst["id"]
+    assert any(f"worst: {worst['id']} " in line and f"{worst['loss_difference']:+.4f}" in line for line in done.stderr.splitlines())
+    lengths = {parent["role"] for parent in artifact.open_artifact(tmp_path / "g" / "evaluate-merge").manifest["parents"]}
+    assert lengths == {"model", "parent", "dataset", "general"}, "the file is known by its content"
+
+
+@helps("models/evaluation.py", "evaluation.general=FILE of texts, or of chats that the template shows")
+def test_general_text_is_cut_and_what_is_nothing_is_refused(here, tmp_path):
+    (tmp_path / "g.txt").write_text("x\n")
+    argv = [f"outputs={tmp_path}", "run=g", f"source={TINY}", f"parent={TINY}", f"dataset={here / 'r' / 'data'}", "evaluation.samples=0"]
+    refused(in_process("evaluate", *argv, f"evaluation.general={tmp_path / 'g.txt'}"), MissingInput, "no row of evaluation.general")
+    (tmp_path / "g.txt").write_text("A duck says quack. " * 50 + "\n" + "A cow says moo. " * 50 + "\n")
+    done = in_process("evaluate", *argv, f"evaluation.general={tmp_path / 'g.txt'}", "evaluation.max_length=100", "evaluation.rows=1")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in open(tmp_path / "g" / "evaluate-tiny-chat" / "rows.jsonl")]
+    assert [(row["of"], row["tokens"]) for row in rows][1:] == [("general", 99)], "one row, as evaluation.rows says, cut at max_length"
+
+
+def test_every_model_of_a_run_is_judged_whatever_the_first_one_is(reports, here, capsys):
+    """An adapter that is meant to differ from its base fails, the merge that comes after it keeps the limit."""
+    assert go(evaluate, f"outputs={here}", "run=r", "evaluation.max_new_tokens=24", "evaluation.batch_size=3", "gate.top1=0.999") == 17
+    said = capsys.readouterr().err
+    assert said.count("up to date, skipped") == 2 and said.count("gate failed") == 1 and said.count("keeps gate.top1=0.999") == 1

@@ -17,6 +17,7 @@
         Refused       14   ... by an HTTP status other than 200 (serving/protocol.py)
       NoMemory        15   what was asked for does not fit in memory
       BudgetSpent     16   what a teacher may cost is spent; all answers are kept
+      GateFailed      17   a report does not keep to a gate's limit; it is kept
 
 `Stopped` (distill/dispatch.py) is a UserError that no one sees. Anything else that escapes a stage is a bug: it keeps its traceback and Python's exit
 code 1.
@@ -168,6 +169,13 @@ class BudgetSpent(UserError):
 
     exit_code = 16
     title = "budget spent"
+
+
+class GateFailed(UserError):
+    """A figure of a finished report is beyond the limit that a gate sets; the report is kept. `what` has a line for each such figure."""
+
+    exit_code = 17
+    title = "gate failed"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from src.core import artifact, compose, room
 from src.core.artifact import Artifact
-from src.core.errors import NO_SPACE, BadData, ConfigError, MissingInput, Moved, NoRoom, UserError, WrongKind
+from src.core.errors import NO_SPACE, BadData, ConfigError, GateFailed, MissingInput, Moved, NoRoom, UserError, WrongKind
 from src.core.files import HashCache
 from src.core.log import duration, rank, say, size, tell, warn
 from src.core.processes import Interrupted, end_with_parent, interrupted_by_signals
@@ -144,6 +144,7 @@ class Stage(Generic[V]):
     resumes(partial) -> whether a partial folder holds work worth keeping when the stage fails. A stage with it goes on in a partial folder of the
         same key; without it partial folders are cleared.
     guards(partial) -> whether that work is so costly that one of another key is not cleared unless forced; as `resumes` unless given.
+    judge(cfg, made): raises GateFailed where a finished artifact does not keep to what the settings demand of it. It is kept, and judged again by each call.
     early(cfg, run) -> the inputs that no other stage makes, checked before those are there; for launchers (--settings-only).
     """
 
@@ -161,6 +162,7 @@ class Stage(Generic[V]):
     around: Callable[[V, list[str]], int | None] | None = None
     resumes: Callable[[Path], bool] | None = None
     guards: Callable[[Path], bool] | None = None
+    judge: Callable[[V, Artifact], None] | None = None
     early: Callable[[V, Run], Inputs] | None = None
 
 
@@ -294,7 +296,7 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
         old = artifact.open_artifact(path)
         if old.key == key:
             say(f"{name}: up to date, skipped (same settings, same parents; key {key[:12]})")
-            return 0
+            return _judged(stage, cfg, old)
         raise Moved(
             f"'{path}' is finished, but was made otherwise:\n" + "\n".join(f"  {line}" for line in moved(old, stage, settings, inputs)),
             fix=["force=true makes it again in place", f"{_other_run(stage, inputs)} keeps both", "go back to the old settings"],
@@ -343,6 +345,16 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
         )
     done = artifact.open_artifact(path)
     say(f"{name}: done in {duration(seconds)}, {size(sum(f['size'] for f in done.files.values()))} in {path}")
+    return _judged(stage, cfg, done)
+
+
+def _judged(stage: Stage[V], cfg: V, made: Artifact) -> int:
+    """Exit code of the verdict on a finished artifact, said here so that of several all are made and judged."""
+    try:
+        if stage.judge:
+            stage.judge(cfg, made)
+    except GateFailed as failed:
+        return _report(failed)
     return 0
 
 

@@ -175,9 +175,7 @@ def compare(before: Seen, after: Seen, rows: int) -> Change:
     """The change from one model to another; `after` was asked for `before`'s top_k_ids."""
     difference = after.losses - before.losses
     tokens = len(difference)
-    p, q = (np.exp(seen.log_probs) for seen in (before, after))
-    rest_p, rest_q = (np.clip(1 - x.sum(1), 1e-12, 1) for x in (p, q))
-    kl = (p * (before.log_probs - after.log_probs)).sum(1) + rest_p * np.log(rest_p / rest_q)
+    kl = seen.divergence(before, after)
     return Change(
         rows=rows,
         tokens=tokens,

@@ -69,6 +69,12 @@ def greedy(
     return answers
 
 
+def leading(tokenizer, one: str, other: str) -> tuple[int, int]:
+    """(tokens that two answers both begin with, tokens of the longer)."""
+    a, b = (tokenizer(text, add_special_tokens=False).input_ids for text in (one, other))
+    return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))), max(len(a), len(b))
+
+
 def logits(model, rows: list[list[int]] | None = None):
     """fp32 logits, numpy (tokens, vocabulary), of the given token ids row by row; without any, of the vocabulary's last rows (where added
     tokens live) and a fixed random draw."""

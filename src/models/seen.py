@@ -18,6 +18,9 @@ from src.core.log import progress
 TOP_K = 64
 """likeliest tokens kept of a distribution; the others count together, which makes KL a little smaller than it is, never larger"""
 
+TOGETHER = 1 << 14
+"""tokens of which KL is computed together"""
+
 Reader = Callable[[list[Encoded]], Iterator[tuple[np.ndarray, Any]]]
 """asks a model for rows: (which of the rows' trained tokens, counted through, int64 (n,); logits at the positions before them, (n, vocabulary)), in
 any order"""
@@ -66,27 +69,43 @@ def kept(row: Encoded) -> list[int]:
     return [at for at, label in enumerate(row.labels[1:]) if label != IGNORE]
 
 
-def observe(read: Reader, rows: list[Encoded], at: np.ndarray | None = None, top_k: int = TOP_K) -> Seen:
+def observe(read: Reader, rows: list[Encoded], at: np.ndarray | None = None, top_k: int = TOP_K, below: int | None = None) -> Seen:
     """What a model says at the trained tokens of `rows`.
 
-    at: ids to take log_probs of, (tokens, k), from an observation of the same rows; None: this model's `top_k` likeliest.
+    at: ids to take log_probs of, (tokens, k), from an observation of the same rows; None: this model's `top_k` likeliest. below: takes those from ids
+    under it alone, all that another model knows which will be asked for them.
     """
     import torch
 
     targets = torch.from_numpy(targets_of(rows))
     width = top_k if at is None else at.shape[1]
     count = len(targets)
-    seen = Seen(np.empty(count), np.empty((count, width), np.int64), np.empty((count, width)), np.empty(count, np.int64))
+    ids_kept = np.empty((count, width), np.int64) if at is None else at
+    seen = Seen(np.empty(count), ids_kept, np.empty((count, width)), np.empty(count, np.int64))
     for places, logits in read(rows):
         with torch.no_grad():
-            log_probs = logits.float()
-            log_probs -= log_probs.logsumexp(-1, keepdim=True)
-            known = min(width, log_probs.shape[-1])
-            ids = log_probs.topk(known).indices if at is None else torch.from_numpy(at[places]).to(log_probs.device)
-            seen.losses[places] = -log_probs.gather(1, targets[places].to(log_probs.device)[:, None])[:, 0].double().cpu()
-            seen.top_k_ids[places, :known], seen.log_probs[places, :known] = ids.cpu(), log_probs.gather(1, ids).double().cpu()
-            seen.likeliest[places] = log_probs.argmax(-1).cpu()
+            logits = logits.float()
+            total = logits.logsumexp(-1, keepdim=True)
+            known = min(width, below or width, logits.shape[-1])
+            ids = logits[:, :below].topk(known).indices if at is None else torch.from_numpy(at[places]).to(logits.device)
+            log_probs_of = lambda ids: (logits.gather(1, ids) - total).double().cpu()
+            seen.losses[places] = -log_probs_of(targets[places].to(logits.device)[:, None])[:, 0]
+            seen.log_probs[places, :known] = log_probs_of(ids)
+            if at is None:
+                seen.top_k_ids[places, :known] = ids.cpu()
+            seen.likeliest[places] = logits.argmax(-1).cpu()
     return seen if at is not None or not count else Seen(seen.losses, seen.top_k_ids[:, :known], seen.log_probs[:, :known], seen.likeliest)
+
+
+def divergence(before: Seen, after: Seen) -> np.ndarray:
+    """KL(before || after) at each token, nats, fp64 (tokens,); `after` was asked for `before`'s top_k_ids."""
+    found = np.empty(len(before))
+    for at in range(0, len(before), TOGETHER):
+        log_p, log_q = (seen.log_probs[at : at + TOGETHER] for seen in (before, after))
+        p = np.exp(log_p)
+        rest_p, rest_q = (np.clip(1 - probs.sum(1), 1e-12, 1) for probs in (p, np.exp(log_q)))
+        found[at : at + TOGETHER] = (p * (log_p - log_q)).sum(1) + rest_p * np.log(rest_p / rest_q)
+    return found
 
 
 def one_by_one(logits_of: Callable, what: str) -> Reader:

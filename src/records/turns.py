@@ -107,7 +107,7 @@ def message_of(turn: dict, place: str, roles: Mapping[str, str]) -> tuple[Turn, 
     if reasoning:
         normal["reasoning_content"] = reasoning
     if calls:
-        normal["tool_calls"] = [_call(call, place, notes) for call in calls]
+        normal["tool_calls"] = [call_of(call, place, notes) for call in calls]
     if turn.get("name") is not None:
         normal["name"] = text_of(turn, "name", place)
     if role == "tool" and turn.get("tool_call_id") is not None:
@@ -198,7 +198,8 @@ def _given_calls(turn: dict, place: str) -> list:
     return [turn["function_call"]]
 
 
-def _call(call: object, place: str, notes: list[str]) -> dict:
+def call_of(call: object, place: str, notes: list[str]) -> dict:
+    """A call in normal form. Raises Malformed."""
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
         raise Malformed("bad tool call", f"{place}: a call is {kind(function)}, not an object")

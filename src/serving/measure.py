@@ -14,6 +14,7 @@ from pathlib import Path
 from src.chat.encoding import IGNORE, render
 from src.core.errors import ConfigError, NoAnswer
 from src.core.log import progress, say, warn
+from src.models.generation import leading
 from src.serving.client import Client
 from src.serving.protocol import BUSY, Refused
 
@@ -186,11 +187,8 @@ def speed(rows: list[dict], tokenizer=None) -> dict:
 def likeness(rows: list[dict], local: list[dict], tokenizer) -> dict:
     """Shares over the prompts answered: of answers equal to the local model's, and, on average, of tokens up to the first that differs (of the longer)."""
     pairs = [(a, b) for a, b in zip(rows, local) if "error" not in a]
-    shares = []
-    for a, b in pairs:
-        ids = [tokenizer(row["answer"], add_special_tokens=False).input_ids for row in (a, b)]
-        same = next((k for k, (x, y) in enumerate(zip(*ids)) if x != y), min(map(len, ids)))
-        shares.append(same / max(*map(len, ids), 1))
+    lengths = [leading(tokenizer, a["answer"], b["answer"]) for a, b in pairs]
+    shares = [same / max(longer, 1) for same, longer in lengths]
     same = sum(a["answer"] == b["answer"] and a["ended"] == b["ended"] for a, b in pairs)
     return {"same_answers": same / len(pairs), "same_leading_tokens": sum(shares) / len(pairs)} if pairs else {}
 

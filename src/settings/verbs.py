@@ -510,7 +510,7 @@ class Evaluation(Settings):
     max_length: PositiveInt
     """tokens per conversation; longer ones are left out, and counted"""
     rows: PositiveInt | None
-    """conversations of the validation split used at most; null: all"""
+    """rows used at most, of the validation split and of general; null: all"""
     samples: NonNegativeInt
     """prompts answered greedily"""
     max_new_tokens: PositiveInt
@@ -519,6 +519,21 @@ class Evaluation(Settings):
     """prompts to answer; null: first user turns of the validation split"""
     expect: str | None
     """regular expression that prompt, newline and answer together must match whole; answers that do not end their turn count as wrong"""
+    check: Literal["auto", "none", "number", "choice", "json", "schema", "calls"]
+    """what of an answer has to be that of the data's own: its last number, the letter of a choice, that it is JSON, or follows json_schema, its tool calls; auto:
+    what the data's answers are made for, and says it"""
+    json_schema: Annotated[str | None, Unkeyed]
+    """file with the JSON Schema that every answer has to follow"""
+    general: Annotated[str | None, Unkeyed]
+    """text or chats of another domain, as data.path takes them, to see what of that the model forgot; of a text each line is a row, cut at max_length"""
+
+    @model_validator(mode="after")
+    def _schema_where_it_is_checked(self) -> Self:
+        if self.check == "schema" and self.json_schema is None:
+            raise ValueError("to check by a schema, give evaluation.json_schema=FILE too")
+        if self.json_schema is not None and self.check not in ("auto", "schema"):
+            raise ValueError("evaluation.json_schema is of use where schema is what is checked")
+        return self
 
 
 class Endpoint(Settings):
@@ -541,6 +556,21 @@ class Endpoint(Settings):
         return self
 
 
+class Gate(Settings):
+    """Limits of a report's figures against the parent; null: none."""
+
+    kl: PositiveFloat | None
+    """nats of KL to the parent at most"""
+    top1: Annotated[float, Field(gt=0, le=1)] | None
+    """share of tokens whose likeliest is the parent's, at least"""
+    perplexity_ratio: PositiveFloat | None
+    """perplexity over the parent's at most"""
+    task_drop: Annotated[float, Field(ge=0, le=1)] | None
+    """share of answers right that may be lost of the parent's (evaluation.check)"""
+    forgetting: NonNegativeFloat | None
+    """nats of loss over the parent's at most, on evaluation.general"""
+
+
 class EvaluateVerb(SourcedVerb):
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to evaluate on; null: the run's own"""
@@ -550,6 +580,8 @@ class EvaluateVerb(SourcedVerb):
     """what is measured and asked"""
     endpoint: Annotated[Endpoint, Field(exclude_if=lambda endpoint: endpoint.url is None)]
     """a running board or server to measure in place of a model on this machine"""
+    gate: Annotated[Gate, Unkeyed]
+    """limits that turn the report into a verdict: none, or strict"""
 
 
 class DeployVerb(SourcedVerb):

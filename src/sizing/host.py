@@ -36,6 +36,8 @@ TOGETHER, CHUNK, HIDDEN = 1024, 32 << 20, 256 << 20
 """by_layer's: tokens of a pass through a layer, bytes of logits made at a time, bytes of hidden states held at once"""
 HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
+LIKELIEST = 64
+"""seen's: tokens of a distribution that are kept"""
 LOGITS, KEPT = 64 << 20, 1.6
 """training's: bytes of fp32 logits in a chunk of the loss; what a pass holds at most over what it keeps, gradients and freed tensors that wait to be used
 again included"""
@@ -299,15 +301,18 @@ def merge(shape: ModelShape, adapter: float | None = None, dtype: str = "auto", 
     return Needs(parts, stored(shape if dtype == "auto" else replace(shape, dtype=dtype)))
 
 
-def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversations) -> Needs:
-    """One model after the other: its loss layer by layer, then its answers from the weights as they are stored."""
+def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversations, general: float = 0) -> Needs:
+    """One model after the other: its loss layer by layer, then its answers from the weights as they are stored. Of a model and its parent, what either says at
+    the parent's likeliest tokens is kept: their ids and two log-probabilities. general: bytes of files of another domain."""
     tokens = split.tokens(evaluation.rows, evaluation.max_length)
+    tokens += min(general / JSON, float("inf") if evaluation.rows is None else evaluation.rows * evaluation.max_length)
+    compared = {"likeliest tokens": 3 * 8 * LIKELIEST * tokens} if len(models) > 1 else {}
 
     def of(batch: int, *, answers: int) -> Needs:
         return Needs(largest({"libraries": PYTHON}, *(phase for shape in models for phase in phases(shape, batch, answers))), 10 * MB)
 
     def phases(shape: ModelShape, batch: int, answers: int) -> Iterator[dict[str, float]]:
-        own = {"libraries": EVALUATE, "tokenizer": tokenizer(shape)}
+        own = {"libraries": EVALUATE, "tokenizer": tokenizer(shape), **compared}
         yield {**own, **by_layer(shape, tokens)}
         if answers:
             together, prompt = min(batch, answers), min(split.length, evaluation.max_length)

@@ -1,6 +1,6 @@
 """The records of one file, whatever kind of file it is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -58,6 +58,11 @@ def file(path: Path, name: str | None = None) -> File:
         if "begins with" in error.what:
             error.fix.append("name it .csv, .tsv or .txt, if that is what it is")
         raise
+
+
+def files(root: Path, names: Iterable[str]) -> list[File]:
+    """The files of these names below a folder, or the one file that `root` is."""
+    return [file(root if root.is_file() else root / name, name) for name in names]
 
 
 def _looks_like_json(path: Path) -> bool:
