@@ -17,7 +17,7 @@ from src.chat import encoding
 from src.chat.template import as_served_today
 from src.core import stage
 from src.core.artifact import Artifact, outside
-from src.core.errors import ConfigError, MissingInput
+from src.core.errors import ConfigError, MissingInput, WrongKind
 from src.core.log import say
 from src.core.room import Needs
 from src.models import checks, comparison, evaluation, gates
@@ -58,6 +58,8 @@ def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
         inputs["parent"] = run.source(str(parent), kinds=KINDS)
     if cfg.evaluation.json_schema:
         inputs["json_schema"] = files(cfg.evaluation.json_schema, run)
+        if not inputs["json_schema"].path.is_file():
+            raise WrongKind("evaluation.json_schema is one file", where=cfg.evaluation.json_schema)
     if cfg.evaluation.general:
         inputs["general"] = files(cfg.evaluation.general, run)
     return inputs
@@ -129,9 +131,9 @@ def refuse_unmeasured(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> None:
     """Raises ConfigError for what is asked and cannot be told of this model."""
     e = cfg.evaluation
     limits = gates.limits(cfg.gate)
-    if cfg.endpoint.url and (e.general or e.check not in ("auto", "none") or limits):
+    if cfg.endpoint.url and (e.general or e.json_schema or e.check not in ("auto", "none") or limits):
         raise ConfigError(
-            "evaluation.general, evaluation.check and gates are for models on this machine, not for an endpoint",
+            "evaluation.general, checks of answers and gates are for models on this machine, not for an endpoint",
             fix="source=FOLDER without endpoint.url measures the model here",
         )
     if e.general and "parent" not in inputs:

@@ -8,7 +8,7 @@ from conftest import CHAT, go, helps, in_process, refused, typed, ways
 
 from src import data
 from src.chat.template import CHATML
-from src.core.errors import BadData, ConfigError, MissingInput, MissingTool
+from src.core.errors import BadData, ConfigError, MissingInput, MissingTool, WrongKind
 from src.models import checks
 from src.models.checks import Reference
 from src.models.loading import load_tokenizer
@@ -255,6 +255,9 @@ def test_settings_of_a_schema_go_together(measured, tmp_path):
     refused(measured("evaluation.check=schema")[0], ConfigError, "evaluation.json_schema=FILE")
     refused(measured("evaluation.check=number", "evaluation.json_schema=x")[0], ConfigError, "is of use where schema is what is checked")
     refused(measured("evaluation.json_schema=nowhere.json")[0], MissingInput, "no such file", way=False)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "s.json").write_text("{}")
+    refused(measured(f"evaluation.json_schema={tmp_path / 'folder'}")[0], WrongKind, "is one file", way=False)
     (tmp_path / "s.json").write_text('{"type": "object"}')
     done, report = measured(f"evaluation.json_schema={tmp_path / 's.json'}", "evaluation.samples=2", "evaluation.rows=2")
     assert done.returncode == 0 and (report["task_check"], report["task"]) == ("schema", 0.0)
