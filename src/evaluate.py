@@ -3,6 +3,8 @@ was made from, and greedy answers to a few prompts. Without source=, every model
 
 With endpoint.url= a running board or server is measured instead: the same prompts and, where it gives log-probabilities, the same figures, its speed,
 and how far its answers are those of the local model it was made from (source=, a bundle too; else the run's own).
+
+With numerics= the model is tried in the numbers that boards compute in, before anything is compiled: numerics=ax650_s8, or numerics=all target=ax650.
 """
 
 import json
@@ -19,7 +21,7 @@ from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput
 from src.core.log import say
 from src.core.room import Needs
-from src.models import devices, evaluation
+from src.models import devices, evaluation, preview
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
 from src.serving import measure
@@ -36,7 +38,7 @@ KINDS = {"adapter", "model", "quantized"}
 
 def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
     """One evaluation for the source or endpoint given, else for every finished model of the run."""
-    if cfg.source or cfg.endpoint.url:
+    if cfg.source or cfg.endpoint.url or cfg.numerics:
         return iter([cfg])
     names = [name for name in MEASURED if run.has(name)]
     if not names:
@@ -45,6 +47,8 @@ def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
 
 
 def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
+    if cfg.numerics:
+        return preview.find(cfg, run)
     if cfg.endpoint.url:
         return find_for_endpoint(cfg, run)
     model = run.source(cfg.source, kinds=KINDS)
@@ -84,7 +88,7 @@ def name(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
         host = re.sub(r"[^A-Za-z0-9._-]+", "-", parts.hostname or "")
         return f"evaluate-{host}-{parts.port or (443 if parts.scheme == 'https' else 80)}"
     folder = re.sub(r"[^A-Za-z0-9._-]+", "-", inputs["model"].path.resolve().name)
-    return f"evaluate-{folder}"
+    return f"evaluate-{folder}" + (preview.name(cfg) if cfg.numerics else "")
 
 
 def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
@@ -103,6 +107,8 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
             where=str(inputs["dataset"].path),
             fix=stage.made_again(inputs["dataset"], "data.val=0.1"),
         )
+    if cfg.numerics:
+        return preview.check(cfg, inputs)
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
     if client := connect(cfg):
         return check_endpoint(cfg, client, inputs, parent)
@@ -125,6 +131,8 @@ def connect(cfg: EvaluateVerb) -> Client | None:
 
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json and answers.jsonl."""
+    if cfg.numerics:
+        return preview.report(cfg, inputs, out)
     if client := connect(cfg):
         with as_served_today():
             return evaluate_endpoint(cfg, client, inputs, out)

@@ -494,6 +494,18 @@ class EvaluateVerb(SourcedVerb):
     """what is measured and asked"""
     endpoint: Annotated[Endpoint, Field(exclude_if=lambda endpoint: endpoint.url is None)]
     """a running board or server to measure in place of a model on this machine"""
+    numerics: Annotated[str | list[str] | None, Field(exclude_if=lambda names: names is None)]
+    """numbers to try the model in, a target's name and a type of its weights, such as ax650_s8, several as [a,b], or all; null: the model as it is"""
+    target: Annotated[str | list[str] | None, Field(exclude_if=lambda names: names is None)]
+    """target, or several as [a,b], of which numerics=all takes every type of weights; null: of all"""
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> Self:
+        if self.numerics and self.endpoint.url is not None:
+            raise ValueError("an endpoint computes in its own numbers; leave numerics or endpoint.url out")
+        if self.target is not None and self.numerics is None:
+            raise ValueError("target says whose numbers; write numerics=all with it")
+        return self
 
 
 class DeployVerb(SourcedVerb):
