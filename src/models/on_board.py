@@ -2,6 +2,7 @@
 rounded by hooks, so that memory stays that of a layer. See sizing/numerics.py for the formats."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +24,8 @@ BLOCK = 1 << 22
 SCALES = [1 - 0.05 * i for i in range(1, 9)]
 """shares of a group's largest value that a search tries beside the whole of it"""
 LINEAR = (nn.Linear, Conv1D)
+CACHE = "past_key_values"
+"""what transformers' layers call the cache that they are given"""
 
 
 def rounded(x: torch.Tensor, values: Values) -> torch.Tensor:
@@ -70,8 +73,7 @@ def _integers(x: torch.Tensor, values: Integers) -> torch.Tensor:
 def _symmetric(groups: torch.Tensor, largest: torch.Tensor, values: Integers) -> torch.Tensor:
     top = (1 << (values.bits - 1)) - 1
     scale = largest / top
-    inverse = torch.where(scale > 0, 1 / scale, 0)
-    return torch.round(groups * inverse).clamp_(-top, top) * _stored(scale, values)
+    return torch.round(groups / scale.clamp_min(torch.finfo(scale.dtype).tiny)).clamp_(-top, top) * _stored(scale, values)
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:
@@ -117,14 +119,16 @@ def computing(model: ByLayer, how: Numerics) -> Iterator["Keeps"]:
         return rounded(out, values) if isinstance(out, torch.Tensor) and out.dtype == torch.float32 else None
 
     def keep(module, args, kwargs):
-        return (args, {**kwargs, "past_key_values": keeps}) if "past_key_values" in kwargs else None
+        at = list(inspect.signature(type(module).forward).parameters).index(CACHE) - 1
+        return ((*args[:at], keeps, *args[at + 1 :]), kwargs) if len(args) > at else (args, {**kwargs, CACHE: keeps})
 
     last = model.model.get_output_embeddings()
     for name, module in model.model.named_modules():
         if not any(module.children()) and "rotary" not in name:
             hooks += [module.register_forward_pre_hook(take_in), module.register_forward_hook(give_out)]
     for layer in model.layers:
-        if getattr(layer, "layer_type", "") != "linear_attention":  # which keeps a state of another kind
+        takes = CACHE in inspect.signature(type(layer).forward).parameters
+        if takes and getattr(layer, "layer_type", "") != "linear_attention":  # which keeps a state of another kind
             hooks += [layer.register_forward_pre_hook(keep, with_kwargs=True)]
     model.changed = weight
     try:

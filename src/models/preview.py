@@ -1,6 +1,7 @@
 """What a model says in a board's numbers, before anything is compiled: loss, KL and likeliest tokens on held-out conversations against the model as it is,
 how far each layer is off, and beside them what it takes of the board and how fast that is expected to be."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -127,10 +128,8 @@ def kinds_of(cfg: EvaluateVerb, model: Path) -> tuple[list[Numerics], list[str]]
     for each, target in asked(cfg).items():
         target = fitted(target, shape)
         try:
-            try:
+            with contextlib.suppress(ConfigError):  # of settings that the compiler is given, not of the model
                 takes.check(config, target, where=str(where))
-            except ConfigError:  # of settings that the compiler is given, not of the model
-                pass
             found.append(numerics.of(shape, target))
         except WrongKind as error:
             if numerics.ALL not in (cfg.numerics or ()):

@@ -85,10 +85,10 @@ def draw_choices(choices: list[tuple[str, float, float]], title: str, file: Path
     """Sizes in bytes against KL in nats, as a PNG: (name, size, KL) of each; those than which another is smaller and loses less are pale."""
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    for name, size, kl in choices:
-        beaten = any(s <= size and k <= kl and (s, k) != (size, kl) for _, s, k in choices)
-        axis.plot(size / 1e6, max(kl, SMALLEST), color=ACCENT, marker="o", markersize=5, alpha=0.35 if beaten else 1)
-        axis.annotate(name, (size / 1e6, max(kl, SMALLEST)), (5, 3), textcoords="offset points", fontsize=7, color=INK)
+    for name, count, kl in choices:
+        beaten = any(s <= count and k <= kl and (s, k) != (count, kl) for _, s, k in choices)
+        axis.plot(count / 1e6, max(kl, SMALLEST), color=ACCENT, marker="o", markersize=5, alpha=0.35 if beaten else 1)
+        axis.annotate(name, (count / 1e6, max(kl, SMALLEST)), (5, 3), textcoords="offset points", fontsize=7, color=INK)
     axis.set_yscale("log")
     axis.set_ylabel("KL, nats", color=INK)
     axis.set_xlabel("weights, MB", color=INK)
