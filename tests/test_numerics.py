@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT, ROOT, go, helps, refused, typed, ways, write_model
+from conftest import CHAT, go, helps, refused, typed, ways, write_model
 from test_by_layer import ROWS, on_disk
 
 from src import evaluate, quantize
@@ -290,9 +290,18 @@ def test_a_quantized_model_has_its_own_numbers_alone(quantized, argv, capsys):
     assert "in the numbers of ax650_s4\n" in told and "llama2c_int8_v2 is left out" in told and "ax650_s8 is left out" in told
 
 
+def test_before_a_compile_it_is_tried_on_a_few_rows(eighty, model, capsys):
+    found = preview.before_compile(artifact.open_any(CHAT), numerics.named()["ax650_s4"], eighty, 3)
+    assert found["preview_kl"] > 1e-4 and found["preview_agreement"] > 0.9
+    assert "ax650_s4, before the compile: loss" in capsys.readouterr().err
+    tried = lambda target, dataset, count: preview.before_compile(artifact.open_any(CHAT), target, dataset, count)
+    assert tried(numerics.named()["ax650_s4"], eighty, 0) == tried(numerics.named()["ax650_s4"], None, 8) == {}
+    told = capsys.readouterr().err
+    assert "not tried in the numbers of ax650: preview=0" in told and "no dataset is known" in told
+
+
 def test_a_target_that_nothing_is_known_of_is_not_guessed_at(model):
     from src.settings.targets import Target
 
     with pytest.raises(ConfigError, match="nothing is known of the numbers"):
         numerics.of(read_shape(model), Target(name="new"))
-    assert ROOT

@@ -156,7 +156,8 @@ def layers(model: ByLayer, how: Numerics, rows: list[list[int]]) -> list[dict[st
 
     Rows beyond TOGETHER tokens are left out; none is padded.
     """
-    kept, tokens = [], 0
+    kept: list[list[int]] = []
+    tokens = 0
     for row in rows:
         if not kept or tokens + len(row) <= TOGETHER:
             kept, tokens = [*kept, row], tokens + len(row)

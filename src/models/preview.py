@@ -11,7 +11,7 @@ from typing import Any
 from src.chat import encoding
 from src.core import stage
 from src.core.artifact import Artifact
-from src.core.errors import ConfigError, WrongKind
+from src.core.errors import ConfigError, UserError, WrongKind
 from src.core.files import write_json
 from src.core.log import out as print_out
 from src.core.log import say, size, table
@@ -47,8 +47,11 @@ class Preview:
         return max(range(len(self.layers)), key=lambda number: self.layers[number]["error"])
 
 
-def previews(model: Artifact, kinds: list[Numerics], rows: list[encoding.Encoded]) -> list[Preview]:
-    """Each layer is read once for every kind of numbers that differs from those before, and memory is that of a layer in fp32."""
+def previews(model: Artifact, kinds: list[Numerics], rows: list[encoding.Encoded], *, layers: bool = True) -> list[Preview]:
+    """Memory is that of a layer in fp32. Raises WrongKind for a model that cannot be taken so.
+
+    layers: False saves two of the three times that each layer is read for a kind of numbers.
+    """
     from src.models import by_layer, on_board
 
     if not (loaded := by_layer.load(model)):
@@ -66,9 +69,27 @@ def previews(model: Artifact, kinds: list[Numerics], rows: list[encoding.Encoded
             continue
         with on_board.computing(walk, how) as keeps:
             after = seen.observe(seen.by_layer(walk, how.name), rows, before.top_k_ids)
-        layers = on_board.layers(walk, how, [row.input_ids for row in rows])
-        found.append(Preview(how, fidelity.compare(before, after, len(rows)), layers, keeps.used))
+        off = on_board.layers(walk, how, [row.input_ids for row in rows]) if layers else []
+        found.append(Preview(how, fidelity.compare(before, after, len(rows)), off, keeps.used))
     return found
+
+
+def before_compile(model: Artifact, target: Target, dataset: Path | None, count: int) -> dict[str, float]:
+    """Tries the model in the target's numbers on `count` held-out conversations, and says what they lose; returns it as metrics, empty where it was not
+    tried, which is said too."""
+    if not count or dataset is None:
+        say(f"not tried in the numbers of {target.name}: {'preview=0' if not count else 'no dataset is known'}")
+        return {}
+    try:
+        how = numerics.of(read_shape(model.path), target)
+        if not (rows := fidelity.held_out(dataset, tokenizer_of(model), model.path)[:count]):
+            return {}
+        change = previews(model, [how], rows, layers=False)[0].change
+    except UserError as error:
+        say(f"not tried in the numbers of {target.name}: {error.what}")
+        return {}
+    say(f"{how.name}, before the compile: {change.told('as it is', 'in its numbers')}")
+    return {"preview_kl": change.kl, "preview_agreement": change.agreement}
 
 
 def figures(one: Preview, shape: ModelShape) -> dict[str, Any]:

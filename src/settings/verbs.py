@@ -515,6 +515,8 @@ class DeployVerb(SourcedVerb):
     """of a merged adapter, build from the exact sum, made anew in fp32 on the way, or from the weights as the merge stored them"""
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to calibrate on, for targets that do; null: the run's own"""
+    preview: Annotated[NonNegativeInt, Unkeyed]
+    """held-out conversations on which the model is tried in a vendor's numbers before its compiler is run; 0: none"""
 
 
 class Gpu(Settings):

@@ -99,12 +99,7 @@ def of(shape: ModelShape, target: Target) -> Numerics:
     """What the target, with its settings as they stand, computes this model in. Raises ConfigError for a kind of which nothing is known."""
     if found := KINDS.get(type(target)):
         return found(shape, target)
-    raise ConfigError(
-        f"nothing is known of the numbers that target={target.name} computes in", fix=f"numerics={ALL} has those of every other target"
-    )
-
-
-SUMS = "Sums are taken in fp32, and what comes out of each product, norm and activation is rounded to the type of the hidden states, to the nearest."
+    raise ConfigError(f"nothing is known of the numbers that target={target.name} computes in")
 
 
 def _axera(shape: ModelShape, target: Axera) -> Numerics:
@@ -189,7 +184,7 @@ def _openvino(shape: ModelShape, target: Openvino) -> Numerics:
         hidden=hidden,
         inputs=hidden,
         kv=Integers(8, -1, "asymmetric") if cpu else FP16,
-        logits=FP32,
+        logits=hidden,
         assumed=(
             (
                 SUMS,
@@ -220,22 +215,15 @@ KINDS: dict[type[Target], Callable[[ModelShape, Any], Numerics]] = {
 # ---- by name
 
 
-def types_of(target: Target) -> list[Target]:
-    """The target with each type of weights that it can be given."""
-    setting = next((name for name in ("weight_type", "format") if name in type(target).model_fields), None)
-    values = get_args(type(target).model_fields[setting].annotation) if setting else ()
-    return [target.model_copy(update={setting: value}) for value in values if value != "auto"]
-
-
 def named() -> dict[str, Target]:
-    """{name, such as ax650_s8: the target that it stands for} of every target in configs/target and each type of its weights."""
+    """{name, such as ax650_s8: the target that it stands for} of every target in configs/target and each type that its weights can be given."""
     read = TypeAdapter[Target](AnyTarget).validate_python
-    targets = [read(option) for option in compose.options("target").values()]
-    return {f"{target.name}_{_type(each)}": each for target in targets if type(target) in KINDS for each in types_of(target)}
-
-
-def _type(target: Target) -> str:
-    return getattr(target, "weight_type", None) or getattr(target, "format", "")
+    found = {}
+    for target in map(read, compose.options("target").values()):
+        setting = "format" if isinstance(target, Llama2c) else "weight_type"
+        types = get_args(type(target).model_fields[setting].annotation) if type(target) in KINDS else ()
+        found |= {f"{target.name}_{each}": target.model_copy(update={setting: each}) for each in types if each != "auto"}
+    return found
 
 
 def chosen(names: list[str], targets: list[str] | None) -> dict[str, Target]:
