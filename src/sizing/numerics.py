@@ -102,6 +102,9 @@ def of(shape: ModelShape, target: Target) -> Numerics:
     raise ConfigError(f"nothing is known of the numbers that target={target.name} computes in")
 
 
+SUMS = "Sums are taken in fp32, and what comes out of each product, norm and activation is rounded to the type of the hidden states, to the nearest."
+
+
 def _axera(shape: ModelShape, target: Axera) -> Numerics:
     """Weight only, as measured on boards: inputs, outputs and KV cache have the hidden type. The embedding is what AXERA's fp32_to_bf16 makes of it."""
     name, stored = axera_weights(shape, target.weight_type), axera_weights(shape, "auto")
@@ -218,7 +221,7 @@ KINDS: dict[type[Target], Callable[[ModelShape, Any], Numerics]] = {
 def named() -> dict[str, Target]:
     """{name, such as ax650_s8: the target that it stands for} of every target in configs/target and each type that its weights can be given."""
     read = TypeAdapter[Target](AnyTarget).validate_python
-    found = {}
+    found: dict[str, Target] = {}
     for target in map(read, compose.options("target").values()):
         setting = "format" if isinstance(target, Llama2c) else "weight_type"
         types = get_args(type(target).model_fields[setting].annotation) if type(target) in KINDS else ()
