@@ -266,6 +266,8 @@ def _short(row: dict) -> str:
 
 
 def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
+    if cfg.numerics:
+        return preview.needs(cfg, inputs)
     models = [read_shape(weights_of(inputs[role])) for role in ("model", "parent") if role in inputs]
     return host.evaluate(models, cfg.evaluation, host.conversations(inputs["dataset"].path / "val.jsonl"))
 

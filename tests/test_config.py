@@ -349,7 +349,7 @@ OUTSIDE_THE_KEY = [
     "Axera.toolchain", "Data.hub_split", "Data.path", "Data.revision", "Data.subset",
     "Deepspeed.config", "DeployVerb.dataset", "DeployVerb.preview", "DistillVerb.budget", "DistillVerb.estimate", "DistillVerb.retry_set_aside",
     "Endpoint.timeout", "EndpointTeacher.batch", "EndpointTeacher.batch_size", "EndpointTeacher.key_env", "EndpointTeacher.limits",
-    "EndpointTeacher.url", "EvaluateVerb.dataset", "EvaluateVerb.endpoint", "EvaluateVerb.parent", "FinetuneVerb.launch",
+    "EndpointTeacher.url", "EvaluateVerb.dataset", "EvaluateVerb.endpoint", "EvaluateVerb.numerics", "EvaluateVerb.parent", "EvaluateVerb.target", "FinetuneVerb.launch",
     "FinetuneVerb.max_loss_change", "FinetuneVerb.teacher", "FinetuneVerb.tracker", "LocalTeacher.path", "MergeVerb.base",
     "MergeVerb.max_loss_change", "Mobilint.board", "Mobilint.device", "Mobilint.image", "Mobilint.python", "Mobilint.sdk",
     "Mobilint.texts", "Model.path", "Model.revision", "Openvino.board", "Openvino.environment", "Overlap.sets", "Prompts.path",

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT, go, helps, refused, typed, ways, write_model
+from conftest import CHAT, ROOT, go, helps, refused, typed, ways, write_model
 from test_by_layer import ROWS, on_disk
 
 from src import evaluate, quantize
+from src.chat.rows import rows_of
 from src.core import artifact, compose
 from src.core.errors import ConfigError, WrongKind
 from src.deploy import embedding
@@ -237,6 +240,41 @@ def test_a_gptq_folder_says_what_its_own_kernels_say(quantized, bits):
     change = fidelity.compare(theirs, ours, len(ROWS))
     print(f"int{bits}: KL {change.kl:.2e}, losses at most {np.abs(ours.losses - theirs.losses).max():.4f} apart")
     assert change.kl < {4: 2e-4, 8: 1e-6}[bits]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct."""
+    folder = tmp_path_factory.mktemp("real") / "model"
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "real_model.py", folder], capture_output=True, text=True)
+    if done.returncode == 7:
+        pytest.skip(f"NOT RUN: no real model here, since {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".venv-openvino").is_dir(), reason="no .venv-openvino: bash scripts/openvino_env.sh makes it")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_its_kl_is_that_of_openvino_s_bundle(real, eighty, call, tmp_path, weights):
+    """On a CPU with AVX512-BF16 or AMX; on another the bundle computes otherwise."""
+    from src.deploy.openvino import proof as openvino
+
+    lengths = ["target.context_len=1024", "target.prompt_len=512", f"target.weight_type={weights}"]
+    done = call("deploy", "run=o", f"source={real}", "target=openvino_cpu", *lengths)
+    assert done.returncode == 0, done.stderr
+    tokenizer = load_tokenizer(real)
+    records = [json.loads(line) for line in open(eighty / "train.jsonl")]
+    rows = [row for _, row in rows_of(records, tokenizer, "rows")]
+    target = numerics.named()[f"openvino_cpu_{weights}"]
+    walk = by_layer.need(artifact.open_any(real))
+    before = seen.observe(seen.by_layer(walk, "before"), rows)
+    bundle = openvino.lost(before, rows, openvino.questioner(target, tmp_path / "outputs" / "o" / "deploy-openvino_cpu", tmp_path), target)
+    ours = lost(real, numerics.of(read_shape(real), target), rows)
+    print(
+        f"{weights}: KL {bundle['kl']:.5f} by the bundle, {ours.kl:.5f} by its numbers; same likeliest {bundle['agreement']:.1%}, {ours.agreement:.1%}"
+    )
+    assert ours.kl == pytest.approx(bundle["kl"], rel=0.2)
 
 
 # ---- the verb

@@ -19,7 +19,7 @@ DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 """values of a matrix that are rounded at a time"""
 SCALES = [1 - 0.05 * i for i in range(1, 9)]
 """shares of a group's largest value that a search tries beside the whole of it"""

@@ -15,11 +15,12 @@ from src.core.errors import ConfigError, UserError, WrongKind
 from src.core.files import write_json
 from src.core.log import out as print_out
 from src.core.log import say, size, table
+from src.core.room import Needs
 from src.models import evaluation, fidelity, seen
 from src.models.loading import tokenizer_of
 from src.settings.targets import Target
 from src.settings.verbs import EvaluateVerb
-from src.sizing import budget, chart, numerics, speed, takes
+from src.sizing import budget, chart, host, numerics, speed, takes
 from src.sizing.config_reader import read_config, read_shape
 from src.sizing.numerics import Numerics
 from src.sizing.shape import ModelShape
@@ -162,6 +163,10 @@ def kinds_of(cfg: EvaluateVerb, model: Path) -> tuple[list[Numerics], list[str]]
 def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
     kinds, left = kinds_of(cfg, inputs["model"].path)
     return [f"{inputs['model'].path} in the numbers of {', '.join(how.name for how in kinds)}", *left]
+
+
+def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
+    return host.preview(read_shape(inputs["model"].path), cfg.evaluation, host.conversations(inputs["dataset"].path / "val.jsonl"))
 
 
 def report(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
