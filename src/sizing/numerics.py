@@ -172,7 +172,8 @@ def _mobilint(shape: ModelShape, target: Mobilint) -> Numerics:
 
 def _openvino(shape: ModelShape, target: Openvino) -> Numerics:
     """As NNCF compresses: int8 between the smallest and largest of a row (symmetric for an NPU), int4 with a signed scale; embedding and output layer stay
-    int8 there. A CPU's plugin computes in bf16 where it can, and keeps keys and values in 8 bits for each token and head."""
+    int8 there. A CPU's plugin computes in bf16 where it can, rounds what matrices multiply, and keeps keys and values in 8 bits
+    for each token and head."""
     wide = Integers(8, -1, "signed" if target.device == "NPU" and target.weight_type == "int8" else "asymmetric", "fp16")
     group, _ = takes.openvino_group(shape, target)
     cpu = target.device == "CPU"
@@ -185,13 +186,13 @@ def _openvino(shape: ModelShape, target: Openvino) -> Numerics:
         embedding=wide,
         head=wide,
         hidden=hidden,
-        inputs=hidden,
+        inputs=Integers(8, 32) if cpu and not takes.undivided(shape, 32) else hidden,
         kv=Integers(8, -1, "asymmetric") if cpu else FP16,
         logits=hidden,
         assumed=(
             (
                 SUMS,
-                "Hidden states are bf16, as on processors with AVX512-BF16 or AMX; others compute in fp32, from inputs rounded to int8 in groups of 32.",
+                "Hidden states are bf16, and what a matrix multiplies is int8 in groups of 32, as on a processor with AVX512-BF16; others may do without either.",
             )
             if cpu
             else (SUMS, "Hidden states and KV cache are fp16 on an NPU.")
