@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from src.models.by_layer import TOGETHER, ByLayer, Pass, Place
+from src.models.by_layer import ByLayer, Pass, Place
 from src.sizing.numerics import Floats, Integers, Numerics, Values
 
 DTYPES = {
@@ -23,6 +23,8 @@ BLOCK = 1 << 20
 """values of a matrix that are rounded at a time"""
 SCALES = [1 - 0.05 * i for i in range(1, 9)]
 """shares of a group's largest value that a search tries beside the whole of it"""
+FEW = 256
+"""tokens that layers are compared on"""
 LINEAR = (nn.Linear, Conv1D)
 CACHE = "past_key_values"
 """what transformers' layers call the cache that they are given"""
@@ -154,12 +156,12 @@ def layers(model: ByLayer, how: Numerics, rows: list[list[int]]) -> list[dict[st
     """For each layer how far its output is from that of the same layer unchanged, mean over the tokens of rows of ids: {"cosine", "error"} where it is
     given the unchanged hidden states, and {"cosine_so_far", "error_so_far"} where it is given what the layers before made. error: |difference| / |output|.
 
-    Rows beyond TOGETHER tokens are left out; none is padded.
+    Rows beyond FEW tokens are left out, but for the first; none is padded.
     """
     kept: list[list[int]] = []
     tokens = 0
     for row in rows:
-        if not kept or tokens + len(row) <= TOGETHER:
+        if not kept or tokens + len(row) <= FEW:
             kept, tokens = [*kept, row], tokens + len(row)
     with model.held("embedding"):
         plain = [model.start([row]) for row in kept]
