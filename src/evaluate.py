@@ -3,6 +3,8 @@ the model it was made from says, and greedy answers to a few prompts. Without so
 
 With endpoint.url= a running board or server is measured instead: the same prompts and, where it gives log-probabilities, the same figures, its speed,
 and how far its answers are those of the local model it was made from (source=, a bundle too; else the run's own).
+
+With numerics= the model is tried in the numbers that boards compute in, before anything is compiled: numerics=ax650_s8, or numerics=all target=ax650.
 """
 
 import json
@@ -20,7 +22,7 @@ from src.core.artifact import Artifact, outside
 from src.core.errors import ConfigError, MissingInput, WrongKind
 from src.core.log import say
 from src.core.room import Needs
-from src.models import checks, comparison, evaluation, gates
+from src.models import checks, comparison, evaluation, gates, preview
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
 from src.records import conversations
@@ -41,7 +43,7 @@ KINDS = {"adapter", "model", "quantized"}
 
 def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
     """One evaluation for the source or endpoint given, else for every finished model of the run."""
-    if cfg.source or cfg.endpoint.url:
+    if cfg.source or cfg.endpoint.url or cfg.numerics:
         return iter([cfg])
     names = [name for name in MEASURED if run.has(name)]
     if not names:
@@ -50,6 +52,8 @@ def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
 
 
 def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
+    if cfg.numerics:
+        return preview.find(cfg, run)
     if cfg.endpoint.url:
         return find_for_endpoint(cfg, run)
     model = run.source(cfg.source, kinds=KINDS)
@@ -101,7 +105,7 @@ def name(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
         host = re.sub(r"[^A-Za-z0-9._-]+", "-", parts.hostname or "")
         return f"evaluate-{host}-{parts.port or (443 if parts.scheme == 'https' else 80)}"
     folder = re.sub(r"[^A-Za-z0-9._-]+", "-", inputs["model"].path.resolve().name)
-    return f"evaluate-{folder}"
+    return f"evaluate-{folder}" + (preview.name(cfg) if cfg.numerics else "")
 
 
 def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
@@ -120,6 +124,8 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
             where=str(inputs["dataset"].path),
             fix=stage.made_again(inputs["dataset"], "data.val=0.1"),
         )
+    if cfg.numerics:
+        return preview.check(cfg, inputs)
     refuse_unmeasured(cfg, inputs)
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
     if client := connect(cfg):
@@ -184,6 +190,8 @@ def connect(cfg: EvaluateVerb) -> Client | None:
 
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json, rows.jsonl and answers.jsonl."""
+    if cfg.numerics:
+        return preview.report(cfg, inputs, out)
     if client := connect(cfg):
         with as_served_today():
             return evaluate_endpoint(cfg, client, inputs, out)
@@ -334,6 +342,8 @@ def judge(cfg: EvaluateVerb, made: Artifact) -> None:
 
 
 def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
+    if cfg.numerics:
+        return preview.needs(cfg, inputs)
     models = [read_shape(weights_of(inputs[role])) for role in ("model", "parent") if role in inputs]
     other = sum(file["size"] for file in inputs["general"].files.values()) if "general" in inputs else 0
     return host.evaluate(models, cfg.evaluation, host.conversations(inputs["dataset"].path / "val.jsonl"), other)

@@ -84,8 +84,8 @@ def shape(tmp_path, **sizes):
 )
 def test_auto_group_is_128_where_it_divides_a_small_model(tmp_path, sizes, group, words):
     found = shape(tmp_path, **sizes)
-    assert (found.params >= recipe.BILLION) == ("or more" in words)
-    chosen, why = recipe.group_size(found, target())
+    assert (found.params >= takes.BILLION) == ("or more" in words)
+    chosen, why = takes.openvino_group(found, target())
     assert chosen == group and words in why
 
 

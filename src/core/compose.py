@@ -250,6 +250,11 @@ def _elsewhere(verb: str, key: str, groups: dict[str, set[str]]) -> str:
     return f"; it belongs to {group}={' or '.join(owners)}" if owners else ""
 
 
+def options(group: str) -> dict[str, dict[str, Any]]:
+    """{name: what its file says} of every option of a group."""
+    return {file.stem: _option(group, file.stem) for file in sorted((CONFIGS / group).glob("*.yaml"))}
+
+
 def _option(group: str, option: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 

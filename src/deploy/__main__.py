@@ -13,7 +13,7 @@ from src.core import artifact, stage
 from src.core.artifact import Artifact
 from src.core.room import Needs
 from src.deploy.vendor import BY_HAND, COMPILED, WORK
-from src.models import exact_sum
+from src.models import exact_sum, fidelity, preview
 from src.models.folder import check_folder, trust_of
 from src.settings.verbs import DeployVerb
 from src.sizing import host
@@ -87,7 +87,11 @@ def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Builds from the exact weights; their folder stays in an unfinished bundle, for the compile that goes on from there."""
     start = exact_sum.write(inputs, out / exact_sum.FOLDER)
     with as_served_today():
-        metrics = builder(cfg).build({**inputs, "model": start, "stored": inputs["model"]}, out, cfg.target)
+        tried = {}
+        if cfg.target.kind != "llama2c" and not (out / WORK / COMPILED).is_file():
+            dataset = inputs["dataset"].path if "dataset" in inputs else fidelity.dataset_of(inputs["model"])
+            tried = preview.before_compile(start, cfg.target, dataset, cfg.preview)
+        metrics = tried | builder(cfg).build({**inputs, "model": start, "stored": inputs["model"]}, out, cfg.target)
     if start is not inputs["model"]:
         shutil.rmtree(start.path)
     return metrics

@@ -90,6 +90,8 @@ class ByLayer:
         self.places: Places = (model.get_base_model() if hasattr(model, "peft_config") else model).places
         self.layers = self.places.layers
         self._forwards = [layer.forward for layer in self.layers]
+        self.changed: Callable[[int | str, Place, torch.Tensor], torch.Tensor] | None = None
+        """what a weight, fp32, becomes when it is read, by what it is of and its place; see on_board"""
         self._tuple: bool | None = None
         self._spare: dict[tuple, list[torch.Tensor]] = defaultdict(list)
 
@@ -115,6 +117,8 @@ class ByLayer:
             tensor = place.load(spare.pop() if spare else None, narrow=not isinstance(what, int))
             if self.nf4 and isinstance(what, int) and isinstance(place.module, torch.nn.Linear):
                 tensor = merging.as_nf4_made_it(tensor, self.nf4).float()
+            if self.changed:
+                tensor = self.changed(what, place, tensor.float())
             place.module._parameters[place.name] = torch.nn.Parameter(tensor.to(self.device), requires_grad=False)
             empty.append((place, meta))
         try:

@@ -77,7 +77,8 @@ def judge(gate: Gate, metrics: dict, report: Path) -> None:
         if value >= limit if figure.least else value <= limit:
             say(f"evaluate: keeps {told}")
         else:
-            failed.append(f"  {told}; worst: {_worst(figure, metrics)}")
+            worst = _worst(figure, metrics)
+            failed.append(f"  {told}" + (f"; worst: {worst}" if worst else ""))
             accepted[name] = value * 0.99 if figure.least else min(value * 1.01, 1) if name == "task_drop" else value * 1.01
     if failed:
         raise GateFailed(
@@ -92,4 +93,5 @@ def _worst(figure: Figure, metrics: dict) -> str:
     if not figure.rows:
         return ", ".join(repr(prompt[:60]) for prompt in metrics["task_lost"][:NAMED])
     name = figure.rows.removeprefix("general_")
-    return ", ".join(f"{row['id']} {row[name]:.4f}" for row in metrics["worst"][figure.rows][:NAMED])
+    rows = metrics.get("worst", {}).get(figure.rows, [])
+    return ", ".join(f"{row['id']} {row[name]:.4f}" for row in rows[:NAMED])

@@ -2,10 +2,7 @@
 
 from collections.abc import Iterator
 
-import yaml
-
 from src.core import compose
-from src.core.compose import CONFIGS
 from src.core.errors import UserError
 from src.core.log import size
 from src.plan.answer import Answer
@@ -54,7 +51,7 @@ Tried = list[list[str]]
 
 def board_ways(cfg: PlanVerb, config: dict) -> list[Tried]:
     """Settings of the same board, then the boards with the least memory that take the model."""
-    boards = {name: option.get("board") or {} for name, option in options("target").items() if name != cfg.target.name}
+    boards = {name: option.get("board") or {} for name, option in compose.options("target").items() if name != cfg.target.name}
     known = sorted((board["npu_memory"], name) for name, board in boards.items() if board.get("npu_memory"))
     same = budget.ways(takes.check(config, cfg.target, where=cfg.model), cfg.target)
     others = [[f"target={name}", *weights] for weights in ([], ["target.weight_type=s4"]) for _, name in known]
@@ -69,7 +66,7 @@ def gpu_ways(cfg: PlanVerb) -> list[Tried]:
     least = [*recomputed, *smallest]
     partitioned = ["deepspeed=zero2"] if cfg.deepspeed.stage == 3 else []  # a 4-bit base cannot be
     tuners = {"full": [["tuner=lora"], ["tuner=qlora", *partitioned]], "lora": [["tuner=qlora", *partitioned]]}.get(cfg.tuner.kind, [])
-    larger = sorted((memory, name) for name, gpu in options("gpu").items() if (memory := gpu.get("memory") or 0) > cfg.gpu.memory)
+    larger = sorted((memory, name) for name, gpu in compose.options("gpu").items() if (memory := gpu.get("memory") or 0) > cfg.gpu.memory)
     zero = ("zero2", "zero3") if cfg.gpus > 1 else ()
     return [
         [change for change in (recomputed, smallest, least) if change],
@@ -80,8 +77,3 @@ def gpu_ways(cfg: PlanVerb) -> list[Tried]:
         [[f"gpu={name}"] for _, name in larger],
         [[f"train.max_length={length}"] for length in (2**n for n in range(16, 6, -1)) if length < cfg.train.max_length],
     ]
-
-
-def options(group: str) -> dict[str, dict]:
-    """{name: what is in the file} of a folder of configs/."""
-    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) or {} for file in sorted((CONFIGS / group).glob("*.yaml"))}

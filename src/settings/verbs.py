@@ -582,6 +582,18 @@ class EvaluateVerb(SourcedVerb):
     """a running board or server to measure in place of a model on this machine"""
     gate: Annotated[Gate, Unkeyed]
     """limits that turn the report into a verdict: none, or strict"""
+    numerics: Annotated[str | list[str] | None, Field(exclude_if=lambda names: names is None)]
+    """numbers to try the model in, a target's name and a type of its weights, such as ax650_s8, several as [a,b], or all; null: the model as it is"""
+    target: Annotated[str | list[str] | None, Field(exclude_if=lambda names: names is None)]
+    """target, or several as [a,b], of which numerics=all takes every type of weights; null: of all"""
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> Self:
+        if self.numerics and self.endpoint.url is not None:
+            raise ValueError("an endpoint computes in its own numbers; leave numerics or endpoint.url out")
+        if self.target is not None and self.numerics is None:
+            raise ValueError("target says whose numbers; write numerics=all with it")
+        return self
 
 
 class DeployVerb(SourcedVerb):
@@ -591,6 +603,8 @@ class DeployVerb(SourcedVerb):
     """of a merged adapter, build from the exact sum, made anew in fp32 on the way, or from the weights as the merge stored them"""
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to calibrate on, for targets that do; null: the run's own"""
+    preview: Annotated[NonNegativeInt, Unkeyed]
+    """held-out conversations on which the model is tried in a vendor's numbers before its compiler is run; 0: none"""
 
 
 class Gpu(Settings):

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from src.core.log import size
 from src.settings.targets import Axera, Board, Llama2c, Mobilint, Openvino, Target
+from src.sizing import takes
 from src.sizing.shape import Matrix, ModelShape
 
 GIB = 2**30
@@ -104,8 +105,7 @@ def _mobilint(shape: ModelShape, target: Mobilint) -> Format:
 
 def _openvino(shape: ModelShape, target: Openvino) -> Format:
     """Embedding and output layer stay in int8 where the rest is int4, as optimum-intel's exporter does; a 16-bit KV cache is assumed."""
-    group = (128 if shape.params < 1e9 else -1) if target.group_size == "auto" else target.group_size
-    width = quantized(4, group) if target.weight_type == "int4" else 1.0
+    width = quantized(4, takes.openvino_group(shape, target)[0]) if target.weight_type == "int4" else 1.0
     static = target.device == "NPU"
     return Format(target.weight_type, lambda m: width, 1.0, 2, 1.0, static, False, target.context_len, target.prompt_len, target.prompt_len)
 

@@ -1,4 +1,4 @@
-"""Memory and speed against length: in the terminal as bars, on paper as curves."""
+"""Memory and speed against length, in the terminal as bars, on paper as curves; size against what is lost, on paper."""
 
 import os
 import sys
@@ -11,6 +11,9 @@ from src.core.errors import ConfigError
 from src.core.log import on_terminal, size
 
 WIDTH = 28
+INK, ACCENT = "#30343b", "#1f77b4"
+SMALLEST = 1e-6
+"""nats of KL at which a logarithmic axis begins"""
 
 
 @dataclass(frozen=True)
@@ -46,29 +49,24 @@ def draw(points: list[Point], title: str, file: Path) -> None:
     """The same as a PNG, written beside its place and then renamed. Raises ConfigError for another ending, OSError where it cannot be written."""
     if file.suffix.lower() != ".png":
         raise ConfigError(f"plot={file}: the picture is a PNG", fix=f"plot={file.with_suffix('.png')}")
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    ink, accent = "#30343b", "#1f77b4"
+    pyplot = _pyplot()
     curves = {"memory, GB": [p.memory / 1e9 for p in points]}
     if speeds := [p.speed for p in points if p.speed is not None]:
         curves["tokens/s"] = speeds
     figure, axes = pyplot.subplots(1, len(curves), figsize=(9 if speeds else 5, 3.4), layout="constrained", squeeze=False)
     lengths, limit = [p.length for p in points], points[0].limit
     for axis, (label, values) in zip(axes[0], curves.items()):
-        axis.plot(lengths, values, color=accent, marker="o", markersize=4, linewidth=1.8)
+        axis.plot(lengths, values, color=ACCENT, marker="o", markersize=4, linewidth=1.8)
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
         axis.minorticks_off()
         axis.set_ylim(0, 1.15 * max(*values, limit / 1e9 if limit and label.startswith("memory") else 0))
-        axis.set_title(label, loc="left", fontsize=10, color=ink)
-        axis.set_xlabel("tokens", color=ink)
+        axis.set_title(label, loc="left", fontsize=10, color=INK)
+        axis.set_xlabel("tokens", color=INK)
         axis.grid(axis="y", color="#e3e5e8")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=ink, length=0)
+        axis.tick_params(colors=INK, length=0)
     if limit:
         axes[0][0].axhline(limit / 1e9, color="#c0392b", linewidth=1.2, linestyle="--")
         axes[0][0].annotate(
@@ -79,7 +77,40 @@ def draw(points: list[Point], title: str, file: Path) -> None:
             fontsize=8,
             color="#c0392b",
         )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=ink)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    _save(figure, file)
+
+
+def draw_choices(choices: list[tuple[str, float, float]], title: str, file: Path) -> None:
+    """Sizes in bytes against KL in nats, as a PNG: (name, size, KL) of each; those than which another is smaller and loses less are pale."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    for name, count, kl in choices:
+        beaten = any(s <= count and k <= kl and (s, k) != (count, kl) for _, s, k in choices)
+        axis.plot(count / 1e6, max(kl, SMALLEST), color=ACCENT, marker="o", markersize=5, alpha=0.35 if beaten else 1)
+        axis.annotate(name, (count / 1e6, max(kl, SMALLEST)), (5, 3), textcoords="offset points", fontsize=7, color=INK)
+    axis.set_yscale("log")
+    axis.set_ylabel("KL, nats", color=INK)
+    axis.set_xlabel("weights, MB", color=INK)
+    axis.margins(x=0.18)
+    axis.grid(color="#e3e5e8")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(colors=INK, length=0)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    _save(figure, file)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, file: Path) -> None:
+    """Written beside its place and then renamed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(suffix=".png", prefix=".", dir=file.parent)
     os.close(handle)
@@ -89,4 +120,4 @@ def draw(points: list[Point], title: str, file: Path) -> None:
         os.replace(partial, file)
     finally:
         Path(partial).unlink(missing_ok=True)
-        pyplot.close(figure)
+        _pyplot().close(figure)

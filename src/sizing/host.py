@@ -329,6 +329,12 @@ def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversati
     return replace(of(evaluation.batch_size, answers=answers), ways=[fewer, none])
 
 
+def preview(shape: ModelShape, evaluation: Evaluation, split: Conversations) -> Needs:
+    """A model layer by layer in a board's numbers, which its embedding and output layer are rounded to in fp32."""
+    walk = by_layer(replace(shape, dtype="float32"), split.tokens(evaluation.rows, evaluation.max_length))
+    return Needs({"libraries": EVALUATE, "tokenizer": tokenizer(shape), **walk}, 10 * MB)
+
+
 def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, *, exact: bool = False) -> Needs:
     """A layer in fp32, the calibration rows' hidden states, and of the matrices that share an input one group at a time; then the proof.
 

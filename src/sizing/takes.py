@@ -35,6 +35,7 @@ OPENVINO = {
 }  # fmt: skip
 
 
+BILLION = 10**9
 UNQUANTIZED = "give the model that it was quantized from"
 
 
@@ -181,6 +182,20 @@ def openvino(shape: ModelShape, target: Openvino, *, where: str) -> None:
     refuse(faults, where)
 
 
+def openvino_group(shape: ModelShape, target: Openvino) -> tuple[int | None, str]:
+    """(int4 weights that share a scale, -1 for a row, None for int8; how it was chosen, in words), by "OpenVINO GenAI on NPU" (docs.openvino.ai,
+    2025): groups of 128, or whole rows for models above a billion parameters."""
+    if target.weight_type == "int8":
+        return None, "int8, a scale for each row" + (", symmetric" if target.device == "NPU" else "")
+    if target.group_size != "auto":
+        return target.group_size, f"symmetric int4, target.group_size={target.group_size}"
+    if shape.params >= BILLION:
+        return -1, f"symmetric int4, a scale for each row (auto: {shape.params:,} parameters, a billion or more)"
+    if odd := undivided(shape, 128):
+        return -1, f"symmetric int4, a scale for each row (auto: 128 does not divide rows of {', '.join(map(str, odd))})"
+    return 128, f"symmetric int4 in groups of 128 (auto: {shape.params:,} parameters, below a billion)"
+
+
 def undivided(shape: ModelShape, group: int) -> list[int]:
     """Row lengths of the layers' matrices that `group` does not divide."""
     return sorted({m.columns for layer in shape.stack for m in layer.matrices if m.columns % group})
@@ -213,6 +228,13 @@ def llama2c(config: dict[str, Any], *, where: str) -> ModelShape:
     if shape.head_dim != head:
         refuse(f"head_dim {shape.head_dim} is not hidden_size / num_attention_heads = {head}, as llama2.c has it")
     return shape
+
+
+def llama2c_group(wanted: int, *widths: int) -> int:
+    """The int8 weights that share a scale: so many, halved until they divide rows of all these widths."""
+    while any(width % wanted for width in widths):
+        wanted //= 2
+    return wanted
 
 
 def rope_type(config: dict[str, Any], where: str) -> str:

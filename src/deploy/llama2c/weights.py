@@ -117,9 +117,7 @@ def check_tensors(model_dir: Path, shape: Shape) -> None:
 
 def group_size(shape: Shape, wanted: int) -> int:
     """The int8 group: `wanted`, halved until it divides the rows of every matrix. Raises WrongKind below 4."""
-    group = wanted
-    while group >= SMALLEST_GROUP and (shape.dim % group or shape.hidden % group):
-        group //= 2
+    group = takes.llama2c_group(wanted, shape.dim, shape.hidden)
     if group < SMALLEST_GROUP:
         raise WrongKind(
             f"no group size from {wanted} down to {SMALLEST_GROUP} divides both "

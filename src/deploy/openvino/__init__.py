@@ -43,7 +43,7 @@ def check(inputs: dict[str, Artifact], target: Openvino, out: Path) -> list[str]
     stored = sum(entry.size for entry in safetensors_io.entries(model.path).values())
     return [
         *preflight.check_headers(model.path, shape, find_embedding(model.path)),
-        f"weights: {size(stored)} become {recipe.group_size(shape, target)[1]}",
+        f"weights: {size(stored)} become {takes.openvino_group(shape, target)[1]}",
         *preflight.check_room(out, exact_sum.shape(shape, inputs), target, also=exact_sum.size_to_write(inputs, out / exact_sum.FOLDER)),
         recipe.environment_line(target),
         f"in .work: {' '.join(recipe.export_argv(start, shape, target, MADE))}",
@@ -59,7 +59,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Openvino) -> dict:
     model = inputs["model"]
     shape, trust = read_shape(model.path), bool(trust_of(model))
     work = work_folder(out)
-    card.write(out, shape, target, recipe.group_size(shape, target)[1])
+    card.write(out, shape, target, takes.openvino_group(shape, target)[1])
     if missing := [name for name in recipe.PACKAGES if name not in recipe.versions(target)]:
         raise Unfinished(
             f"OpenVINO's exporter is not on this machine: {target.environment} lacks {', '.join(missing)}",
@@ -86,7 +86,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Openvino) -> dict:
         **metrics,
         **{key: record[key] for key in ("versions", "weights", "peak_memory")},
         "export_seconds": record["seconds"],
-        "group_size": recipe.group_size(shape, target)[0],
+        "group_size": takes.openvino_group(shape, target)[0],
         "model_bytes": (out / "openvino_model.bin").stat().st_size,
         "summary": f"{metrics['tokens_per_second']:,.0f} tokens/s on the CPU here, {metrics['prompts_near']}/{metrics['prompts']} prompts as transformers "
         f"but for near ties, {metrics['prompts_equal']} token by token",

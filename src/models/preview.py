@@ -1,0 +1,227 @@
+"""What a model says in a board's numbers, before anything is compiled: loss, KL and likeliest tokens on held-out conversations against the model as it is,
+how far each layer is off, and beside them what it takes of the board and how fast that is expected to be."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from src.chat import encoding
+from src.core import stage
+from src.core.artifact import Artifact
+from src.core.errors import ConfigError, UserError, WrongKind
+from src.core.files import write_json
+from src.core.log import out as print_out
+from src.core.log import say, size, table
+from src.core.room import Needs
+from src.models import evaluation, fidelity, gates, seen
+from src.models.loading import tokenizer_of
+from src.settings.targets import Target
+from src.settings.verbs import EvaluateVerb
+from src.sizing import budget, chart, host, numerics, speed, takes
+from src.sizing.config_reader import read_config, read_shape
+from src.sizing.numerics import Numerics
+from src.sizing.shape import ModelShape
+
+KINDS = {"model", "quantized"}
+GATED = ("kl", "agreement", "perplexity_ratio")
+"""what gates can limit of one kind of numbers"""
+UNKEPT = "Keys and values are not rounded: this family's attention hands them to no cache."
+
+
+@dataclass(frozen=True)
+class Preview:
+    """change: from the model as it is. layers: see on_board.layers. kept: whether keys and values were rounded."""
+
+    how: Numerics
+    change: fidelity.Change
+    layers: list[dict[str, float]]
+    kept: bool
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        return self.how.assumed + (() if self.kept or self.how.kv == numerics.FP32 else (UNKEPT,))
+
+    @property
+    def worst(self) -> int:
+        """The layer whose own numbers move its output most."""
+        return max(range(len(self.layers)), key=lambda number: self.layers[number]["error"])
+
+
+def previews(model: Artifact, kinds: list[Numerics], rows: list[encoding.Encoded], *, layers: bool = True) -> list[Preview]:
+    """Memory is that of a layer in fp32. Raises WrongKind for a model that cannot be taken so.
+
+    layers: False saves two of the three times that each layer is read for a kind of numbers.
+    """
+    from src.models import by_layer, on_board
+
+    if not (loaded := by_layer.load(model)):
+        raise WrongKind(
+            "this model cannot be taken layer by layer, which a board's numbers are tried in",
+            where=str(model.path),
+        )
+    walk, _ = loaded
+    before = seen.observe(seen.by_layer(walk, "as it is"), rows)
+    found: list[Preview] = []
+    for how in kinds:
+        same = next((one for one in found if one.how.words() == how.words()), None)
+        if same:
+            found.append(replace(same, how=how))
+            continue
+        with on_board.computing(walk, how) as keeps:
+            after = seen.observe(seen.by_layer(walk, how.name), rows, before.top_k_ids)
+        off = on_board.layers(walk, how, [row.input_ids for row in rows]) if layers else []
+        found.append(Preview(how, fidelity.compare(before, after, len(rows)), off, keeps.used))
+    return found
+
+
+def before_compile(model: Artifact, target: Target, dataset: Path | None, count: int) -> dict[str, float]:
+    """Tries the model in the target's numbers on `count` held-out conversations, and says what they lose; returns it as metrics, empty where it was not
+    tried, which is said too."""
+    if not count or dataset is None:
+        say(f"not tried in the numbers of {target.name}: {'preview=0' if not count else 'no dataset is known'}")
+        return {}
+    try:
+        how = numerics.of(read_shape(model.path), target)
+        if not (rows := fidelity.held_out(dataset, tokenizer_of(model), model.path)[:count]):
+            return {}
+        change = previews(model, [how], rows, layers=False)[0].change
+    except UserError as error:
+        say(f"not tried in the numbers of {target.name}: {error.what}")
+        return {}
+    say(f"{how.name}, before the compile: {change.told('as it is', 'in its numbers')}")
+    return {"preview_kl": change.kl, "preview_agreement": change.agreement}
+
+
+def figures(one: Preview, shape: ModelShape) -> dict[str, Any]:
+    """A preview's row of the table: bytes of the weights and of all that the board holds, expected tokens/s (None: not known), and what was lost."""
+    target = one.how.target
+    form, fit = budget.format_of(shape, target), budget.board_fit(shape, target)
+    rates = speed.rates_of(budget.board_of(target))
+    weights = budget.layer_bytes(shape, form) + budget.head_bytes(shape, form)
+    return {
+        "name": one.how.name,
+        "weights": weights + (0 if form.apart else budget.embedding_bytes(shape, form)),
+        "on_board": fit.needed,
+        "fits": fit.fits,
+        "tokens_per_second": round(1000 / speed.decode_ms(shape, form, rates, form.context), 2) if rates else None,
+        "loss": one.change.after,
+        "loss_waver": one.change.loss_waver,
+        "kl": one.change.kl,
+        "kl_waver": one.change.kl_waver,
+        "agreement": one.change.agreement,
+    }
+
+
+def fitted(target: Target, shape: ModelShape) -> Target:
+    """The target with lengths within the model's own limit."""
+    limit = shape.max_positions
+    if not limit or getattr(target, "context_len", 0) <= limit:
+        return target
+    lengths = {"context_len": limit, "prompt_len": limit // 2}
+    return target.model_copy(update={name: value for name, value in lengths.items() if name in type(target).model_fields})
+
+
+# ---- python -m src.evaluate numerics=NAME
+
+
+def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
+    """The model that `deploy` would take, and the dataset. Raises ConfigError for a name that is none."""
+    asked(cfg)
+    model = run.source(cfg.source, "merge", "finetune", "quantize", kinds=KINDS)
+    return {"model": model, "dataset": stage.data_sources(run, cfg.dataset)}
+
+
+def name(cfg: EvaluateVerb) -> str:
+    """What follows the report's own name: -ax650_s8, or -numerics for several."""
+    return f"-{cfg.numerics}" if isinstance(cfg.numerics, str) and cfg.numerics != numerics.ALL else "-numerics"
+
+
+def asked(cfg: EvaluateVerb) -> dict[str, Target]:
+    listed = lambda value: [value] if isinstance(value, str) else list(value or [])
+    return numerics.chosen(listed(cfg.numerics), listed(cfg.target))
+
+
+def kinds_of(cfg: EvaluateVerb, model: Path) -> tuple[list[Numerics], list[str]]:
+    """(what is asked for, why others of `all` are left out). Raises WrongKind for one that does not take this model."""
+    config, where = read_config(model)
+    shape = read_shape(model)
+    found, left = [], []
+    for each, target in asked(cfg).items():
+        target = fitted(target, shape)
+        try:
+            with contextlib.suppress(ConfigError):  # of settings that the compiler is given, not of the model
+                takes.check(config, target, where=str(where))
+            found.append(numerics.of(shape, target))
+        except WrongKind as error:
+            if numerics.ALL not in (cfg.numerics or ()):
+                raise
+            left.append(f"{each} is left out: {error.what}")
+    return found, left
+
+
+def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
+    kinds, left = kinds_of(cfg, inputs["model"].path)
+    gates.refuse_unmeasured(cfg.gate, GATED if len(kinds) == 1 else ())
+    return [f"{inputs['model'].path} in the numbers of {', '.join(how.name for how in kinds)}", *left]
+
+
+def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
+    return host.preview(read_shape(inputs["model"].path), cfg.evaluation, host.conversations(inputs["dataset"].path / "val.jsonl"))
+
+
+def report(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
+    """Writes report.json and, of several, size_kl.png; prints the table."""
+    model = inputs["model"]
+    shape, (kinds, _) = read_shape(model.path), kinds_of(cfg, model.path)
+    tokenizer = tokenizer_of(model)
+    encoding.ensure_chat(tokenizer)
+    with open(inputs["dataset"].path / "val.jsonl", encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines][: cfg.evaluation.rows]
+    rows = evaluation.encode_all(records, tokenizer, cfg.evaluation.max_length)
+    found = sorted(previews(model, kinds, rows), key=lambda one: one.change.kl)
+    told = [figures(one, shape) for one in found]
+    whole = found[0].change
+    metrics: dict[str, Any] = {"loss": whole.before, "rows": whole.rows, "tokens": whole.tokens}
+    if len(found) == 1:
+        gated = (whole.kl, whole.agreement, math.exp(min(whole.loss, 700)))
+        metrics |= dict(zip(GATED, gated)) | {"intervals": dict.fromkeys(GATED)}
+    details = [
+        {**row, "formats": one.how.words(), "assumed": one.assumed, "layers": one.layers, "worst_layer": one.worst}
+        for row, one in zip(told, found)
+    ]
+    write_json(out / "report.json", {**metrics, "numerics": details})
+    if len(found) > 1:
+        chart.draw_choices(
+            [(row["name"], row["weights"], row["kl"]) for row in told], f"{model.path.name}: size and loss", out / "size_kl.png"
+        )
+    print_out(show(told))
+    for one in found:
+        layer = one.layers[one.worst]
+        say(
+            f"{one.how.name}: layer {one.worst} is off most by itself, by {layer['error']:.1%} of its output (cosine {layer['cosine']:.5f})"
+        )
+    for sentence in dict.fromkeys(sentence for one in found for sentence in one.assumed):
+        say(f"assumed: {sentence}")
+    return {**metrics, "numerics": {row.pop("name"): row for row in told}}
+
+
+def show(told: list[dict[str, Any]]) -> str:
+    """The table, ordered by KL."""
+    known: Callable[[Any, str], str] = lambda value, form: "?" if value is None else format(value, form)
+    rows = [
+        [
+            row["name"],
+            size(row["weights"]),
+            size(row["on_board"]) + (" does NOT fit" if row["fits"] is False else ""),
+            known(row["tokens_per_second"], ",.1f"),
+            f"{row['kl']:.5f} ± {row['kl_waver']:.5f}",
+            f"{row['agreement']:.1%}",
+            f"{row['loss']:.4f}",
+        ]
+        for row in told
+    ]
+    return table(["numerics", "weights", "on board", "tokens/s", "KL", "same likeliest", "loss"], rows, right=(1, 2, 3, 4, 5, 6))
