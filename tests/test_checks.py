@@ -118,6 +118,9 @@ def test_calls_are_the_same_in_any_order_and_none_counts_twice():
     assert checks.same_calls([one, other], [other, one])
     assert not checks.same_calls([one, one], [one, other]) and not checks.same_calls([one], [one, one])
     assert not checks.same_calls([other], [other | {"arguments": {"x": 2}}])
+    assert checks.same_calls([other], [other | {"arguments": {"x": 1.0}}]) and not checks.same_calls(
+        [other], [other | {"arguments": {"x": True}}]
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,9 @@ def test_a_schema(tmp_path, monkeypatch):
         and not check.right(asked("x"), '{"a": "b"}')
         and not check.right(asked("x"), "1")
     )
+    (tmp_path / "s.json").write_text('{"$ref": "http://127.0.0.1:9/elsewhere.json"}')
+    with pytest.raises(BadData, match="JSON Schema cannot be used"):
+        checks.of_schema(tmp_path / "s.json").right(asked("x"), '{"a": 1}')
     (tmp_path / "s.json").write_text('{"type": "no such"}')
     with pytest.raises(BadData, match="JSON Schema cannot be used"):
         checks.of_schema(tmp_path / "s.json")

@@ -95,10 +95,19 @@ def same_calls(some: list[dict], others: list[dict]) -> bool:
     """Whether the calls are the same, in any order."""
     left = list(others)
     for call in some:
-        if call not in left:
+        if (at := next((i for i, other in enumerate(left) if _same(call, other)), None)) is None:
             return False
-        left.remove(call)
+        del left[at]
     return not left
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two JSON values are equal: 1 is 1.0, and not true."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 class Reference(NamedTuple):
@@ -179,10 +188,13 @@ def of_schema(file: Path) -> Check:
         kind = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
         follows = kind(schema, registry=Registry())  # which fetches nothing
+
+    def right(_: Reference, answer: str) -> bool:
+        with using("the JSON Schema", file):
+            return (found := value(answer)) is not None and follows.is_valid(found)
+
     always = lambda reference: not reference.calls
-    return Check(
-        "schema", f"JSON that follows {file.name}", always, always, lambda _, text: (v := value(text)) is not None and follows.is_valid(v)
-    )
+    return Check("schema", f"JSON that follows {file.name}", always, always, right)
 
 
 def choose(wanted: str, references: list[Reference], schema: Path | None) -> Check | None:
