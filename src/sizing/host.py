@@ -26,8 +26,8 @@ MB = 1e6
 PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 280 * MB, 40 * MB, 400 * MB, 380 * MB
 """bytes of a process after its imports: settings and records alone; core.processes' server with torch and transformers; what a process forked from it
 adds; torch, transformers and peft, and what a first pass leaves behind; the same with transformers' Trainer"""
-LAUNCHER, DEEPSPEED, BITSANDBYTES = 180 * MB, 60 * MB, 100 * MB
-"""what torchrun's process takes, and what these libraries add to one that uses them"""
+LAUNCHER, DEEPSPEED, BITSANDBYTES, PICTURE = 180 * MB, 60 * MB, 100 * MB, 70 * MB
+"""what torchrun's process takes, and what these libraries (PICTURE: matplotlib) add to one that uses them"""
 SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 """matrices of a layer that have the same input"""
 PIECE = 800
@@ -332,7 +332,7 @@ def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversati
 def preview(shape: ModelShape, evaluation: Evaluation, split: Conversations) -> Needs:
     """A model layer by layer in a board's numbers, which its embedding and output layer are rounded to in fp32."""
     walk = by_layer(replace(shape, dtype="float32"), split.tokens(evaluation.rows, evaluation.max_length))
-    return Needs({"libraries": EVALUATE, "tokenizer": tokenizer(shape), **walk}, 10 * MB)
+    return Needs({"libraries": EVALUATE + PICTURE, "tokenizer": tokenizer(shape), **walk, "rounding": 32 << 20}, 10 * MB)
 
 
 def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, *, exact: bool = False) -> Needs:

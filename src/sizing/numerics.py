@@ -120,8 +120,12 @@ def _axera(shape: ModelShape, target: Axera) -> Numerics:
     if shape.quantization:
         assumed += ["The GPTQ model's own integers and scales are computed with as they are."]
     elif name == "s4":
-        each = "128 weights, as a GPTQ model's has" if group == 128 else "row, since 128 does not divide every row"
-        assumed += [f"s4 has a symmetric scale for each {each}, and rounds to the nearest; whole rows for all would lose more."]
+        each = (
+            "128 weights, as GPTQ models have; one for a whole row would lose more"
+            if group == 128
+            else "row, since 128 does not divide every row"
+        )
+        assumed += [f"s4 rounds to the nearest by a symmetric scale for each {each}."]
     elif name == "s8":
         assumed += ["s8 has a symmetric scale for each output channel, and rounds to the nearest."]
     elif name.startswith("fp8"):
