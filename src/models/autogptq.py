@@ -64,7 +64,7 @@ def _check(folder: Path, settings: dict) -> None:
         raise BadData("it has no quantized matrix", where=str(folder), fix="give a folder that AutoGPTQ made")
     for each in stored:
         group = settings.get("group_size")
-        said = gptq.Nearest(settings.get("bits"), -1 if group in (None, -1, each.shape[1]) else group)
+        said = gptq.Nearest(settings.get("bits") or 0, -1 if group in (None, -1, each.shape[1]) else group)
         if each.form != said:
             raise BadData(
                 f"{each.name} has {each.form.bits} bits in groups of {each.form.group}, and {SETTINGS} says {said.bits} in groups of {said.group}",

@@ -3,6 +3,7 @@ each group's largest weights are cut where that rounds the others better.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,7 +126,7 @@ def _cuts(weight: torch.Tensor, inputs: torch.Tensor, size: int) -> torch.Tensor
     return torch.cat(found)
 
 
-def _scale_down(model: ByLayer, number: int, each: Pass, module: nn.Module, scales: torch.Tensor, names: dict) -> nn.Module | None:
+def _scale_down(model: ByLayer, number: int, each: Pass, module: nn.Module, scales: torch.Tensor, names: dict) -> Any:
     """Have what makes a module's input give it divided by the scales; returns it, or None where nothing in the layer can be so changed."""
     before, outputs = _watched(model, number, each, module)
     for maker in _makers(module, before, outputs, names):
@@ -144,9 +145,9 @@ def _scale_down(model: ByLayer, number: int, each: Pass, module: nn.Module, scal
     return None
 
 
-def _watched(model: ByLayer, number: int, each: Pass, module: nn.Module) -> tuple[torch.Tensor, dict[nn.Module, torch.Tensor]]:
+def _watched(model: ByLayer, number: int, each: Pass, module: nn.Module) -> tuple[torch.Tensor, dict[Any, torch.Tensor]]:
     """(what comes into the module, what every module of the layer with a weight gave before) in a pass through the layer."""
-    found: dict[nn.Module, torch.Tensor] = {}
+    found: dict[Any, torch.Tensor] = {}
     given: list[torch.Tensor] = []
     hooks = [
         m.register_forward_hook(lambda m, _, out: found.setdefault(m, out)) for m in model.layers[number].modules() if hasattr(m, "weight")
@@ -158,7 +159,7 @@ def _watched(model: ByLayer, number: int, each: Pass, module: nn.Module) -> tupl
     return given[0], found
 
 
-def _makers(module: nn.Module, given: torch.Tensor, outputs: dict, names: dict) -> Iterable[nn.Module]:
+def _makers(module: nn.Module, given: torch.Tensor, outputs: dict, names: dict) -> Iterable[Any]:
     """A norm that gives what comes into a module, or a matrix that is a factor of it."""
     yield from (maker for maker, out in outputs.items() if out is given and maker.weight.dim() == 1)
     path, _, own = names[module].rpartition(".")

@@ -58,7 +58,8 @@ class Stored:
     @property
     def shape(self) -> tuple[int, int]:
         if STATE not in self.parts:
-            return self.parts["weight"].shape
+            out, width = self.parts["weight"].shape
+            return out, width
         with using(f"the quantized matrix {self.name}", self.parts["weight"].file):
             out, width = json.loads(safetensors_io.load(self.parts[STATE]).numpy().tobytes())["shape"]
         return out, width

@@ -197,9 +197,9 @@ def compare(model: ByLayer, start: Path, source: Path, out: Path, rows: list[lis
         with model.held(number):
             inputs = _inputs(model, number, each)
             for name, module in model.names(number):
-                if module in inputs and isinstance(found := made.get(f"{name}.weight"), packed.Stored):
+                if module in inputs and isinstance(matrix := made.get(f"{name}.weight"), packed.Stored):
                     weight = safetensors_io.load_wide(exact[f"{name}.weight"])
-                    _hold(name, weight.T if isinstance(module, Conv1D) else weight, outputs_first(module), inputs[module], found.form, out)
+                    _hold(name, weight.T if isinstance(module, Conv1D) else weight, outputs_first(module), inputs[module], matrix.form, out)
 
 
 def _same_bits(*entries: safetensors_io.Entry) -> bool:

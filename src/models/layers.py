@@ -20,10 +20,10 @@ def outputs_first(module: Any) -> torch.Tensor:
     return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
 
 
-def inputs_together(model: ByLayer, number: int, each: Pass) -> list[list[nn.Module]]:
+def inputs_together(model: ByLayer, number: int, each: Pass) -> list[list[Any]]:
     """A layer's matrices as a pass calls them, those with one input together; in the end each that it does not call."""
     linear = linear_of(model, number)
-    called: list[tuple[torch.Tensor, list[nn.Module]]] = []
+    called: list[tuple[torch.Tensor, list[Any]]] = []
 
     def note(module, given) -> None:
         if any(module in modules for _, modules in called):  # it is used twice: calibrated on its first inputs

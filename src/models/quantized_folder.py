@@ -81,7 +81,7 @@ def rules(bits: dict[str, int]) -> dict[str, dict[str, int]]:
     layers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, width in bits.items():
         if width == 8:
-            before, number, after = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name).groups()
+            before, number, after = re.split(r"\.(\d+)\.", name, maxsplit=1)
             layers[before, after].append(number)
     found = {}
     for (before, after), numbers in layers.items():

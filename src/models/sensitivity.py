@@ -73,6 +73,7 @@ def _score(model: ByLayer, each: Pass, rows: list[Encoded], random: torch.Genera
             log_probs = model.head(hidden).log_softmax(-1)
             drawn = torch.multinomial(log_probs.detach().exp(), 1, generator=random)
             log_probs.gather(1, drawn).sum().backward()
+            assert hidden.grad is not None
             found[number, some] = hidden.grad
     return found
 
@@ -110,13 +111,14 @@ def _of_layer(
         finally:
             for hook in hooks:
                 hook.remove()
+        assert each.hidden.grad is not None
         back[i], each.hidden = each.hidden.grad, torch.empty(0)
         for key, value in moved.items():
             squares[key] += float(value.double().square().sum())
     return [
         Part(
             tuple(names[module] for module in modules),
-            sum(module.weight.numel() for module in modules),
+            sum(outputs_first(module).numel() for module in modules),
             {bits: squares[at, bits] / 2 / tokens for bits in widths},
         )
         for at, modules in enumerate(groups)

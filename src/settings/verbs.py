@@ -410,6 +410,11 @@ class Grouped(Settings):
     group_size: Literal[-1, 16, 32, 64, 128]
     """weights that share a scale; -1: a whole column"""
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of the weights, the fewest first."""
+        raise NotImplementedError
+
 
 class GptqSettings(Grouped):
     act_order: bool
