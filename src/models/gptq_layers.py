@@ -132,10 +132,8 @@ def _take(model: ByLayer, number: int, file: Path) -> list[float]:
     """Put into a layer that is held what its file says; returns the file's losses."""
     stored = packed.matrices(safetensors_io.entries(file.parent, file.name))
     for name, module in model.names(number):
-        if isinstance(found := stored.get(f"{name}.weight"), safetensors_io.Entry):
-            module.weight.data.copy_(safetensors_io.load(found))
-        elif found:
-            outputs_first(module).copy_(found())
+        if found := stored.get(f"{name}.weight"):
+            outputs_first(module).copy_(safetensors_io.load(found) if isinstance(found, safetensors_io.Entry) else found())
     with safetensors_io.opened(file) as stored:
         return [float(text) for text in stored.metadata()["losses"].split()]
 
