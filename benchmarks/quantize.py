@@ -59,8 +59,8 @@ def measured(argv: list, place: Path) -> dict:
 
 
 def report(ours: list[dict], theirs: list[dict]) -> None:
-    for name, key, unit in (("CPU", "cpu_s", "s"), ("wall", "wall_s", "s"), ("peak", "peak", "B")):
-        one, other = ([each[key] for each in found] for found in (ours, theirs))
+    for name, key, unit in (("CPU", "cpu_s", "s"), ("wall", "wall_s", "s"), ("peak", "peak", "MB")):
+        one, other = ([each[key] / (1e6 if key == "peak" else 1) for each in found] for found in (ours, theirs))
         ratios = [b / a for a, b in zip(one, other)]
         print(
             f"{name}: src.quantize {statistics.median(one):,.1f} {unit}, gptqmodel {statistics.median(other):,.1f} {unit}, {statistics.median(ratios):.2f} times "
