@@ -183,10 +183,11 @@ def compare(model: ByLayer, start: Path, source: Path, out: Path, rows: list[lis
     if missing := sorted(as_stored.keys() ^ made.keys()):
         raise ProofFailed(f"{missing[0]} is in one of the folder and what it was made from alone", where=str(out))
     awq_made = any(isinstance(found, awq.Stored) for found in made.values())
+    plain = any(isinstance(found, gptq.Stored) for found in made.values())
     for name, found in made.items():
         if isinstance(found, safetensors_io.Entry) and not (awq_made and INSIDE.search(name)) and not _same_bits(found, as_stored[name]):
             raise ProofFailed(f"{name}, which is not quantized, is not the source's", where=str(out))
-    if awq_made:  # its matrices and norms are scaled against each other
+    if not plain:  # AWQ's matrices and norms are scaled against each other; NF4 gives up its blocks' largest weights, which plain rounding keeps
         return
     with model.held("embedding"):
         each = model.start([row[: COMPARED // len(rows[:4])] for row in rows[:4]])
@@ -195,7 +196,7 @@ def compare(model: ByLayer, start: Path, source: Path, out: Path, rows: list[lis
         with model.held(number):
             inputs = _inputs(model, number, each)
             for name, module in model.names(number):
-                if module in inputs and isinstance(matrix := made.get(f"{name}.weight"), packed.Stored):
+                if module in inputs and isinstance(matrix := made.get(f"{name}.weight"), gptq.Stored):
                     weight = safetensors_io.load_wide(exact[f"{name}.weight"])
                     _hold(name, weight.T if isinstance(module, Conv1D) else weight, outputs_first(module), inputs[module], matrix.form, out)
 
