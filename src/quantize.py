@@ -22,7 +22,7 @@ from src.models import calibration, complete, exact_sum, fidelity, quantized_fol
 from src.models.devices import device, give_back_memory
 from src.models.folder import check_folder, check_tokenizer, trust_of
 from src.models.loading import load_tokenizer
-from src.settings.verbs import AnyQuantizer, AwqQuantizer, BnbQuantizer, GptqQuantizer, Grouped, MixedQuantizer, QuantizeVerb, RtnQuantizer
+from src.settings.verbs import AnyQuantizer, AwqQuantizer, BnbQuantizer, GptqQuantizer, MixedQuantizer, QuantizeVerb, RtnQuantizer
 from src.sizing import budget, host
 from src.sizing.config_reader import read_shape
 
@@ -61,7 +61,7 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
     ]
 
 
-def check_widths(q: Grouped, model: Artifact, config: dict) -> None:
+def check_widths(q: GptqQuantizer | MixedQuantizer | RtnQuantizer | AwqQuantizer, model: Artifact, config: dict) -> None:
     """Raises ConfigError where the layout has no place for a matrix."""
     linear = [e for e in safetensors_io.entries(model.path).values() if ".layers." in e.name and len(e.shape) == 2]
     pack = max(map(budget.filling, q.widths))
@@ -123,7 +123,7 @@ def quantize(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
 
 def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
     """Write the quantized folder, and ask what it was made from for held-out rows, or for the calibration's first where there are none."""
-    from src.models import by_layer, gptq_layers
+    from src.models import by_layer, quantizing
 
     source, data = inputs["model"].path.resolve(), inputs["dataset"].path
     tokenizer = load_tokenizer(source, trust_remote_code=trust_of(inputs["model"]))
@@ -139,7 +139,7 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
             where=str(source),
         )
     bits = mixture(cfg, found[0], rows.chats, scratch)
-    losses = gptq_layers.quantize(found[0], rows.ids, settings_of(cfg, bits), scratch / "layers")
+    losses = quantizing.quantize(found[0], rows.ids, settings_of(cfg, bits), scratch / "layers")
     del found
     give_back_memory()  # of the Hessians, before the source is asked
     quantized_folder.write(source, scratch / "layers", out)
@@ -197,15 +197,15 @@ def settings_of(cfg: QuantizeVerb, bits: dict[str, int] | None):
 
 
 def read_back(*given) -> tuple:
-    from src.models import gptq_layers
+    from src.models import quantizing
 
-    return gptq_layers.read_back(*given)
+    return quantizing.read_back(*given)
 
 
 def check_first_layer(*given) -> None:
-    from src.models import gptq_layers
+    from src.models import quantizing
 
-    gptq_layers.check_first_layer(*given)
+    quantizing.check_first_layer(*given)
 
 
 def prove(cfg: QuantizeVerb, made: Made, source: Path, out: Path) -> dict:
@@ -227,10 +227,21 @@ def prove(cfg: QuantizeVerb, made: Made, source: Path, out: Path) -> dict:
         return {"logit_error": error}
     change, better = fidelity.compare(made.before, after, len(made.rows)), better_than(cfg.quantizer)
     figures = fidelity.report("quantize", change, "quantized", " ".join(f"{way} loses less" for way in better))
+    hold(cfg, change, out)
+    return {"logit_error": error, **figures}
+
+
+def hold(cfg: QuantizeVerb, change: fidelity.Change, where: Path) -> None:
+    """Raises ProofFailed where more was lost than the limits allow."""
     kl, agreement = LIMITS[min(cfg.quantizer.widths)]
     kl, agreement = kl if cfg.max_kl == "auto" else cfg.max_kl, agreement if cfg.min_agreement == "auto" else cfg.min_agreement
-    fidelity.hold(change, kl, agreement, out, better)
-    return {"logit_error": error, **figures}
+    fidelity.hold(change, kl, agreement, where, better_than(cfg.quantizer))
+
+
+def judge(cfg: QuantizeVerb, made: Artifact) -> None:
+    """A finished model held to limits that were set since."""
+    if "kl" in made.metrics:
+        hold(cfg, fidelity.Change.of(made.metrics), made.path)
 
 
 def better_than(q: AnyQuantizer) -> list[str]:
@@ -252,6 +263,7 @@ STAGE = stage.Stage(
     check=check,
     needs=needs,
     run=quantize,
+    judge=judge,
     doc=__doc__,
     resumes=lambda partial: any(partial.glob("scratch/layers/layer-*.safetensors")) or (partial / "scratch" / "bits.json").is_file(),
 )

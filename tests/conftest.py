@@ -528,3 +528,14 @@ def refused(done: CompletedProcess, error: type, *words: str, way: bool = True) 
     assert error.title in done.stderr and ("fix:" in done.stderr or not way), done.stderr
     for word in words:
         assert str(word) in done.stderr, f"{word!r} not in:\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny matrices gain nothing from threads, and lose much where the machine is shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

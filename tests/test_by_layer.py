@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from src.chat.encoding import Encoded
 from src.core import artifact
 from src.core.errors import ProofFailed, WrongKind
-from src.models import by_layer, gptq, gptq_layers, quantized_folder, seen
+from src.models import by_layer, gptq, quantized_folder, quantizing, seen
 
 ROWS = [Encoded(row, row) for row in (list(range(5, 20)), list(range(30, 37)), list(range(50, 90)))]
 OFTEN = {"llama", "qwen3", "gemma3_text", "mixtral", "gpt2"}
@@ -77,7 +77,7 @@ def test_every_family_says_the_same_or_is_taken_whole(kind, tmp_path):
 def test_experts_that_are_no_linear_layers_are_not_left_unquantized_in_silence(tmp_path):
     _, found = on_disk("mixtral", tmp_path)
     with pytest.raises(WrongKind, match=r"mlp\.experts\.\w+ of layer 0 is none"):
-        gptq_layers.quantize(found, [row.input_ids for row in ROWS], how, tmp_path / "layers")
+        quantizing.quantize(found, [row.input_ids for row in ROWS], how, tmp_path / "layers")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -86,10 +86,10 @@ def test_a_quantization_that_was_killed_goes_on_behind_the_last_layer(kind, tmp_
     for name in ("whole", "killed"):
         _, found = on_disk(kind, tmp_path / kind)
         if name == "killed":
-            gptq_layers.quantize(found, rows, how, tmp_path / name)
+            quantizing.quantize(found, rows, how, tmp_path / name)
             (tmp_path / name / "layer-00001.safetensors").unlink()
             (tmp_path / name / "layer-00001.partial").write_bytes(b"half")
-        losses = gptq_layers.quantize(found, rows, how, tmp_path / name)
+        losses = quantizing.quantize(found, rows, how, tmp_path / name)
     for file in sorted((tmp_path / "whole").iterdir()):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
     assert len(losses) == 2 * {"llama": 4, "gpt2": 4}[kind] and len(list((tmp_path / "killed").iterdir())) == 2
@@ -105,16 +105,16 @@ def test_a_folder_that_leaves_out_how_names_begin_is_read_back(tmp_path):
     start = artifact.open_any(source)
     found = by_layer.need(start)
     before = seen.observe(seen.by_layer(found, "before"), ROWS)
-    gptq_layers.quantize(found, [row.input_ids for row in ROWS], lambda name: gptq.Settings(8, 32, 0.05, False), tmp_path / "layers")
+    quantizing.quantize(found, [row.input_ids for row in ROWS], lambda name: gptq.Settings(8, 32, 0.05, False), tmp_path / "layers")
     quantized_folder.write(source, tmp_path / "layers", out := Path(shutil.copytree(source, tmp_path / "out")))
-    after = seen.observe(seen.by_layer(gptq_layers.opened(start, out), "after"), ROWS, before.top_k_ids)
+    after = seen.observe(seen.by_layer(quantizing.opened(start, out), "after"), ROWS, before.top_k_ids)
     assert 0 < np.abs(after.losses - before.losses).max() < 0.2
 
 
 def test_a_matrix_that_no_row_reaches_is_rounded_to_the_nearest_and_that_is_said(tmp_path, capsys):
     model, found = on_disk("llama", tmp_path)
     found.layers[0].mlp.forward = torch.zeros_like
-    gptq_layers.quantize(found, [row.input_ids for row in ROWS], how, tmp_path / "layers")
+    quantizing.quantize(found, [row.input_ids for row in ROWS], how, tmp_path / "layers")
     assert "no calibration row reaches model.layers.0.mlp.gate_proj" in capsys.readouterr().err
     stored = load_file(tmp_path / "layers" / "layer-00000.safetensors")
     made = gptq.widen({suffix: stored[f"model.layers.0.mlp.up_proj.{suffix}"] for suffix in gptq.SUFFIXES})
@@ -129,4 +129,4 @@ def test_activations_that_are_no_numbers_are_named(tmp_path):
     weights = model.state_dict()
     found.take(lambda name: weights[name].clone().fill_(torch.nan) if "o_proj" in name else weights[name].clone())
     with pytest.raises(ProofFailed, match=r"model\.layers\.0\.mlp\.gate_proj"):
-        gptq_layers.quantize(found, [row.input_ids for row in ROWS], how, tmp_path / "layers")
+        quantizing.quantize(found, [row.input_ids for row in ROWS], how, tmp_path / "layers")

@@ -28,7 +28,10 @@ from src.sizing import takes
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / ".." / "shared" / "data" / "models"
-pytestmark = pytest.mark.skipif(not (shutil.which("cc") and shutil.which("make")), reason="no C compiler and make")
+pytestmark = [
+    pytest.mark.skipif(not (shutil.which("cc") and shutil.which("make")), reason="no C compiler and make"),
+    pytest.mark.usefixtures("one_thread"),
+]
 needs_stories = pytest.mark.skipif(not MODELS.is_dir(), reason="../shared/data is not here")
 
 CHATML = (
@@ -59,17 +62,6 @@ def given(model: Path) -> dict:
 
 def settings(format: str, group_size: int = 64) -> SimpleNamespace:
     return SimpleNamespace(format=format, group_size=group_size)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny matrices gain nothing from threads, and lose much where the machine is shared."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -27,13 +27,7 @@ from src.sizing import numerics
 from src.sizing.config_reader import read_shape
 from src.sizing.numerics import BF16, FP32, Floats, Integers
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

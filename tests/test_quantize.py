@@ -457,6 +457,8 @@ def test_more_loss_than_is_allowed_is_refused_and_the_ways_out_help(mixed, here,
     typed = [word for word in accepted if "=" in word]
     assert [word.split("=")[0] for word in typed] in (["max_kl"], ["max_kl", "min_agreement"])
     assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5", *typed) == 0
+    assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5") == ProofFailed.exit_code, "a finished one is held to it too"
+    assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4") == 0
     assert go(quantize, *argv, "run=limit8", "quantizer=gptq_int8", "max_kl=1e-3") == 0
 
 
@@ -524,7 +526,7 @@ def test_layers_of_bitsandbytes_are_those_that_transformers_makes_itself(name, h
             assert torch.equal(one[key], other[key]), key
         else:  # transformers takes the weights through fp16
             assert (one[key].float() - other[key].float()).abs().max() <= (1 if one[key].dtype == torch.int8 else 1e-3), key
-    matrices = {key: each for key, each in packed.matrices(safetensors_io.entries(made.path)).items() if isinstance(each, packed.Stored)}
+    matrices = {key: each for key, each in packed.matrices(safetensors_io.entries(made.path)).items() if isinstance(each, packed.Packed)}
     source = load_file(here / "model" / "model.safetensors")
     assert len(matrices) == 7 and all(each.shape == source[key].shape for key, each in matrices.items())
     assert all(

@@ -144,7 +144,7 @@ class Stage(Generic[V]):
     resumes(partial) -> whether a partial folder holds work worth keeping when the stage fails. A stage with it goes on in a partial folder of the
         same key; without it partial folders are cleared.
     guards(partial) -> whether that work is so costly that one of another key is not cleared unless forced; as `resumes` unless given.
-    judge(cfg, made): raises GateFailed where a finished artifact does not keep to what the settings demand of it. It is kept, and judged again by each call.
+    judge(cfg, made): raises where a finished artifact does not keep to what the settings demand of it. It is kept, and judged again by each call.
     early(cfg, run) -> the inputs that no other stage makes, checked before those are there; for launchers (--settings-only).
     """
 

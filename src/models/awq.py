@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from src.core.errors import using
-from src.models import gptq, safetensors_io
+from src.models.matrix import Packed
 
 SUFFIXES = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -56,30 +55,16 @@ def made_of(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> 
     return ((values - zeros) * scales.float()).flatten(1)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A matrix in a folder, by the name its weight would have. parts: {suffix: entry}."""
-
-    name: str
-    parts: dict[str, safetensors_io.Entry]
-
+class Stored(Packed):
     @property
     def shape(self) -> tuple[int, int]:
         width, words = self.parts["qweight"].shape
         return 8 * words, width
 
-    @property
-    def form(self) -> gptq.Nearest:
-        """A plain rounding that is as fine."""
-        groups = self.parts["scales"].shape[0]
-        return gptq.Nearest(4, self.shape[1] // groups if groups > 1 else -1)
-
-    def __call__(self) -> torch.Tensor:
-        """The weights, fp32 (out, in). Raises BadData where its tensors do not belong together."""
-        with using(f"the quantized matrix {self.name}", self.parts["qweight"].file):
-            words, zeros, scales = (safetensors_io.load(self.parts[suffix]) for suffix in SUFFIXES)
-            values = unpack(words).view(len(scales), -1, scales.shape[1]).float()
-            return values.sub_(unpack(zeros)[:, None]).mul_(scales[:, None].float()).flatten(0, 1).T.contiguous()
+    def widen(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        words, zeros, scales = (tensors[suffix] for suffix in SUFFIXES)
+        values = unpack(words).view(len(scales), -1, scales.shape[1]).float()
+        return values.sub_(unpack(zeros)[:, None]).mul_(scales[:, None].float()).flatten(0, 1).T.contiguous()
 
 
 def matrices(entries: dict) -> dict:

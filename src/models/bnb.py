@@ -10,6 +10,7 @@ import torch
 from src.core.errors import using
 from src.core.processes import import_quietly
 from src.models import gptq, safetensors_io
+from src.models.matrix import Packed
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 SCALES = "SCB"
@@ -43,18 +44,7 @@ class Int8:
         return gptq.with_loss(tensors, values * (largest / 127)[:, None], weight)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A matrix in a folder, by the name its weight would have. parts: {suffix: entry}."""
-
-    name: str
-    parts: dict[str, safetensors_io.Entry]
-
-    @property
-    def form(self) -> gptq.Nearest:
-        """A plain rounding that is as fine."""
-        return gptq.Nearest(4, 64) if STATE in self.parts else gptq.Nearest(8, -1)
-
+class Stored(Packed):
     @property
     def shape(self) -> tuple[int, int]:
         if STATE not in self.parts:
@@ -64,18 +54,15 @@ class Stored:
             out, width = json.loads(safetensors_io.load(self.parts[STATE]).numpy().tobytes())["shape"]
         return out, width
 
-    def __call__(self) -> torch.Tensor:
-        """The weights, fp32 (out, in). Raises BadData where its tensors do not belong together."""
-        with using(f"the quantized matrix {self.name}", self.parts["weight"].file):
-            tensors = {suffix: safetensors_io.load(entry) for suffix, entry in self.parts.items()}
-            if STATE not in tensors:
-                return tensors["weight"] * (tensors[SCALES].float() / 127)[:, None]
-            import_quietly("bitsandbytes")
-            from bitsandbytes.functional import QuantState, dequantize_4bit
+    def widen(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        if STATE not in tensors:
+            return tensors["weight"] * (tensors[SCALES].float() / 127)[:, None]
+        import_quietly("bitsandbytes")
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
-            packed = tensors.pop("weight")
-            state = QuantState.from_dict({suffix.removeprefix("weight."): t for suffix, t in tensors.items()}, device=packed.device)
-            return dequantize_4bit(packed, state).float()
+        packed = tensors.pop("weight")
+        state = QuantState.from_dict({suffix.removeprefix("weight."): t for suffix, t in tensors.items()}, device=packed.device)
+        return dequantize_4bit(packed, state).float()
 
 
 def matrices(entries: dict) -> dict:

@@ -43,7 +43,7 @@ class Place:
     module: Any
     name: str
     full: str
-    source: safetensors_io.Entry | packed.Stored | Callable[[], torch.Tensor]
+    source: safetensors_io.Entry | packed.Packed | Callable[[], torch.Tensor]
 
     def load(self, into: torch.Tensor | None, *, narrow: bool) -> torch.Tensor:
         """The tensor, fp32; written over `into` where that is given. narrow: as it is stored, if its module computes in fp32 from that."""

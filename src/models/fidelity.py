@@ -63,6 +63,12 @@ class Change:
             f"{self.agreement:.1%} of {self.tokens:,} held-out tokens"
         )
 
+    @classmethod
+    def of(cls, metrics: dict) -> "Change":
+        """That of a manifest which has its `metrics`."""
+        names = ("proof_rows", "proof_tokens", "loss_before", "loss_after", "loss_waver", "kl", "kl_waver", "agreement")
+        return cls(*(metrics[name] for name in names))
+
     def metrics(self) -> dict:
         return {
             "proof_rows": self.rows,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from src.core.errors import using
 from src.models import safetensors_io
+from src.models.matrix import Packed
 from src.sizing.budget import filling
 
 BLOCK = 128
@@ -223,13 +223,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     return values
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A matrix in a folder, by the name its weight would have. parts: {suffix: entry}."""
-
-    name: str
-    parts: dict[str, safetensors_io.Entry]
-
+class Stored(Packed):
     @property
     def shape(self) -> tuple[int, int]:
         return self.parts["qweight"].shape[1], self.parts["g_idx"].shape[0]
@@ -239,10 +233,8 @@ class Stored:
         width, groups = self.shape[1], self.parts["scales"].shape[0]
         return Nearest(32 * self.parts["qweight"].shape[0] // width, width // groups if groups > 1 else -1)
 
-    def __call__(self) -> torch.Tensor:
-        """The weights, fp32 (out, in). Raises BadData where its tensors do not belong together, or are in another form than `widen` knows."""
-        with using(f"the quantized matrix {self.name}", self.parts["qweight"].file):
-            return widen({suffix: safetensors_io.load(entry) for suffix, entry in self.parts.items()})
+    def widen(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return widen(tensors)
 
 
 def matrices(entries: dict[str, safetensors_io.Entry]) -> dict[str, safetensors_io.Entry | Stored]:

@@ -1,92 +1,30 @@
-"""A model quantized with GPTQ a layer at a time, and what was written read back the same way.
-
-Within a layer the matrices go in the order they are called, those that share an input together, each calibrated on what the ones before it make of the
-rows once they are quantized. A finished layer is a file, so a run that was killed goes on behind the last.
+"""A layer quantized with GPTQ: its matrices in the order they are called, those that share an input together, each calibrated on what the ones before it make
+of the rows once they are quantized.
 """
 
 import contextlib
-import re
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch._dynamo
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerFast
-from transformers.pytorch_utils import Conv1D
 
-from src.core.artifact import Artifact
-from src.core.errors import ProofFailed, WrongKind, using
-from src.core.files import read_json
-from src.core.log import progress, warn
-from src.core.processes import silenced
-from src.models import awq, awq_layers, by_layer, complete, gptq, loading, packed, safetensors_io, seen
-from src.models.by_layer import INSIDE, ByLayer, Pass, Reached
-from src.models.folder import trust_of
-from src.models.layers import LINEAR, flat, inputs_together, linear_of, outputs_first
-
-VOCABULARY = 64
-"""rows of the vocabulary that a model of one layer has"""
-How = Callable[[str], Any] | awq.Settings
-"""how each matrix is quantized, by its name: gptq.Settings, or what has `round`, which needs no rows; or how a layer is"""
-COMPARED = 256
-"""tokens that matrices are compared at"""
-OUTLIER, OUTLIER_OUTPUT = 2.5, 4.0
-"""times what rounding to the nearest changes of a matrix's outputs, and of one of them that is mostly wrong, from which on it is another fault; on
-SmolLM2-135M GPTQ comes to at most 0.8, and 2.4"""
-OTHER = 0.1
-"""share of a layer's weights that may be in no linear layer"""
+from src.core.errors import ProofFailed
+from src.core.log import warn
+from src.models import gptq
+from src.models.by_layer import ByLayer, Pass, Reached
+from src.models.layers import flat, inputs_together, outputs_first
 
 
-def quantize(model: ByLayer, rows: list[list[int]], how: How, folder: Path) -> list[float]:
-    """Quantize every linear layer inside the model's layers; the tensors of layer N go into layer-N.safetensors in `folder`.
+def quantize_layer(
+    model: ByLayer, number: int, passes: list[Pass], how: Callable[[str], gptq.Settings]
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """({name: tensor} of a layer's matrices; the loss of each group of them, per token). The layer has to be held; its weights change.
 
-    rows: token ids to calibrate on, which rounding to the nearest needs none of. Returns the loss of each group of matrices, per token. Raises WrongKind
-    for layers that are mostly something else, ProofFailed where the rows' activations are no numbers.
+    how: by a matrix's name. Raises ProofFailed where activations are no numbers.
     """
-    folder.mkdir(exist_ok=True)
-    with model.held("embedding"):
-        passes = [model.start([rows[i] for i in group]) for group in model.batches(rows)] if rows else []
-    losses: list[float] = []
-    for number in progress(range(len(model.layers)), "quantizing layers"):
-        file = folder / f"layer-{number:05d}.safetensors"
-        with model.held(number), torch.no_grad():
-            if not file.is_file():
-                tensors, found = _quantize_layer(model, number, passes, how)
-                save_file(tensors, partial := file.with_suffix(".partial"), {"losses": " ".join(map(repr, found))})
-                partial.rename(file)
-            losses += _take(model, number, file)
-            model.through(number, passes)
-    return losses
-
-
-def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: How) -> tuple[dict[str, torch.Tensor], list[float]]:
     names = {module: name for name, module in model.names(number)}
-    linear = linear_of(model, number)
-    inside = sum(module.weight.numel() for module in linear)
-    largest = max(
-        ((p.numel(), name) for name, p in model.layers[number].named_parameters() if not _is_of(name, model.layers[number])),
-        default=(0, ""),
-    )
-    if largest[0] > OTHER * (inside + largest[0]):
-        raise WrongKind(
-            f"GPTQ quantizes linear layers, and {largest[1]} of layer {number} is none, with {largest[0] / (inside + largest[0]):.0%} of its weights",
-        )
-    if isinstance(how, awq.Settings):
-        return awq_layers.quantize_layer(model, number, passes, how)
     tensors: dict[str, torch.Tensor] = {}
     losses = []
-    if not passes:
-        for module in linear:
-            made = how(names[module]).round(outputs_first(module))
-            tensors |= {f"{names[module]}.{suffix}": t.cpu() for suffix, t in made.tensors.items()}
-            losses.append(made.loss)
-        return tensors, losses
     for group in inputs_together(model, number, passes[0]):
         own = how(names[group[0]])
         hessian = gptq.Hessian(outputs_first(group[0]).shape[1], model.device)
@@ -126,159 +64,3 @@ def _add_inputs(model: ByLayer, number: int, module: nn.Module, each: Pass, hess
     with contextlib.suppress(Reached):
         model.call(number, each)
     hook.remove()
-
-
-def _take(model: ByLayer, number: int, file: Path) -> list[float]:
-    """Put into a layer that is held what its file says; returns the file's losses."""
-    stored = packed.matrices(safetensors_io.entries(file.parent, file.name))
-    for name, module in model.names(number):
-        if found := stored.get(f"{name}.weight"):
-            outputs_first(module).copy_(safetensors_io.load(found) if isinstance(found, safetensors_io.Entry) else found())
-    with safetensors_io.opened(file) as stored:
-        return [float(text) for text in stored.metadata()["losses"].split()]
-
-
-def _is_of(name: str, layer: nn.Module) -> bool:
-    return isinstance(layer.get_submodule(name.rpartition(".")[0]), LINEAR)
-
-
-# ---- reading back
-
-
-def read_back(start: Artifact, source: Path, out: Path, rows: list, at) -> tuple:
-    """(token ids of aux_files' probes, what the quantized model says at `rows`), from the folder `out` alone but for the code and the shape of the model
-    it was made from. Made to run in a fresh process.
-
-    source: whose tensors are the folder's where they were not quantized. at: see seen.observe. Raises ProofFailed, naming the tensor, as `compare` does.
-    """
-    model = opened(start, out)
-    compare(model, start.path, source, out, [row.input_ids for row in rows])
-    return complete.token_ids(out, trust_of(start)), seen.observe(seen.by_layer(model, "proof"), rows, at)
-
-
-def opened(start: Artifact, out: Path) -> ByLayer:
-    """The quantized model in `out`. start: what it was made from."""
-    model = by_layer.need(replace(start, kind="model"))
-    stored = packed.matrices(safetensors_io.entries(out))
-    conv = turned(model)
-
-    def tensor(name: str) -> torch.Tensor:
-        # Some folders leave out how the model's own names begin.
-        found = stored[next(each for each in stored if name == each or name.endswith(f".{each}"))]
-        if isinstance(found, safetensors_io.Entry):
-            return safetensors_io.load_wide(found)
-        return found().T if name in conv else found()
-
-    model.take(tensor)
-    return model
-
-
-def compare(model: ByLayer, start: Path, source: Path, out: Path, rows: list[list[int]]) -> None:
-    """Hold every tensor of the folder `out` to what it was made from. model: it, opened. rows: token ids to compare matrices at.
-
-    Raises ProofFailed where an output of a matrix is further from what it was than rounding explains, and where another tensor is not the source's, bit
-    for bit.
-    """
-    as_stored, made = safetensors_io.entries(source), packed.matrices(safetensors_io.entries(out))
-    if missing := sorted(as_stored.keys() ^ made.keys()):
-        raise ProofFailed(f"{missing[0]} is in one of the folder and what it was made from alone", where=str(out))
-    awq_made = any(isinstance(found, awq.Stored) for found in made.values())
-    plain = any(isinstance(found, gptq.Stored) for found in made.values())
-    for name, found in made.items():
-        if isinstance(found, safetensors_io.Entry) and not (awq_made and INSIDE.search(name)) and not _same_bits(found, as_stored[name]):
-            raise ProofFailed(f"{name}, which is not quantized, is not the source's", where=str(out))
-    if not plain:  # AWQ's matrices and norms are scaled against each other; NF4 gives up its blocks' largest weights, which plain rounding keeps
-        return
-    with model.held("embedding"):
-        each = model.start([row[: COMPARED // len(rows[:4])] for row in rows[:4]])
-    exact = safetensors_io.entries(start)
-    for number in progress(range(len(model.layers)), "comparing layers"):
-        with model.held(number):
-            inputs = _inputs(model, number, each)
-            for name, module in model.names(number):
-                if module in inputs and isinstance(matrix := made.get(f"{name}.weight"), gptq.Stored):
-                    weight = safetensors_io.load_wide(exact[f"{name}.weight"])
-                    _hold(name, weight.T if isinstance(module, Conv1D) else weight, outputs_first(module), inputs[module], matrix.form, out)
-
-
-def _same_bits(*entries: safetensors_io.Entry) -> bool:
-    return torch.equal(*(safetensors_io.load(entry).reshape(-1).view(torch.uint8) for entry in entries))
-
-
-def _hold(name: str, weight: torch.Tensor, rounded: torch.Tensor, inputs: torch.Tensor, form: gptq.Nearest, out: Path) -> None:
-    """Raises ProofFailed where outputs are further from what they were on `inputs`, (tokens, in), than rounding to the nearest takes them."""
-    nearest = gptq.nearest(weight.contiguous(), form).weight
-    moved, explained = ((inputs @ (each - weight).T).norm(dim=0) for each in (rounded, nearest))
-    whole = float(moved.norm() / explained.norm())
-    times = moved / explained.clamp_(min=explained.mean() / 10)
-    times[moved < (inputs @ weight.T).norm(dim=0) / 2] = 0
-    if not (whole <= OUTLIER and float(times.max()) <= OUTLIER_OUTPUT):
-        what, far = (name, whole) if not whole <= OUTLIER else (f"output {int(times.argmax())} of {name}", float(times.max()))
-        raise ProofFailed(
-            f"what {what} gives is {far:.1f} times as far from what it was as rounding to {form.bits} bits takes it", where=str(out)
-        )
-
-
-def _inputs(model: ByLayer, number: int, each: Pass) -> dict[nn.Module, torch.Tensor]:
-    """What a pass gives each of a layer's matrices that it calls, fp32 (tokens, in), padding left out; the pass goes on behind the layer."""
-    found: dict[nn.Module, torch.Tensor] = {}
-
-    def note(module, given) -> None:
-        found[module] = flat(given[0], each)
-
-    hooks = [module.register_forward_pre_hook(note) for module in linear_of(model, number)]
-    model.through(number, [each])
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def turned(model: ByLayer) -> set[str]:
-    """Names of the weights that are stored as (in, out)."""
-    return {f"{name}.weight" for number in range(len(model.layers)) for name, module in model.names(number) if isinstance(module, Conv1D)}
-
-
-def check_first_layer(start: Artifact, out: Path, scratch: Path) -> None:
-    """Load the folder's first layer with the kernels that will run it, and run it beside ours. Made to run in a fresh process.
-
-    scratch: an empty folder to use. Raises ProofFailed where they differ.
-    """
-    torch._dynamo.config.disable = True  # gptqmodel has what unpacks 3 bits compiled, half a minute for what runs in a millisecond
-    model = opened(start, out)
-    write_first_layer(model, out, scratch)
-    block = read_json(out / "config.json")["quantization_config"]
-    with using("what was quantized", out, fix=()), silenced():
-        theirs = loading.load_with_kernels(scratch, torch.float32)
-    row = list(range(64))
-    with model.held("embedding"):
-        each = model.start([row])
-    args, kwargs = each.calls[0]
-    with torch.no_grad():
-        with silenced():
-            there = theirs.get_submodule(f"{model.places.name}.0")(each.hidden, *args, **kwargs)
-        with model.held(0):
-            here = model.call(0, each)
-    there = there[0] if isinstance(there, tuple) else there
-    error = float((here - there).norm() / (here - each.hidden).norm())
-    if not error < (5e-2 if block.get("load_in_8bit") else 2e-2):  # int8 kernels round what comes in too
-        raise ProofFailed(f"its kernels make of the first layer something else than it holds: {error:.1%} of what it adds", where=str(out))
-
-
-def write_first_layer(model: ByLayer, out: Path, folder: Path) -> None:
-    """A model of the first of a folder's layers and a few rows of its vocabulary, byte for byte."""
-    config = AutoConfig.from_pretrained(out, local_files_only=True)
-    text = config.get_text_config()
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, VOCABULARY, None
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    config.save_pretrained(folder)
-    words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, "0"))  # gptqmodel asks for a tokenizer of the model's size
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="0").save_pretrained(folder)
-    later = re.compile(rf"(^|\.){re.escape(model.places.name.rpartition('.')[2])}\.[1-9]\d*\.")
-    ends = {place.full for what in ("embedding", "head") for place in model.places.tensors.get(what, ())}
-    kept = {}
-    for name, entry in safetensors_io.entries(out).items():
-        if not later.search(name):
-            table = any(name == end or end.endswith(f".{name}") for end in ends)
-            kept[name] = replace(entry, shape=(VOCABULARY, *entry.shape[1:])) if table else entry
-    safetensors_io.write(folder, list(kept.values()), kept.__getitem__, safetensors_io.parse_size("5GB"))

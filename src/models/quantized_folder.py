@@ -25,7 +25,7 @@ def write(source: Path, layers: Path, out: Path) -> None:
         found = made.get(name)
         if isinstance(found, Entry):  # a norm that AWQ scaled
             scaled[name] = found
-        written += found.parts.values() if isinstance(found, packed.Stored) else [entry]
+        written += found.parts.values() if isinstance(found, packed.Packed) else [entry]
     stored = {entry.name: entry for entry in written}
 
     def tensor(name: str):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from src.core.errors import BadData
 from src.models import held, packed, safetensors_io
 
-Stored = dict[str, safetensors_io.Entry | packed.Stored]
+Stored = dict[str, safetensors_io.Entry | packed.Packed]
 
 
 def build(config: Any) -> Any:
@@ -48,7 +48,7 @@ def widened(path: Path) -> Any:
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     del config.quantization_config
     model, entries = build(config), packed.matrices(safetensors_io.entries(path))
-    first = next((entry for entry in entries.values() if isinstance(entry, packed.Stored)), None)
+    first = next((entry for entry in entries.values() if isinstance(entry, packed.Packed)), None)
     if first is None or not stored_as_named(model, entries) or not _known(first):
         return None
     stored = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False) if name in entries}
@@ -59,7 +59,7 @@ def widened(path: Path) -> Any:
                 continue
             if empty not in made:
                 entry = entries[stored[empty]]
-                wide = entry().half() if isinstance(entry, packed.Stored) else safetensors_io.load(entry)
+                wide = entry().half() if isinstance(entry, packed.Packed) else safetensors_io.load(entry)
                 if type(module) not in held.KINDS or own != "weight":
                     wide = wide.float()
                 made[empty] = torch.nn.Parameter(wide, requires_grad=False)
@@ -70,7 +70,7 @@ def widened(path: Path) -> Any:
     return model
 
 
-def _known(matrix: packed.Stored) -> bool:
+def _known(matrix: packed.Packed) -> bool:
     try:
         return bool(matrix().numel())
     except BadData:

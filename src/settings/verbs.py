@@ -406,14 +406,19 @@ class AuxFilesVerb(Verb):
     """model folder made elsewhere that lacks them"""
 
 
-class Grouped(Settings):
-    group_size: Literal[-1, 16, 32, 64, 128]
-    """weights that share a scale; -1: a whole column"""
+class OneWidth(Settings):
+    bits: Literal[3, 4, 8]
+    """bits per weight"""
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Bits of the weights, the fewest first."""
-        raise NotImplementedError
+        return (self.bits,)
+
+
+class Grouped(Settings):
+    group_size: Literal[-1, 16, 32, 64, 128]
+    """weights that share a scale; -1: a whole column"""
 
 
 class GptqSettings(Grouped):
@@ -423,15 +428,9 @@ class GptqSettings(Grouped):
     """share of the mean Hessian diagonal added for stability"""
 
 
-class GptqQuantizer(GptqSettings):
+class GptqQuantizer(OneWidth, GptqSettings):
     kind: Literal["gptq"]
     """Frantar et al. 2022, arXiv:2210.17323"""
-    bits: Literal[3, 4, 8]
-    """bits per weight"""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (self.bits,)
 
 
 class MixedQuantizer(GptqSettings):
@@ -445,18 +444,12 @@ class MixedQuantizer(GptqSettings):
         return (4, 8)
 
 
-class RtnQuantizer(Grouped):
+class RtnQuantizer(OneWidth, Grouped):
     kind: Literal["rtn"]
     """each weight rounded to the nearest, whatever the conversations: what another method has to be better than"""
-    bits: Literal[3, 4, 8]
-    """bits per weight"""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (self.bits,)
 
 
-class BnbQuantizer(Settings):
+class BnbQuantizer(OneWidth):
     kind: Literal["bnb"]
     """bitsandbytes' layers, for GPUs, without calibration: NF4 in 4 bits (arXiv:2305.14314), LLM.int8() in 8 (arXiv:2208.07339)"""
     bits: Literal[4, 8]
@@ -464,18 +457,12 @@ class BnbQuantizer(Settings):
     double_quant: bool
     """NF4's scales in 8 bits too, 0.4 bits a weight less"""
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (self.bits,)
 
-
-class AwqQuantizer(Grouped):
+class AwqQuantizer(OneWidth, Grouped):
     kind: Literal["awq"]
     """Lin et al. 2023, arXiv:2306.00978"""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (4,)
+    bits: Literal[4]
+    """bits per weight"""
 
 
 AnyQuantizer = Annotated[GptqQuantizer | MixedQuantizer | RtnQuantizer | AwqQuantizer | BnbQuantizer, Field(discriminator="kind")]
