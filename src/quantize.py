@@ -22,7 +22,8 @@ from src.models import calibration, complete, exact_sum, fidelity, quantized_fol
 from src.models.devices import device, give_back_memory
 from src.models.folder import check_folder, check_tokenizer, trust_of
 from src.models.loading import load_tokenizer
-from src.settings.verbs import AnyQuantizer, AwqQuantizer, BnbQuantizer, GptqQuantizer, MixedQuantizer, QuantizeVerb, RtnQuantizer
+from src.settings.quantizers import AnyQuantizer, AwqQuantizer, BnbQuantizer, GptqQuantizer, MixedQuantizer, RtnQuantizer
+from src.settings.verbs import QuantizeVerb
 from src.sizing import budget, host
 from src.sizing.config_reader import read_shape
 

@@ -13,7 +13,7 @@ from test_structure import loaded_by
 from src.core import memory, room
 from src.core.errors import NoMemory, NoRoom, WrongKind
 from src.core.room import Needs, Room
-from src.settings.verbs import Calibration
+from src.settings.quantizers import Calibration
 from src.sizing import host
 from src.sizing.config_reader import read_shape
 

@@ -11,7 +11,7 @@ from src.chat import encoding
 from src.chat.rows import rows_of
 from src.core.log import progress, say, warn
 from src.records.sources import opened
-from src.settings.verbs import Calibration
+from src.settings.quantizers import Calibration
 
 FEW = 4096
 """tokens below which a Hessian of a model's width is mostly guessed"""

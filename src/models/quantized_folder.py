@@ -8,7 +8,7 @@ from src import __version__
 from src.core.files import read_json, write_json
 from src.models import safetensors_io
 from src.models.safetensors_io import Entry
-from src.settings.verbs import AnyQuantizer, AwqQuantizer, BnbQuantizer, RtnQuantizer
+from src.settings.quantizers import AnyQuantizer, AwqQuantizer, BnbQuantizer, RtnQuantizer
 
 FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 """what vLLM calls the matrix that it makes of this one and others of one input"""

@@ -9,8 +9,9 @@ from src.core import room
 from src.core.compose import CONFIGS
 from src.core.log import size, table
 from src.core.room import Needs
+from src.settings.quantizers import Calibration
 from src.settings.targets import Axera, Mobilint
-from src.settings.verbs import Calibration, Evaluation, FullTuner, PlanVerb
+from src.settings.verbs import Evaluation, FullTuner, PlanVerb
 from src.sizing import budget, host
 from src.sizing.shape import ModelShape
 from src.training import launch

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.core.room import Needs
+from src.settings.quantizers import Calibration
 from src.settings.targets import Llama2c, Openvino, Target
-from src.settings.verbs import AdapterTuner, Calibration, Deepspeed, Evaluation, FullTuner, PlanTrain, Train, Tuner
+from src.settings.verbs import AdapterTuner, Deepspeed, Evaluation, FullTuner, PlanTrain, Train, Tuner
 from src.sizing import budget
 from src.sizing.shape import Layer, ModelShape
 
