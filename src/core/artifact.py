@@ -347,6 +347,21 @@ def building(
         note.unlink(missing_ok=True)
 
 
+def link(found: Artifact, path: Path) -> None:
+    """Have a finished artifact at another place too: its files are linked where the disk can, as what is finished never changes, else copied."""
+    if path.exists():
+        raise Moved(f"'{path}' is in the way", fix=NOT_OURS)
+    with building(path, found.key) as out:
+        shutil.copytree(found.path, out, copy_function=_linked, dirs_exist_ok=True)
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def in_the_way(path: Path) -> list[Path]:
     """What stands where an artifact, or its `.partial`, is to be, and was neither finished nor begun by this program: a user's own files, an artifact
     whose manifest is lost, a link. An empty folder is in nobody's way."""

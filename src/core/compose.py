@@ -84,7 +84,7 @@ def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
         for name in names:
             if name not in options:
                 faults.append(
-                    f"{override.input_line}: no such {override.key_or_group}{_nearest(name, options)}; there is {', '.join(sorted(options))}"
+                    f"{override.input_line}: no such {override.key_or_group}{nearest(name, options)}; there is {', '.join(sorted(options))}"
                 )
         if any(name not in options for name in names):
             chosen.remove(override)
@@ -97,7 +97,7 @@ def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
         if key in known or _inside(tree, key) or key.rpartition(".")[0] in _open(schema):
             valid.append(override)
         else:
-            faults.append(f"{override.input_line}: unknown setting '{key}'{_elsewhere(verb, key, groups) or _nearest(key, known)}")
+            faults.append(f"{override.input_line}: unknown setting '{key}'{_elsewhere(verb, key, groups) or nearest(key, known)}")
     found: list[M] = []
     try:
         tree = _plain(composed, valid, _open(schema))
@@ -116,6 +116,24 @@ def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
         what = faults[0] if len(faults) == 1 else f"{len(faults)} faults\n" + "\n".join(f"  - {fault}" for fault in faults)
         raise ConfigError(what, fix=f"python -m src.{verb} --help lists every setting")
     return found[0]
+
+
+def sweeps(overrides: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """([(key, values as typed)] of those that Hydra sweeps over, such as train.epochs=1,2, and the others as they are)."""
+    swept, others = [], []
+    for text in overrides:
+        parsed, _ = _parse([text], sweeping=True)
+        if parsed and parsed[0].is_sweep_override():
+            swept.append((parsed[0].key_or_group, text.partition("=")[2]))
+        else:
+            others.append(text)
+    return swept, others
+
+
+def values(override: str) -> list[str]:
+    """Each value of a sweep over a list, as typed; none of one over a range that only a sweeper can draw from."""
+    parsed, _ = _parse([override], sweeping=True)
+    return [str(value) for value in parsed[0].sweep_string_iterator()] if parsed and parsed[0].is_discrete_sweep() else []
 
 
 def each(overrides: list[str], *names: str) -> list[list[str]]:
@@ -192,8 +210,8 @@ def _container(tree: object) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _parse(overrides: list[str]) -> tuple[list[Override], list[str]]:
-    """Hydra's parsed overrides, and a fault for each that is not of the form key=value."""
+def _parse(overrides: list[str], *, sweeping: bool = False) -> tuple[list[Override], list[str]]:
+    """Hydra's parsed overrides, and a fault for each that is not of the form key=value, or of several values unless `sweeping`."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parser, parsed, faults = OverridesParser.create(), [], []
@@ -209,7 +227,7 @@ def _parse(overrides: list[str]) -> tuple[list[Override], list[str]]:
                 continue
             faults.append(f"'{text}': not of the form key=value (a value with special characters needs quotes: \"key='a, b'\")")
             continue
-        if override.is_sweep_override():
+        if override.is_sweep_override() and not sweeping:
             faults.append(f"'{text}': a list of values to sweep over; run the command once for each, or write a list as [a,b]")
         else:
             parsed.append(override)
@@ -261,7 +279,7 @@ def _option(group: str, option: str) -> dict[str, Any]:
     return _container(OmegaConf.load(CONFIGS / group / f"{option}.yaml"))
 
 
-def _nearest(word: str, options: Iterable[str]) -> str:
+def nearest(word: str, options: Iterable[str]) -> str:
     """`; did you mean 'x'?` by spelling, the last part of a dotted key counting as much as the whole."""
     options = sorted(options)
     tails = {o.rsplit(".", 1)[-1]: o for o in reversed(options)}

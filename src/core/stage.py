@@ -29,6 +29,10 @@ from src.settings.verbs import Verb
 ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
+PARENT = "BOARDWALK_PARENT"
+"""environment variable: the process that this one is to end with, where that started it as a stage of a road"""
+
+
 @dataclass(frozen=True)
 class Run:
     """The folder <outputs>/<run> and what is finished in it. dry: nothing is written, caches included."""
@@ -192,6 +196,8 @@ def guarded(work: Callable[[], int]) -> int:
     """Exit code of `work`, with errors a user can mend printed instead of raised. A worker process ends with the one that started it."""
     if launcher := os.environ.get("BOARDWALK_WORKER"):
         end_with_parent(int(launcher))
+    if parent := os.environ.pop(PARENT, None):
+        end_with_parent(int(parent))
     try:
         with interrupted_by_signals():
             check_environment()
@@ -285,30 +291,43 @@ def _main(stage: Stage[V], argv: list[str]) -> int:
     return max(_one(stage, c, run, argv) for c in configs)
 
 
-def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
+@dataclass(frozen=True)
+class Ahead:
+    """One artifact that a call means. path: where it is or will be. done: it, where it is up to date; else None."""
+
+    inputs: Inputs
+    path: Path
+    settings: dict[str, Any]
+    key: str
+    done: Artifact | None
+
+
+def ahead(stage: Stage[V], cfg: V, run: Run) -> Ahead:
+    """What a call has before it. Raises Moved where something made or begun otherwise, or nothing of ours, is in its place and `force` is not given."""
     inputs = stage.find(cfg, run)
     name = stage.name(cfg, inputs) if stage.name else stage.verb
     path = run.folder / name
     settings = cfg.model_dump(mode="json")
     refuse_secrets(settings)
     key = artifact.key_of(stage.verb, stage.version, settings, {role: a.key for role, a in inputs.items()})
-    if artifact.is_finished(path) and not cfg.force:
+    if cfg.force:
+        return Ahead(inputs, path, settings, key, None)
+    if artifact.is_finished(path):
         old = artifact.open_artifact(path)
         if old.key == key:
-            say(f"{name}: up to date, skipped (same settings, same parents; key {key[:12]})")
-            return _judged(stage, cfg, old)
+            return Ahead(inputs, path, settings, key, old)
         raise Moved(
             f"'{path}' is finished, but was made otherwise:\n" + "\n".join(f"  {line}" for line in moved(old, stage, settings, inputs)),
             fix=["force=true makes it again in place", f"{_other_run(stage, inputs)} keeps both", "go back to the old settings"],
         )
-    for foreign in artifact.in_the_way(path) if not cfg.force else []:
+    for foreign in artifact.in_the_way(path):
         raise Moved(
             f"'{foreign}' is in the way, and Boardwalk neither finished nor began it: {artifact.described(foreign)}",
             fix=[*artifact.NOT_OURS, f"{_other_run(stage, inputs)} leaves it alone"],
         )
     begun = artifact.unfinished(path)
     guards = stage.guards or stage.resumes
-    if begun and guards and begun.key != key and not cfg.force and guards(begun.path):
+    if begun and guards and begun.key != key and guards(begun.path):
         raise Moved(
             f"'{begun.path}' is an unfinished run that can go on, but it was begun otherwise:\n"
             + "\n".join(f"  {line}" for line in moved(begun, stage, settings, inputs)),
@@ -318,6 +337,15 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
                 "force=true clears it and starts anew",
             ],
         )
+    return Ahead(inputs, path, settings, key, None)
+
+
+def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
+    found = ahead(stage, cfg, run)
+    inputs, path, settings, key, name = found.inputs, found.path, found.settings, found.key, found.path.name
+    if found.done:
+        say(f"{name}: up to date, skipped (same settings, same parents; key {key[:12]})")
+        return _judged(stage, cfg, found.done)
     plan = plan_of(stage, cfg, inputs, path)
     if cfg.dry_run:
         say(f"{stage.verb}: would make {path}")

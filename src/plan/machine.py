@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import yaml
 
@@ -12,25 +14,24 @@ from src.core.room import Needs
 from src.settings.quantizers import Calibration
 from src.settings.targets import Axera, Mobilint
 from src.settings.verbs import Evaluation, FullTuner, PlanVerb
-from src.sizing import budget, host
+from src.sizing import budget, host, road
 from src.sizing.shape import ModelShape
 from src.training import launch
 
 
-def road(shape: ModelShape, cfg: PlanVerb) -> Iterator[tuple[str, Needs]]:
+def stages(shape: ModelShape, cfg: PlanVerb) -> Iterator[tuple[str, Needs]]:
     """(stage, what it takes) from conversations to a bundle, each with its own defaults where the plan has no such setting."""
     gpus = launch.gpu_count()
-    adapter = not isinstance(cfg.tuner, FullTuner)
-    calibration, evaluation = Calibration(**defaults("quantize")["calibration"]), Evaluation(**defaults("evaluate")["evaluation"])
+    adapter = not isinstance(cfg.tuner, FullTuner) and not shape.quantization
+    quantize = SimpleNamespace(calibration=Calibration(**defaults("quantize")["calibration"]))
+    evaluate = SimpleNamespace(evaluation=Evaluation(**defaults("evaluate")["evaluation"]))
+    names: dict[str, Any] = {"data": cfg, f"finetune, {cfg.tuner.kind}": cfg} | ({"merge": cfg} if adapter else {})
+    names |= {} if shape.quantization else {"quantize": quantize}
     chats = host.Conversations(float("inf"), cfg.train.max_length)
-    yield "data", host.data(0)
-    yield f"finetune, {cfg.tuner.kind}", host.finetune(shape, cfg.tuner, cfg.deepspeed, cfg.train, processes=max(1, gpus), gpus=gpus)
-    if adapter and not shape.quantization:
-        yield "merge", host.merge(shape)
-    if not shape.quantization:
-        yield "quantize", host.quantize(shape, calibration, chats, exact=adapter)
-    yield "evaluate", host.evaluate([shape], evaluation, chats)
-    yield f"deploy, {cfg.target.name}", host.deploy(shape, cfg.target, exact=adapter)
+    for name, settings in {**names, "evaluate": evaluate, f"deploy, {cfg.target.name}": cfg}.items():
+        needed = road.needs(name.split(",")[0], settings, shape, chats, exact=adapter, processes=max(1, gpus), gpus=gpus)
+        assert needed is not None, "each is a stage of the road"
+        yield name, needed
     if isinstance(cfg.target, Axera | Mobilint):
         memory, disk, _ = budget.host_needs(shape, cfg.target)
         yield "its compiler", Needs({"estimated": memory}, disk)
@@ -44,7 +45,7 @@ def machine_lines(shape: ModelShape, cfg: PlanVerb) -> list[str]:
     """A table of the road's stages under a line that says what this machine has."""
     there = room.here(Path(cfg.outputs))
     rows = []
-    for stage, needs in road(shape, cfg):
+    for stage, needs in stages(shape, cfg):
         found = needs.within(there.memory)
         fits = found.memory <= there.memory and found.disk <= there.disk
         ways = "" if fits else "; ".join(needs.ways_out(there)[:1])

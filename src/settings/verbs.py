@@ -592,6 +592,13 @@ class Prompts(Settings):
     """malformed records: fail and list the first ten before anything is asked, or set them aside"""
 
 
+class PipelineVerb(Verb):
+    recipe: str
+    """the stages in their order: a name in configs/pipeline, or a YAML file of your own"""
+    objective: str
+    """of a sweep: the figure that its runs are ordered by, the smallest first, and that a sweeper like Optuna's makes small: STAGE.figure of a manifest"""
+
+
 class DistillVerb(Verb):
     recipe: Recipe
     """the steps from prompts to rows"""

@@ -100,6 +100,23 @@ def draw_choices(choices: list[tuple[str, float, float]], title: str, file: Path
     _save(figure, file)
 
 
+def draw_runs(runs: list[tuple[str, float]], figure_name: str, file: Path) -> None:
+    """A figure of several runs as a PNG: (what a run differs in, the figure) of each, the smallest first."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(6.4, 1.2 + 0.32 * len(runs)), layout="constrained")
+    for place, (_, value) in enumerate(reversed(runs)):
+        axis.plot(value, place, color=ACCENT, marker="o", markersize=6)
+        axis.annotate(f"{value:.4g}", (value, place), (7, -3), textcoords="offset points", fontsize=8, color=INK)
+    axis.set_yticks(range(len(runs)), [name for name, _ in reversed(runs)])
+    axis.margins(x=0.15, y=0.1)
+    axis.grid(axis="y", color="#e3e5e8")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(colors=INK, length=0)
+    axis.set_title(figure_name, loc="left", fontsize=11, color=INK)
+    _save(figure, file)
+
+
 def _pyplot():
     import matplotlib
 

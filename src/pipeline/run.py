@@ -1,0 +1,214 @@
+"""What is ahead on a road, told before anything is begun; and its stages, each run in a process of its own."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from src.core import artifact, room, stage
+from src.core.errors import BadData, GateFailed, Moved, NoMemory, NoRoom, Unfinished, WrongKind
+from src.core.files import read_json
+from src.core.log import duration, out, say, size, table
+from src.core.processes import Interrupted
+from src.core.room import Needs
+from src.models.folder import locate_config
+from src.pipeline import recipe
+from src.pipeline.recipe import Step
+from src.settings.verbs import FullTuner, PipelineVerb
+from src.sizing import host, road
+from src.sizing.config_reader import read_config, shape_of
+from src.sizing.shape import ModelShape
+from src.training import launch
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """One stage of a road as it stands. words: as typed after `python -m src.`. done: all that it makes is there. why: that, or what it waits for.
+
+    again: it was made otherwise, and is made anew. needs: its own estimate; None where there is none. before: how long its last result took, anywhere.
+    """
+
+    verb: str
+    argv: tuple[str, ...]
+    done: bool
+    why: str
+    again: bool
+    needs: Needs | None
+    before: str
+
+    @property
+    def words(self) -> str:
+        return shlex.join([self.verb, *self.argv])
+
+
+def plan(cfg: PipelineVerb, steps: Sequence[Step], faults: Sequence[str] = ()) -> list[Ahead]:
+    """How each stage of a road stands. faults: of settings that belong to no stage. Raises what stands in the way of any: faults of settings first, all together; then inputs, and room.
+
+    Moved, which a stage raises for what was made otherwise, is an answer where `force` is given.
+    """
+    shared = [*named(cfg), *([f"room={cfg.room}"] if cfg.room != "check" else [])]
+    settings = recipe.composed(steps, shared, faults)
+    where = stage.Run(Path(cfg.outputs) / cfg.run, dry=cfg.dry_run)
+    shape, tuner = start_of(settings, dry=cfg.dry_run)
+    found: list[Ahead] = []
+    waits = ""
+    for step, own in zip(steps, settings, strict=True):
+        state = look(step.verb, own, where, waits, force=cfg.force)
+        needed = state.needs or (estimate(step.verb, own, shape, tuner) if not state.done else None)
+        argv = (*step.overrides, *shared, *(["force=true"] if state.again and not own.force else []))
+        found.append(
+            Ahead(step.verb, argv, state.done, state.why, state.again, needed, "" if state.done else before(Path(cfg.outputs), step.verb))
+        )
+        if not state.done and step.verb not in NOTHING_FOLLOWS:
+            waits = step.verb
+    check_room(cfg, found)
+    return found
+
+
+NOTHING_FOLLOWS = ("evaluate",)
+"""stages that no other begins with"""
+
+
+@dataclass(frozen=True)
+class State:
+    done: bool
+    why: str
+    again: bool = False
+    needs: Needs | None = None
+
+
+def look(verb: str, own: Any, where: stage.Run, waits: str, *, force: bool) -> State:
+    """How one stage stands. waits: a stage before it that is not done, whose result it may begin with; '' for none."""
+    what = recipe.stage_of(verb)
+    if waits:
+        if what.early:
+            stage.plan_of(what, own, what.early(own, where), where.folder)
+        there = any(artifact.is_finished(path) for path in where.folder.glob(f"{verb}*"))
+        return State(False, f"after {waits}", again=there and force)
+    try:
+        ones = [(each, stage.ahead(what, each, where)) for each in (what.each(own, where) if what.each else [own])]
+    except Moved as moved:
+        if not force:
+            raise
+        return State(False, f"made otherwise, so made again: {' '.join(moved.what.split())}", again=True)
+    new = [(each, one) for each, one in ones if not one.done]
+    if not new:
+        return State(True, f"up to date: {', '.join(one.path.name for _, one in ones)}")
+    lines = [line for each, one in new for line in (what.check(each, one.inputs) if what.check else [])[:1]]
+    return State(False, "; ".join(lines) or ", ".join(one.path.name for _, one in new), needs=together(what, new))
+
+
+def together(what: stage.Stage[Any], new: Sequence[tuple[Any, stage.Ahead]]) -> Needs | None:
+    """What several artifacts of a stage take, made one after the other; None where it is not estimated, which the stage says itself."""
+    try:
+        each = [what.needs(own, one.inputs) for own, one in new] if what.needs else []
+    except (BadData, WrongKind):
+        each = []
+    return replace(max(each, key=lambda n: n.memory), disk=sum(n.disk for n in each)) if each else None
+
+
+def start_of(settings: Sequence[Any], *, dry: bool) -> tuple[ModelShape | None, Any]:
+    """(the shape of the model the road begins with, its tuner); None for what is not told by the settings, or cannot be read."""
+    for own in settings:
+        if model := getattr(own, "model", None):
+            try:
+                config, file = read_config(locate_config(model.path, model.revision, download=not dry))
+                return shape_of(config, str(file)), getattr(own, "tuner", None)
+            except (BadData, WrongKind):
+                break
+    return None, None
+
+
+def estimate(verb: str, own: Any, shape: ModelShape | None, tuner: Any) -> Needs | None:
+    """What a stage takes whose inputs are not there yet."""
+    if shape is None:
+        return None
+    gpus, exact = launch.gpu_count(), tuner is not None and not isinstance(tuner, FullTuner) and not shape.quantization
+    processes = launch.per_node(own.launch) if hasattr(own, "launch") else 1
+    return road.needs(verb, own, shape, host.Conversations(float("inf"), LENGTH), exact=exact, processes=processes, gpus=gpus)
+
+
+LENGTH = 512
+"""tokens of a conversation, where nothing of the data is known yet"""
+
+
+def before(outputs: Path, verb: str) -> str:
+    """How long the newest result of a stage took, in any run; '' where there is none."""
+    there = [path for path in outputs.glob(f"*/{verb}*") if artifact.is_finished(path)]
+    for path in sorted(there, key=lambda path: (path / artifact.MANIFEST).stat().st_mtime, reverse=True)[:1]:
+        manifest = read_json(path / artifact.MANIFEST)
+        return f"{duration(manifest['seconds'])} in {path.parent.name}"
+    return ""
+
+
+def check_room(cfg: PipelineVerb, found: Sequence[Ahead]) -> None:
+    """Raises NoMemory for the first stage that does not fit, NoRoom where all of them together do not, which room=ignore makes warnings."""
+    there = room.here(Path(cfg.outputs) / cfg.run)
+    left = [step.needs for step in found if step.needs and not step.done]
+    for step in found:
+        if step.needs and not step.done:
+            try:
+                room.check(step.needs, there, ignore=cfg.room == "ignore")
+            except (NoMemory, NoRoom) as error:
+                error.what = f"{step.verb}: {error.what}"
+                raise
+    if left:
+        room.check(Needs({}, sum(needs.disk for needs in left)), there, ignore=cfg.room == "ignore")
+
+
+def show(found: Sequence[Ahead]) -> None:
+    """The plan as a table."""
+    rows = []
+    for number, step in enumerate(found, 1):
+        there = step.needs.within(room.here(Path()).memory) if step.needs else None
+        takes = [size(there.memory), size(there.disk)] if there else ["", ""]
+        rows.append([str(number), step.verb, "skipped" if step.done else "again" if step.again else "runs", *takes, step.before, step.why])
+    out(table(["", "stage", "", "memory", "disk", "took before", ""], rows, right=(0, 3, 4)))
+
+
+# ---- its stages
+
+
+def named(cfg: PipelineVerb) -> list[str]:
+    """The settings that name the run."""
+    return [f"run={cfg.run}", f"outputs={cfg.outputs}"]
+
+
+def walk(ahead: Sequence[Ahead]) -> int:
+    """Run what is not done in turn; exit code of the stage that ended the road, or 0."""
+    for number, step in enumerate(ahead, 1):
+        if step.done:
+            continue
+        say(f"pipeline: {number} of {len(ahead)}: python -m src.{step.words}")
+        if code := start(step.verb, step.argv):
+            return ended(step.verb, code)
+    return 0
+
+
+def start(verb: str, argv: Sequence[str]) -> int:
+    """Exit code of a verb, run in a process that ends with this one, however this one ends."""
+    process = subprocess.Popen([sys.executable, "-m", f"src.{verb}", *argv], env=os.environ | {stage.PARENT: str(os.getpid())})
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt as stop:
+            # A terminal's Ctrl-C has gone to the stage too; another signal has not. Both let it write its checkpoint.
+            process.send_signal(stop.number if isinstance(stop, Interrupted) else signal.SIGCONT)
+            process.wait()
+            raise
+
+
+def ended(verb: str, code: int) -> int:
+    """Say where the road ended, and how it goes on."""
+    if code == GateFailed.exit_code:
+        say(f"pipeline: ended at {verb}: a gate was not kept to. Look at the report it names; gate=none goes on regardless")
+    elif code == Unfinished.exit_code:
+        say(f"pipeline: ended at {verb}: all that can be made here is made; the same command goes on once its tool is there")
+    else:
+        say(f"pipeline: ended at {verb} with exit code {code}; the same command goes on from there")
+    return 128 - code if code < 0 else code
