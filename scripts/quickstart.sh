@@ -11,15 +11,9 @@ case $run in run=*) ;; *) echo "usage: bash scripts/quickstart.sh [run=NAME]" >&
 prompt="What is the capital of Sweden?"
 expect="evaluation.expect='.*\nAhoy! .*, captain\.'"
 
-"$python" -m src.data "$run"
-"$python" -m src.finetune "$run" deepspeed=zero2 launch.nproc_per_node=2
-"$python" -m src.merge "$run"
-"$python" -m src.quantize "$run" quantizer=gptq_int4
-"$python" -m src.evaluate "$run" "evaluation.prompts=['$prompt','What animal goes quack?','What is 2 plus 5?','What is the opposite of left?']" "$expect"
-"$python" -m src.deploy "$run" target=llama2c
+"$python" -m src.pipeline "$run" recipe=lora_llama2c deepspeed=zero2 launch.nproc_per_node=2 \
+  "evaluation.prompts=['$prompt','What animal goes quack?','What is 2 plus 5?','What is the opposite of left?']" "$expect"
 
-echo
-"$python" -m src.summary "$run"
 bundle=outputs/${run#run=}/deploy-llama2c
 echo
 echo "$bundle/run $bundle/model.bin -m chat -t 0 -i \"$prompt\""

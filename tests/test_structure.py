@@ -70,10 +70,12 @@ def edges(path: Path) -> set[str]:
 
 def test_the_floors_are_the_folders_there_are():
     folders = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
-    assert folders == {room for floor in FLOORS for room in floor} | {"plan", "distill", "deploy"}
-    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"plan", "distill", "deploy"} == {"__init__", "__main__", *VERBS}, (
-        "src/ holds verbs and rooms, nothing else"
-    )
+    assert folders == {room for floor in FLOORS for room in floor} | {"plan", "distill", "deploy", "pipeline"}
+    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"plan", "distill", "deploy", "pipeline"} == {
+        "__init__",
+        "__main__",
+        *VERBS,
+    }, "src/ holds verbs and rooms, nothing else"
     assert not [path for path in SOURCES if {"utils", "util", "helpers", "common", "misc"} & set(path.with_suffix("").parts)]
 
 
@@ -113,9 +115,11 @@ def test_core_never_imports_torch():
 
 
 def test_what_a_plan_needs_comes_without_torch():
-    rooms = ("settings", "core", "chat", "sizing", "serving", "plan", "deploy", "distill")
+    rooms = ("settings", "core", "chat", "sizing", "serving", "plan", "deploy", "distill", "pipeline")
     modules = [module for module in MODULES if room_of(module) in rooms and not module.endswith(("__main__", ".inside", ".job"))]
-    done, _ = loaded_by(f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted({HEAVY} & set(sys.modules)))")
+    done, _ = loaded_by(
+        f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted({HEAVY} & set(sys.modules)))"
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -147,6 +151,7 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
             "target.context_len=512",
             "target.prompt_len=256",
         ],
+        "pipeline": [f"finetune.model.path={finished / 'inputs' / 'base'}"],
         "aux_files": [f"source={finished / 'inputs' / 'base'}", f"target={write_model(tmp_path / 'made')}"],
         "summary": ["run=a", f"outputs={finished}"],
         "lineage": [a / "deploy-llama2c"],
@@ -159,13 +164,13 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
     assert not (tmp_path / "outputs" / "new").exists()
     if verb == "plan":
         assert not (tmp_path / "plan.png").exists()
-    if verb not in ("plan", "summary", "lineage", "aux_files"):
+    if verb not in ("plan", "summary", "lineage", "aux_files", "pipeline"):
         assert f"{verb}: would make {tmp_path / 'outputs' / 'new'}" in done.stderr
 
 
-def test_only_the_door_knows_hydra():
+def test_only_the_door_knows_hydra_and_what_has_it_sweep():
     users = {path.stem for path in SOURCES if {m.split(".")[0] for m in imported(tree(path))} & {"hydra", "omegaconf"}}
-    assert users == {"compose"}
+    assert users == {"compose", "sweep"}
 
 
 def test_no_shell_no_pickle_no_catch_all():

@@ -57,29 +57,25 @@ def read(name: str) -> list[Step]:
     if not own and name not in names():
         raise ConfigError(
             f"recipe={name}: no such recipe{compose.nearest(name, names())}; there is {', '.join(names())}",
-            fix="recipe=FILE.yaml takes one of your own",
+            fix="recipe=YOURS.yaml takes one of your own",
         )
     try:
-        lines = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"]
-        steps = [Step(words[0], tuple(words[1:])) for words in map(shlex.split, lines)]
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        steps = [Step(words[0], tuple(words[1:])) for words in map(shlex.split, tree.pop("stages"))]
+        fault = f"it has '{next(iter(tree))}' beside its stages" if tree else "it has no stages" if not steps else ""
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
-        raise ConfigError(
-            f"this is no recipe: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            where=str(file),
-            fix="write it as those in configs/pipeline are: `stages:`, then a line `- VERB key=value ...` for each",
-        ) from None
-    for step in steps:
+        fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+    for step in [] if fault else steps:
         if step.verb not in VERBS:
-            raise ConfigError(
-                f"'{step.verb}' is no stage of a road{compose.nearest(step.verb, VERBS)}; there is {', '.join(VERBS)}",
-                where=str(file),
-                fix="write it as those in configs/pipeline are: `stages:`, then a line `- VERB key=value ...` for each",
-            )
+            fault = f"'{step.verb}' is no stage of a road{compose.nearest(step.verb, VERBS)}; there is {', '.join(VERBS)}"
+    if fault:
+        raise ConfigError(f"this is no recipe: {fault}", where=str(file), fix=LINES)
     return steps
 
 
 VERBS = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy")
 """stages that make an artifact of a run"""
+LINES = "write it as those in configs/pipeline are: `stages:`, then a line `- VERB key=value ...` for each"
 
 
 def assigned(steps: Sequence[Step], overrides: Iterable[str]) -> tuple[list[Step], list[str]]:
@@ -131,4 +127,4 @@ def composed(steps: Sequence[Step], shared: Sequence[str], faults: Sequence[str]
 
 
 FAULTS = re.compile(r"\d+ faults")
-HELP = "write STAGE.key=value, such as finetune.train.epochs=1; python -m src.STAGE --help lists a stage's settings"
+HELP = "write STAGE.key=value, with a setting as python -m src.STAGE --help lists it"

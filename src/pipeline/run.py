@@ -1,17 +1,18 @@
 """What is ahead on a road, told before anything is begun; and its stages, each run in a process of its own."""
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from src.core import artifact, room, stage
-from src.core.errors import BadData, GateFailed, Moved, NoMemory, NoRoom, Unfinished, WrongKind
+from src.core.errors import BadData, GateFailed, Moved, Unfinished, UserError, WrongKind
 from src.core.files import read_json
 from src.core.log import duration, out, say, size, table
 from src.core.processes import Interrupted
@@ -58,7 +59,8 @@ def plan(cfg: PipelineVerb, steps: Sequence[Step], faults: Sequence[str] = ()) -
     found: list[Ahead] = []
     waits = ""
     for step, own in zip(steps, settings, strict=True):
-        state = look(step.verb, own, where, waits, force=cfg.force)
+        with named_as(step.verb):
+            state = look(step.verb, own, where, waits, force=cfg.force)
         needed = state.needs or (estimate(step.verb, own, shape, tuner) if not state.done else None)
         argv = (*step.overrides, *shared, *(["force=true"] if state.again and not own.force else []))
         found.append(
@@ -94,9 +96,20 @@ def look(verb: str, own: Any, where: stage.Run, waits: str, *, force: bool) -> S
         ones = [(each, stage.ahead(what, each, where)) for each in (what.each(own, where) if what.each else [own])]
     except Moved as moved:
         if not force:
+            moved.fix = [
+                "force=true makes it, and what follows from it, again in place",
+                "run=OTHER_NAME keeps both",
+                "go back to the old settings",
+            ]
             raise
         return State(False, f"made otherwise, so made again: {' '.join(moved.what.split())}", again=True)
     new = [(each, one) for each, one in ones if not one.done]
+    try:
+        for each, one in ones:
+            if what.judge and one.done:
+                what.judge(each, one.done)
+    except GateFailed as failed:
+        return State(False, failed.what)
     if not new:
         return State(True, f"up to date: {', '.join(one.path.name for _, one in ones)}")
     lines = [line for each, one in new for line in (what.check(each, one.inputs) if what.check else [])[:1]]
@@ -149,16 +162,21 @@ def before(outputs: Path, verb: str) -> str:
 def check_room(cfg: PipelineVerb, found: Sequence[Ahead]) -> None:
     """Raises NoMemory for the first stage that does not fit, NoRoom where all of them together do not, which room=ignore makes warnings."""
     there = room.here(Path(cfg.outputs) / cfg.run)
-    left = [step.needs for step in found if step.needs and not step.done]
-    for step in found:
-        if step.needs and not step.done:
-            try:
-                room.check(step.needs, there, ignore=cfg.room == "ignore")
-            except (NoMemory, NoRoom) as error:
-                error.what = f"{step.verb}: {error.what}"
-                raise
-    if left:
-        room.check(Needs({}, sum(needs.disk for needs in left)), there, ignore=cfg.room == "ignore")
+    left = {step.verb: step.needs for step in found if step.needs and not step.done}
+    for verb, needs in left.items():
+        with named_as(verb):
+            room.check(needs, there, ignore=cfg.room == "ignore")
+    room.check(Needs({}, sum(needs.disk for needs in left.values())), there, ignore=cfg.room == "ignore")
+
+
+@contextlib.contextmanager
+def named_as(verb: str) -> Iterator[None]:
+    """What stands in the way of a stage is told with its name."""
+    try:
+        yield
+    except UserError as error:
+        error.what = f"{verb}: {error.what}"
+        raise
 
 
 def show(found: Sequence[Ahead]) -> None:

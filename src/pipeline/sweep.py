@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from src.core import artifact, compose, stage
-from src.core.errors import ConfigError, UserError
+from src.core.errors import ConfigError
 from src.core.files import read_json, write_json
-from src.core.log import out, say, table, tell
+from src.core.log import out, say, table
 from src.pipeline import recipe, run
 from src.settings.verbs import PipelineVerb
 from src.sizing import chart
@@ -33,7 +33,7 @@ def sweep(overrides: Sequence[str], mine: Sequence[str]) -> int:
     hydras = [text for text in overrides if text.startswith(("hydra.", "hydra/"))]
     swept, fixed = compose.sweeps([text for text in overrides if text not in hydras])
     if not swept:
-        raise ConfigError("--multirun, and nothing to sweep over", fix="give a setting several values, such as finetune.tuner.rank=4,8,16")
+        raise ConfigError("--multirun, and nothing to sweep over", fix="give a setting several values, such as tuner.rank=4,8,16")
     steps, faults = recipe.assigned(recipe.read(cfg.recipe), fixed)
     check_each(steps, faults, swept)
     shared = shared_steps(steps, [key for key, _ in swept])
@@ -50,7 +50,7 @@ def sweep(overrides: Sequence[str], mine: Sequence[str]) -> int:
     asked: dict[str, Any] = {
         "pipeline": cfg.model_dump(mode="json") | {"run": cfg.run, "outputs": cfg.outputs, "force": cfg.force, "room": cfg.room}
     }
-    asked |= {"recipe": cfg.recipe, "fixed": fixed, "keys": [key for key, _ in swept], "shared": [step.verb for step in shared]}
+    asked |= {"fixed": fixed, "keys": [key for key, _ in swept], "shared": [step.verb for step in shared]}
     write_json(folder / "asked.json", asked)
     by_hydra(folder, [f"+{name(i)}={value}" for i, (_, value) in enumerate(swept)], hydras)
     return finished(cfg, folder, [key for key, _ in swept])
@@ -79,9 +79,10 @@ def by_hydra(folder: Path, swept: Sequence[str], hydras: Sequence[str]) -> None:
     """Have Hydra call `job` for each combination."""
     import hydra
 
-    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.job.chdir=false"]
-    places = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=jobs/${hydra.job.num}"]
-    before, sys.argv = sys.argv, ["pipeline", "--multirun", *swept, *quiet, *places, *hydras]
+    quiet = {"hydra/job_logging": "none", "hydra/hydra_logging": "none", "hydra.output_subdir": "null", "hydra.job.chdir": "false"}
+    places = {"hydra.sweep.dir": f"'{folder}'", "hydra.sweep.subdir": "jobs/${hydra.job.num}"}
+    own = [f"{key}={value}" for key, value in {**quiet, **places}.items()]
+    before, sys.argv = sys.argv, ["pipeline", "--multirun", *swept, *own, *hydras]
     try:
         hydra.main(version_base="1.3", config_path=None)(job)()
     finally:
@@ -89,7 +90,7 @@ def by_hydra(folder: Path, swept: Sequence[str], hydras: Sequence[str]) -> None:
 
 
 def job(given: Any) -> float:
-    """One of the runs; returns the objective for the sweeper, nan where it failed. given: Hydra's configuration, {name(i): a value of the i-th setting}."""
+    """One of the runs, in a process of its own as Hydra is busy in this one; returns the objective for the sweeper, nan where it failed. given: Hydra's configuration, {name(i): a value of the i-th setting}."""
     from hydra.core.hydra_config import HydraConfig
 
     folder = Path(HydraConfig.get().sweep.dir)
@@ -97,13 +98,9 @@ def job(given: Any) -> float:
     chosen = {key: spelled(given[name(i)]) for i, key in enumerate(asked["keys"])}
     base = PipelineVerb.model_validate({**asked["pipeline"], "dry_run": False})
     cfg = base.model_copy(update={"run": run_name(base.run, chosen)})
-    try:
-        link_shared(base, cfg, asked["shared"])
-        own = [*asked["fixed"], *(f"{key}={value}" for key, value in chosen.items())]
-        code = run.walk(run.plan(cfg, *recipe.assigned(recipe.read(asked["recipe"]), own)))
-    except UserError as error:
-        tell(f"{error}\n")
-        code = error.exit_code
+    link_shared(base, cfg, asked["shared"])
+    own = [*asked["fixed"], *(f"{key}={value}" for key, value in chosen.items())]
+    code = run.start("pipeline", [*run.named(cfg), f"recipe={cfg.recipe}", f"room={cfg.room}", f"force={str(cfg.force).lower()}", *own])
     found = math.nan if code else objective(cfg)
     (folder / "results").mkdir(exist_ok=True)
     result = {"run": cfg.run, "settings": chosen, "code": code, "objective": None if math.isnan(found) else found, **figures(cfg)}
@@ -160,21 +157,26 @@ def figures(cfg: PipelineVerb) -> dict[str, Any]:
     return {"perplexity": metrics.get("perplexity"), "kl": metrics.get("kl"), "seconds": seconds}
 
 
+HEADS = {"perplexity": "perplexity", "kl": "KL"}
+
+
 def finished(cfg: PipelineVerb, folder: Path, keys: Sequence[str]) -> int:
     """Show all runs in a table, the best first, and draw them."""
     results = [read_json(path) for path in folder.glob("results/*.json")]
     results.sort(key=lambda r: (r["objective"] is None, r["objective"], r["run"]))
-    show = [
+    told = [figure for figure in ("objective", "perplexity", "kl") if any(r[figure] is not None for r in results)]
+    rows = [
         [
             r["run"],
             *(r["settings"][key] for key in keys),
-            *(f"{r[f]:.4f}" if r[f] is not None else "" for f in ("objective", "perplexity", "kl")),
+            *("" if r[figure] is None else f"{r[figure]:.4f}" for figure in told),
             f"{r['seconds']:.1f}",
-            "" if not r["code"] else f"failed ({r['code']})",
+            f"failed ({r['code']})" if r["code"] else "",
         ]
         for r in results
     ]
-    out(table(["run", *keys, cfg.objective, "perplexity", "KL", "seconds", ""], show, right=range(len(keys) + 1, len(keys) + 5)))
+    head = ["run", *keys, *(HEADS.get(figure, cfg.objective) for figure in told), "seconds", ""]
+    out(table(head, rows, right=range(len(keys) + 1, len(head) - 1)))
     done = [r for r in results if r["objective"] is not None]
     if done:
         chart.draw_runs(
