@@ -29,7 +29,7 @@ def schema_of(verb: str) -> type:
 
 def composed(verb: str, *overrides: str):
     """Settings of a verb, with a value given to each required one."""
-    options = tuple(o for o in overrides if o.partition("=")[0] in compose._groups(verb))
+    options = tuple(o for o in overrides if o.partition("=")[0] in compose.groups_of(verb))
     missing = [key for key in required(verb, options) if not any(o.startswith(f"{key}=") for o in overrides)]
     return compose.compose(verb, [*(f"{key}=x" for key in missing), *overrides], schema_of(verb))
 
@@ -47,7 +47,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def options() -> list[tuple[str, str, str]]:
-    return [(verb, group, option) for verb in ROOTS for group, names in sorted(compose._groups(verb).items()) for option in sorted(names)]
+    return [(verb, group, option) for verb in ROOTS for group, names in sorted(compose.groups_of(verb).items()) for option in sorted(names)]
 
 
 def faults(verb: str, *overrides: str) -> str:
@@ -208,7 +208,7 @@ def test_help_names_every_setting_with_its_meaning():
         text = compose.help_text(verb, "About it.", schema_of(verb))
         for key in flat(compose._plain(compose._hydra(verb, []))):
             assert f"  {key}=" in text, f"{verb} --help does not say {key}"
-        for group, names in compose._groups(verb).items():
+        for group, names in compose.groups_of(verb).items():
             assert f"{group}={'|'.join(sorted(names))}" in text
 
 

@@ -70,8 +70,8 @@ def edges(path: Path) -> set[str]:
 
 def test_the_floors_are_the_folders_there_are():
     folders = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
-    assert folders == {room for floor in FLOORS for room in floor} | {"plan", "distill", "deploy", "pipeline"}
-    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"plan", "distill", "deploy", "pipeline"} == {
+    assert folders == {room for floor in FLOORS for room in floor} | {"plan", "distill", "deploy", "pipeline", "report"}
+    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"plan", "distill", "deploy", "pipeline", "report"} == {
         "__init__",
         "__main__",
         *VERBS,
@@ -154,9 +154,10 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
         "pipeline": [f"finetune.model.path={finished / 'inputs' / 'base'}"],
         "aux_files": [f"source={finished / 'inputs' / 'base'}", f"target={write_model(tmp_path / 'made')}"],
         "summary": ["run=a", f"outputs={finished}"],
+        "report": ["a", f"outputs={finished}"],
         "lineage": [a / "deploy-llama2c"],
     }[verb]
-    common = [] if verb == "lineage" else ["dry_run=true", *([] if verb == "summary" else ["run=new", f"outputs={tmp_path / 'outputs'}"])]
+    common = [] if verb == "lineage" else ["dry_run=true", *([] if verb in ("summary", "report") else ["run=new", f"outputs={tmp_path / 'outputs'}"])]
     done, seconds = loaded_by(WATCH, verb, *argv, *common)
     print(f"{verb} dry_run: {seconds:.2f} s")
     assert done.returncode == 0 and "LOADED []" in done.stdout, done.stdout + done.stderr
@@ -164,7 +165,7 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
     assert not (tmp_path / "outputs" / "new").exists()
     if verb == "plan":
         assert not (tmp_path / "plan.png").exists()
-    if verb not in ("plan", "summary", "lineage", "aux_files", "pipeline"):
+    if verb not in ("plan", "summary", "lineage", "aux_files", "pipeline", "report"):
         assert f"{verb}: would make {tmp_path / 'outputs' / 'new'}" in done.stderr
 
 

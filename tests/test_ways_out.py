@@ -61,7 +61,7 @@ def keys() -> dict[str, set[str]]:
     """{dotted key, or a part of one that holds others: the verbs that know it}, options of every group included."""
     found: dict[str, set[str]] = {}
     for verb in ROOTS:
-        groups = compose._groups(verb)
+        groups = compose.groups_of(verb)
         known = set(compose._leaves(compose._plain(compose._hydra(verb, [])))) | set(groups)
         for group, options in groups.items():
             for option in options:
@@ -115,7 +115,7 @@ def tries(settings: tuple[str, ...], keys: dict[str, set[str]]) -> list[str]:
 def choices(verb: str, key: str) -> list[list[str]]:
     """Overrides under which a key of a group's option is there."""
     group, _, rest = key.partition(".")
-    options = compose._groups(verb).get(group, ())
+    options = compose.groups_of(verb).get(group, ())
     return [[]] + [[f"{group}={option}"] for option in sorted(options) if rest and rest in compose._leaves(compose._option(group, option))]
 
 

@@ -63,7 +63,7 @@ def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
     Raises ConfigError.
     """
     parsed, faults = _parse(overrides)
-    groups = _groups(verb)
+    groups = groups_of(verb)
     chosen: list[Override] = []
     keyed: list[Override] = []
     for override in parsed:
@@ -234,7 +234,7 @@ def _parse(overrides: list[str], *, sweeping: bool = False) -> tuple[list[Overri
     return parsed, faults
 
 
-def _groups(verb: str) -> dict[str, set[str]]:
+def groups_of(verb: str) -> dict[str, set[str]]:
     """{group: its options} for the config groups this verb composes from."""
     from omegaconf import OmegaConf
 
@@ -266,6 +266,11 @@ def _elsewhere(verb: str, key: str, groups: dict[str, set[str]]) -> str:
         return ""
     owners = sorted(option for option in groups[group] if rest in _leaves(_option(group, option)))
     return f"; it belongs to {group}={' or '.join(owners)}" if owners else ""
+
+
+def defaults(verb: str, options: Iterable[str]) -> dict[str, Any]:
+    """The settings of a verb as they are without anything but these options of its groups, such as tuner=full."""
+    return _plain(_hydra(verb, list(options)))
 
 
 def options(group: str) -> dict[str, dict[str, Any]]:
@@ -325,7 +330,7 @@ def _typed(place: tuple[int | str, ...], tree: Any) -> str:
 
 def help_text(verb: str, doc: str | None, schema: type[BaseModel]) -> str:
     """Every setting of a verb with its default and meaning, and the options of its groups."""
-    tree, groups = _plain(_hydra(verb, [])), _groups(verb)
+    tree, groups = _plain(_hydra(verb, [])), groups_of(verb)
     lines = [(doc or "").strip(), "", f"usage: python -m src.{verb} [key=value ...]", ""]
     for group, options in groups.items():
         lines.append(f"  {group}={'|'.join(sorted(options))}")

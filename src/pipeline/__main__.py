@@ -22,7 +22,7 @@ def pipeline(overrides: list[str]) -> int:
     cfg = compose.compose("pipeline", mine, PipelineVerb)
     ahead = run.plan(cfg, *recipe.assigned(recipe.read(cfg.recipe), others))
     run.show(ahead)
-    return 0 if cfg.dry_run else run.walk(ahead) or run.start("summary", run.named(cfg))
+    return 0 if cfg.dry_run else run.walk(ahead) or max(run.start(verb, run.named(cfg)) for verb in ("summary", "report"))
 
 
 def apart(overrides: list[str]) -> tuple[list[str], list[str]]:

@@ -599,6 +599,11 @@ class PipelineVerb(Verb):
     """of a sweep: the figure that its runs are ordered by, the smallest first, and that a sweeper like Optuna's makes small: STAGE.figure of a manifest"""
 
 
+class ReportVerb(Verb):
+    rows: PositiveInt
+    """conversations of the training split whose lengths are drawn"""
+
+
 class DistillVerb(Verb):
     recipe: Recipe
     """the steps from prompts to rows"""

@@ -264,6 +264,7 @@ def summary(trainer, reports: Reports, precision: str, saved: dict) -> dict:
     }
     if evals:
         metrics |= {
+            "evaluations": [{"step": h["step"], "loss": h["eval_loss"], "accuracy": h["eval_accuracy"]} for h in evals],
             "val_loss_first": evals[0]["eval_loss"],
             "val_loss_trained": evals[-1]["eval_loss"],
             "val_loss": evals[-1]["eval_loss"],
