@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src import __version__
 
-VERBS = ("pipeline", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "lineage", "summary", "report")
+VERBS = ("pipeline", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "lineage", "summary", "report", "runs", "doctor", "completion")
 
 if "--version" in sys.argv:
     print(f"boardwalk {__version__}")

@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHAT = ROOT / "assets" / "tiny-chat"
-VERBS = ("pipeline", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "summary", "lineage", "report")
+VERBS = ("pipeline", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "summary", "lineage", "report", "runs", "doctor", "completion")
 FEW = ["data.val=0.2", "data.calib=0.2"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -140,7 +140,7 @@ def each_kind(made, published, **more):
 
 def _argv(argv, tmp_path: Path) -> list[str]:
     verb, *rest = map(str, argv)
-    free = verb == "lineage" or "--help" in rest or any(a.startswith("outputs=") for a in rest)
+    free = verb in ("lineage", "completion") or "--help" in rest or any(a.startswith("outputs=") for a in rest)
     return [verb, *rest, *([] if free else [f"outputs={tmp_path / 'outputs'}"])]
 
 

@@ -130,7 +130,7 @@ def test_help_is_fast_and_says_every_setting(verb):
     assert done.returncode == 0 and "LOADED []" in done.stdout, done.stdout + done.stderr
     assert seconds < 3
     assert f"python -m src.{verb}" in done.stdout
-    if verb != "lineage":
+    if verb not in ("lineage", "completion"):
         assert "dry_run=false" in done.stdout and "???" not in done.stdout.replace("=???", "")
 
 
@@ -155,9 +155,12 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
         "aux_files": [f"source={finished / 'inputs' / 'base'}", f"target={write_model(tmp_path / 'made')}"],
         "summary": ["run=a", f"outputs={finished}"],
         "report": ["a", f"outputs={finished}"],
+        "runs": [f"outputs={finished}"],
+        "doctor": [],
+        "completion": ["bash"],
         "lineage": [a / "deploy-llama2c"],
     }[verb]
-    common = [] if verb == "lineage" else ["dry_run=true", *([] if verb in ("summary", "report") else ["run=new", f"outputs={tmp_path / 'outputs'}"])]
+    common = [] if verb in ("lineage", "completion") else ["dry_run=true", *([] if verb in ("summary", "report", "runs") else ["run=new", f"outputs={tmp_path / 'outputs'}"])]
     done, seconds = loaded_by(WATCH, verb, *argv, *common)
     print(f"{verb} dry_run: {seconds:.2f} s")
     assert done.returncode == 0 and "LOADED []" in done.stdout, done.stdout + done.stderr
@@ -165,7 +168,7 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
     assert not (tmp_path / "outputs" / "new").exists()
     if verb == "plan":
         assert not (tmp_path / "plan.png").exists()
-    if verb not in ("plan", "summary", "lineage", "aux_files", "pipeline", "report"):
+    if verb not in ("plan", "summary", "lineage", "aux_files", "pipeline", "report", "runs", "doctor", "completion"):
         assert f"{verb}: would make {tmp_path / 'outputs' / 'new'}" in done.stderr
 
 

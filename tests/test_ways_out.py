@@ -62,10 +62,10 @@ def keys() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for verb in ROOTS:
         groups = compose.groups_of(verb)
-        known = set(compose._leaves(compose._plain(compose._hydra(verb, [])))) | set(groups)
+        known = set(compose.leaves(compose._plain(compose._hydra(verb, [])))) | set(groups)
         for group, options in groups.items():
             for option in options:
-                known |= {f"{group}.{key}" for key in compose._leaves(compose._option(group, option))}
+                known |= {f"{group}.{key}" for key in compose.leaves(compose._option(group, option))}
         for key in known:
             parts = key.split(".")
             for i in range(1, len(parts) + 1):
@@ -116,7 +116,7 @@ def choices(verb: str, key: str) -> list[list[str]]:
     """Overrides under which a key of a group's option is there."""
     group, _, rest = key.partition(".")
     options = compose.groups_of(verb).get(group, ())
-    return [[]] + [[f"{group}={option}"] for option in sorted(options) if rest and rest in compose._leaves(compose._option(group, option))]
+    return [[]] + [[f"{group}={option}"] for option in sorted(options) if rest and rest in compose.leaves(compose._option(group, option))]
 
 
 def test_every_command_that_a_message_gives_is_a_verb():

@@ -315,7 +315,7 @@ def building(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, note = path.with_name(f"{path.name}.partial"), _note(path)
     replaced = path.with_name(f".{path.name}.replaced")
-    with _lock(path.with_name(f".{path.name}.lock"), path):
+    with held(path.with_name(f".{path.name}.lock"), path):
         if is_finished(replaced) and not path.exists():
             os.replace(replaced, path)  # killed between the two renames below
         for foreign in in_the_way(path):
@@ -418,7 +418,7 @@ def replaced_since(a: Artifact) -> str | None:
 
 
 @contextlib.contextmanager
-def _lock(lock: Path, path: Path) -> Iterator[None]:
+def held(lock: Path, path: Path) -> Iterator[None]:
     """Holds `path` against other processes; the kernel lets go of it with the process. The lock's file says who holds it and since when."""
     with open(lock, "a+") as file:
         try:

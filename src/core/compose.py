@@ -90,7 +90,7 @@ def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
             chosen.remove(override)
     composed = _hydra(verb, [str(o.input_line) for o in chosen])
     tree = _plain(composed)
-    known = _leaves(tree)
+    known = leaves(tree)
     valid = []
     for override in keyed:
         key = override.key_or_group
@@ -101,7 +101,7 @@ def compose(verb: str, overrides: list[str], schema: type[M]) -> M:
     found: list[M] = []
     try:
         tree = _plain(composed, valid, _open(schema))
-        faults += [f"{key}: must be given, as {key}=VALUE" for key, value in _leaves(tree).items() if value == "???"]
+        faults += [f"{key}: must be given, as {key}=VALUE" for key, value in leaves(tree).items() if value == "???"]
         found.append(schema.model_validate(tree))
     except ValidationError as error:
         by_key: dict[str, list[str]] = {}  # a setting that may be of several kinds has a fault for each
@@ -234,6 +234,11 @@ def _parse(overrides: list[str], *, sweeping: bool = False) -> tuple[list[Overri
     return parsed, faults
 
 
+def verbs() -> list[str]:
+    """Those that are configured."""
+    return sorted(file.stem for file in CONFIGS.glob("*.yaml") if file.stem != "base")
+
+
 def groups_of(verb: str) -> dict[str, set[str]]:
     """{group: its options} for the config groups this verb composes from."""
     from omegaconf import OmegaConf
@@ -243,12 +248,12 @@ def groups_of(verb: str) -> dict[str, set[str]]:
     return {name: {p.stem for p in (CONFIGS / name).glob("*.yaml")} for name in names}
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{dotted key: value} of every single setting."""
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return leaves
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
 
 
 def _inside(tree: dict[str, Any], key: str) -> bool:
@@ -264,7 +269,7 @@ def _elsewhere(verb: str, key: str, groups: dict[str, set[str]]) -> str:
     group, _, rest = key.partition(".")
     if group not in groups or not rest:
         return ""
-    owners = sorted(option for option in groups[group] if rest in _leaves(_option(group, option)))
+    owners = sorted(option for option in groups[group] if rest in leaves(_option(group, option)))
     return f"; it belongs to {group}={' or '.join(owners)}" if owners else ""
 
 

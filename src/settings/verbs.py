@@ -604,6 +604,16 @@ class ReportVerb(Verb):
     """conversations of the training split whose lengths are drawn"""
 
 
+class DoctorVerb(Verb):
+    network: bool
+    """see whether hub and tracker answer; nothing is sent to them"""
+
+
+class RunsVerb(Verb):
+    remove: str | None
+    """a run to remove; null: list them"""
+
+
 class DistillVerb(Verb):
     recipe: Recipe
     """the steps from prompts to rows"""
