@@ -103,7 +103,7 @@ def take_away(outputs: Path, name: str, *, force: bool, dry: bool) -> int:
     return 0
 
 
-OWN = {"tracking", "sweep", "report.html"}
+OWN = {"tracking", "metrics.jsonl", "sweep", "report.html"}
 
 
 def ours(path: Path) -> bool:

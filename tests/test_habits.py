@@ -13,9 +13,8 @@ import pytest
 from conftest import FEW, ROOT
 
 from src import __version__
-from src.core import artifact
+from src.core import artifact, tracking
 from src.settings.verbs import Tensorboard, Wandb
-from src.training import tracking
 
 LOCKS = ("requirements.lock", "requirements.cpu.lock", "requirements.cuda.lock")
 STUB = r"""#!/usr/bin/env bash
@@ -63,10 +62,11 @@ def test_a_manifest_says_which_version_made_it(call, tmp_path):
 
 def test_trackers_are_told_the_version(tmp_path, monkeypatch):
     told = {}
-    for name in ("wandb", "tensorboard"):
-        monkeypatch.setattr(tracking, f"_{name}", lambda tracker, folder, run, settings, name=name: told.update({name: settings}))
+    monkeypatch.setattr(
+        tracking, "SINKS", dict.fromkeys(tracking.SINKS, lambda tracker, place, settings: told.update({tracker.kind: settings}))
+    )
     trackers = {"wandb": Wandb(kind="wandb", project="p", mode="offline"), "tensorboard": Tensorboard(kind="tensorboard")}
-    tracking.Trackers(trackers, tmp_path, "r", {"a": 1})
+    tracking.Trackers(trackers, tracking.Place(tmp_path, "r", "s"), {"a": 1})
     assert told == {name: {"boardwalk": __version__, "a": 1} for name in trackers}
 
 

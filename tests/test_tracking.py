@@ -2,17 +2,19 @@
 
 import json
 import os
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
-from conftest import go
+from conftest import go, helps, refused
 
 from src import data, finetune
-from src.core import artifact, processes
+from src.core import artifact, processes, tracking
+from src.core.errors import MissingTool
+from src.core.tracking import Place, Trackers
 from src.settings.verbs import Tensorboard, Wandb
-from src.training import tracking
-from src.training.tracking import Trackers
 
 ROOT = Path(__file__).resolve().parent.parent
 WANDB = Wandb(kind="wandb", project="boardwalk-test", mode="offline")
@@ -68,7 +70,7 @@ def tracked(tmp_path_factory):
 
 def test_tensorboard_has_the_curve_the_manifest_has(tracked):
     here, metrics, _ = tracked
-    found = events(here / "t" / "tracking" / "tensorboard")
+    found = events(here / "t" / "tracking" / "tensorboard" / "finetune")
     assert {
         "train/loss",
         "train/learning_rate",
@@ -92,8 +94,7 @@ def test_tensorboard_has_the_curve_the_manifest_has(tracked):
 def test_wandb_writes_its_run_offline(tracked):
     here, _, said = tracked
     folder = here / "t" / "tracking" / "wandb"
-    [file] = folder.rglob("*.wandb")
-    content = file.read_bytes()
+    content = b"".join(file.read_bytes() for file in folder.rglob("*.wandb"))
     for key in (b"train/loss", b"eval/loss", b"learning_rate"):
         assert key in content
     assert b"boardwalk" in content
@@ -140,7 +141,7 @@ class Broken:
 
             return run
 
-        return {name: call(name) for name in ("numbers", "samples", "close")}
+        return types.SimpleNamespace(**{name: call(name) for name in ("numbers", "samples", "artifact", "close")})
 
 
 def use(trackers):
@@ -153,11 +154,14 @@ def use(trackers):
 @pytest.mark.parametrize("faulty", ["numbers", "samples", "close"])
 def test_a_tracker_that_fails_is_said_once_and_left_alone(faulty, tmp_path, monkeypatch, capsys):
     broken, sound = Broken(faulty), Broken(None)
-    monkeypatch.setattr(tracking, "_wandb", lambda *args: broken.sink())
-    monkeypatch.setattr(tracking, "_tensorboard", lambda *args: sound.sink())
-    use(Trackers({"wandb": WANDB, "tensorboard": Tensorboard(kind="tensorboard")}, tmp_path, "r", {}))
+    monkeypatch.setattr(tracking, "SINKS", {Wandb: lambda *args: broken.sink(), Tensorboard: lambda *args: sound.sink()})
+    use(
+        Trackers(
+            {"wandb": WANDB, "tensorboard": Tensorboard(kind="tensorboard")}, Place(tmp_path / "tracking", "r", "s"), {}, journal=False
+        )
+    )
     err = capsys.readouterr().err
-    assert err.count("tracker wandb stopped, training goes on: OSError: disk of the tracker") == 1 and err.count("stopped") == 1
+    assert err.count("tracker wandb stopped, the work goes on: OSError: disk of the tracker") == 1 and err.count("stopped") == 1
     assert broken.calls[-1] == faulty and broken.calls.count(faulty) == 1, "not asked again"
     assert sound.calls == ["numbers", "numbers", "samples", "close"]
 
@@ -166,32 +170,32 @@ def test_a_tracker_that_cannot_start_is_said_once(tmp_path, monkeypatch, capsys)
     def no(*args):
         raise RuntimeError("no account")
 
-    monkeypatch.setattr(tracking, "_wandb", no)
-    use(Trackers({"wandb": WANDB, "tensorboard": Tensorboard(kind="tensorboard")}, tmp_path, "r", {"a": 1}))
-    assert capsys.readouterr().err.count("tracker wandb stopped, training goes on: RuntimeError: no account") == 1
-    assert [e.value for e in events(tmp_path / "tensorboard").Scalars("train/loss")] == [1.0, pytest.approx(0.9)]
+    monkeypatch.setitem(tracking.SINKS, Wandb, no)
+    use(Trackers({"wandb": WANDB, "tensorboard": Tensorboard(kind="tensorboard")}, Place(tmp_path / "tracking", "r", "s"), {"a": 1}))
+    assert capsys.readouterr().err.count("tracker wandb stopped, the work goes on: RuntimeError: no account") == 1
+    assert [e.value for e in events(tmp_path / "tracking" / "tensorboard" / "s").Scalars("train/loss")] == [1.0, pytest.approx(0.9)]
 
 
 def test_a_tracker_that_is_not_installed_is_said_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    use(Trackers({"wandb": WANDB}, tmp_path, "r", {}))
+    use(Trackers({"wandb": WANDB}, Place(tmp_path / "tracking", "r", "s"), {}, journal=False))
     assert capsys.readouterr().err.count("tracker wandb stopped") == 1
 
 
 def test_training_goes_on_when_a_tracker_breaks(tracked, monkeypatch, capsys):
     here, metrics, _ = tracked
-    monkeypatch.setattr(tracking, "_wandb", lambda *args: Broken("numbers").sink())
+    monkeypatch.setitem(tracking.SINKS, Wandb, lambda *args: Broken("numbers").sink())
     argv = ["tracker=[wandb]", "train.max_steps=3", "train.log_steps=1", "train.eval_steps=2", "tuner.rank=4"]
     assert go(finetune, f"outputs={here}", "run=broken", f"source={here / 't' / 'data'}", *argv) == 0
     err = capsys.readouterr().err
-    assert err.count("tracker wandb stopped") == 1
+    assert err.count("tracker wandb stopped") == 2, "by the training, and by the door that tells of its end"
     assert artifact.open_artifact(here / "broken" / "finetune").metrics["curve"] == metrics["curve"], (
         "and nothing about the training changed"
     )
 
 
 def test_no_tracker_writes_nothing(tmp_path):
-    use(Trackers({}, tmp_path, "r", {}))
+    use(Trackers({}, Place(tmp_path / "tracking", "r", "s"), {}, journal=False))
     assert os.listdir(tmp_path) == []
 
 
@@ -206,5 +210,100 @@ def test_wandb_is_online_only_where_a_key_or_the_user_says_so(key, mode, wanted,
     monkeypatch.setattr(wandb, "init", lambda **kwargs: asked.update(kwargs))
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    Trackers({"wandb": WANDB.model_copy(update={"mode": mode})}, tmp_path, "r", {})
-    assert asked["mode"] == wanted and asked["project"] == "boardwalk-test" and asked["name"] == "r"
+    Trackers({"wandb": WANDB.model_copy(update={"mode": mode})}, Place(tmp_path / "tracking", "r", "s"), {}, journal=False)
+    assert asked["mode"] == wanted and asked["project"] == "boardwalk-test" and (asked["name"], asked["group"]) == ("r/s", "r")
+
+
+# ---- every stage, and the journal that is the source of truth
+
+
+def journal(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_journal_holds_the_curve_answers_and_artifact_of_every_stage(tracked):
+    here, metrics, _ = tracked
+    events_of = {stage: [e for e in journal(here / "t") if e["stage"] == stage] for stage in ("data", "finetune")}
+    drawn = {e["step"]: e["numbers"]["train/loss"] for e in events_of["finetune"] if "train/loss" in e.get("numbers", {})}
+    assert drawn == {c["step"]: c["loss"] for c in metrics["curve"]}
+    assert any(metrics["samples"][0]["prompt"] in str(e.get("samples")) for e in events_of["finetune"])
+    for stage, told in events_of.items():
+        [made] = [e["artifact"] for e in told if "artifact" in e]
+        found = artifact.open_artifact(here / "t" / stage)
+        assert made["key"] == found.key and made["files"] == {name: file["sha256"] for name, file in found.files.items()}
+        assert any(f"{stage}/seconds" in e.get("numbers", {}) for e in told)
+
+
+def test_a_stage_that_trains_nothing_is_tracked_too(call, road):
+    """Read back by TensorBoard's own reader."""
+    assert call("data", "run=n", f"data.path={road / 'inputs' / 'chats.json'}", "tracker=tensorboard", "data.val=0.2").returncode == 0
+    found = events(road / "n" / "tracking" / "tensorboard" / "data")
+    metrics = artifact.open_artifact(road / "n" / "data").metrics
+    assert found.Scalars("data/train_rows")[0].value == metrics["train_rows"]
+    assert any("artifact" in tag for tag in found.Tags()["tensors"])
+
+
+def test_where_things_are_is_not_told(tmp_path):
+    told = {}
+    sink = lambda tracker, place, settings: told.update(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tracking.SINKS, Wandb, sink)
+        Trackers({"wandb": WANDB}, Place(tmp_path, "r", "s"), {"model_path": "/home/somebody/models/qwen", "x": "a/b"}, journal=False)
+    assert told["model_path"] == "qwen" and told["x"] == "a/b"
+
+
+def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").mkdir()
+    use(Trackers({}, Place(tmp_path / "tracking", "r", "s"), {}))
+    assert capsys.readouterr().err.count("tracker metrics.jsonl stopped, the work goes on") == 1
+
+
+@helps("core/tracking.py", "pip install {}", "tracker=none")
+def test_a_tracker_without_its_library_is_refused_beforehand(call, monkeypatch, road):
+    real = tracking.importlib.util.find_spec
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name, *more: None if name == "trackio" else real(name, *more))
+    argv = ["data", "run=n", f"data.path={road / 'inputs' / 'chats.json'}"]
+    refused(call(*argv, "tracker=trackio"), MissingTool, "tracker=trackio", "pip install trackio")
+    assert call(*argv, "tracker=none").returncode == 0
+
+
+def test_a_run_that_goes_on_is_the_same_tracked_run(tmp_path):
+    one, other = Place(tmp_path / "a", "r", "s"), Place(tmp_path / "b", "r", "s")
+    assert one.id == Place(tmp_path / "a", "r", "s").id != other.id
+
+
+@pytest.mark.parametrize("name", ["trackio", "mlflow"])
+def test_other_trackers_are_read_back_by_their_own_libraries(name, road, tmp_path):
+    """In a process of its own, as each keeps its place for the life of one."""
+    pytest.importorskip(name)
+    argv = ["data", "run=n", f"outputs={road}", f"data.path={road / 'inputs' / 'chats.json'}", f"tracker={name}"]
+    done = subprocess.run([sys.executable, "-m", *(f"src.{argv[0]}", *argv[1:])], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "stopped" not in done.stderr, done.stderr
+    done = subprocess.run([sys.executable, "-c", READ[name]], cwd=road / "n" / "tracking", capture_output=True, text=True, timeout=300)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("{")] or [done.stderr]
+    told = json.loads(line)
+    made = artifact.open_artifact(road / "n" / "data")
+    assert told["rows"] == made.metrics["train_rows"] and told["boardwalk"] and told["key"] == made.key and told["group"] == "n"
+
+
+READ = {
+    "trackio": """
+import json, os
+os.environ["TRACKIO_DIR"] = os.path.abspath("trackio")
+import trackio
+[run] = trackio.Api().runs("boardwalk")
+from trackio.sqlite_storage import SQLiteStorage
+[log] = [l for l in SQLiteStorage.get_logs("boardwalk", run.name) if "data/train_rows" in l]
+trackio.init("boardwalk", name="reader", embed=False)
+made = trackio.use_artifact("n-data")
+print(json.dumps({"rows": log["data/train_rows"], "boardwalk": run.config["boardwalk"], "group": run.config["_Group"], "key": made.metadata["key"]}))
+""",
+    "mlflow": """
+import json, os, mlflow
+mlflow.set_tracking_uri("sqlite:///" + os.path.abspath("mlflow/mlflow.db"))
+[run] = mlflow.search_runs(experiment_names=["boardwalk"], output_format="list")
+made = mlflow.artifacts.load_dict(run.info.artifact_uri + "/artifact.json")
+settings = mlflow.artifacts.load_dict(run.info.artifact_uri + "/settings.json")
+print(json.dumps({"rows": run.data.metrics["data/train_rows"], "boardwalk": settings["boardwalk"], "group": run.data.tags["group"], "key": made["key"]}))
+""",
+}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from src.core import artifact, compose, room
+from src.core import artifact, compose, room, tracking
 from src.core.artifact import Artifact
 from src.core.errors import NO_SPACE, BadData, ConfigError, GateFailed, MissingInput, Moved, NoRoom, UserError, WrongKind
 from src.core.files import HashCache
@@ -372,6 +372,7 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
             out, stage=stage.verb, kind=kind, version=stage.version, settings=settings, inputs=inputs, metrics=metrics, seconds=seconds
         )
     done = artifact.open_artifact(path)
+    tracking.finished(getattr(cfg, "tracker", {}), done, cfg.run, settings)
     say(f"{name}: done in {duration(seconds)}, {size(sum(f['size'] for f in done.files.values()))} in {path}")
     return _judged(stage, cfg, done)
 
@@ -391,6 +392,7 @@ def plan_of(stage: Stage[V], cfg: V, inputs: Inputs, path: Path) -> list[str]:
 
     A process that a launcher has started leaves the room to the launcher, which has looked at what all of them take together.
     """
+    tracking.check(getattr(cfg, "tracker", {}))
     plan = stage.check(cfg, inputs) if stage.check else []
     if stage.needs is None or "WORLD_SIZE" in os.environ:
         return plan

@@ -42,7 +42,41 @@ class Verb(Settings):
     """check: refuse what takes more memory or disk than there is, by an estimate; ignore: say it and go on"""
 
 
-class SourcedVerb(Verb):
+class Wandb(Settings):
+    kind: Literal["wandb"]
+    project: str
+    """wandb project"""
+    mode: Literal["auto", "online", "offline"]
+    """auto: online where WANDB_API_KEY is set, else offline"""
+
+
+class Tensorboard(Settings):
+    kind: Literal["tensorboard"]
+
+
+class Trackio(Settings):
+    kind: Literal["trackio"]
+    project: str
+    """trackio project"""
+    system: bool
+    """log the load of CPU and GPU too"""
+
+
+class Mlflow(Settings):
+    kind: Literal["mlflow"]
+    project: str
+    """mlflow experiment"""
+
+
+Tracker = Annotated[Wandb | Tensorboard | Trackio | Mlflow, Field(discriminator="kind")]
+
+
+class TrackedVerb(Verb):
+    tracker: Annotated[dict[str, Tracker], Unkeyed]
+    """where its figures go beside <run>/metrics.jsonl: wandb, tensorboard, trackio, mlflow, several as [wandb,tensorboard], or none"""
+
+
+class SourcedVerb(TrackedVerb):
     source: Annotated[str | None, Unkeyed]
     """artifact or Hugging Face folder to work on; null: the run's own"""
 
@@ -130,7 +164,7 @@ class Data(Settings):
         return self
 
 
-class DataVerb(Verb):
+class DataVerb(TrackedVerb):
     data: Data
     """what to read and how to split it"""
 
@@ -310,21 +344,6 @@ class Teacher(Settings):
     """likeliest tokens kept of each of its distributions; the others count together"""
 
 
-class Wandb(Settings):
-    kind: Literal["wandb"]
-    project: str
-    """wandb project"""
-    mode: Literal["auto", "online", "offline"]
-    """auto: online where WANDB_API_KEY is set, else offline"""
-
-
-class Tensorboard(Settings):
-    kind: Literal["tensorboard"]
-
-
-Tracker = Annotated[Wandb | Tensorboard, Field(discriminator="kind")]
-
-
 class Launch(Settings):
     nproc_per_node: PositiveInt | Literal["auto"]
     """processes on this machine; auto: one per GPU, one on a machine without"""
@@ -373,8 +392,6 @@ class FinetuneVerb(SourcedVerb):
     """none: train on the assistant's text and its <|im_end|>; qwen: the labels of Qwen's finetune.py, turn markers included"""
     train_new_tokens: Literal["auto", "never"]
     """auto: rows of ChatML tokens found untrained are trained, at a rate of their own; never: as the base left them, or as the tuner moves them"""
-    tracker: Annotated[dict[str, Tracker], Unkeyed]
-    """where curves go besides the terminal and the manifest"""
     launch: Annotated[Launch, Unkeyed]
     """processes and machines"""
 
@@ -614,7 +631,7 @@ class RunsVerb(Verb):
     """a run to remove; null: list them"""
 
 
-class DistillVerb(Verb):
+class DistillVerb(TrackedVerb):
     recipe: Recipe
     """the steps from prompts to rows"""
     prompts: Prompts

@@ -17,11 +17,11 @@ from transformers import TrainerCallback
 from src.chat import encoding
 from src.core.errors import ProofFailed
 from src.core.log import duration, fitted, mark, on_terminal, rank, say, spark, ticks, warn
+from src.core.tracking import FOLDER, Place, Trackers
 from src.models.generation import greedy
 from src.settings.verbs import FinetuneVerb
 from src.training.choices import peak_operations, sgemm_operations
 from src.training.examples import Example
-from src.training.tracking import Trackers
 from src.training.trainer import ChatTrainer
 
 ANSWERING = 60
@@ -218,9 +218,10 @@ def preview(example: Example, tokenizer, limit: int = 120) -> None:
 
 
 def open_trackers(cfg: FinetuneVerb, out: Path) -> Trackers:
-    """The trackers of rank 0, writing to <run>/tracking/, outside the artifact that gets sealed."""
+    """The trackers of rank 0, writing into the run, outside the artifact that gets sealed."""
     settings = {**cfg.model_dump(mode="json"), "run": cfg.run, "model_path": cfg.model.path}
-    return Trackers(cfg.tracker if rank() == 0 else {}, out.parent / "tracking", cfg.run, settings)
+    place = Place(out.parent / FOLDER, cfg.run, out.name.removesuffix(".partial"))
+    return Trackers(cfg.tracker if rank() == 0 else {}, place, settings, journal=rank() == 0)
 
 
 def first_prompts(path: Path, count: int) -> list[list[dict]]:
