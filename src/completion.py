@@ -64,15 +64,13 @@ def script(shell: str) -> str:
 
 def settings(verb: str) -> dict[str, list[str]]:
     """{setting or group: what it may be, empty where that is anything} of a verb, options of its groups included."""
-    found: dict[str, list[str]] = {}
-    schema = schema_of(verb)
-    groups = compose.groups_of(verb)
-    trees = [compose.defaults(verb, [])] + [
-        compose.defaults(verb, [f"{group}={option}"]) for group, options in groups.items() for option in options
-    ]
-    for tree in trees:
-        for key in compose.leaves(tree):
-            found.setdefault(key, choices_of(schema, key))
+    schema, groups = schema_of(verb), compose.groups_of(verb)
+    keys = set(compose.leaves(compose.defaults(verb, [])))
+    for group in groups:
+        for option, tree in compose.options(group).items():
+            place = f"{group}.{option}." if group == "tracker" else f"{group}."  # several trackers go together, each by its name
+            keys |= {place + key for key in compose.leaves(tree) if key != "tracker"}
+    found = {key: choices_of(schema, key) for key in keys}
     return found | {group: sorted(options) for group, options in groups.items()}
 
 

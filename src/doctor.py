@@ -22,7 +22,7 @@ from pathlib import Path
 
 from src import ROOT, __version__
 from src.core import artifact, compose, memory, room, stage
-from src.core.errors import MissingTool
+from src.core.errors import ConfigError, MissingTool
 from src.core.log import out, size, table
 from src.settings.verbs import DoctorVerb
 
@@ -254,7 +254,7 @@ def environment() -> Iterator[Finding]:
         yield Finding(NOTE, "OMP_NUM_THREADS", f"1, of {os.cpu_count()} cores", "unset OMP_NUM_THREADS to train on all of them")
     try:
         stage.check_environment()
-    except Exception as error:
+    except ConfigError as error:
         yield Finding(FAULT, "environment", str(error).splitlines()[0], "unset it: torchrun sets it for its own processes")
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "0").lower() in ("1", "true", "yes", "on"):

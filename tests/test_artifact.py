@@ -48,8 +48,8 @@ def keeps(partial: Path) -> bool:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What a person sees there: everything but locks and caches."""
-    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    """What a person sees there: everything but locks, caches and the run's journal."""
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name != "metrics.jsonl")
 
 
 # ---- keys

@@ -20,11 +20,12 @@ from src.core.errors import ConfigError
 SETTING = re.compile(r"(?<![\w./{}\[-])([a-z_]+(?:\.[a-z0-9_]+)*)=(\{[^\s}]*\}|[^\s,;:()]+)")
 COMMAND = re.compile(r"python -m src\.([a-z_]+)")
 FOREIGN = {
-    *("tie_word_embeddings", "max_tokens", "init_lora_weights", "normalized"),
+    *("tie_word_embeddings", "max_tokens", "init_lora_weights", "normalized", "trackio"),
     *("key", "format", "on_fault", "policy", "s", "enable_top_p_sampling"),
 }
 """names of other programs' settings, and of functions' arguments in messages about a fault of ours"""
 CODE = (
+    "completion.py",
     "deploy/mobilint/compile.py",
     "deploy/axera/runtime.py",
     "deploy/mobilint/job.py",

@@ -16,10 +16,19 @@ from src.settings.verbs import ReportVerb
 
 
 def report(words: list[str]) -> int:
-    """Writes the page; words: names of runs, and settings."""
+    """words: names of runs, and settings."""
     names = [word for word in words if "=" not in word and not word.startswith("-")]
     cfg = compose.compose("report", [word for word in words if word not in names], ReportVerb)
-    runs = [Path(cfg.outputs) / name for name in dict.fromkeys(names or [cfg.run])]
+    if any(Path(name).name != name for name in names):
+        raise ConfigError(
+            "a run is named as it is in the outputs folder, without a path", fix="outputs=FOLDER names the folder that holds it"
+        )
+    return write(cfg, list(dict.fromkeys(names or [cfg.run])))
+
+
+def write(cfg: ReportVerb, names: list[str]) -> int:
+    """Writes the page into the first run."""
+    runs = [Path(cfg.outputs) / name for name in names]
     for folder in runs:
         if not folder.is_dir():
             there = sorted(path.name for path in Path(cfg.outputs).glob("*") if path.is_dir() and not path.name.startswith("."))
@@ -28,10 +37,6 @@ def report(words: list[str]) -> int:
                 where=str(folder),
                 fix=[f"python -m src.report {name}" for name in there[:3]] or "python -m src.data starts one",
             )
-    if any(Path(name).name != name for name in names):
-        raise ConfigError(
-            "a run is named as it is in the outputs folder, without a path", fix="outputs=FOLDER names the folder that holds it"
-        )
     page = runs[0] / ("report.html" if len(runs) == 1 else f"report-{'-'.join(folder.name for folder in runs[1:])}.html")
     if cfg.dry_run:
         out(f"would write {page}")
