@@ -10,7 +10,7 @@ import sys
 import tomllib
 
 import pytest
-from conftest import FEW, ROOT
+from conftest import FEW, ROOT, VERBS
 
 from src import __version__
 from src.core import artifact, tracking
@@ -209,3 +209,27 @@ def test_each_mutation_finds_what_it_changes():
     namespace = runpy.run_path(str(ROOT / "scripts" / "mutations.py"), run_name="read")
     lost = [name for name, mutation in namespace["MUTATIONS"].items() if (ROOT / mutation.file).read_text().count(mutation.right) != 1]
     assert not lost and len(namespace["MUTATIONS"]) == 14
+
+
+# ---- other languages
+
+
+def outline(text: str) -> list[int]:
+    """The levels of its headings."""
+    return [len(line.split()[0]) for line in text.splitlines() if re.match("#+ ", line)]
+
+
+def typed(text: str) -> list[str]:
+    """The lines of its blocks that a person types."""
+    return [line.strip() for line in text.splitlines() if re.match(r"    (bash |python |outputs/[a-z])", line)]
+
+
+@pytest.mark.parametrize("language", ["ko", "zh"])
+def test_the_readme_of_each_language_has_every_section_and_command_of_the_english(language):
+    english, other = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", f"README.{language}.md"))
+    assert outline(other) == outline(english)
+    assert typed(other) == typed(english)
+    named = set(re.findall(r"python -m src\.([a-z_]+)", other))
+    assert named <= set(VERBS), named - set(VERBS)
+    missing = [page for page in re.findall(r"\]\((docs/[^)#]+)", other) if not (ROOT / page).is_file()]
+    assert not missing
