@@ -38,15 +38,15 @@ def texts(count: int) -> Iterator[tuple[str, bool]]:
 
 
 def ours() -> Callable[[int, str], bool]:
-    from src.distill.near_duplicates import MinHashIndex
+    from src.records.near_duplicates import MinHashIndex
 
     index = MinHashIndex(n=N, permutations=PERMUTATIONS, similarity=SIMILARITY)
     return lambda number, text: index.near(text) is not None
 
 
 def features(text: str) -> set[str]:
-    from src.distill.near_duplicates import ngrams
     from src.distill.texts import words
+    from src.records.near_duplicates import ngrams
 
     return set(ngrams(words(text), N))
 

@@ -1,16 +1,19 @@
-"""Read conversations, check and count every record, and split them into train, val and calib.
+"""Read conversations, check and count every record, and split them into train, val and calib; with preview=MODEL show what they are, and make nothing.
 
 A record's split follows from a seeded hash of its content alone, so adding rows never moves old ones.
 """
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from src.chat import encoding
 from src.core import artifact, stage
 from src.core.artifact import Artifact
 from src.core.errors import BadData
 from src.core.log import progress, say, warn
 from src.core.room import Needs
+from src.models.folder import check_tokenizer, locate
 from src.records.conversations import Conversation, RecordLayout, Tally, read
 from src.records.sources import kinds, opened
 from src.records.sources.found import found
@@ -124,7 +127,29 @@ def report(tally: Tally, rows: dict[str, int]) -> None:
             warn(f"the {split} split is empty; raise data.{split}, or add records")
 
 
-STAGE = stage.Stage(verb="data", version=2, schema=DataVerb, kind="dataset", find=find, check=check, needs=needs, run=data, doc=__doc__)
+def preview(cfg: DataVerb, run: stage.Run) -> int | None:
+    """The data set, made in a folder that goes again, as a model sees it."""
+    if cfg.preview is None:
+        return None
+    folder = locate(cfg.preview)
+    check_tokenizer(folder)
+    inputs = find(cfg, run)
+    check(cfg, inputs)
+    from src.models import glance
+    from src.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if added := encoding.ensure_chat(tokenizer):
+        say(f"data: {cfg.preview} has no chat template; shown through ChatML, with its tokens {' '.join(added)}")
+    with tempfile.TemporaryDirectory() as made:
+        data(cfg, inputs, Path(made))
+        glance.tell(Path(made), tokenizer)
+    return 0
+
+
+STAGE = stage.Stage(
+    verb="data", version=2, schema=DataVerb, kind="dataset", find=find, check=check, needs=needs, instead=preview, run=data, doc=__doc__
+)
 
 if __name__ == "__main__":
     stage.main(STAGE)

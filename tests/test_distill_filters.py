@@ -12,11 +12,11 @@ from src.distill import filters
 from src.distill.agreement import Agreement, squared, unequal
 from src.distill.classifier import Classifier, held_out
 from src.distill.disk_records import Spool
-from src.distill.near_duplicates import CodeOverlap, MinHashIndex, NgramOverlap, functions
 from src.distill.pipeline import Record, SetAside
 from src.distill.rouge import Pool, lcs, rouge_l
 from src.distill.steps.filters import evaluation_texts
-from src.distill.texts import code_of, fill, listed, part, usable, words
+from src.distill.texts import code_of, fill, listed, part, usable
+from src.records.near_duplicates import CodeOverlap, MinHashIndex, NgramOverlap, functions, words
 
 ENGLISH = "The harbour freezes in January, and the ships that were there for the winter have to wait until it thaws."
 SPANISH = "El puerto se congela en enero y los barcos que pasan el invierno tienen que esperar hasta que llegue la primavera."

@@ -24,7 +24,8 @@ from src.distill.pipeline import Answer, Record, Request, SetAside, Work, check_
 from src.distill.requests import stream
 from src.distill.steps import STEPS
 from src.distill.steps.translate import hide, restore
-from src.distill.texts import fill, words
+from src.distill.texts import fill
+from src.records.near_duplicates import words
 from src.settings.recipes import Recipe
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml"))

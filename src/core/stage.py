@@ -144,6 +144,7 @@ class Stage(Generic[V]):
     check(cfg, inputs) -> lines of the plan; raises where a tool, device or rule stands in the way. Before torch is imported.
     needs(cfg, inputs) -> memory and disk that the work takes, estimated; the door compares them with what is there.
     each(cfg, run) -> configurations to run in turn, where one call may mean several artifacts.
+    instead(cfg, run) -> exit code, where the settings ask for a look and no artifact; None: they do not.
     around(cfg, overrides) -> exit code, where the work runs in processes of its own; None: in this one.
     resumes(partial) -> whether a partial folder holds work worth keeping when the stage fails. A stage with it goes on in a partial folder of the
         same key; without it partial folders are cleared.
@@ -163,6 +164,7 @@ class Stage(Generic[V]):
     check: Callable[[V, Inputs], list[str]] | None = None
     needs: Callable[[V, Inputs], room.Needs] | None = None
     each: Callable[[V, Run], Iterable[V]] | None = None
+    instead: Callable[[V, Run], int | None] | None = None
     around: Callable[[V, list[str]], int | None] | None = None
     resumes: Callable[[Path], bool] | None = None
     guards: Callable[[Path], bool] | None = None
@@ -287,6 +289,8 @@ def _main(stage: Stage[V], argv: list[str]) -> int:
         if stage.early:
             plan_of(stage, cfg, stage.early(cfg, run), run.folder)
         return 0
+    if stage.instead and not cfg.dry_run and (code := stage.instead(cfg, run)) is not None:
+        return code
     configs = list(stage.each(cfg, run)) if stage.each else [cfg]
     return max(_one(stage, c, run, argv) for c in configs)
 

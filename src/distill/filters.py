@@ -5,8 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from src.distill.near_duplicates import ngrams
-from src.distill.texts import words
+from src.records.near_duplicates import ngrams, words
 
 SCRIPTS = {
     "ko": re.compile(r"[\uac00-\ud7af\u1100-\u11ff\u3130-\u318f]"),

@@ -8,15 +8,9 @@ from src.distill.pipeline import Answer, Record, SetAside
 
 _NAME = re.compile(r"\{([a-z_]+)\}")
 # A Chinese, Japanese or Korean character stands for a word, as no spaces part words there (Korean has them, but with particles attached).
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]|[^\W_]+(?:['’][^\W_]+)*")
 _CONTROL = re.compile(r"<\|[^\s|<>]{1,40}\|>|</?s>|[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 _CLOSING = re.compile(r"</[a-z ]+>")
 _FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-
-def words(text: str) -> list[str]:
-    """Words in lower case, each Chinese, Japanese or Korean character one of its own; punctuation parts them and is left out."""
-    return _WORD.findall(text.lower())
 
 
 def fill(template: str, **values: object) -> str:

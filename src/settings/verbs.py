@@ -167,6 +167,8 @@ class Data(Settings):
 class DataVerb(TrackedVerb):
     data: Data
     """what to read and how to split it"""
+    preview: Annotated[str | None, Unkeyed]
+    """model folder or hub id: show the rows as that model would see them, with lengths, writing and duplicates, and make nothing; null: make the dataset"""
 
 
 class Model(Settings):

@@ -6,7 +6,8 @@ from collections import Counter
 
 from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.rouge import rouge_l
-from src.distill.texts import append_answer, derive, words
+from src.distill.texts import append_answer, derive
+from src.records.near_duplicates import words
 from src.settings.recipes import BestOf, Pair
 
 

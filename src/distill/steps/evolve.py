@@ -5,7 +5,8 @@ from dataclasses import replace
 from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.requests import TEXT, YES_NO, obj, request
 from src.distill.steps.respond import prompt_of
-from src.distill.texts import append_answer, derive, fill, part, usable, words
+from src.distill.texts import append_answer, derive, fill, part, usable
+from src.records.near_duplicates import words
 from src.settings.recipes import Evolve
 
 IN_BREADTH = "in_breadth"

@@ -7,9 +7,9 @@ from pathlib import Path
 from src.core.errors import BadData
 from src.core.log import warn
 from src.distill import filters
-from src.distill.near_duplicates import CodeOverlap, MinHashIndex, NgramOverlap
 from src.distill.pipeline import Record, Records, Work
 from src.distill.texts import part, text_of
+from src.records.near_duplicates import CodeOverlap, MinHashIndex, NgramOverlap
 from src.settings.recipes import InLanguage, Length, NearDuplicates, Overlap, Refusal, Repetition
 
 

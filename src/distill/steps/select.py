@@ -8,7 +8,8 @@ import numpy as np
 
 from src.distill.disk_records import Spool
 from src.distill.pipeline import Record, Records, Work
-from src.distill.texts import part, words
+from src.distill.texts import part
+from src.records.near_duplicates import words
 from src.settings.recipes import Select
 
 COLUMNS = 2048

@@ -8,7 +8,8 @@ from src.distill.filters import task
 from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.requests import TEXT, YES_NO, array, obj, request, stream
 from src.distill.rouge import Pool
-from src.distill.texts import append_answer, derive, fill, listed, part, usable, user, words
+from src.distill.texts import append_answer, derive, fill, listed, part, usable, user
+from src.records.near_duplicates import words
 from src.settings.recipes import Instances, SelfInstruct
 
 

@@ -13,7 +13,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from rensa import RMinHash
 
-from src.distill.texts import words
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]|[^\W_]+(?:['’][^\W_]+)*")
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case, each Chinese, Japanese or Korean character one of its own; punctuation parts them and is left out."""
+    return _WORD.findall(text.lower())
 
 
 def ngrams(parts: Sequence[str], n: int) -> list[str]:

@@ -1,0 +1,151 @@
+"""What a data set is, told before anything is trained on it: rows as a model will see them, lengths, writing, and what stands in it twice."""
+
+import itertools
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.chat import encoding, unseen
+from src.chat.template import Unteachable
+from src.core.errors import BadData
+from src.core.log import mark, out, progress, say, table, warn
+from src.records.near_duplicates import MinHashIndex, NgramOverlap
+from src.records.splits import SPLITS
+
+LIMITS = (512, 1024, 2048, 4096, 8192)
+"""lengths in tokens for which it is told what train.max_length would cut"""
+SHOWN, SHORT, LETTERS = 3, 700, 500
+"""rows that are printed, characters of a part of one, and letters of a message by which its writing is told"""
+N, SIMILAR, SHARED = 3, 0.7, 13
+"""words in a feature, and the share of features from which two rows are nearly the same; words in a row that no two splits should share: as distill's
+recipes have them"""
+
+
+@dataclass
+class Split:
+    """One split, read once. tokens, trained: of each row, as a model sees it."""
+
+    turns: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)
+
+
+def tell(folder: Path, tokenizer: Any) -> None:
+    """Print all of it. folder: of train.jsonl, val.jsonl and calib.jsonl. tokenizer: transformers', with a chat template."""
+    notes: Counter[str] = Counter()
+    letters: Counter[str] = Counter()
+    splits = {name: Split() for name in SPLITS}
+    twice, near, index = Counter[str](), 0, MinHashIndex(n=N, permutations=128, similarity=SIMILAR)
+    seen: set[int] = set()
+    shown = 0
+    for name, row in progress(_rows(folder), "rows"):
+        split = splits[name]
+        split.turns.append(len(row["messages"]))
+        text = "\n".join(str(message.get("content") or "") for message in row["messages"])
+        for part in _said(row):
+            letters.update(itertools.islice(filter(str.isalpha, part), LETTERS))
+        if (digest := hash(json.dumps(row["messages"], sort_keys=True))) in seen:
+            twice[name] += 1
+        elif index.near(text) is not None:
+            near += 1
+        seen.add(digest)
+        try:
+            taught = encoding.teach(tokenizer, row["messages"], row.get("tools"))
+        except Unteachable:
+            notes["refused"] += 1
+            continue
+        except BadData as error:
+            warn(f"row '{row['id']}': {error.what}")
+            continue
+        notes += taught.notes
+        for one in taught.rows:
+            split.tokens.append(len(one.input_ids))
+            split.trained.append(one.trained)
+            if name == "train" and shown < SHOWN:
+                out(f"row '{row['id']}', {len(one.input_ids)} tokens, {one.trained} of them trained:\n{_marked(one, tokenizer)}\n")
+                shown += 1
+    _print_lengths(splits)
+    out("")
+    _print_limits(splits["train"])
+    out("")
+    whole = sum(letters.values()) or 1
+    scripts: Counter[str] = Counter()
+    for letter, count in letters.items():
+        scripts[unicodedata.name(letter, "OTHER").split()[0].title()] += count
+    out("writing: " + ", ".join(f"{script} {count / whole:.1%}" for script, count in scripts.most_common(5) if count / whole >= 0.0005))
+    held = _overlap(folder)
+    out(
+        f"the same twice: {sum(twice.values())}; nearly the same ({SIMILAR:.0%} of {N} words in a row alike): {near}; train rows that share {SHARED} words in a row with val: {held}"
+    )
+    if notes:
+        for line in unseen.report(notes, "preview"):
+            say(line)
+
+
+def _rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in SPLITS:
+        with open(folder / f"{name}.jsonl", encoding="utf-8") as lines:
+            for line in lines:
+                yield name, json.loads(line)
+
+
+def _marked(row: encoding.Encoded, tokenizer: Any) -> str:
+    """A row as text, with what is trained standing out; long parts are shortened in their middle."""
+    parts = []
+    for trained, group in itertools.groupby(zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] != encoding.IGNORE):
+        text = tokenizer.decode([token for token, _ in group])
+        parts.append(mark(text if len(text) <= SHORT else f"{text[: SHORT * 2 // 3]} … {text[-SHORT // 3 :]}", trained))
+    return "".join(parts)
+
+
+def _print_lengths(splits: dict[str, Split]) -> None:
+    rows = []
+    for name, split in splits.items():
+        if split.tokens:
+            at = [f"{int(value):,}" for value in (*np.percentile(split.tokens, (50, 90, 99)), max(split.tokens))]
+            rows.append(
+                [
+                    name,
+                    f"{len(split.turns):,}",
+                    f"{np.mean(split.turns):.1f}",
+                    f"{sum(split.tokens):,}",
+                    *at,
+                    f"{sum(split.trained) / sum(split.tokens):.0%}",
+                ]
+            )
+    out(table(["split", "rows", "turns", "tokens", "median", "90 %", "99 %", "longest", "trained"], rows, right=range(1, 9)))
+
+
+def _print_limits(split: Split) -> None:
+    """What a limit on length would cost, for the limits that some row is longer than, and the first that none is."""
+    rows, whole = [], sum(split.tokens)
+    for limit in LIMITS:
+        longer = [count for count in split.tokens if count > limit]
+        rows.append(
+            [
+                f"{limit:,}",
+                f"{len(longer):,}",
+                f"{len(longer) / max(1, len(split.tokens)):.1%}",
+                f"{sum(longer) - limit * len(longer):,}",
+                f"{sum(count - limit for count in longer) / max(1, whole):.1%}",
+            ]
+        )
+        if not longer:
+            break
+    out(table(["train.max_length", "longer rows", "", "tokens beyond it", ""], rows, right=range(5)))
+
+
+def _overlap(folder: Path) -> int:
+    """Rows of train that have so many words in a row with one of val, system texts aside, which all may share."""
+    held = NgramOverlap((text for name, row in _rows(folder) if name == "val" for text in _said(row)), n=SHARED, shortest=8)
+    return sum(any(held.shared(text) for text in _said(row)) for name, row in _rows(folder) if name == "train")
+
+
+def _said(row: dict[str, Any]) -> list[str]:
+    return [str(message.get("content") or "") for message in row["messages"] if message["role"] != "system"]
