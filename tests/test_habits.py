@@ -233,3 +233,22 @@ def test_the_readme_of_each_language_has_every_section_and_command_of_the_englis
     assert named <= set(VERBS), named - set(VERBS)
     missing = [page for page in re.findall(r"\]\((docs/[^)#]+)", other) if not (ROOT / page).is_file()]
     assert not missing
+
+
+# ---- the container
+
+
+def test_the_dockerfile_copies_what_is_there_and_no_environment():
+    """There is no Docker here to build it with: its steps are those of scripts/env.sh and the quickstart, which run in every clone."""
+    text = (ROOT / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE):
+        *sources, _ = line.split()
+        assert all((ROOT / source).exists() for source in sources), line
+    assert "make_env" in (ROOT / "scripts" / "env.sh").read_text() and "scripts/quickstart.sh" in text
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv*", "outputs"} <= set(ignored)
+
+
+def test_the_page_of_settings_is_what_the_schemas_say():
+    page = runpy.run_path(str(ROOT / "scripts" / "settings_pages.py"))["page"]()
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == page, "python scripts/settings_pages.py makes it anew"

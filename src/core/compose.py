@@ -341,21 +341,21 @@ def help_text(verb: str, doc: str | None, schema: type[BaseModel]) -> str:
         lines.append(f"  {group}={'|'.join(sorted(options))}")
     if groups:
         lines.append("")
-    settings = list(_with_meaning(tree, schema))
+    settings = list(with_meaning(tree, schema))
     width = min(max(len(left) for left, _ in settings), 44)
     lines += [f"  {left:<{width}}  {meaning}".rstrip() for left, meaning in settings]
     return "\n".join(lines)
 
 
-def _with_meaning(tree: dict[str, Any], schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+def with_meaning(tree: dict[str, Any], schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     """(setting=default, its meaning) of every single setting."""
     for name, field in schema.model_fields.items():
         value, inner = tree.get(name), _model_of(field.annotation, tree.get(name))
         if isinstance(value, dict) and (named := _named_models(field.annotation, value)):
             for key, model in named.items():
-                yield from _with_meaning(value[key], model, f"{prefix}{name}.{key}.")
+                yield from with_meaning(value[key], model, f"{prefix}{name}.{key}.")
         elif inner and isinstance(value, dict):
-            yield from _with_meaning(value, inner, f"{prefix}{name}.")
+            yield from with_meaning(value, inner, f"{prefix}{name}.")
         else:
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
             yield f"{prefix}{name}={shown}", field.description or ""
