@@ -36,6 +36,11 @@ SENSITIVE = 8192, 64
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
     model = run.source(cfg.source, "merge", "finetune", kinds={"model"})
     inputs = {"model": model, "dataset": stage.data_sources(run, cfg.dataset), **exact_sum.parents(model, cfg.weights, run.cache)}
+    if cfg.calibration.text is None and cfg.calibration.text_share != "auto":
+        raise ConfigError(
+            f"calibration.text_share={cfg.calibration.text_share:g} is the part of a text, and calibration.text names none",
+            fix=["calibration.text=FILE names it", "calibration.text_share=auto"],
+        )
     if cfg.calibration.text is not None:
         if not (text := Path(cfg.calibration.text)).is_file():
             raise MissingInput("calibration.text is no file", where=str(text), fix="calibration.text=null leaves it out")
@@ -236,7 +241,7 @@ def hold(cfg: QuantizeVerb, change: fidelity.Change, where: Path) -> None:
     """Raises ProofFailed where more was lost than the limits allow."""
     kl, agreement = LIMITS[min(cfg.quantizer.widths)]
     kl, agreement = kl if cfg.max_kl == "auto" else cfg.max_kl, agreement if cfg.min_agreement == "auto" else cfg.min_agreement
-    fidelity.hold(change, kl, agreement, where, better_than(cfg.quantizer))
+    fidelity.hold(change, kl, agreement, where, [f"{way} force=true" for way in better_than(cfg.quantizer)])
 
 
 def judge(cfg: QuantizeVerb, made: Artifact) -> None:

@@ -440,7 +440,7 @@ def test_what_it_loses_is_between_that_of_its_two_widths(mixed, here):
 
 
 @helps("models/fidelity.py", "{} if you accept it")
-@helps("quantize.py", "quantizer=gptq_int8")
+@helps("quantize.py", "quantizer=gptq_int8", "{} force=true")
 def test_more_loss_than_is_allowed_is_refused_and_the_ways_out_help(mixed, here, capsys):
     argv = [
         f"outputs={here}",
@@ -457,12 +457,15 @@ def test_more_loss_than_is_allowed_is_refused_and_the_ways_out_help(mixed, here,
     typed = [word for word in accepted if "=" in word]
     assert [word.split("=")[0] for word in typed] in (["max_kl"], ["max_kl", "min_agreement"])
     assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5", *typed) == 0
-    assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5") == ProofFailed.exit_code, "a finished one is held to it too"
+    assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5") == ProofFailed.exit_code, (
+        "a finished one is held to it too"
+    )
     assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4") == 0
-    assert go(quantize, *argv, "run=limit8", "quantizer=gptq_int8", "max_kl=1e-3") == 0
+    assert go(quantize, *argv, "run=limit", "quantizer=gptq_int8", "max_kl=1e-3", "force=true") == 0
 
 
 @helps("quantize.py", "quantizer.bits_per_weight=4.5", "quantizer=gptq_int3", "calibration.text=null leaves it out")
+@helps("quantize.py", "calibration.text=FILE names it", "calibration.text_share=auto")
 def test_a_size_below_four_bits_and_a_text_that_is_not_there_are_refused(here, capsys):
     argv = [f"outputs={here}", f"source={here / 'model'}", f"dataset={here / 'q' / 'data'}", "run=small", "dry_run=true"]
     assert go(quantize, *argv, "quantizer=mixed", "quantizer.bits_per_weight=4.1") == ConfigError.exit_code
@@ -471,6 +474,9 @@ def test_a_size_below_four_bits_and_a_text_that_is_not_there_are_refused(here, c
         assert go(quantize, *argv, *way.split()) == 0
     assert go(quantize, *argv, "calibration.text=/nowhere.txt") == MissingInput.exit_code
     assert go(quantize, *argv, "calibration.text=null") == 0
+    assert go(quantize, *argv, "calibration.text_share=0.4") == ConfigError.exit_code
+    for way in (f"calibration.text={ROOT / 'README.md'}", "calibration.text_share=auto"):
+        assert go(quantize, *argv, "calibration.text_share=0.4", way) == 0
 
 
 def test_general_text_is_its_share_of_the_calibration(here, tmp_path, capsys):
