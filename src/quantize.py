@@ -220,7 +220,7 @@ def prove(cfg: QuantizeVerb, made: Made, source: Path, out: Path) -> dict:
     shutil.rmtree(first := out / "scratch" / "first", ignore_errors=True)
     first.mkdir(parents=True)
     processes.fresh(check_first_layer, made.start, out, first)
-    ids, after = processes.fresh(read_back, made.start, source, out, made.rows, made.before.top_k_ids)
+    ids, after = processes.fresh(read_back, made.start, source, out / "scratch" / "layers", out, made.rows, made.before.top_k_ids)
     complete.compare(ids, made.ids, out)
     error = fidelity.distance(made.before, after)
     if not error < 1:
@@ -262,7 +262,7 @@ def needs(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> Needs:
 
 STAGE = stage.Stage(
     verb="quantize",
-    version=4,
+    version=5,
     schema=QuantizeVerb,
     kind="quantized",
     find=find,
