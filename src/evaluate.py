@@ -381,7 +381,8 @@ def _short(row: dict) -> str:
 
 
 def judge(cfg: EvaluateVerb, made: Artifact) -> None:
-    gates.judge(cfg.gate, made.metrics, made.path / "report.json")
+    report = made.path / "report.json"
+    gates.judge(cfg.gate, made.metrics, f"{report}, which is kept; rows.jsonl and answers.jsonl beside it have every row")
 
 
 def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:

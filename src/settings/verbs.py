@@ -523,6 +523,8 @@ class DeployVerb(SourcedVerb):
     """dataset artifact to calibrate on, for targets that do; null: the run's own"""
     preview: Annotated[NonNegativeInt, Unkeyed]
     """held-out conversations on which the model is tried in a vendor's numbers before its compiler is run; 0: none"""
+    gate: Annotated[Gate, Unkeyed]
+    """limits of what the model loses in those numbers (kl, top1, perplexity_ratio), beyond which the compiler is not run: none, or strict"""
 
 
 class Gpu(Settings):
