@@ -20,7 +20,7 @@ from src.chat import encoding
 from src.chat.template import as_served_today
 from src.core import stage
 from src.core.artifact import Artifact, outside
-from src.core.errors import ConfigError, MissingInput, WrongKind
+from src.core.errors import ConfigError, MissingInput, UserError, WrongKind
 from src.core.log import say
 from src.core.room import Needs
 from src.models import checks, comparison, evaluation, gates, preview, seen
@@ -28,7 +28,7 @@ from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
 from src.records import conversations
 from src.records.conversations import Conversation, Tally
-from src.records.sources import kinds
+from src.records.sources import kinds, opened
 from src.records.sources.found import found
 from src.serving import measure
 from src.serving.client import Client
@@ -69,17 +69,24 @@ def beside(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     """The schema and the general rows, where they are given."""
     inputs = {}
     if cfg.evaluation.json_schema:
-        inputs["json_schema"] = files(cfg.evaluation.json_schema, run)
+        inputs["json_schema"] = files("json_schema", cfg.evaluation.json_schema, run)
         if not inputs["json_schema"].path.is_file():
             raise WrongKind("evaluation.json_schema is one file", where=cfg.evaluation.json_schema)
     if cfg.evaluation.general:
-        inputs["general"] = files(cfg.evaluation.general, run)
+        inputs["general"] = files("general", cfg.evaluation.general, run)
+        for file in inputs["general"].files:
+            if not opened.table(path := inputs["general"].path / file if inputs["general"].path.is_dir() else inputs["general"].path):
+                opened.begins(path)
     return inputs
 
 
-def files(path: str, run: stage.Run) -> Artifact:
-    """What a setting names as data.path does, by content."""
-    there = found(path, subset=None, split="train", revision=None, download=not run.dry)
+def files(setting: str, path: str, run: stage.Run) -> Artifact:
+    """What a setting of evaluation names as data.path does, by content."""
+    try:
+        there = found(path, subset=None, split="train", revision=None, download=not run.dry)
+    except UserError as error:
+        error.fix = [way.replace("data.path=", f"evaluation.{setting}=") for way in error.fix]
+        raise
     return outside(there.root, "file", run.cache, there.files)
 
 

@@ -60,6 +60,8 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
         raise WrongKind(
             "a model is quantized layer by layer, and this one runs code of its own, which may do otherwise", where=str(model.path)
         )
+    if "text" in inputs and calibrates(cfg):
+        calibration.check_text(inputs["text"].path)
     how = f"calibrated on {dataset.path}/calib.jsonl" if calibrates(cfg) else "each weight rounded to the nearest; calibration= is not used"
     return [
         f"{in_words(q)}, of {model.path}, {how}",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from src.chat import encoding
 from src.chat.rows import rows_of
+from src.core.errors import BadData
 from src.core.log import progress, say, warn
 from src.records.sources import opened
 from src.settings.quantizers import Calibration
@@ -60,6 +61,12 @@ def read(how: Calibration, split: Path, text: Path | None, tokenizer) -> Rows:
     if found.tokens < FEW:
         warn(f"{found.tokens:,} calibration tokens are few; more records, or a larger data.calib, quantize better")
     return found
+
+
+def check_text(path: Path) -> None:
+    """Raises BadData where a file begins as no text, or has none."""
+    if not opened.begins(path).strip():
+        raise BadData("calibration.text is empty", where=str(path), fix="calibration.text=null leaves it out")
 
 
 def drawn(lengths: list[int], count: int, seed: int) -> list[int]:
