@@ -23,7 +23,7 @@ from src.core.artifact import Artifact, outside
 from src.core.errors import ConfigError, MissingInput, UserError, WrongKind
 from src.core.log import say
 from src.core.room import Needs
-from src.models import checks, comparison, evaluation, gates, preview, seen
+from src.models import checks, comparison, devices, evaluation, gates, preview, seen, tasks
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
 from src.records import conversations
@@ -77,7 +77,15 @@ def beside(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
         for file in inputs["general"].files:
             if not opened.table(path := inputs["general"].path / file if inputs["general"].path.is_dir() else inputs["general"].path):
                 opened.begins(path)
+    for own in tasks.files(cfg.evaluation.tasks or ()):
+        inputs[f"task {own.name}"] = outside(existing(own), "file", run.cache)
     return inputs
+
+
+def existing(task: Path) -> Path:
+    if not task.is_file():
+        raise MissingInput("evaluation.tasks names a file that is not there", where=str(task), fix="evaluation.tasks=null leaves it out")
+    return task
 
 
 def files(setting: str, path: str, run: stage.Run) -> Artifact:
@@ -139,6 +147,10 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
             where=str(inputs["dataset"].path),
             fix=stage.made_again(inputs["dataset"], "data.val=0.1"),
         )
+    if cfg.evaluation.tasks:
+        if cfg.numerics:
+            raise ConfigError("a model is not asked lm-eval's tasks in a board's numbers", fix="evaluation.tasks=null")
+        tasks.check(cfg.evaluation.tasks)
     if cfg.numerics:
         return preview.check(cfg, inputs)
     refuse_unmeasured(cfg, inputs)
@@ -156,6 +168,10 @@ def refuse_unmeasured(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> None:
         raise ConfigError(
             "gate.kl limits what an endpoint does not give: the whole distribution of a next token",
             fix=["gate.kl=null; gate.top1 and gate.perplexity_ratio limit what it may give", *HERE],
+        )
+    if cfg.endpoint.url and e.tasks and "parent" not in inputs:
+        raise ConfigError(
+            "lm-eval's requests are tokens of the local model that an endpoint's was made from, and none is known", fix=gates.PARENT
         )
     if e.general and "parent" not in inputs:
         raise ConfigError("what a model forgot is told by the one it was made from, and none is known", fix=gates.PARENT)
@@ -229,7 +245,12 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if "parent" in inputs:
         metrics["worst"] = {prefix + name: worst for prefix, some in compared.items() for name, worst in some.worst().items()}
     checked, of_answers = check_answers(cfg, inputs, records, answers, tokenizer)
-    metrics |= checked | comparison.report([*parts, *of_answers]) | expected(cfg, answers)
+    measured = {role: evaluation.Measured(inputs[role], role, len(tokenizer) if role == "parent" else 0) for role in answers}
+    asked_of: dict[str, tuple[tasks.Asked, str | None]] = {
+        role: (tasks.Local(one, tokenizer, cfg.evaluation.batch_size), inputs[role].key) for role, one in measured.items()
+    }
+    told, of_tasks = ask_tasks(cfg, inputs["model"], tokenizer, asked_of)
+    metrics |= checked | told | comparison.report([*parts, *of_answers, *of_tasks]) | expected(cfg, answers)
     write(out, metrics, answers, (line for some in compared.values() for line in some.lines()))
     show(metrics, answers, ("before", "after") if inputs["model"].stage == "finetune" else ("parent", "answer"))
     return metrics
@@ -256,7 +277,16 @@ def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artif
     check, references = to_check(cfg, inputs, records)
     checked, right = checks.score(check, references, answers, tokenizer) if check else ({}, {"model": []})
     of_answers = [("", comparison.of_task(right))] if right["model"] else []
-    metrics |= (checked if of_answers else {}) | comparison.report([*told.parts, *of_answers]) | expected(cfg, answers)
+    of_tasks: list[tuple[str, comparison.Figures]] = []
+    if parent:
+        served = measure.Served(client, model, tokenizer, many)
+        both: dict[str, tuple[tasks.Asked, str | None]] = {
+            "model": (served, None),
+            "parent": (tasks.Local(local, tokenizer, cfg.evaluation.batch_size), parent.key),
+        }
+        of_documents, of_tasks = ask_tasks(cfg, parent, tokenizer, both)
+        metrics |= of_documents
+    metrics |= (checked if of_answers else {}) | comparison.report([*told.parts, *of_answers, *of_tasks]) | expected(cfg, answers)
     write(out, metrics, answers, told.lines)
     (out / measure.RECEIVED).unlink()
     show(metrics, answers, ("parent", "board"))
@@ -339,6 +369,25 @@ def check_answers(
     return checked, [*figures, ("", comparison.of_task(right))]
 
 
+def ask_tasks(
+    cfg: EvaluateVerb, shape: Artifact, tokenizer, asked_of: dict[str, tuple[tasks.Asked, str | None]]
+) -> tuple[dict[str, Any], list[tuple[str, comparison.Figures]]]:
+    """lm-eval's tasks, if any, of {role: (who is asked, its key)}; what they said is kept in the runs' cache by that key, but of an endpoint, which has
+    none. shape: the model whose positions bound
+    a row."""
+    e = cfg.evaluation
+    if not e.tasks:
+        return {}, []
+    longest = evaluation.positions(shape, e.max_length)
+    kept = Path(cfg.outputs) / ".cache" / "lm-eval"
+    by_role = {}
+    for role, (asked_one, key) in asked_of.items():
+        cache = kept / f"{key[:16]}-{longest}" if key else None
+        by_role[role] = tasks.run(e.tasks, asked_one, tokenizer, longest, e.rows, cache)
+        devices.give_back_memory()
+    return tasks.compare(by_role)
+
+
 def expected(cfg: EvaluateVerb, answers: dict[str, list[dict]]) -> dict:
     """How many answers of each role match evaluation.expect and end their turn, marked in their rows; nothing where none is expected."""
     if cfg.evaluation.expect is None:
@@ -364,7 +413,7 @@ def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
         if "agreement" in metrics and "loss_difference" not in metrics:
             line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
         say(line)
-    for line in comparison.in_words(metrics):
+    for line in [*comparison.in_words(metrics), *(tasks.in_words(metrics) if "tasks" in metrics else ())]:
         say(f"evaluate: {line}")
     if "answers_ended" in metrics:
         say(f"evaluate: {measure.in_words(metrics)}")

@@ -1,7 +1,7 @@
 """A model against the one it was made from, row by row on the same tokens and prompt by prompt: figures, their intervals, and what they are evidence of."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,8 +112,8 @@ def of_answers(mine: list[dict], theirs: list[dict], tokenizer) -> Figures:
     return over_rows(figures, len(pairs))
 
 
-def of_task(right: dict[str, list[bool]]) -> Figures:
-    """task: the share of answers that are right; parent_task and task_difference where there is a parent, prompt by prompt."""
+def of_task(right: Mapping[str, Sequence[float] | np.ndarray]) -> Figures:
+    """task: the share of answers that are right, or the mean of another figure of each; parent_task and task_difference where there is a parent, prompt by prompt."""
     by = {role: np.array(each, float) for role, each in right.items()}
 
     def figures(weights: np.ndarray) -> dict[str, float]:

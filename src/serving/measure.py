@@ -324,3 +324,23 @@ def _sound(value: float | None, best: str | None, k: int, client: Client) -> tup
 def names(tokenizer, token: int) -> set[str]:
     """What a server may call a token: vLLM's return_tokens_as_token_ids form, its text, or its entry in the vocabulary."""
     return {f"token_id:{token}", tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)}
+
+
+class Served:
+    """A server's model as lm-eval's tasks ask it. tokenizer: of the local model that it was made from."""
+
+    def __init__(self, client: Client, model: str, tokenizer, workers: int):
+        self.client, self.model, self.tokenizer, self.workers = client, model, tokenizer, workers
+
+    def log_probs(self, rows: list) -> list[tuple[float, bool]]:
+        """(sum of the log-probabilities of a row's trained tokens, whether each is the likeliest). Raises NoAnswer where it gives none of one."""
+        told = score(self.client, self.model, rows, self.tokenizer, self.workers)
+        if told is None or None in told:
+            raise NoAnswer("it gives no log-probabilities of given tokens, which these tasks count", where=self.client.url)
+        alike = lambda row, pairs: all(best in names(self.tokenizer, row.input_ids[k]) for k, (_, best) in zip(places(row), pairs))
+        return [(math.fsum(value for value, _ in pairs or ()), alike(row, pairs)) for row, pairs in zip(rows, told)]
+
+    def answers(self, prompts: list[str], stops: list[str], most: int) -> list[str]:
+        """Each prompt as a user's turn, answered greedily."""
+        ask = lambda text: self.client.chat(self.model, [{"role": "user", "content": text}], None, max_tokens=most).text
+        return list(progress(_each(ask, prompts, self.workers, self.client), "asking", len(prompts)))

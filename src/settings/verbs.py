@@ -444,6 +444,8 @@ class Evaluation(Settings):
     """file with the JSON Schema that every answer has to follow"""
     general: Annotated[str | None, Unkeyed]
     """text or chats of another domain, as data.path takes them, to see what of that the model forgot; of a text each line is a row, cut at max_length"""
+    tasks: Annotated[list[str] | None, Field(exclude_if=lambda names: names is None)]
+    """tasks of lm-eval, by name or as a YAML file of your own, of which `rows` documents are taken at most; null: none"""
 
     @model_validator(mode="after")
     def _schema_where_it_is_checked(self) -> Self:
