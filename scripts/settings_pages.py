@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from src.completion import schema_of
-from src.core import compose
+from src.completion import schema_of  # noqa: E402
+from src.core import compose  # noqa: E402
 
 HEAD = """# Settings
 

@@ -10,6 +10,7 @@ With numerics= the model is tried in the numbers that boards compute in, before 
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ from src.chat import encoding
 from src.chat.template import as_served_today
 from src.core import stage
 from src.core.artifact import Artifact, outside
-from src.core.errors import ConfigError, MissingInput, WrongKind
+from src.core.errors import ConfigError, MissingInput, UserError, WrongKind
 from src.core.log import say
 from src.core.room import Needs
-from src.models import checks, comparison, evaluation, gates, preview
+from src.models import checks, comparison, devices, evaluation, gates, preview, seen, tasks
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
 from src.records import conversations
 from src.records.conversations import Conversation, Tally
-from src.records.sources import kinds
+from src.records.sources import kinds, opened
 from src.records.sources.found import found
 from src.serving import measure
 from src.serving.client import Client
@@ -36,6 +37,7 @@ from src.sizing import host
 from src.sizing.config_reader import read_shape
 
 MEASURED = ("finetune", "merge", "quantize")
+HERE = ["source=FOLDER without endpoint.url measures the model here"]
 BUILT_FROM = ("merge", "finetune", "quantize")
 """what a bundle is most likely made from, in this order"""
 KINDS = {"adapter", "model", "quantized"}
@@ -60,18 +62,39 @@ def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     inputs = {"model": model, "dataset": stage.data_sources(run, cfg.dataset)}
     if parent := cfg.parent or parent_path(model):
         inputs["parent"] = run.source(str(parent), kinds=KINDS)
+    return inputs | beside(cfg, run)
+
+
+def beside(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
+    """The schema and the general rows, where they are given."""
+    inputs = {}
     if cfg.evaluation.json_schema:
-        inputs["json_schema"] = files(cfg.evaluation.json_schema, run)
+        inputs["json_schema"] = files("json_schema", cfg.evaluation.json_schema, run)
         if not inputs["json_schema"].path.is_file():
             raise WrongKind("evaluation.json_schema is one file", where=cfg.evaluation.json_schema)
     if cfg.evaluation.general:
-        inputs["general"] = files(cfg.evaluation.general, run)
+        inputs["general"] = files("general", cfg.evaluation.general, run)
+        for file in inputs["general"].files:
+            if not opened.table(path := inputs["general"].path / file if inputs["general"].path.is_dir() else inputs["general"].path):
+                opened.begins(path)
+    for own in tasks.files(cfg.evaluation.tasks or ()):
+        inputs[f"task {own.name}"] = outside(existing(own), "file", run.cache)
     return inputs
 
 
-def files(path: str, run: stage.Run) -> Artifact:
-    """What a setting names as data.path does, by content."""
-    there = found(path, subset=None, split="train", revision=None, download=not run.dry)
+def existing(task: Path) -> Path:
+    if not task.is_file():
+        raise MissingInput("evaluation.tasks names a file that is not there", where=str(task), fix="evaluation.tasks=null leaves it out")
+    return task
+
+
+def files(setting: str, path: str, run: stage.Run) -> Artifact:
+    """What a setting of evaluation names as data.path does, by content."""
+    try:
+        there = found(path, subset=None, split="train", revision=None, download=not run.dry)
+    except UserError as error:
+        error.fix = [way.replace("data.path=", f"evaluation.{setting}=") for way in error.fix]
+        raise
     return outside(there.root, "file", run.cache, there.files)
 
 
@@ -85,7 +108,7 @@ def find_for_endpoint(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
         if found.kind == "bundle" and (record := found.parent("model")):
             found = run.source(str(found.path_of(record)), kinds=KINDS)
         inputs["parent"] = found
-    return inputs | {"dataset": stage.data_sources(run, cfg.dataset)}
+    return inputs | {"dataset": stage.data_sources(run, cfg.dataset)} | beside(cfg, run)
 
 
 def parent_path(model: Artifact) -> Path | None:
@@ -124,6 +147,10 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
             where=str(inputs["dataset"].path),
             fix=stage.made_again(inputs["dataset"], "data.val=0.1"),
         )
+    if cfg.evaluation.tasks:
+        if cfg.numerics:
+            raise ConfigError("a model is not asked lm-eval's tasks in a board's numbers", fix="evaluation.tasks=null")
+        tasks.check(cfg.evaluation.tasks)
     if cfg.numerics:
         return preview.check(cfg, inputs)
     refuse_unmeasured(cfg, inputs)
@@ -137,10 +164,14 @@ def refuse_unmeasured(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> None:
     """Raises ConfigError for what is asked and cannot be told of this model."""
     e = cfg.evaluation
     limits = gates.limits(cfg.gate)
-    if cfg.endpoint.url and (e.general or e.json_schema or e.check not in ("auto", "none") or limits):
+    if cfg.endpoint.url and "kl" in limits:
         raise ConfigError(
-            "evaluation.general, checks of answers and gates are for models on this machine, not for an endpoint",
-            fix="source=FOLDER without endpoint.url measures the model here",
+            "gate.kl limits what an endpoint does not give: the whole distribution of a next token",
+            fix=["gate.kl=null; gate.top1 and gate.perplexity_ratio limit what it may give", *HERE],
+        )
+    if cfg.endpoint.url and e.tasks and "parent" not in inputs:
+        raise ConfigError(
+            "lm-eval's requests are tokens of the local model that an endpoint's was made from, and none is known", fix=gates.PARENT
         )
     if e.general and "parent" not in inputs:
         raise ConfigError("what a model forgot is told by the one it was made from, and none is known", fix=gates.PARENT)
@@ -180,6 +211,7 @@ def check_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artifact
     return [
         f"{client.url}, {cfg.endpoint.model or 'the one model it serves'}, {client.server.with_key}{parent}",
         f"asks {count} prompts, greedily, for up to {cfg.evaluation.max_new_tokens} tokens each, {at_once} at a time; then for log-probabilities",
+        what_is_checked(cfg, inputs),
     ]
 
 
@@ -205,53 +237,101 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         rows["general_"] = evaluation.encode_general(general(cfg, inputs), tokenizer, longest)
     said, answers = evaluation.read(inputs, tokenizer, rows, prompts, cfg.evaluation)
     metrics: dict[str, Any] = {f"{prefix}rows": len(some) for prefix, some in rows.items()} | {"prompts": len(prompts)}
-    for role, seen in said[""].items():
-        own = evaluation.figures_of(seen, [row for _, row in rows[""]], encoding.turn_end(tokenizer))
+    for role, one in said[""].items():
+        own = evaluation.figures_of(one, [row for _, row in rows[""]], encoding.turn_end(tokenizer))
         metrics |= {("" if role == "model" else "parent_") + name: value for name, value in own.items()}
     compared = {prefix: comparison.Rows(prefix, rows[prefix], **by_role) for prefix, by_role in said.items()}
     parts = [(prefix, comparison.over_rows(some.figures, len(some.ids))) for prefix, some in compared.items()]
     if "parent" in inputs:
         metrics["worst"] = {prefix + name: worst for prefix, some in compared.items() for name, worst in some.worst().items()}
     checked, of_answers = check_answers(cfg, inputs, records, answers, tokenizer)
-    metrics |= checked | comparison.report([*parts, *of_answers]) | expected(cfg, answers)
+    measured = {role: evaluation.Measured(inputs[role], role, len(tokenizer) if role == "parent" else 0) for role in answers}
+    asked_of: dict[str, tuple[tasks.Asked, str | None]] = {
+        role: (tasks.Local(one, tokenizer, cfg.evaluation.batch_size), inputs[role].key) for role, one in measured.items()
+    }
+    told, of_tasks = ask_tasks(cfg, inputs["model"], tokenizer, asked_of)
+    metrics |= checked | told | comparison.report([*parts, *of_answers, *of_tasks]) | expected(cfg, answers)
     write(out, metrics, answers, (line for some in compared.values() for line in some.lines()))
     show(metrics, answers, ("before", "after") if inputs["model"].stage == "finetune" else ("parent", "answer"))
     return metrics
 
 
 def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artifact], out: Path) -> dict:
-    """Writes report.json and answers.jsonl. The endpoint is asked first, while this machine does nothing else, then the local model."""
+    """Writes report.json, answers.jsonl and, where the server gives log-probabilities, rows.jsonl. The endpoint is asked first, while this machine does
+    nothing else, then the local model."""
     model, description = measure.choose(client, cfg.endpoint.model)
     records = validation(cfg, inputs)
     prompts, many = asked(cfg, records), cfg.endpoint.concurrency
     rows = measure.ask(client, model, prompts, out, max_tokens=cfg.evaluation.max_new_tokens, workers=many, anew=cfg.force)
     metrics: dict[str, Any] = {"served": description}
-    answers = {"model": rows}
+    answers, told, tokenizer = {"model": rows}, Told(), None
     if not (parent := inputs.get("parent")):
         metrics |= measure.speed(rows)
     else:
         tokenizer = tokenizer_of(parent)
-        encoding.ensure_chat(tokenizer)
-        eos_id = encoding.turn_end(tokenizer)
-        encoded = evaluation.encode_all(records, tokenizer, cfg.evaluation.max_length)
-        if scored := measure.score(client, model, encoded, tokenizer, eos_id, many):
-            figures, top, kept = scored
-            metrics |= {**figures, "rows": len(kept)}
-        metrics |= measure.speed(rows, tokenizer)
+        metrics |= measure.speed(rows, tokenizer) | measure.compare_prompts(rows, tokenizer, prompts)
         local = evaluation.Measured(parent, "parent", len(tokenizer))
-        metrics |= measure.compare_prompts(rows, tokenizer, prompts)
-        answers["parent"] = evaluation.answer(local, tokenizer, prompts, cfg.evaluation, eos_id)
-        metrics |= measure.likeness(rows, answers["parent"], tokenizer)
-        if scored:
-            same = [encoded[i] for i in kept]
-            own, best = evaluation.measure(local.reader, same, eos_id)
-            metrics |= {f"parent_{k}": v for k, v in own.items()}
-            metrics["agreement"] = measure.agreement(top, best, tokenizer)
-    metrics |= expected(cfg, answers)
-    write(out, metrics, answers)
+        told = score_endpoint(cfg, client, model, inputs, records, tokenizer, local)
+        answers["parent"] = evaluation.answer(local, tokenizer, prompts, cfg.evaluation, encoding.turn_end(tokenizer))
+        metrics |= measure.likeness(rows, answers["parent"], tokenizer) | told.metrics
+    check, references = to_check(cfg, inputs, records)
+    checked, right = checks.score(check, references, answers, tokenizer) if check else ({}, {"model": []})
+    of_answers = [("", comparison.of_task(right))] if right["model"] else []
+    of_tasks: list[tuple[str, comparison.Figures]] = []
+    if parent:
+        served = measure.Served(client, model, tokenizer, many)
+        both: dict[str, tuple[tasks.Asked, str | None]] = {
+            "model": (served, None),
+            "parent": (tasks.Local(local, tokenizer, cfg.evaluation.batch_size), parent.key),
+        }
+        of_documents, of_tasks = ask_tasks(cfg, parent, tokenizer, both)
+        metrics |= of_documents
+    metrics |= (checked if of_answers else {}) | comparison.report([*told.parts, *of_answers, *of_tasks]) | expected(cfg, answers)
+    write(out, metrics, answers, told.lines)
     (out / measure.RECEIVED).unlink()
     show(metrics, answers, ("parent", "board"))
     return metrics
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an endpoint's log-probabilities say: metrics, figures by the prefix of their names, and lines of rows.jsonl."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    parts: list[tuple[str, comparison.Figures]] = field(default_factory=list)
+    lines: list[dict] = field(default_factory=list)
+
+
+def score_endpoint(
+    cfg: EvaluateVerb, client: Client, model: str, inputs: dict[str, Artifact], records: list[dict], tokenizer, local: evaluation.Measured
+) -> Told:
+    """The same tokens, of validation and general rows, at the endpoint and by the local model; nothing where the server gives no log-probabilities of them."""
+    encoding.ensure_chat(tokenizer)
+    by_part = {"": evaluation.encode_named(records, tokenizer, cfg.evaluation.max_length)}
+    if "general" in inputs:
+        longest = evaluation.positions(inputs["parent"], cfg.evaluation.max_length)
+        by_part["general_"] = evaluation.encode_general(general(cfg, inputs), tokenizer, longest)
+    named = [(prefix, one) for prefix, some in by_part.items() for one in some]
+    told = measure.score(client, model, [row for _, (_, row) in named], tokenizer, cfg.endpoint.concurrency)
+    metrics: dict[str, Any] = {"worst": {}}
+    parts: list[tuple[str, comparison.Figures]] = []
+    lines: list[dict] = []
+    for prefix in by_part if told else ():
+        kept = [(one, pairs) for (of, one), pairs in zip(named, told or ()) if of == prefix and pairs is not None]
+        if not kept:
+            continue
+        rows, pairs = [one for one, _ in kept], [pairs for _, pairs in kept]
+        own = seen.observe(local.reader, encoded := [row for _, row in rows], top_k=0)
+        eos_id = encoding.turn_end(tokenizer)
+        if not prefix:
+            metrics |= measure.figures(encoded, pairs, tokenizer, eos_id)
+            metrics |= {f"parent_{name}": value for name, value in evaluation.figures_of(own, encoded, eos_id).items()}
+        compared = comparison.Rows(prefix, rows, measure.as_seen(pairs, own, tokenizer), own)
+        metrics[f"{prefix}rows"] = len(rows)
+        metrics["worst"] |= {prefix + name: worst for name, worst in compared.worst().items()}
+        parts.append((prefix, comparison.over_rows(compared.figures, len(rows))))
+        lines += compared.lines()
+    return Told(metrics if parts else {}, parts, lines)
 
 
 def validation(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[dict]:
@@ -289,6 +369,25 @@ def check_answers(
     return checked, [*figures, ("", comparison.of_task(right))]
 
 
+def ask_tasks(
+    cfg: EvaluateVerb, shape: Artifact, tokenizer, asked_of: dict[str, tuple[tasks.Asked, str | None]]
+) -> tuple[dict[str, Any], list[tuple[str, comparison.Figures]]]:
+    """lm-eval's tasks, if any, of {role: (who is asked, its key)}; what they said is kept in the runs' cache by that key, but of an endpoint, which has
+    none. shape: the model whose positions bound
+    a row."""
+    e = cfg.evaluation
+    if not e.tasks:
+        return {}, []
+    longest = evaluation.positions(shape, e.max_length)
+    kept = Path(cfg.outputs) / ".cache" / "lm-eval"
+    by_role = {}
+    for role, (asked_one, key) in asked_of.items():
+        cache = kept / f"{key[:16]}-{longest}" if key else None
+        by_role[role] = tasks.run(e.tasks, asked_one, tokenizer, longest, e.rows, cache)
+        devices.give_back_memory()
+    return tasks.compare(by_role)
+
+
 def expected(cfg: EvaluateVerb, answers: dict[str, list[dict]]) -> dict:
     """How many answers of each role match evaluation.expect and end their turn, marked in their rows; nothing where none is expected."""
     if cfg.evaluation.expect is None:
@@ -314,7 +413,7 @@ def show(metrics: dict, answers: dict, labels: tuple[str, str]) -> None:
         if "agreement" in metrics and "loss_difference" not in metrics:
             line += f"; parent: loss {metrics['parent_loss']:.4f}, same top token {metrics['agreement']:.1%}"
         say(line)
-    for line in comparison.in_words(metrics):
+    for line in [*comparison.in_words(metrics), *(tasks.in_words(metrics) if "tasks" in metrics else ())]:
         say(f"evaluate: {line}")
     if "answers_ended" in metrics:
         say(f"evaluate: {measure.in_words(metrics)}")
@@ -338,7 +437,8 @@ def _short(row: dict) -> str:
 
 
 def judge(cfg: EvaluateVerb, made: Artifact) -> None:
-    gates.judge(cfg.gate, made.metrics, made.path / "report.json")
+    report = made.path / "report.json"
+    gates.judge(cfg.gate, made.metrics, f"{report}, which is kept; rows.jsonl and answers.jsonl beside it have every row")
 
 
 def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:

@@ -134,6 +134,7 @@ STAGE = stage.Stage(
     needs=needs,
     around=around,
     run=finetune,
+    judge=saving.judge,
     doc=__doc__,
     resumes=lambda partial: any(partial.glob("checkpoints/checkpoint-*/whole")),
     early=lambda cfg, run: {"model": base_model(cfg, run)},

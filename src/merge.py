@@ -116,9 +116,20 @@ def prove(cfg: MergeVerb, adapter: Artifact, out: Path, trained: Trained) -> dic
     if not trained.held_out:
         return figures
     change = fidelity.compare(trained.seen, saved, len(trained.rows))
-    ways = ["rounding=stochastic keeps what was learnt"] * (cfg.rounding == "nearest") + ["dtype=float32 keeps every bit"]
-    fidelity.judge("merge", change, cfg.max_loss_change, out, ways)
+    fidelity.judge("merge", change, cfg.max_loss_change, out, keeps_more(cfg))
     return figures | change.metrics()
+
+
+def keeps_more(cfg: MergeVerb) -> list[str]:
+    return ["rounding=stochastic force=true keeps what was learnt"] * (cfg.rounding == "nearest") + [
+        "dtype=float32 force=true keeps every bit"
+    ]
+
+
+def judge(cfg: MergeVerb, made: Artifact) -> None:
+    """A finished model held to a limit that was set since."""
+    if "kl" in made.metrics:
+        fidelity.hold_loss(fidelity.Change.of(made.metrics), cfg.max_loss_change, made.path, keeps_more(cfg))
 
 
 def needs(cfg: MergeVerb, inputs: dict[str, Artifact]) -> Needs:
@@ -127,7 +138,9 @@ def needs(cfg: MergeVerb, inputs: dict[str, Artifact]) -> Needs:
     return host.merge(read_shape(inputs["model"].path), asked, cfg.dtype, ends=bool(adapter_files.table_rows(adapter.path)))
 
 
-STAGE = stage.Stage(verb="merge", version=2, schema=MergeVerb, kind="model", find=find, check=check, needs=needs, run=merge, doc=__doc__)
+STAGE = stage.Stage(
+    verb="merge", version=2, schema=MergeVerb, kind="model", find=find, check=check, needs=needs, run=merge, judge=judge, doc=__doc__
+)
 
 if __name__ == "__main__":
     stage.main(STAGE)

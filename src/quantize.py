@@ -36,6 +36,11 @@ SENSITIVE = 8192, 64
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
     model = run.source(cfg.source, "merge", "finetune", kinds={"model"})
     inputs = {"model": model, "dataset": stage.data_sources(run, cfg.dataset), **exact_sum.parents(model, cfg.weights, run.cache)}
+    if cfg.calibration.text is None and cfg.calibration.text_share != "auto":
+        raise ConfigError(
+            f"calibration.text_share={cfg.calibration.text_share:g} is the part of a text, and calibration.text names none",
+            fix=["calibration.text=FILE names it", "calibration.text_share=auto"],
+        )
     if cfg.calibration.text is not None:
         if not (text := Path(cfg.calibration.text)).is_file():
             raise MissingInput("calibration.text is no file", where=str(text), fix="calibration.text=null leaves it out")
@@ -55,6 +60,8 @@ def check(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> list[str]:
         raise WrongKind(
             "a model is quantized layer by layer, and this one runs code of its own, which may do otherwise", where=str(model.path)
         )
+    if "text" in inputs and calibrates(cfg):
+        calibration.check_text(inputs["text"].path)
     how = f"calibrated on {dataset.path}/calib.jsonl" if calibrates(cfg) else "each weight rounded to the nearest; calibration= is not used"
     return [
         f"{in_words(q)}, of {model.path}, {how}",
@@ -215,7 +222,7 @@ def prove(cfg: QuantizeVerb, made: Made, source: Path, out: Path) -> dict:
     shutil.rmtree(first := out / "scratch" / "first", ignore_errors=True)
     first.mkdir(parents=True)
     processes.fresh(check_first_layer, made.start, out, first)
-    ids, after = processes.fresh(read_back, made.start, source, out, made.rows, made.before.top_k_ids)
+    ids, after = processes.fresh(read_back, made.start, source, out / "scratch" / "layers", out, made.rows, made.before.top_k_ids)
     complete.compare(ids, made.ids, out)
     error = fidelity.distance(made.before, after)
     if not error < 1:
@@ -236,7 +243,7 @@ def hold(cfg: QuantizeVerb, change: fidelity.Change, where: Path) -> None:
     """Raises ProofFailed where more was lost than the limits allow."""
     kl, agreement = LIMITS[min(cfg.quantizer.widths)]
     kl, agreement = kl if cfg.max_kl == "auto" else cfg.max_kl, agreement if cfg.min_agreement == "auto" else cfg.min_agreement
-    fidelity.hold(change, kl, agreement, where, better_than(cfg.quantizer))
+    fidelity.hold(change, kl, agreement, where, [f"{way} force=true" for way in better_than(cfg.quantizer)])
 
 
 def judge(cfg: QuantizeVerb, made: Artifact) -> None:
@@ -257,7 +264,7 @@ def needs(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> Needs:
 
 STAGE = stage.Stage(
     verb="quantize",
-    version=4,
+    version=5,
     schema=QuantizeVerb,
     kind="quantized",
     find=find,

@@ -348,7 +348,7 @@ def test_settings_never_change_in_validation():
 OUTSIDE_THE_KEY = [
     "AuxFilesVerb.source", "AuxFilesVerb.target", "Axera.board", "Axera.check_level", "Axera.check_prompt", "Axera.image", "Axera.parallel",
     "Axera.toolchain", "Calibration.text", "Data.hub_split", "Data.path", "Data.revision", "Data.subset", "DataVerb.preview",
-    "Deepspeed.config", "DeployVerb.dataset", "DeployVerb.preview", "DistillVerb.budget", "DistillVerb.estimate", "DistillVerb.retry_set_aside",
+    "Deepspeed.config", "DeployVerb.dataset", "DeployVerb.gate", "DeployVerb.preview", "DistillVerb.budget", "DistillVerb.estimate", "DistillVerb.retry_set_aside",
     "Endpoint.timeout", "EndpointTeacher.batch", "EndpointTeacher.batch_size", "EndpointTeacher.key_env", "EndpointTeacher.limits",
     "EndpointTeacher.url", "EvaluateVerb.dataset", "EvaluateVerb.endpoint", "EvaluateVerb.gate", "EvaluateVerb.numerics", "EvaluateVerb.parent", "EvaluateVerb.target", "Evaluation.general", "Evaluation.json_schema",
     "FinetuneVerb.launch",

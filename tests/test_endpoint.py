@@ -21,6 +21,7 @@ from stand_ins.openai_server import Behaviour, Server
 from src import evaluate
 from src.core import artifact
 from src.core.errors import ConfigError, NoAnswer, WrongKind
+from src.models import checks
 from src.serving import measure as served
 from src.serving import protocol
 from src.serving.client import Client
@@ -154,6 +155,21 @@ def test_tools_reach_the_server(server):
     tools = [{"type": "function", "function": {"name": "add"}}]
     client(server).chat("tiny-chat", [{"role": "user", "content": "Hi"}], tools, max_tokens=2)
     assert chats(server)[0]["tools"] == tools
+
+
+@pytest.mark.parametrize("streams", ["yes", "refused"])
+def test_tool_calls_that_a_server_keeps_apart_are_part_of_the_answer(streams, server):
+    server.behaviour.streams = streams
+    piece = lambda index, name, arguments: {"index": index, "function": {"name": name, "arguments": arguments}}
+    whole = (piece(0, "add", '{"a": 1, "b": 2}'), piece(1, "now", ""))
+    cut = (piece(0, "add", ""), piece(0, None, '{"a": 1, '), piece(1, "now", None), piece(0, None, '"b": 2}'))
+    server.behaviour.calls = cut if streams == "yes" else whole
+    reply = asked(server)
+    assert reply.ended and [
+        (c["name"], json.loads(c["arguments"]) if isinstance(c["arguments"], str) else c["arguments"]) for c in checks.calls(reply.text)
+    ] == [("add", {"a": 1, "b": 2}), ("now", {})]
+    server.behaviour.calls = (piece(0, "add", '{"a": '),)
+    assert json.loads(asked(server).text) == {"name": "add", "arguments": '{"a": '}
 
 
 def test_another_model_behind_the_url_shows(measure, server, tiny_model, local):

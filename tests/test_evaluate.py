@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from src import data, evaluate, finetune, merge
 from src.core import artifact
-from src.core.errors import ConfigError, MissingInput
+from src.core.errors import BadData, ConfigError, MissingInput
 from src.models import evaluation, seen
 from src.models.loading import load_tokenizer
 
@@ -345,6 +345,21 @@ def test_general_text_is_cut_and_what_is_nothing_is_refused(here, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in open(tmp_path / "g" / "evaluate-tiny-chat" / "rows.jsonl")]
     assert [(row["of"], row["tokens"]) for row in rows][1:] == [("general", 99)], "one row, as evaluation.rows says, cut at max_length"
+
+
+def test_general_files_that_are_no_text_are_refused_before_work(here, tmp_path, capsys):
+    argv = [f"outputs={tmp_path}", "run=h", f"source={TINY}", f"parent={TINY}", f"dataset={here / 'r' / 'data'}", "evaluation.samples=0"]
+    for name, content in {"zeros.txt": bytes(9999), "binary.txt": bytes(range(256)) * 500, "cut.txt.gz": b"\x1f\x8b\x08\0cut"}.items():
+        (tmp_path / name).write_bytes(content)
+        assert go(evaluate, *argv, f"evaluation.general={tmp_path / name}", "dry_run=true") == BadData.exit_code, name
+    for path in (tmp_path / "nothing", here / "r" / "data" / "none.txt"):
+        capsys.readouterr()
+        assert go(evaluate, *argv, f"evaluation.general={path}") == MissingInput.exit_code
+        assert "evaluation.general=" in (said := capsys.readouterr().err) and "data.path" not in said
+    (tmp_path / "empty.txt").touch()
+    assert go(evaluate, *argv, f"evaluation.general={tmp_path / 'empty.txt'}") == BadData.exit_code
+    (tmp_path / "line.txt").write_text("word " * 1_000_000)
+    assert go(evaluate, *argv, f"evaluation.general={tmp_path / 'line.txt'}", "evaluation.rows=1") == 0
 
 
 def test_every_model_of_a_run_is_judged_whatever_the_first_one_is(reports, here, capsys):

@@ -125,6 +125,8 @@ def test_rounding_a_full_fine_tune_to_the_nearest_is_refused_and_each_way_out_wo
     assert [way[0].split("=")[0] for way in ways] == ["tuner.rounding", "tuner.dtype", "max_loss_change"]
     assert go(finetune, *given, "tuner.rounding=nearest", *ways[2]) == 0, "the same run"
     assert "goes on from step 16" in capsys.readouterr().err, "what was trained is not lost with the proof"
+    assert go(finetune, *given, "tuner.rounding=nearest") == ProofFailed.exit_code, "a finished one is held to the limit too"
+    assert go(finetune, *given, "tuner.rounding=nearest", *ways[2]) == 0
     for way in ways[:2]:
         assert go(finetune, *given, "tuner.rounding=nearest", *way) == 0, way
 
@@ -165,7 +167,7 @@ def test_rows_of_tokens_the_base_never_learnt_are_saved_as_trained(place, tmp_pa
 # ---- merging
 
 
-@helps("merge.py", "rounding=stochastic keeps what was learnt", "dtype=float32 keeps every bit")
+@helps("merge.py", "rounding=stochastic force=true keeps what was learnt", "dtype=float32 force=true keeps every bit")
 def test_a_merge_keeps_what_was_learnt_and_the_nearest_loses_it(adapter, place, tmp_path, capsys):
     given = [f"outputs={tmp_path}", f"source={adapter.path}"]
     assert go(merge, *given, "run=n", "rounding=nearest") == ProofFailed.exit_code
@@ -174,6 +176,9 @@ def test_a_merge_keeps_what_was_learnt_and_the_nearest_loses_it(adapter, place, 
     assert [way.split("=")[0] for way in ways] == ["rounding", "dtype", "max_loss_change"]
     for way in ways:
         assert go(merge, *given, f"run=n-{way[:4]}", "rounding=nearest", way) == 0, way
+    again = [*given, "run=n-max_", "rounding=nearest"]
+    assert go(merge, *again) == ProofFailed.exit_code and "force=true" in capsys.readouterr().err, "a finished one is held to the limit too"
+    assert go(merge, *again, "rounding=stochastic", "force=true") == 0
     assert go(merge, *given, "run=s") == 0
     made = artifact.open_artifact(tmp_path / "s" / "merge")
     print(f"stochastic: {made.metrics['loss_before']:.4f} -> {made.metrics['loss_after']:.4f}, KL {made.metrics['kl']:.6f}")

@@ -5,6 +5,7 @@ from subprocess import CompletedProcess
 
 import pytest
 from conftest import CHAT, ROOT, go, helps, in_process, refused, rounded, ways
+from stand_ins.openai_server import Server
 
 from src import data
 from src.core import artifact
@@ -119,15 +120,50 @@ def test_a_gate_on_what_is_not_asked_for(outputs, tmp_path):
     assert in_process("evaluate", *argv, *short, ways(done)[0].split(",")[0], "gate.task_drop=0", "force=true").returncode == 0
 
 
-@helps("evaluate.py", "source=FOLDER without endpoint.url measures the model here")
-@pytest.mark.parametrize("asked", ["gate.kl=9", "evaluation.check=number", "evaluation.general={general}"])
-def test_what_an_endpoint_is_not_asked(outputs, tmp_path, asked):
-    asked = asked.format(general=outputs / "general.json")
-    argv = [f"dataset={outputs / 'd' / 'data'}", asked, "dry_run=true", f"outputs={tmp_path}"]
-    done = in_process("evaluate", *argv, "endpoint.url=http://127.0.0.1:9")
-    refused(done, ConfigError, "are for models on this machine")
-    here = ways(done)[0].split()[0].replace("FOLDER", str(CHAT))
-    assert in_process("evaluate", *argv, here, f"parent={CHAT}").returncode == 0
+@helps(
+    "evaluate.py",
+    "gate.kl=null; gate.top1 and gate.perplexity_ratio limit what it may give",
+    "source=FOLDER without endpoint.url measures the model here",
+)
+def test_what_an_endpoint_does_not_give_is_not_limited(outputs, tmp_path):
+    argv = [f"dataset={outputs / 'd' / 'data'}", "dry_run=true", f"outputs={tmp_path}"]
+    served = [f"source={CHAT}", "endpoint.url=http://127.0.0.1:9", "gate=strict"]
+    done = in_process("evaluate", *argv, *served)
+    refused(done, ConfigError, "gate.kl limits what an endpoint does not give")
+    assert in_process("evaluate", *argv, *served, ways(done)[0].split(";")[0]).returncode == 0
+    here = ways(done)[1].split()[0].replace("FOLDER", str(CHAT))
+    assert in_process("evaluate", *argv, here, f"parent={CHAT}", "gate=strict").returncode == 0
+    refused(in_process("evaluate", *argv, *served[1:2], "gate.top1=0.9"), ConfigError, "gate.top1 limits what is not measured here")
+
+
+def test_an_endpoint_is_held_to_gates_and_its_answers_are_checked(judged, outputs, tmp_path, monkeypatch):
+    """The figures are those of the same model measured here; a server without log-probabilities can be held to its answers alone."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = Server(outputs / "damaged")
+    server.behaviour.echo = "ids"
+    argv = [f"source={CHAT}", f"dataset={outputs / 'd' / 'data'}", f"outputs={tmp_path}", f"evaluation.general={outputs / 'general.json'}"]
+    argv += [f"endpoint.url={server.url}", "evaluation.samples=12", "evaluation.max_new_tokens=12"]
+    gated = ["gate.top1=0.99", "gate.perplexity_ratio=1.01", "gate.task_drop=0.05", "gate.forgetting=0.01"]
+    try:
+        assert in_process("evaluate", "run=e", *argv).returncode == 0
+        done = in_process("evaluate", "run=e", *argv, *gated)
+        refused(done, GateFailed, "4 of 4 limits are not kept", *gated)
+        there = artifact.open_artifact(tmp_path / "e" / f"evaluate-127.0.0.1-{server.server_port}").metrics
+        here = report(outputs)
+        for name in ("agreement", "perplexity_ratio", "task", "parent_task", "general_loss_difference", "loss_difference"):
+            assert there[name] == pytest.approx(here[name], abs=1e-4), name
+            assert there["intervals"][name] == pytest.approx(here["intervals"][name], abs=1e-3), name
+        assert "kl" not in there and there["worst"]["general_loss_difference"]
+        server.behaviour.echo = "no"
+        assert in_process("evaluate", "run=n", *argv).returncode == 0
+        done = in_process("evaluate", "run=n", *argv, *gated[:1])
+        refused(done, ConfigError, "gate.top1 limits what is not measured here"), "and the report is kept"
+        done = in_process("evaluate", "run=n", *argv, gated[2])
+        refused(done, GateFailed, "1 of 1 limits are not kept")
+        assert "up to date, skipped" in done.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_gates_are_those_of_the_settings():

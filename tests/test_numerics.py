@@ -16,13 +16,15 @@ from test_by_layer import ROWS, on_disk
 from src import evaluate, quantize
 from src.chat.rows import rows_of
 from src.core import artifact, compose
-from src.core.errors import ConfigError, WrongKind
+from src.core.errors import ConfigError, GateFailed, Unfinished, WrongKind
+from src.deploy import __main__ as deploy
 from src.deploy import embedding
 from src.deploy.llama2c import proof, weights
 from src.models import by_layer, fidelity, on_board, preview, seen
 from src.models.generation import stop_ids
 from src.models.loading import load_any, load_tokenizer
 from src.models.safetensors_io import load_wide
+from src.settings.verbs import Gate
 from src.sizing import numerics
 from src.sizing.config_reader import read_shape
 from src.sizing.numerics import BF16, FP32, Floats, Integers
@@ -323,13 +325,42 @@ def test_a_quantized_model_has_its_own_numbers_alone(quantized, argv, capsys):
 
 
 def test_before_a_compile_it_is_tried_on_a_few_rows(eighty, model, capsys):
-    found = preview.before_compile(artifact.open_any(CHAT), numerics.named()["ax650_s4"], eighty, 3)
-    assert found["preview_kl"] > 1e-4 and found["preview_agreement"] > 0.9
+    limits = lambda **given: Gate(**dict.fromkeys(Gate.model_fields) | given)
+    found = preview.before_compile(artifact.open_any(CHAT), numerics.named()["ax650_s4"], eighty, 3, limits(kl=9, perplexity_ratio=9))
+    assert "deploy: keeps gate.kl=9" in capsys.readouterr().err
+    with pytest.raises(GateFailed, match="1 of 1 limits are not kept"):
+        preview.judge(limits(kl=1e-4), found, "here")
+    found2 = preview.before_compile(artifact.open_any(CHAT), numerics.named()["ax650_s4"], eighty, 3, limits())
+    assert found2 == found and found["preview_kl"] > 1e-4 and found["preview_agreement"] > 0.9
     assert "ax650_s4, before the compile: loss" in capsys.readouterr().err
-    tried = lambda target, dataset, count: preview.before_compile(artifact.open_any(CHAT), target, dataset, count)
+    tried = lambda target, dataset, count: preview.before_compile(artifact.open_any(CHAT), target, dataset, count, limits())
     assert tried(numerics.named()["ax650_s4"], eighty, 0) == tried(numerics.named()["ax650_s4"], None, 8) == {}
     told = capsys.readouterr().err
     assert "not tried in the numbers of ax650: preview=0" in told and "no dataset is known" in told
+
+
+@helps("models/preview.py", "gate=none")
+@helps("deploy/__main__.py", "gate=none", "preview=8 tries the model in the target's numbers", "gate.{}=null")
+@helps("deploy/__main__.py", "python -m src.evaluate gate=strict holds a model to them")
+def test_a_gate_stops_a_deploy_before_its_compiler(eighty, tmp_path, monkeypatch, capsys):
+    """What was lost is said by a stand-in; without Pulsar2 a deploy that goes on ends by saying so."""
+    argv = [f"outputs={tmp_path}", "run=g", f"source={CHAT}", "target=ax650", "target.context_len=256", "target.prompt_len=128"]
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    lost = {"preview_kl": 0.5, "preview_agreement": 0.9, "preview_perplexity_ratio": 1.01}
+    monkeypatch.setattr(preview, "_tried", lambda *given: lost)
+    assert go(deploy, *argv, "gate=strict") == GateFailed.exit_code
+    assert "2 of 3 limits are not kept" in capsys.readouterr().err and not list(tmp_path.rglob("*embed*"))
+    assert go(deploy, *argv, "gate.kl=0.6") == Unfinished.exit_code and list(tmp_path.rglob("*embed*"))
+    monkeypatch.setattr(preview, "_tried", lambda *given: {})
+    assert go(deploy, *argv, "gate=strict") == ConfigError.exit_code and "was not tried" in capsys.readouterr().err
+    assert go(deploy, *argv, "gate=none") == Unfinished.exit_code
+    dry = [*argv, "dry_run=true"]
+    assert go(deploy, *dry, "gate=strict", "preview=0") == ConfigError.exit_code
+    assert go(deploy, *dry, "gate=strict", "preview=8") == go(deploy, *dry, "gate=none", "preview=0") == 0
+    assert go(deploy, *dry, "gate.forgetting=1") == ConfigError.exit_code and go(deploy, *dry, "gate.forgetting=null") == 0
+    board = [*argv[:3], "target=llama2c", "dry_run=true"]
+    assert go(deploy, *board, "gate=strict") == ConfigError.exit_code and go(deploy, *board, "gate=none") == 0
+    assert go(evaluate, *argv[:3], f"parent={CHAT}", f"dataset={eighty}", "gate=strict", "dry_run=true") == 0
 
 
 def test_a_target_that_nothing_is_known_of_is_not_guessed_at(model):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from src import data, evaluate, finetune, merge, quantize
 from src.chat import encoding
 from src.core import artifact, log
 from src.core.compose import compose
-from src.core.errors import ConfigError, MissingInput, MissingTool, ProofFailed
+from src.core.errors import BadData, ConfigError, MissingInput, MissingTool, ProofFailed
 from src.models import by_layer, calibration, complete, fidelity, gptq, loading, packed, safetensors_io, seen, skeleton
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, QuantizeVerb
@@ -440,7 +441,7 @@ def test_what_it_loses_is_between_that_of_its_two_widths(mixed, here):
 
 
 @helps("models/fidelity.py", "{} if you accept it")
-@helps("quantize.py", "quantizer=gptq_int8")
+@helps("quantize.py", "quantizer=gptq_int8", "{} force=true")
 def test_more_loss_than_is_allowed_is_refused_and_the_ways_out_help(mixed, here, capsys):
     argv = [
         f"outputs={here}",
@@ -457,12 +458,15 @@ def test_more_loss_than_is_allowed_is_refused_and_the_ways_out_help(mixed, here,
     typed = [word for word in accepted if "=" in word]
     assert [word.split("=")[0] for word in typed] in (["max_kl"], ["max_kl", "min_agreement"])
     assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5", *typed) == 0
-    assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5") == ProofFailed.exit_code, "a finished one is held to it too"
+    assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4", "max_kl=1e-5") == ProofFailed.exit_code, (
+        "a finished one is held to it too"
+    )
     assert go(quantize, *argv, "run=limit", "quantizer=gptq_int4") == 0
-    assert go(quantize, *argv, "run=limit8", "quantizer=gptq_int8", "max_kl=1e-3") == 0
+    assert go(quantize, *argv, "run=limit", "quantizer=gptq_int8", "max_kl=1e-3", "force=true") == 0
 
 
 @helps("quantize.py", "quantizer.bits_per_weight=4.5", "quantizer=gptq_int3", "calibration.text=null leaves it out")
+@helps("quantize.py", "calibration.text=FILE names it", "calibration.text_share=auto")
 def test_a_size_below_four_bits_and_a_text_that_is_not_there_are_refused(here, capsys):
     argv = [f"outputs={here}", f"source={here / 'model'}", f"dataset={here / 'q' / 'data'}", "run=small", "dry_run=true"]
     assert go(quantize, *argv, "quantizer=mixed", "quantizer.bits_per_weight=4.1") == ConfigError.exit_code
@@ -471,6 +475,40 @@ def test_a_size_below_four_bits_and_a_text_that_is_not_there_are_refused(here, c
         assert go(quantize, *argv, *way.split()) == 0
     assert go(quantize, *argv, "calibration.text=/nowhere.txt") == MissingInput.exit_code
     assert go(quantize, *argv, "calibration.text=null") == 0
+    assert go(quantize, *argv, "calibration.text_share=0.4") == ConfigError.exit_code
+    for way in (f"calibration.text={ROOT / 'README.md'}", "calibration.text_share=auto"):
+        assert go(quantize, *argv, "calibration.text_share=0.4", way) == 0
+
+
+@helps("quantize.py", "calibration.text=null leaves it out")
+@helps("models/calibration.py", "calibration.text=null leaves it out")
+def test_a_text_that_is_none_is_refused_before_work(here, tmp_path, capsys):
+    argv = [f"outputs={here}", f"source={here / 'model'}", f"dataset={here / 'q' / 'data'}", "run=small", "dry_run=true"]
+    hostile = {
+        "binary": (bytes(range(256)) * 500, "zero bytes"),
+        "zeros": (bytes(9999), "zero bytes"),
+        "empty": (b"", "is empty"),
+        "blank": (b" \n" * 99, "is empty"),
+        "cut.gz": (b"\x1f\x8b\x08\0cut", "is cut off"),
+        "picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "zero bytes"),
+        "latin": ("schöne Grüße für Köln ".encode("latin-1") * 99, "UTF-8"),
+    }
+    for name, (content, words) in hostile.items():
+        (tmp_path / name).write_bytes(content)
+        assert go(quantize, *argv, f"calibration.text={tmp_path / name}") == BadData.exit_code, name
+        assert words in capsys.readouterr().err, name
+    assert go(quantize, *argv, f"calibration.text={tmp_path}") == MissingInput.exit_code and "is no file" in capsys.readouterr().err
+    assert go(quantize, *argv, "calibration.text=null") == 0
+
+
+def test_a_line_without_an_end_costs_no_memory(here, tmp_path):
+    (tmp_path / "line").write_bytes(b"word " * (1 << 20))
+    cfg = compose("quantize", ["calibration.rows=2"], QuantizeVerb)
+    begun, peak = tracemalloc.start(), 0
+    found = calibration.read(cfg.calibration, here / "q" / "data" / "calib.jsonl", tmp_path / "line", load_tokenizer(here / "model"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert begun is None and sum(map(len, found.text)) > 10 and peak < 5 << 20
 
 
 def test_general_text_is_its_share_of_the_calibration(here, tmp_path, capsys):

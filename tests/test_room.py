@@ -138,11 +138,11 @@ def test_of_settings_of_one_kind_the_first_that_fits_is_a_way_out():
 
 
 def test_the_equations_have_the_stages_own_constants():
-    from src.models import by_layer, fidelity
+    from src.models import by_layer, fidelity, gptq_layers
     from src.training import layout, rules
 
-    theirs = (by_layer.TOGETHER, by_layer.LOGITS, by_layer.HIDDEN, fidelity.TOKENS, rules.ON_CPU, layout.BUSY)
-    assert theirs == (host.TOGETHER, host.CHUNK, host.HIDDEN, host.HELD_OUT, host.LOGITS, host.BUSY)
+    theirs = (by_layer.TOGETHER, by_layer.LOGITS, by_layer.HIDDEN, fidelity.TOKENS, rules.ON_CPU, layout.BUSY, gptq_layers.HELD)
+    assert theirs == (host.TOGETHER, host.CHUNK, host.HIDDEN, host.HELD_OUT, host.LOGITS, host.BUSY, host.WAITING)
     assert yaml.safe_load((ROOT / "configs" / "tuner" / "lora.yaml").read_text())["rank"] == host.RANK
 
 
@@ -188,7 +188,9 @@ def test_each_way_out_that_is_printed_is_one(verb, given, call, command, machine
 
 
 def test_a_disk_too_small_for_the_exact_sum():
-    needs = host.quantize(read_shape(CHAT), Calibration(rows=64, max_length=512, seed=0, text=None, text_share=0.25), host.Conversations(64, 100), exact=True)
+    needs = host.quantize(
+        read_shape(CHAT), Calibration(rows=64, max_length=512, seed=0, text=None, text_share=0.25), host.Conversations(64, 100), exact=True
+    )
     with pytest.raises(NoRoom) as error:
         room.check(needs, Room(GB, 0, int(needs.disk) - 1, ROOT))
     assert "weights=stored" in error.value.fix

@@ -11,9 +11,10 @@ from typing import Any, Protocol, cast
 from src.chat.template import as_served_today
 from src.core import artifact, stage
 from src.core.artifact import Artifact
+from src.core.errors import ConfigError
 from src.core.room import Needs
 from src.deploy.vendor import BY_HAND, COMPILED, WORK
-from src.models import exact_sum, fidelity, preview
+from src.models import exact_sum, fidelity, gates, preview
 from src.models.folder import check_folder, trust_of
 from src.settings.verbs import DeployVerb
 from src.sizing import host
@@ -70,6 +71,7 @@ def name(cfg: DeployVerb, inputs: dict[str, Artifact]) -> str:
 
 
 def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
+    refuse_unmeasured(cfg)
     check_folder(inputs["model"].path, trust_remote_code=trust_of(inputs["model"]))
     out = Path(cfg.outputs) / cfg.run / f"{name(cfg, inputs)}.partial"
     return [
@@ -77,6 +79,26 @@ def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
         *exact_sum.cost(inputs, out / exact_sum.FOLDER),
         *builder(cfg).check(inputs, cfg.target, out),
     ]
+
+
+def refuse_unmeasured(cfg: DeployVerb) -> None:
+    """Raises ConfigError for a gate on what is not measured before a compile."""
+    limits = gates.limits(cfg.gate)
+    if limits and cfg.target.kind == "llama2c":
+        raise ConfigError(
+            "gate limits what is lost in a vendor's numbers, and llama2c's bundle has no compiler and is held to its own",
+            fix=["gate=none", "python -m src.evaluate gate=strict holds a model to them"],
+        )
+    if limits and not cfg.preview:
+        raise ConfigError("gate limits what preview=0 leaves out", fix=["preview=8 tries the model in the target's numbers", "gate=none"])
+    for name in limits:
+        if gates.FIGURES[name].name not in preview.GATED:
+            raise ConfigError(f"gate.{name} limits what is not measured before a compile", fix=f"gate.{name}=null")
+
+
+def judge(cfg: DeployVerb, made: Artifact) -> None:
+    """A finished bundle held to limits that were set since."""
+    preview.judge(cfg.gate, made.metrics, str(made.path))
 
 
 def needs(cfg: DeployVerb, inputs: dict[str, Artifact]) -> Needs:
@@ -88,9 +110,9 @@ def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     start = exact_sum.write(inputs, out / exact_sum.FOLDER)
     with as_served_today():
         tried = {}
-        if cfg.target.kind != "llama2c" and not (out / WORK / COMPILED).is_file():
+        if cfg.target.kind != "llama2c" and (gates.limits(cfg.gate) or not (out / WORK / COMPILED).is_file()):
             dataset = inputs["dataset"].path if "dataset" in inputs else fidelity.dataset_of(inputs["model"])
-            tried = preview.before_compile(start, cfg.target, dataset, cfg.preview)
+            tried = preview.before_compile(start, cfg.target, dataset, cfg.preview, cfg.gate)
         metrics = tried | builder(cfg).build({**inputs, "model": start, "stored": inputs["model"]}, out, cfg.target)
     if start is not inputs["model"]:
         shutil.rmtree(start.path)
@@ -107,6 +129,7 @@ STAGE = stage.Stage(
     check=check,
     needs=needs,
     run=deploy,
+    judge=judge,
     doc=__doc__,
     resumes=lambda partial: (partial / WORK).is_dir(),
     guards=lambda partial: any((partial / WORK / name).is_file() for name in (COMPILED, BY_HAND)),

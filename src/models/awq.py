@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from src.models import gptq
 from src.models.matrix import Packed
 
 SUFFIXES = ("qweight", "qzeros", "scales")
+SCALED = "scaled_inputs", "scaled_outputs"
+"""of a matrix in the file of a layer that was quantized, fp32 (in,) and (out,): what its weights were multiplied by before they were rounded"""
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """which of eight outputs lies in each four bits of a word, from the lowest"""
 
@@ -20,6 +23,11 @@ class Settings:
     """group: inputs that share a scale and a zero point, -1 for all."""
 
     group: int
+    bits = 4
+
+    def round(self, weight: torch.Tensor) -> gptq.Quantized:
+        """weight: fp32 (out, in); what it becomes where nothing is scaled or cut."""
+        return gptq.with_loss({}, made_of(*rounded(weight, self.group)), weight)
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:
@@ -60,6 +68,10 @@ class Stored(Packed):
     def shape(self) -> tuple[int, int]:
         width, words = self.parts["qweight"].shape
         return 8 * words, width
+
+    @property
+    def form(self) -> Settings:
+        return Settings(self.shape[1] // self.parts["scales"].shape[0])
 
     def widen(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         words, zeros, scales = (tensors[suffix] for suffix in SUFFIXES)

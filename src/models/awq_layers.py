@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from src.core.errors import WrongKind
+from src.models import awq
 from src.models.awq import Settings, made_of, pack, rounded
 from src.models.by_layer import ByLayer, Pass
 from src.models.layers import flat, inputs_together, outputs_first
@@ -24,8 +25,8 @@ MAKERS = {"down_proj": "up_proj", "o_proj": "v_proj"}
 
 
 def quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: Settings) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """({name: tensor} of a layer's matrices and of norms that were scaled; the squared error of each group's outputs a token). The layer has to be held; its
-    weights change. Raises WrongKind for a layer in which more than those matrices depends on a norm."""
+    """({name: tensor} of a layer's matrices of norms and biases that were scaled, and beside them by what their inputs and outputs were (awq.SCALED); the squared
+    error of each group's outputs a token). The layer has to be held; its weights change. Raises WrongKind for a layer in which more than those matrices depends on a norm."""
     names = {module: name for name, module in model.names(number)}
     groups = inputs_together(model, number, passes[0])
     seen = _inputs(model, number, passes, [group[0] for group in groups])
@@ -38,9 +39,14 @@ def quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: Setting
         if maker := _scale_down(model, number, passes[0], group[0], scales, names):
             for module in group:
                 outputs_first(module).mul_(scales)
+                tensors[f"{names[module]}.{awq.SCALED[0]}"] = scales.clone()
             inputs = inputs / scales
             if outputs_first(maker).dim() == 1:
                 tensors[f"{names[maker]}.weight"] = maker.weight.data
+            else:
+                tensors[f"{names[maker]}.{awq.SCALED[1]}"] = 1 / scales
+            if getattr(maker, "bias", None) is not None:
+                tensors[f"{names[maker]}.bias"] = maker.bias.data
         seen[group[0]] = (sizes, inputs)
     if not torch.allclose(model.call(number, passes[0]), before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         raise WrongKind(

@@ -54,6 +54,10 @@ class Stored(Packed):
             out, width = json.loads(safetensors_io.load(self.parts[STATE]).numpy().tobytes())["shape"]
         return out, width
 
+    @property
+    def form(self) -> Nf4 | Int8:
+        return Nf4("weight.nested_absmax" in self.parts) if STATE in self.parts else Int8()
+
     def widen(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         if STATE not in tensors:
             return tensors["weight"] * (tensors[SCALES].float() / 127)[:, None]

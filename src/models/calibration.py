@@ -9,12 +9,16 @@ from pathlib import Path
 
 from src.chat import encoding
 from src.chat.rows import rows_of
+from src.core.errors import BadData
 from src.core.log import progress, say, warn
 from src.records.sources import opened
 from src.settings.quantizers import Calibration
 
 FEW = 4096
 """tokens below which a Hessian of a model's width is mostly guessed"""
+
+TEXT = 0.25
+"""part of the tokens that general text gives, unless said"""
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,23 @@ def read(how: Calibration, split: Path, text: Path | None, tokenizer) -> Rows:
     told = f"quantize: calibrates on {len(found.chats)} of {len(lines):,} conversations, {found.tokens:,} tokens"
     told += f"; {cut} were cut at {how.max_length} tokens" if cut else ""
     if text:
-        wanted = int(found.tokens * how.text_share / (1 - how.text_share))
+        share = TEXT if how.text_share == "auto" else how.text_share
+        wanted = int(found.tokens * share / (1 - share))
         found = Rows(found.chats, list(_of_text(text, tokenizer, how.max_length, wanted)))
         general = sum(map(len, found.text))
         told += f"; and on {general:,} tokens of {text}"
         if general < wanted:
-            warn(f"{text} has {general:,} tokens, fewer than the {wanted:,} that calibration.text_share={how.text_share:g} asks for")
+            warn(f"{text} has {general:,} tokens, fewer than the {wanted:,} that calibration.text_share={share:g} asks for")
     say(told)
     if found.tokens < FEW:
         warn(f"{found.tokens:,} calibration tokens are few; more records, or a larger data.calib, quantize better")
     return found
+
+
+def check_text(path: Path) -> None:
+    """Raises BadData where a file begins as no text, or has none."""
+    if not opened.begins(path).strip():
+        raise BadData("calibration.text is empty", where=str(path), fix="calibration.text=null leaves it out")
 
 
 def drawn(lengths: list[int], count: int, seed: int) -> list[int]:

@@ -216,12 +216,14 @@ def choose(wanted: str, references: list[Reference], schema: Path | None) -> Che
 def score(
     check: Check, references: list[Reference], answers: dict[str, list[dict]], tokenizer
 ) -> tuple[dict[str, Any], dict[str, list[bool]]]:
-    """(what was checked, {role: whether each answer is right}), marked in the rows of `answers`; an answer that did not end its turn is wrong.
+    """(what was checked, {role: whether each answer is right}), marked in the rows of `answers`; an answer that did not end its turn is wrong, a prompt that an
+    endpoint refused is not checked.
 
+    tokenizer: with the chat template that wrote the prompts; None where it is not known.
     Of calls, false_calls are answers that call where the data's does not. What the chat template does not write as calls that can be read is not checked, and said.
     """
-    at = [i for i, reference in enumerate(references) if check.fits(reference)]
-    if check is CALLS:
+    at = [i for i, reference in enumerate(references) if check.fits(reference) and not any("error" in rows[i] for rows in answers.values())]
+    if check is CALLS and tokenizer:
         readable = [i for i in at if references[i].readable(tokenizer)]
         if len(readable) < len(at):
             warn(

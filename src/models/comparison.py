@@ -1,7 +1,7 @@
 """A model against the one it was made from, row by row on the same tokens and prompt by prompt: figures, their intervals, and what they are evidence of."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,21 +39,23 @@ class Rows:
     """What a model says at the trained tokens of rows, and its parent, if any, at the same. What is kept of a row is of its tokens together.
 
     tokens (rows,) counts; loss and parent_loss are means in nats, kl is the mean of KL(parent || model), agreement the share of tokens with the same
-    likeliest one; all (rows,).
+    likeliest one; all (rows,). There is no KL where the parent's likeliest tokens were not asked for, as an endpoint cannot be.
     """
 
     def __init__(self, prefix: str, rows: list[tuple[str, Encoded]], model: Seen, parent: Seen | None = None):
         """prefix: of what their figures are called, one of PARTS. rows: with the id of each."""
         self.of, self.ids, self.has_parent = dict(PARTS)[prefix], [id for id, _ in rows], parent is not None
+        self.has_kl = parent is not None and parent.top_k_ids.shape[1] > 0
         of = np.repeat(np.arange(len(rows)), [len(seen.kept(row)) for _, row in rows])
         self.tokens = np.bincount(of, minlength=len(rows))
         mean = lambda values: np.bincount(of, weights=values, minlength=len(rows)) / self.tokens
         self.loss = mean(model.losses)
         if parent:
-            kl = seen.divergence(parent, model)
-            self.parent_loss, self.kl, self.agreement = mean(parent.losses), mean(kl), mean(parent.likeliest == model.likeliest)
-            order = np.argsort(kl)
-            self._kl, self._of = kl[order], of[order]
+            self.parent_loss, self.agreement = mean(parent.losses), mean(parent.likeliest == model.likeliest)
+            if self.has_kl:
+                kl = seen.divergence(parent, model)
+                order = np.argsort(kl)
+                self.kl, self._kl, self._of = mean(kl), kl[order], of[order]
 
     @property
     def difference(self) -> np.ndarray:
@@ -73,8 +75,7 @@ class Rows:
             "parent_perplexity": _exp(mean(self.parent_loss)),
             "loss_difference": mean(self.difference),
             "perplexity_ratio": _exp(mean(self.difference)),
-            "kl": mean(self.kl),
-            "kl_p99": quantile(self._kl, weights[self._of], 0.99),
+            **({"kl": mean(self.kl), "kl_p99": quantile(self._kl, weights[self._of], 0.99)} if self.has_kl else {}),
             "agreement": mean(self.agreement),
             "rows_worse": share(self.difference > ALIKE),
             "rows_better": share(self.difference < -ALIKE),
@@ -82,7 +83,7 @@ class Rows:
 
     def worst(self) -> dict[str, list[dict]]:
         """By each figure that a gate may limit, the rows that are farthest from the parent, that of the farthest first."""
-        farthest = {"kl": self.kl, "agreement": -self.agreement, "loss_difference": self.difference}
+        farthest = {"agreement": -self.agreement, "loss_difference": self.difference} | ({"kl": self.kl} if self.has_kl else {})
         return {name: [self.line(i) for i in np.argsort(-by, kind="stable")[:WORST]] for name, by in farthest.items()}
 
     def lines(self) -> Iterator[dict[str, Any]]:
@@ -92,11 +93,8 @@ class Rows:
     def line(self, i: int) -> dict[str, Any]:
         """A row's own figures."""
         line = {"id": self.ids[i], "tokens": int(self.tokens[i]), "loss": float(self.loss[i])}
-        more = (
-            {"parent_loss": self.parent_loss, "loss_difference": self.difference, "kl": self.kl, "agreement": self.agreement}
-            if self.has_parent
-            else {}
-        )
+        more = {"parent_loss": self.parent_loss, "loss_difference": self.difference, "agreement": self.agreement} if self.has_parent else {}
+        more |= {"kl": self.kl} if self.has_kl else {}
         return line | {name: float(values[i]) for name, values in more.items()}
 
 
@@ -114,8 +112,8 @@ def of_answers(mine: list[dict], theirs: list[dict], tokenizer) -> Figures:
     return over_rows(figures, len(pairs))
 
 
-def of_task(right: dict[str, list[bool]]) -> Figures:
-    """task: the share of answers that are right; parent_task and task_difference where there is a parent, prompt by prompt."""
+def of_task(right: Mapping[str, Sequence[float] | np.ndarray]) -> Figures:
+    """task: the share of answers that are right, or the mean of another figure of each; parent_task and task_difference where there is a parent, prompt by prompt."""
     by = {role: np.array(each, float) for role, each in right.items()}
 
     def figures(weights: np.ndarray) -> dict[str, float]:
@@ -150,14 +148,12 @@ def shown(metrics: dict, name: str, form: str = "{:.4f}") -> str:
 def in_words(metrics: dict) -> list[str]:
     """Lines about a model and its parent: a table of losses, how far what it says is from what its parent says, and how many answers are right."""
     lines = []
-    if "kl" in metrics:
+    if "loss_difference" in metrics:
         head = ("rows of", "rows", "parent's loss", "loss", "difference", "perplexity ratio", "rows worse", "rows better", "evidence")
         rows = [row for prefix, of in PARTS if f"{prefix}loss_difference" in metrics for row in _rows(metrics, prefix, of)]
         lines += table(head, rows, right=(1, 2, 3, 6, 7)).splitlines()
-        lines.append(
-            f"KL to the parent {shown(metrics, 'kl')} nats, 99th percentile {shown(metrics, 'kl_p99')}, same likeliest token "
-            + shown(metrics, "agreement", "{:.1%}")
-        )
+        kl = f"KL to the parent {shown(metrics, 'kl')} nats, 99th percentile {shown(metrics, 'kl_p99')}, " if "kl" in metrics else ""
+        lines.append(f"{kl}same likeliest token {shown(metrics, 'agreement', '{:.1%}')}")
     if "parts_at" in metrics:
         same, at = shown(metrics, "same_answers", "{:.0%}"), shown(metrics, "parts_at", "{:.0f}")
         lines.append(f"greedy answers: {same} of {metrics['prompts']} the same, alike for {at} tokens (median)")

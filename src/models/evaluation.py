@@ -20,6 +20,9 @@ from src.settings.verbs import Evaluation
 from src.sizing.config_reader import read_shape
 from src.sizing.shape import ModelShape
 
+LETTERS = 100
+"""of a text for each token that is looked at: no more of one are read"""
+
 
 class Measured:
     """A model being measured on this machine. On a CPU it computes in fp32: its loss a layer at a time, its answers from the dtype that is stored."""
@@ -85,7 +88,7 @@ def encode_general(conversations: Iterable[Conversation], tokenizer, max_length:
             and [message.keys() for message in one.messages] == [{"role", "content"}]
             and one.messages[0]["role"] == "assistant"
         ):
-            ids = tokenizer(one.messages[0]["content"]).input_ids[:max_length]
+            ids = tokenizer(one.messages[0]["content"][: LETTERS * max_length]).input_ids[:max_length]
             rows.append((one.id, encoding.Encoded(ids, ids)))
         else:
             chats.append({"id": one.id, "messages": one.messages, "tools": one.tools})

@@ -228,19 +228,27 @@ def reload(
 
 
 def judge(verb: str, change: Change, limit: float, where: Path, fix: list[str], setting: str | None = "max_loss_change") -> None:
-    """Says what was lost. Raises ProofFailed where the loss moved, either way, or KL grew by more than `limit` nats and what other rows would explain.
+    """Says what was lost. Raises ProofFailed as `hold_loss` does."""
+    hold_loss(change, limit, where, fix, setting)
+    say(f"{verb}: {_as_saved(change)}")
+
+
+def hold_loss(change: Change, limit: float, where: Path, fix: list[str], setting: str | None = "max_loss_change") -> None:
+    """Raises ProofFailed where the loss moved, either way, or KL grew by more than `limit` nats and what other rows would explain.
 
     fix: ways out beside the limit itself, which `setting` raises.
     """
-    told = change.told("as trained", "as saved")
     over = (abs(change.loss) - change.loss_waver, change.kl - change.kl_waver)
     if not all(nats <= limit for nats in over):  # not a number is over it too
         raise ProofFailed(
-            f"what is saved is not what was trained: {told}",
+            f"what is saved is not what was trained: {_as_saved(change)}",
             where=f"{where}, limit {limit:g} nats beside what other conversations would explain ({change.loss_waver:.4f} of the loss, {change.kl_waver:.4f} of KL)",
             fix=[*fix, *([f"{setting}={max(over) * 1.1:.2g} if you accept it"] if setting and all(map(math.isfinite, over)) else [])],
         )
-    say(f"{verb}: {told}")
+
+
+def _as_saved(change: Change) -> str:
+    return change.told("as trained", "as saved")
 
 
 def hold(change: Change, kl: float, agreement: float, where: Path, fix: list[str]) -> None:

@@ -1,7 +1,6 @@
 """A finished report held against limits: what fails names the figure, its limit and the rows that failed worst."""
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import NamedTuple
 
 from src.core.errors import ConfigError, GateFailed
@@ -66,8 +65,8 @@ def refuse_unmeasured(gate: Gate, measured: Collection[str]) -> None:
             )
 
 
-def judge(gate: Gate, metrics: dict, report: Path) -> None:
-    """Says which limits are kept; raises GateFailed for those that are not, ConfigError for what was not measured. metrics: of the report."""
+def judge(gate: Gate, metrics: dict, where: str, verb: str = "evaluate") -> None:
+    """Says which limits are kept; raises GateFailed for those that are not, ConfigError for what was not measured. metrics: of a report. where: they are."""
     refuse_unmeasured(gate, metrics)
     failed, accepted = [], {}
     for name, limit in limits(gate).items():
@@ -75,7 +74,7 @@ def judge(gate: Gate, metrics: dict, report: Path) -> None:
         value = -metrics[figure.name] if name == "task_drop" else metrics[figure.name]
         told = f"gate.{name}={limit:g}: {figure.words} is {shown(metrics, figure.name, figure.form)}"
         if value >= limit if figure.least else value <= limit:
-            say(f"evaluate: keeps {told}")
+            say(f"{verb}: keeps {told}")
         else:
             worst = _worst(figure, metrics)
             failed.append(f"  {told}" + (f"; worst: {worst}" if worst else ""))
@@ -83,7 +82,7 @@ def judge(gate: Gate, metrics: dict, report: Path) -> None:
     if failed:
         raise GateFailed(
             f"{len(failed)} of {len(limits(gate))} limits are not kept\n" + "\n".join(failed),
-            where=f"{report}, which is kept; rows.jsonl and answers.jsonl beside it have every row",
+            where=where,
             fix=[f"gate.{name}={value:.3g} if you accept it" for name, value in accepted.items()],
         )
 

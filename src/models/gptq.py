@@ -18,6 +18,8 @@ BLOCK = 128
 """inputs whose errors are gathered before the rest of the matrix takes them up"""
 ROWS = 4096
 """outputs that are rounded together: they do not depend on each other, so memory is theirs alone"""
+GATHERED, STRIP = 32 << 20, 128
+"""bytes of inputs that are added to a Hessian together; its rows that are summed together, from the diagonal on, the rest being their mirror image"""
 SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 """shares of a group's largest weight that its scale is tried for"""
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -51,16 +53,30 @@ class NotPositive(Exception):
 
 
 class Hessian:
-    """Sum of x x^T over the inputs of a matrix, fp32 (in, in)."""
+    """Sum of x x^T over the inputs of a matrix, fp32 (in, in), whole once `close` has been called."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
         self.sum, self.tokens = torch.zeros(width, width, device=device), 0
+        self._some: list[torch.Tensor] = []
 
     def add(self, inputs: torch.Tensor) -> None:
-        """inputs: (..., in)."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.sum.addmm_(rows.T, rows)
-        self.tokens += len(rows)
+        """inputs: (..., in), left as they are until the sum is closed."""
+        self._some.append(inputs.reshape(-1, inputs.shape[-1]).float())
+        self.tokens += len(self._some[-1])
+        if 4 * len(self.sum) * sum(map(len, self._some)) >= GATHERED:
+            self._sum_up()
+
+    def close(self) -> None:
+        """Sum up what is left, and have the sum symmetric."""
+        self._sum_up()
+        for begin in range(0, len(self.sum), STRIP):
+            self.sum[begin + STRIP :, begin : begin + STRIP] = self.sum[begin : begin + STRIP, begin + STRIP :].T
+
+    def _sum_up(self) -> None:
+        rows = torch.cat(self._some) if self._some else self.sum[:0]
+        self._some.clear()
+        for begin in range(0, len(self.sum), STRIP):
+            self.sum[begin : begin + STRIP, begin:].addmm_(rows[:, begin : begin + STRIP].T, rows[:, begin:])
 
     def order(self, how: Settings) -> torch.Tensor:
         """The inputs in the order they are rounded in, int64 (in,)."""

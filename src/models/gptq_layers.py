@@ -3,6 +3,7 @@ of the rows once they are quantized.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -12,45 +13,74 @@ from src.core.errors import ProofFailed
 from src.core.log import warn
 from src.models import gptq
 from src.models.by_layer import ByLayer, Pass, Reached
-from src.models.layers import flat, inputs_together, outputs_first
+from src.models.layers import flat, inputs_together, linear_of, outputs_first
+from src.models.waiting import waiting
+
+HELD = 512 << 20
+"""bytes of what passes hold that wait within a layer; the others begin anew at each of its groups"""
 
 
 def quantize_layer(
     model: ByLayer, number: int, passes: list[Pass], how: Callable[[str], gptq.Settings]
-) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """({name: tensor} of a layer's matrices; the loss of each group of them, per token). The layer has to be held; its weights change.
+) -> tuple[dict[str, torch.Tensor], list[float], list[Pass]]:
+    """({name: tensor} of a layer's matrices; the loss of each group of them, per token; passes that have not gone on behind the layer). The layer has to be
+    held; its weights change.
 
     how: by a matrix's name. Raises ProofFailed where activations are no numbers.
     """
-    names = {module: name for name, module in model.names(number)}
+    groups, left = inputs_together(model, number, passes[0]), set[nn.Module]()
+    many = _together(model, number, passes)
     tensors: dict[str, torch.Tensor] = {}
     losses = []
-    for group in inputs_together(model, number, passes[0]):
-        own = how(names[group[0]])
-        hessian = gptq.Hessian(outputs_first(group[0]).shape[1], model.device)
-        for each in passes:
-            _add_inputs(model, number, group[0], each, hessian)
-        if not hessian.tokens:
-            warn(f"no calibration row reaches {names[group[0]]}: its weights are rounded to the nearest")
-            hessian.sum.fill_diagonal_(1)
-        ever = hessian.sum.diagonal() != 0
-        try:
-            order = hessian.order(own)
-            factor = hessian.factor(order, own.damp)
-        except gptq.NotPositive:
-            raise ProofFailed(
-                f"what comes into {names[group[0]]} on the calibration rows is no number, or nothing that GPTQ can use"
-            ) from None
-        made = gptq.quantize(torch.cat([outputs_first(module) for module in group]), order, factor, ever, own)
-        losses.append(made.loss / max(hessian.tokens, 1))
-        at = 0
-        for module in group:
-            outputs = len(outputs_first(module))
-            tensors |= {f"{names[module]}.{suffix}": t for suffix, t in made.part(at, at + outputs, own.bits).items()}
-            outputs_first(module).copy_(made.weight[at : at + outputs])
-            at += outputs
-        del made, factor  # before the next Hessian is there
-    return tensors, losses
+    with waiting(model, number, passes[:many], [group[0] for group in groups], left) as waits:
+        for group in groups:
+            hessian = gptq.Hessian(outputs_first(group[0]).shape[1], model.device)
+            for at, each in enumerate(passes):
+                if at < many and (inputs := waits[at].at(group[0])) is not None:
+                    hessian.add(flat(inputs, each))
+                else:
+                    _add_inputs(model, number, group[0], each, hessian)
+            found, loss = _quantize_group(model, number, group, hessian, how)
+            tensors |= found
+            losses.append(loss)
+            left.add(group[0])
+        for each, one in zip(passes, waits):
+            each.hidden = one.end()
+    return tensors, losses, passes[many:]
+
+
+def _together(model: ByLayer, number: int, passes: list[Pass]) -> int:
+    """How many of the passes may wait within a layer: each holds what it adds to, norms of it, and its widest matrix's input."""
+    widest = max(outputs_first(module).shape[1] for module in linear_of(model, number))
+    bytes_ = itertools.accumulate(4 * each.ids.numel() * (3 * model.width + widest) for each in passes)
+    return sum(so_far <= HELD for so_far in bytes_)
+
+
+def _quantize_group(
+    model: ByLayer, number: int, group: list[nn.Module], hessian: gptq.Hessian, how: Callable[[str], gptq.Settings]
+) -> tuple[dict[str, torch.Tensor], float]:
+    """The same of matrices that share an input; uses their Hessian up."""
+    names = {module: name for name, module in model.names(number)}
+    own = how(names[group[0]])
+    hessian.close()
+    if not hessian.tokens:
+        warn(f"no calibration row reaches {names[group[0]]}: its weights are rounded to the nearest")
+        hessian.sum.fill_diagonal_(1)
+    ever = hessian.sum.diagonal() != 0
+    try:
+        order = hessian.order(own)
+        factor = hessian.factor(order, own.damp)
+    except gptq.NotPositive:
+        raise ProofFailed(f"what comes into {names[group[0]]} on the calibration rows is no number, or nothing that GPTQ can use") from None
+    made = gptq.quantize(torch.cat([outputs_first(module) for module in group]), order, factor, ever, own)
+    tensors: dict[str, torch.Tensor] = {}
+    at = 0
+    for module in group:
+        outputs = len(outputs_first(module))
+        tensors |= {f"{names[module]}.{suffix}": t for suffix, t in made.part(at, at + outputs, own.bits).items()}
+        outputs_first(module).copy_(made.weight[at : at + outputs])
+        at += outputs
+    return tensors, made.loss / max(hessian.tokens, 1)
 
 
 def _add_inputs(model: ByLayer, number: int, module: nn.Module, each: Pass, hessian: gptq.Hessian) -> None:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,6 +21,11 @@ class Packed(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, int]:
         """Of the weight, (out, in)."""
+
+    @property
+    @abstractmethod
+    def form(self) -> Any:
+        """What rounds a weight to as many bits with nothing else done to it: round(weight) -> gptq.Quantized."""
 
     @abstractmethod
     def widen(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from src.core.room import Needs
 from src.models import evaluation, fidelity, gates, seen
 from src.models.loading import tokenizer_of
 from src.settings.targets import Target
-from src.settings.verbs import EvaluateVerb
+from src.settings.verbs import EvaluateVerb, Gate
 from src.sizing import budget, chart, host, numerics, speed, takes
 from src.sizing.config_reader import read_config, read_shape
 from src.sizing.numerics import Numerics
@@ -78,9 +78,26 @@ def previews(model: Artifact, kinds: list[Numerics], rows: list[encoding.Encoded
     return found
 
 
-def before_compile(model: Artifact, target: Target, dataset: Path | None, count: int) -> dict[str, float]:
+def before_compile(model: Artifact, target: Target, dataset: Path | None, count: int, gate: Gate) -> dict[str, float]:
     """Tries the model in the target's numbers on `count` held-out conversations, and says what they lose; returns it as metrics, empty where it was not
-    tried, which is said too."""
+    tried, which is said too. Raises what `judge` does."""
+    tried = _tried(model, target, dataset, count)
+    judge(gate, tried, str(model.path))
+    return tried
+
+
+def judge(gate: Gate, tried: dict[str, float], where: str) -> None:
+    """Raises GateFailed where the model loses more in a board's numbers than the limits allow, ConfigError where that is not known."""
+    if not gates.limits(gate):
+        return
+    if not tried.keys() >= {f"preview_{name}" for name in GATED}:
+        raise ConfigError(
+            "gate limits what the model loses in the target's numbers, and it was not tried in them", where=where, fix="gate=none"
+        )
+    gates.judge(gate, {name: tried[f"preview_{name}"] for name in GATED} | {"intervals": dict.fromkeys(GATED)}, where, "deploy")
+
+
+def _tried(model: Artifact, target: Target, dataset: Path | None, count: int) -> dict[str, float]:
     if not count or dataset is None:
         say(f"not tried in the numbers of {target.name}: {'preview=0' if not count else 'no dataset is known'}")
         return {}
@@ -93,7 +110,12 @@ def before_compile(model: Artifact, target: Target, dataset: Path | None, count:
         say(f"not tried in the numbers of {target.name}: {error.what}")
         return {}
     say(f"{how.name}, before the compile: {change.told('as it is', 'in its numbers')}")
-    return {"preview_kl": change.kl, "preview_agreement": change.agreement}
+    return {f"preview_{name}": value for name, value in _gated(change).items()}
+
+
+def _gated(change: fidelity.Change) -> dict[str, float]:
+    """The figures of GATED."""
+    return dict(zip(GATED, (change.kl, change.agreement, math.exp(min(change.loss, 700)))))
 
 
 def figures(one: Preview, shape: ModelShape) -> dict[str, Any]:
@@ -187,8 +209,7 @@ def report(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     whole = found[0].change
     metrics: dict[str, Any] = {"loss": whole.before, "rows": whole.rows, "tokens": whole.tokens}
     if len(found) == 1:
-        gated = (whole.kl, whole.agreement, math.exp(min(whole.loss, 700)))
-        metrics |= dict(zip(GATED, gated)) | {"intervals": dict.fromkeys(GATED)}
+        metrics |= _gated(whole) | {"intervals": dict.fromkeys(GATED)}
     details = [
         {**row, "formats": one.how.words(), "assumed": one.assumed, "layers": one.layers, "worst_layer": one.worst}
         for row, one in zip(told, found)

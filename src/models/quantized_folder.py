@@ -23,7 +23,7 @@ def write(source: Path, layers: Path, out: Path) -> None:
     scaled: dict[str, Entry] = {}
     for name, entry in safetensors_io.entries(source).items():
         found = made.get(name)
-        if isinstance(found, Entry):  # a norm that AWQ scaled
+        if isinstance(found, Entry):  # a norm or a bias that AWQ scaled
             scaled[name] = found
         written += found.parts.values() if isinstance(found, packed.Packed) else [entry]
     stored = {entry.name: entry for entry in written}

@@ -23,8 +23,8 @@ from src.core.errors import ProofFailed, WrongKind, using
 from src.core.files import read_json
 from src.core.log import progress
 from src.core.processes import silenced
-from src.models import awq, awq_layers, by_layer, complete, gptq, gptq_layers, loading, packed, safetensors_io, seen
-from src.models.by_layer import INSIDE, ByLayer, Pass
+from src.models import awq, awq_layers, bnb, by_layer, complete, gptq, gptq_layers, loading, packed, safetensors_io, seen
+from src.models.by_layer import ByLayer, Pass
 from src.models.folder import trust_of
 from src.models.layers import LINEAR, flat, linear_of, outputs_first
 
@@ -37,6 +37,8 @@ COMPARED = 256
 OUTLIER, OUTLIER_OUTPUT = 2.5, 4.0
 """times what rounding to the nearest changes of a matrix's outputs, and of one of them that is mostly wrong, from which on it is another fault; on
 SmolLM2-135M GPTQ comes to at most 0.8, and 2.4"""
+ALIKE = 0.01
+"""of an output's weights, how far those that are rounded alike each time may be from what they were to be; another processor may round one otherwise"""
 OTHER = 0.1
 """share of a layer's weights that may be in no linear layer"""
 
@@ -54,16 +56,18 @@ def quantize(model: ByLayer, rows: list[list[int]], how: How, folder: Path) -> l
     for number in progress(range(len(model.layers)), "quantizing layers"):
         file = folder / f"layer-{number:05d}.safetensors"
         with model.held(number), torch.no_grad():
+            left = passes
             if not file.is_file():
-                tensors, found = _quantize_layer(model, number, passes, how)
+                tensors, found, left = _quantize_layer(model, number, passes, how)
                 save_file(tensors, partial := file.with_suffix(".partial"), {"losses": " ".join(map(repr, found))})
                 partial.rename(file)
             losses += _take(model, number, file)
-            model.through(number, passes)
+            model.through(number, left)
     return losses
 
 
-def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: How) -> tuple[dict[str, torch.Tensor], list[float]]:
+def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: How) -> tuple[dict[str, torch.Tensor], list[float], list[Pass]]:
+    """(a layer's tensors, the losses of its groups, the passes that have not gone on behind it)."""
     names = {module: name for name, module in model.names(number)}
     linear = linear_of(model, number)
     inside = sum(module.weight.numel() for module in linear)
@@ -76,20 +80,21 @@ def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: How) -
             f"GPTQ quantizes linear layers, and {largest[1]} of layer {number} is none, with {largest[0] / (inside + largest[0]):.0%} of its weights",
         )
     if isinstance(how, awq.Settings):
-        return awq_layers.quantize_layer(model, number, passes, how)
+        return *awq_layers.quantize_layer(model, number, passes, how), passes
     if not passes:
         rounded = {names[module]: how(names[module]).round(outputs_first(module)) for module in linear}
         tensors = {f"{name}.{suffix}": t.cpu() for name, made in rounded.items() for suffix, t in made.tensors.items()}
-        return tensors, [made.loss for made in rounded.values()]
+        return tensors, [made.loss for made in rounded.values()], passes
     return gptq_layers.quantize_layer(model, number, passes, how)
 
 
 def _take(model: ByLayer, number: int, file: Path) -> list[float]:
     """Put into a layer that is held what its file says; returns the file's losses."""
     stored = packed.matrices(safetensors_io.entries(file.parent, file.name))
-    for name, module in model.names(number):
-        if found := stored.get(f"{name}.weight"):
-            outputs_first(module).copy_(safetensors_io.load(found) if isinstance(found, safetensors_io.Entry) else found())
+    for place in model.places.tensors[number]:
+        if found := stored.get(place.full):
+            into = outputs_first(place.module) if place.name == "weight" else place.module.get_parameter(place.name)
+            into.data.copy_(safetensors_io.load(found) if isinstance(found, safetensors_io.Entry) else found())
     with safetensors_io.opened(file) as stored:
         return [float(text) for text in stored.metadata()["losses"].split()]
 
@@ -101,14 +106,14 @@ def _is_of(name: str, layer: nn.Module) -> bool:
 # ---- reading back
 
 
-def read_back(start: Artifact, source: Path, out: Path, rows: list, at) -> tuple:
+def read_back(start: Artifact, source: Path, layers: Path, out: Path, rows: list, at) -> tuple:
     """(token ids of aux_files' probes, what the quantized model says at `rows`), from the folder `out` alone but for the code and the shape of the model
     it was made from. Made to run in a fresh process.
 
-    source: whose tensors are the folder's where they were not quantized. at: see seen.observe. Raises ProofFailed, naming the tensor, as `compare` does.
+    source: whose tensors are the folder's where they were not quantized. layers: see `compare`. at: see seen.observe. Raises ProofFailed, naming the tensor, as `compare` does.
     """
     model = opened(start, out)
-    compare(model, start.path, source, out, [row.input_ids for row in rows])
+    compare(model, start.path, source, layers, out, [row.input_ids for row in rows])
     return complete.token_ids(out, trust_of(start)), seen.observe(seen.by_layer(model, "proof"), rows, at)
 
 
@@ -129,24 +134,20 @@ def opened(start: Artifact, out: Path) -> ByLayer:
     return model
 
 
-def compare(model: ByLayer, start: Path, source: Path, out: Path, rows: list[list[int]]) -> None:
-    """Hold every tensor of the folder `out` to what it was made from. model: it, opened. rows: token ids to compare matrices at.
+def compare(model: ByLayer, start: Path, source: Path, layers: Path, out: Path, rows: list[list[int]]) -> None:
+    """Hold every tensor of the folder `out` to what it was made from. model: it, opened. layers: `quantize`'s files, which say what AWQ scaled, and by what.
+    rows: token ids to compare matrices at.
 
-    Raises ProofFailed where an output of a matrix is further from what it was than rounding explains, and where another tensor is not the source's, bit
-    for bit.
+    Raises ProofFailed where an output of a matrix is further from what it was than rounding explains, where a matrix of bitsandbytes' is not what the
+    source's becomes, and where another tensor is not the source's, bit for bit.
     """
     as_stored, made = safetensors_io.entries(source), packed.matrices(safetensors_io.entries(out))
     if missing := sorted(as_stored.keys() ^ made.keys()):
         raise ProofFailed(f"{missing[0]} is in one of the folder and what it was made from alone", where=str(out))
-    awq_made = any(isinstance(found, awq.Stored) for found in made.values())
-    plain = any(isinstance(found, gptq.Stored) for found in made.values())
+    scaled = safetensors_io.entries(layers, "layer-*.safetensors")
     for name, found in made.items():
-        if isinstance(found, safetensors_io.Entry) and not (awq_made and INSIDE.search(name)) and not _same_bits(found, as_stored[name]):
+        if isinstance(found, safetensors_io.Entry) and not torch.equal(*map(_bits, _as_made(name, as_stored, scaled, found))):
             raise ProofFailed(f"{name}, which is not quantized, is not the source's", where=str(out))
-    if (
-        not plain
-    ):  # AWQ's matrices and norms are scaled against each other; NF4 gives up its blocks' largest weights, which plain rounding keeps
-        return
     with model.held("embedding"):
         each = model.start([row[: COMPARED // len(rows[:4])] for row in rows[:4]])
     exact = safetensors_io.entries(start)
@@ -154,18 +155,46 @@ def compare(model: ByLayer, start: Path, source: Path, out: Path, rows: list[lis
         with model.held(number):
             inputs = _inputs(model, number, each)
             for name, module in model.names(number):
-                if module in inputs and isinstance(matrix := made.get(f"{name}.weight"), gptq.Stored):
-                    weight = safetensors_io.load_wide(exact[f"{name}.weight"])
-                    _hold(name, weight.T if isinstance(module, Conv1D) else weight, outputs_first(module), inputs[module], matrix.form, out)
+                if not isinstance(matrix := made.get(f"{name}.weight"), packed.Packed):
+                    continue
+                weight = safetensors_io.load_wide(exact[f"{name}.weight"])
+                weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+                if isinstance(matrix, bnb.Stored):
+                    _hold_alike(name, matrix.form.round(weight).weight, outputs_first(module), out)
+                elif module in inputs:
+                    _hold(name, _scaled(weight, name, scaled), outputs_first(module), inputs[module], matrix.form, out)
 
 
-def _same_bits(*entries: safetensors_io.Entry) -> bool:
-    return torch.equal(*(safetensors_io.load(entry).reshape(-1).view(torch.uint8) for entry in entries))
+def _as_made(name: str, source: dict, scaled: dict, found: safetensors_io.Entry) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a tensor, what it was to be): the source's, or a norm that AWQ scaled, in the source's dtype."""
+    ours, stored = safetensors_io.load(found), safetensors_io.load(source[name])
+    return ours, safetensors_io.load(scaled[name]).to(stored.dtype) if name in scaled else stored
 
 
-def _hold(name: str, weight: torch.Tensor, rounded: torch.Tensor, inputs: torch.Tensor, form: gptq.Nearest, out: Path) -> None:
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _scaled(weight: torch.Tensor, name: str, scaled: dict[str, safetensors_io.Entry]) -> torch.Tensor:
+    """What AWQ rounded of a weight, fp32 (out, in)."""
+    of = {suffix: safetensors_io.load(scaled[full]) for suffix in awq.SCALED if (full := f"{name}.{suffix}") in scaled}
+    inputs, outputs = (of.get(suffix) for suffix in awq.SCALED)
+    weight = weight if inputs is None else weight * inputs
+    return weight if outputs is None else weight * outputs[:, None]
+
+
+def _hold_alike(name: str, meant: torch.Tensor, found: torch.Tensor, out: Path) -> None:
+    """Raises ProofFailed where an output's weights, (out, in), are not those that they were to be."""
+    off = (found - meant).norm(dim=1) / meant.norm(dim=1).clamp_(min=1e-30)
+    if not float(off.max()) <= ALIKE:
+        raise ProofFailed(f"output {int(off.argmax())} of {name} is {float(off.max()):.0%} off what its weights become", where=str(out))
+
+
+def _hold(
+    name: str, weight: torch.Tensor, rounded: torch.Tensor, inputs: torch.Tensor, form: gptq.Nearest | awq.Settings, out: Path
+) -> None:
     """Raises ProofFailed where outputs are further from what they were on `inputs`, (tokens, in), than rounding to the nearest takes them."""
-    nearest = gptq.nearest(weight.contiguous(), form).weight
+    nearest = form.round(weight).weight
     moved, explained = ((inputs @ (each - weight).T).norm(dim=0) for each in (rounded, nearest))
     whole = float(moved.norm() / explained.norm())
     times = moved / explained.clamp_(min=explained.mean() / 10)

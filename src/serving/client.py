@@ -40,7 +40,8 @@ WHOLE = 10
 class Reply:
     """One answer.
 
-    ended: the model ended its turn (finish_reason stop), rather than being cut off.
+    text: what it says, and after it each call of a tool that the server keeps apart, a line of JSON with "name" and "arguments".
+    ended: the model ended its turn (finish_reason stop, or tool_calls), rather than being cut off.
     seconds: from the request until the last event. first: until the first piece of text; None without streaming.
     pieces: events that carried text. prompt_tokens, tokens: the server's own count, the turn's end included; None where it gives none.
     cached: prompt tokens that the server says it did not compute anew.
@@ -218,6 +219,7 @@ class Client:
     def _chat(self, body: dict, max_tokens: int) -> Reply:
         text, length, finish, first, pieces, reasoned = [], 0, None, None, 0, False
         usage: dict = {}
+        calls: dict[int, dict[str, str]] = {}
         with self._asked("POST", "/chat/completions", body) as (response, start, deadline):
             streamed = "event-stream" in response.headers.get("Content-Type", "")
             for event in self._events(response) if streamed else [self._json(self._read(response))]:
@@ -236,7 +238,7 @@ class Client:
                             first, pieces = first or now, pieces + 1
                             deadline.went_on()
                         text.append("".join(part.get("content") or ""))
-                        length += len(text[-1])
+                        length += len(text[-1]) + _gather_calls(part.get("tool_calls") or [], calls)
                         reasoned = reasoned or bool(thought)
                     counts = tokens_used(usage)
                     cached = count_of((usage.get("prompt_tokens_details") or {}).get("cached_tokens")) or 0
@@ -248,8 +250,18 @@ class Client:
             raise NoAnswer(f"the stream was cut off after {pieces} pieces, before a finish_reason", where=self.url, fix=AGAIN)
         # An emoji may come as two halves of a surrogate pair, in two pieces; a half that stays alone cannot be written to a file.
         # A key may come in two pieces as well.
-        whole = self.server.hidden("".join(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return Reply(whole, finish == "stop", end - start, first - start if first and streamed else None, pieces, *counts, cached, reasoned)
+        told = "\n".join(["".join(text)] * bool("".join(text)) + [_call_told(call) for call in calls.values()])
+        whole = self.server.hidden(told.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return Reply(
+            whole,
+            finish in ("stop", "tool_calls"),
+            end - start,
+            first - start if first and streamed else None,
+            pieces,
+            *counts,
+            cached,
+            reasoned,
+        )
 
     @contextlib.contextmanager
     def _asked(self, method: str, path: str, body: dict | None = None) -> Iterator[tuple[http.client.HTTPResponse, float, Deadline]]:
@@ -377,3 +389,25 @@ class Client:
 
 def _completion(model: str, ids: list[int]) -> dict:
     return {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0}
+
+
+def _gather_calls(parts: list[dict], calls: dict[int, dict[str, str]]) -> int:
+    """Add the pieces of an event's tool calls to those that came before, by their place; returns how many letters they are."""
+    letters = 0
+    for at, part in enumerate(parts):
+        call = calls.setdefault(part.get("index", at), {"name": "", "arguments": ""})
+        for name in call:
+            piece = (part.get("function") or {}).get(name) or ""
+            piece = piece if isinstance(piece, str) else json.dumps(piece)
+            call[name] += piece
+            letters += len(piece)
+    return letters
+
+
+def _call_told(call: dict[str, str]) -> str:
+    """A call as JSON; arguments that are none stay text."""
+    try:
+        arguments = json.loads(call["arguments"] or "{}")
+    except ValueError:
+        arguments = call["arguments"]
+    return json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)

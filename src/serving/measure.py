@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from src.chat.encoding import IGNORE, render
 from src.core.errors import ConfigError, NoAnswer
 from src.core.log import progress, say, warn
 from src.models.generation import leading
+from src.models.seen import Seen
 from src.serving.client import Client
 from src.serving.protocol import BUSY, Refused
 
@@ -209,10 +212,12 @@ def in_words(metrics: dict) -> str:
     return ", ".join(parts)
 
 
-def agreement(top: list[list[str]], local: list, tokenizer) -> float:
-    """Share of trained places where the endpoint's likeliest token (by name) is the local model's (by id)."""
-    pairs = [(name, token) for row, ids in zip(top, local) for name, token in zip(row, ids.tolist())]
-    return sum(name in names(tokenizer, token) for name, token in pairs) / max(len(pairs), 1)
+def as_seen(told: list[list[tuple[float, str]]], local: Seen, tokenizer) -> Seen:
+    """What the endpoint says at the places of a local observation, whose likeliest tokens its own are where they bear their names; -1 where they do not."""
+    flat = [pair for row in told for pair in row]
+    likeliest = [token if best in names(tokenizer, token) else -1 for (_, best), token in zip(flat, local.likeliest.tolist(), strict=True)]
+    none = np.empty((len(flat), 0))
+    return Seen(np.array([-value for value, _ in flat]), none.astype(np.int64), none, np.array(likeliest, np.int64))
 
 
 def compare_prompts(rows: list[dict], tokenizer, prompts: list[tuple]) -> dict:
@@ -227,11 +232,10 @@ def compare_prompts(rows: list[dict], tokenizer, prompts: list[tuple]) -> dict:
     return {"prompts_same_length": 1 - len(other) / len(pairs)} if pairs else {}
 
 
-def score(client: Client, model: str, rows: list, tokenizer, eos_id: int, workers: int) -> tuple[dict, list, list[int]] | None:
-    """The metrics of a local evaluation (loss in nats, perplexity, accuracy, tokens, turns_ended) over the trained tokens of encoded rows.
+def score(client: Client, model: str, rows: list, tokenizer, workers: int) -> list[list[tuple[float, str]] | None] | None:
+    """For each encoded row (log-probability, name of the likeliest token) at each trained place; None for one that the server refuses, which is said.
 
-    Returns (metrics, per row the name of the likeliest token at each trained place, indices of the rows measured); None, with the reason said,
-    where the server gives no log-probabilities of given tokens in either way, or not of these. Rows it refuses are left out, and said.
+    None alone, with the reason said, where the server gives no log-probabilities of given tokens in either way, or not of these.
     """
     way = _way(client, model, min(rows, key=lambda row: len(row.input_ids)), tokenizer)
     if way is None:
@@ -247,24 +251,24 @@ def score(client: Client, model: str, rows: list, tokenizer, eos_id: int, worker
                 raise
             return None
 
-    losses, hits, ends, top, kept = [], [], [], [], []
-    for i, found in enumerate(progress(_each(one, rows, workers, client), "measuring endpoint", len(rows))):
-        if found is None:
-            continue
-        for k, (value, best) in zip(places(rows[i]), found, strict=True):
+    found = list(progress(_each(one, rows, workers, client), "measuring endpoint", len(rows)))
+    if left := found.count(None):
+        warn(f"left out {left} of {len(rows)} rows that the endpoint refused, most likely as too long for it")
+    return found if left < len(rows) else None
+
+
+def figures(rows: list, told: list[list[tuple[float, str]]], tokenizer, eos_id: int) -> dict:
+    """The metrics of a local evaluation (loss in nats, perplexity, accuracy, tokens, turns_ended) over the trained tokens of encoded rows."""
+    losses, hits, ends = [], [], []
+    for row, pairs in zip(rows, told):
+        for k, (value, best) in zip(places(row), pairs, strict=True):
             losses.append(-value)
-            hits.append(best in names(tokenizer, rows[i].input_ids[k]))
-            if rows[i].input_ids[k] == eos_id:
+            hits.append(best in names(tokenizer, row.input_ids[k]))
+            if row.input_ids[k] == eos_id:
                 ends.append(hits[-1])
-        top.append([best for _, best in found])
-        kept.append(i)
-    if len(kept) < len(rows):
-        warn(f"left out {len(rows) - len(kept)} of {len(rows)} validation rows that the endpoint refused, most likely as too long for it")
-    if not losses:
-        return None
     loss = math.fsum(losses) / len(losses)
-    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": sum(hits) / len(hits), "tokens": len(losses)}
-    return figures | {"turns_ended": sum(ends) / max(len(ends), 1)}, top, kept
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": sum(hits) / len(hits), "tokens": len(losses)}
+    return found | {"turns_ended": sum(ends) / max(len(ends), 1)}
 
 
 def _way(client: Client, model: str, row, tokenizer) -> Callable | None:
@@ -320,3 +324,23 @@ def _sound(value: float | None, best: str | None, k: int, client: Client) -> tup
 def names(tokenizer, token: int) -> set[str]:
     """What a server may call a token: vLLM's return_tokens_as_token_ids form, its text, or its entry in the vocabulary."""
     return {f"token_id:{token}", tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)}
+
+
+class Served:
+    """A server's model as lm-eval's tasks ask it. tokenizer: of the local model that it was made from."""
+
+    def __init__(self, client: Client, model: str, tokenizer, workers: int):
+        self.client, self.model, self.tokenizer, self.workers = client, model, tokenizer, workers
+
+    def log_probs(self, rows: list) -> list[tuple[float, bool]]:
+        """(sum of the log-probabilities of a row's trained tokens, whether each is the likeliest). Raises NoAnswer where it gives none of one."""
+        told = score(self.client, self.model, rows, self.tokenizer, self.workers)
+        if told is None or None in told:
+            raise NoAnswer("it gives no log-probabilities of given tokens, which these tasks count", where=self.client.url)
+        alike = lambda row, pairs: all(best in names(self.tokenizer, row.input_ids[k]) for k, (_, best) in zip(places(row), pairs))
+        return [(math.fsum(value for value, _ in pairs or ()), alike(row, pairs)) for row, pairs in zip(rows, told)]
+
+    def answers(self, prompts: list[str], stops: list[str], most: int) -> list[str]:
+        """Each prompt as a user's turn, answered greedily."""
+        ask = lambda text: self.client.chat(self.model, [{"role": "user", "content": text}], None, max_tokens=most).text
+        return list(progress(_each(ask, prompts, self.workers, self.client), "asking", len(prompts)))

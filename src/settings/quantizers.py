@@ -78,5 +78,5 @@ class Calibration(Settings):
     """which conversations are drawn where there are more"""
     text: Annotated[str | None, Unkeyed]
     """file of general text to calibrate on beside the conversations; null: none"""
-    text_share: Annotated[float, Field(gt=0, lt=1)]
-    """of the calibration tokens, the part that text gives"""
+    text_share: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)]
+    """of the calibration tokens, the part that text gives; auto: a quarter, where there is a text"""

@@ -463,6 +463,8 @@ class Evaluation(Settings):
     """file with the JSON Schema that every answer has to follow"""
     general: Annotated[str | None, Unkeyed]
     """text or chats of another domain, as data.path takes them, to see what of that the model forgot; of a text each line is a row, cut at max_length"""
+    tasks: Annotated[list[str] | None, Field(exclude_if=lambda names: names is None)]
+    """tasks of lm-eval, by name or as a YAML file of your own, of which `rows` documents are taken at most; null: none"""
 
     @model_validator(mode="after")
     def _schema_where_it_is_checked(self) -> Self:
@@ -542,6 +544,8 @@ class DeployVerb(SourcedVerb):
     """dataset artifact to calibrate on, for targets that do; null: the run's own"""
     preview: Annotated[NonNegativeInt, Unkeyed]
     """held-out conversations on which the model is tried in a vendor's numbers before its compiler is run; 0: none"""
+    gate: Annotated[Gate, Unkeyed]
+    """limits of what the model loses in those numbers (kl, top1, perplexity_ratio), beyond which the compiler is not run: none, or strict"""
 
 
 class Gpu(Settings):

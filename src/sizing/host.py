@@ -35,6 +35,8 @@ PIECE = 800
 """bytes of a tokenizer in memory for each token of its vocabulary"""
 TOGETHER, CHUNK, HIDDEN = 1024, 32 << 20, 256 << 20
 """by_layer's: tokens of a pass through a layer, bytes of logits made at a time, bytes of hidden states held at once"""
+WAITING = 512 << 20
+"""bytes that passes hold which wait within a layer, see models/gptq_layers.py"""
 HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
 LIKELIEST = 64
@@ -340,7 +342,7 @@ def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, 
     """A layer in fp32, the calibration rows' hidden states, and of the matrices that share an input one group at a time; then the proof.
 
     A group takes two copies of its Hessian, which is sorted and factored, or beside the factor its weights four times: as they are, and as the
-    integers, scales and sums that they become. exact: the sum of adapter and base is written in fp32 first.
+    integers, scales and sums that they become; passes wait within the layer (models/gptq_layers.py). exact: the sum of adapter and base is written in fp32 first.
     """
     result = 0.6 * shape.matrix_params + stored(shape) * (1 - shape.matrix_params / shape.params)
     sum_bytes = stored(replace(shape, dtype="float32")) if exact else 0
@@ -351,8 +353,11 @@ def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, 
 
     def of(rows: int, *, exact: bool) -> Needs:
         source = replace(shape, dtype="float32") if exact else shape
-        hidden = {"hidden states of the calibration rows": 4 * split.tokens(rows, calibration.max_length) * shape.hidden}
-        work = {**own, "layer in fp32": 4 * layer.params, "Hessians and weights of one input": group, **hidden}
+        tokens = split.tokens(rows, calibration.max_length)
+        hidden = {"hidden states of the calibration rows": 4 * tokens * shape.hidden}
+        widest = max(m.columns for m in layer.matrices)
+        waiting = {"passes that wait within a layer": min(WAITING, 4 * tokens * (3 * shape.hidden + widest))}
+        work = {**own, "layer in fp32": 4 * layer.params, "Hessians and weights of one input": group, **hidden, **waiting}
         start = {**own, "embedding": stored_width(source) * shape.embedding, **hidden}
         return Needs(largest(work, start, {"this process": PYTHON, **proof(source)}), exact * sum_bytes + 2 * result)
 

@@ -133,8 +133,18 @@ def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained,
     if not full and compute == "float32":  # what a pass in 16 bits says is no measure for a merge
         fidelity.Record(trained.rows, trained.seen).save(out)
     change = fidelity.compare(trained.seen, seen, len(trained.rows))
-    ways = ["tuner.rounding=stochastic force=true keeps what was learnt"] * (full is not None and full.rounding == "nearest")
-    fidelity.judge(
-        "finetune", change, cfg.max_loss_change, out, [*ways, *["tuner.dtype=float32 force=true keeps every bit"] * (full is not None)]
-    )
+    fidelity.judge("finetune", change, cfg.max_loss_change, out, keeps_more(cfg))
     return change.metrics()
+
+
+def keeps_more(cfg: FinetuneVerb) -> list[str]:
+    if not isinstance(cfg.tuner, FullTuner):
+        return []
+    ways = ["tuner.rounding=stochastic force=true keeps what was learnt"] * (cfg.tuner.rounding == "nearest")
+    return [*ways, "tuner.dtype=float32 force=true keeps every bit"]
+
+
+def judge(cfg: FinetuneVerb, made: Artifact) -> None:
+    """A finished fine-tune held to a limit that was set since."""
+    if "kl" in made.metrics:
+        fidelity.hold_loss(fidelity.Change.of(made.metrics), cfg.max_loss_change, made.path, keeps_more(cfg))

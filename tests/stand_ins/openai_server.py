@@ -45,6 +45,8 @@ class Behaviour:
     echo: str = "no"
     """no: HTTP 400; ignored: none in the reply; ids, text: as given; shifted: each name one place late; other: another tokenizer's; next: of the
     next token only, by id, as llama.cpp's server has it; next_bos: the same with a token put before the prompt"""
+    calls: tuple = ()
+    """pieces of tool calls, as in a stream's `tool_calls`, in place of the answer's text"""
     lists_models: bool = True
     key: str | None = None
     """the bearer token it wants"""
@@ -146,6 +148,8 @@ class Handler(BaseHTTPRequestHandler):
         server, behaviour, tokenizer = self.server, self.server.behaviour, self.server.tokenizer
         text = tokenizer.apply_chat_template(body["messages"], tools=body.get("tools"), tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
+        if behaviour.calls:
+            return self.call(behaviour.calls, bool(body.get("stream")))
         made, told, finish = [], "", "length"
         stream = body.get("stream") and behaviour.streams in ("yes", "one_piece")
         if stream:
@@ -178,6 +182,17 @@ class Handler(BaseHTTPRequestHandler):
         self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
         if behaviour.usage and (body.get("stream_options") or {}).get("include_usage"):
             self.event({"choices": [], "usage": usage})
+        self.piece(b"data: [DONE]\n\n")
+        self.piece(b"")
+
+    def call(self, pieces: tuple, stream: bool) -> None:
+        if not stream:
+            message = {"role": "assistant", "content": None, "tool_calls": list(pieces)}
+            return self.reply({"choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}]})
+        self.begin_stream()
+        for piece in pieces:
+            self.event({"choices": [{"index": 0, "delta": {"tool_calls": [piece]}, "finish_reason": None}]})
+        self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
         self.piece(b"data: [DONE]\n\n")
         self.piece(b"")
 

@@ -92,6 +92,15 @@ def text(path: Path) -> TextIO:
         raise
 
 
+def begins(path: Path) -> str:
+    """A text's first letters. Raises what `text` does, and BadData where they are none of a text's."""
+    with text(path) as file:
+        begin = file.read(HEAD)
+    if "\0" in begin:
+        raise BadData("the file holds zero bytes, as no text does", where=str(path), fix=UTF_8)
+    return begin
+
+
 def name_within(path: Path) -> str:
     """The file's name without what says that it is packed: chats.csv of chats.csv.gz; of a zip that of the file in it."""
     if _by_magic(PACKED, head(path)) == "zip":
