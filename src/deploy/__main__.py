@@ -24,8 +24,11 @@ BUILDERS = {
     "axera": "src.deploy.axera",
     "mobilint": "src.deploy.mobilint",
     "openvino": "src.deploy.openvino",
+    "gguf": "src.deploy.gguf",
 }
 """kind of target -> the module that builds for it"""
+MADE_IN_NO_TIME = ("llama2c", "gguf")
+"""kinds of target that a preview in their numbers would take longer than: they are made, and then measured"""
 
 
 class Builder(Protocol):
@@ -88,7 +91,7 @@ def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     start = exact_sum.write(inputs, out / exact_sum.FOLDER)
     with as_served_today():
         tried = {}
-        if cfg.target.kind != "llama2c" and not (out / WORK / COMPILED).is_file():
+        if cfg.target.kind not in MADE_IN_NO_TIME and not (out / WORK / COMPILED).is_file():
             dataset = inputs["dataset"].path if "dataset" in inputs else fidelity.dataset_of(inputs["model"])
             tried = preview.before_compile(start, cfg.target, dataset, cfg.preview)
         metrics = tried | builder(cfg).build({**inputs, "model": start, "stored": inputs["model"]}, out, cfg.target)

@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any, get_args
 
 from src.core.log import size
-from src.settings.targets import Axera, Board, Llama2c, Mobilint, Openvino, Target
+from src.settings.targets import Axera, Board, Gguf, Llama2c, Mobilint, Openvino, Target
 from src.sizing import takes
 from src.sizing.shape import Matrix, ModelShape
 
@@ -117,11 +117,46 @@ def _llama2c(shape: ModelShape, target: Llama2c) -> Format:
     return Format(target.format, lambda m: width, width, 4, width, False, False, longest, longest - 1, 1)
 
 
+def _gguf(shape: ModelShape, target: Gguf) -> Format:
+    """llama.cpp's blocks of 32 or 256 weights with their scales; below 8 bits the output layer, which may be the embedding table, has more. An _m gives
+    values and the MLP's way out more bits in half of the layers. A 16-bit KV cache."""
+    kind = target.weight_type
+    width, more = GGUF_BYTES[kind]
+    by_quantizer = takes.by_llama_cpp(target)
+    head = max(width, GGUF_BYTES["q6_k" if by_quantizer else "q8_0"][0])
+    longest = shape.max_positions or LONGEST
+    context = min(target.context_len, longest)
+    return Format(
+        kind,
+        lambda m: more if m.name in ("v", "down") else width,
+        head,
+        2,
+        head if shape.tied else width,
+        False,
+        False,
+        context,
+        context - 1,
+        512,
+    )
+
+
+_blocks = lambda size, weights, other=None: (size / weights, (size / weights + other / 256) / 2 if other else size / weights)
+# Type of weights -> bytes per weight, and of those that get more. Source: ggml-common.h's block_*, llama-quant.cpp's mixtures.
+GGUF_BYTES = {
+    "f32": (4.0, 4.0), "f16": (2.0, 2.0), "bf16": (2.0, 2.0),
+    "q8_0": _blocks(34, 32), "q5_1": _blocks(24, 32), "q5_0": _blocks(22, 32), "q4_1": _blocks(20, 32), "q4_0": _blocks(18, 32),
+    "q6_k": _blocks(210, 256), "q5_k_m": _blocks(176, 256, 210), "q5_k_s": _blocks(176, 256), "q4_k_m": _blocks(144, 256, 210),
+    "q4_k_s": _blocks(144, 256), "iq4_xs": _blocks(136, 256), "q3_k_m": _blocks(110, 256, 176), "q3_k_s": _blocks(110, 256),
+    "q2_k": _blocks(84, 256, 136),
+}  # fmt: skip
+
+
 FORMATS: dict[type[Target], Callable[[ModelShape, Any], Format]] = {
     Axera: _axera,
     Mobilint: _mobilint,
     Openvino: _openvino,
     Llama2c: _llama2c,
+    Gguf: _gguf,
 }
 """each function takes the settings it stands under"""
 
@@ -329,6 +364,12 @@ def host_needs(shape: ModelShape, target: Target) -> tuple[int, int, list[str]]:
         )
     elif isinstance(target, Llama2c):
         ram, how = 4 * shape.params + GIB // 2, f"model in fp32 {size(4 * shape.params)} + {size(GIB // 2)}"
+    elif isinstance(target, Gguf):
+        # Layer by layer in fp32 for the importance matrix and the proof; the quantizer holds a tensor, and maps the file it reads.
+        ram, how = (
+            GIB + 8 * max(shape.embedding, *(layer.params for layer in shape.stack)),
+            f"{size(GIB)} + the largest of layers and embedding in fp32, twice",
+        )
     elif isinstance(target, Openvino):
         # Measured with optimum-intel 2.2.0: 0.60 GB for 3.3M parameters in fp32, 2.36 GB for 494M in bf16 (0.99 GB), which it first writes uncompressed.
         ram, how = GIB + 2 * stored, f"exporter {size(GIB)} + model as it is stored twice {size(2 * stored)}"
@@ -336,7 +377,7 @@ def host_needs(shape: ModelShape, target: Target) -> tuple[int, int, list[str]]:
         ram = tool + 2 * stored + 4 * shape.embedding
         how = f"tool {size(tool)} + model as it is stored twice {size(2 * stored)} + embedding in fp32 {size(4 * shape.embedding)}"
     disk = round(1.1 * bundle)
-    if isinstance(target, Openvino):
+    if isinstance(target, Openvino) or (isinstance(target, Gguf) and takes.by_llama_cpp(target)):
         disk += stored
     if isinstance(target, Mobilint):
         # Calibration files; embedding.pt and the raw table it is made from.

@@ -1,0 +1,178 @@
+"""deploy target=gguf: a model folder becomes one GGUF, the file of llama.cpp, Ollama and many more, with its tokenizer and chat template inside.
+
+The gguf package writes it, streaming from the shards; what only llama.cpp's own quantizer makes (q4_k_m and the like) it makes from such a file, by an
+importance matrix from the calib split. llama.cpp, in an environment of its own (scripts/gguf_env.sh), proves the file before it is published.
+"""
+
+import resource
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.core.artifact import Artifact
+from src.core.errors import MissingInput, Unfinished
+from src.core.files import read_json, write_json
+from src.core.log import say, size, warn
+from src.deploy import preflight
+from src.deploy.embedding import find_embedding
+from src.deploy.gguf import card, families, llama_cpp, metadata, ollama, proof, vocabulary, weights
+from src.deploy.llama2c.chat import find_chat
+from src.deploy.vendor import COMPILED, finish, whole, work_folder
+from src.models import by_layer, calibration, exact_sum, fidelity, importance
+from src.models.folder import check_tokenizer, trust_of
+from src.models.generation import stop_ids
+from src.models.loading import load_tokenizer
+from src.settings.quantizers import Calibration
+from src.settings.targets import Gguf
+from src.sizing import takes
+from src.sizing.config_reader import read_shape
+
+TAKES = {"model"}
+SOURCE, IMPORTANCE = "source.gguf", "importance.npz"
+LONGEST = 512
+"""tokens of a conversation that the importance matrix looks at, llama.cpp's own chunk"""
+
+
+def wants_dataset(target: Gguf) -> bool:
+    return takes.by_llama_cpp(target) and target.rows > 0
+
+
+def check(inputs: dict[str, Artifact], target: Gguf, out: Path) -> list[str]:
+    """The plan: types, sizes, what proves it. Raises WrongKind for a model or tokenizer that llama.cpp has no place or name for, BadData for a damaged one, NoRoom;
+    in milliseconds, without torch."""
+    model = inputs["model"]
+    where = model.path / "config.json"
+    shape = takes.check(read_json(where), target, where=str(where))
+    check_tokenizer(model.path, trust_remote_code=trust_of(model))
+    notes = preflight.check_headers(model.path, shape, find_embedding(model.path))
+    if (file := model.path / "tokenizer.json").is_file():
+        notes += vocabulary.read(read_json(file), str(file)).notes
+    if wants_dataset(target) and not inputs["dataset"].files["calib.jsonl"]["size"]:
+        raise MissingInput(
+            "the calib split is empty, and the importance matrix is made of it", where=str(inputs["dataset"].path), fix="target.rows=0"
+        )
+    by = "llama.cpp's quantizer" + (f", errors weighed by {target.rows} conversations" if wants_dataset(target) else "")
+    return [
+        *notes,
+        *windows(shape),
+        f"{name_of(target)}: {target.weight_type} by {by if takes.by_llama_cpp(target) else 'the gguf package'}",
+        *preflight.check_room(out, exact_sum.shape(shape, inputs), target, also=exact_sum.size_to_write(inputs, out / exact_sum.FOLDER)),
+        llama_cpp.line(target),
+    ]
+
+
+def name_of(target: Gguf) -> str:
+    return f"model-{target.weight_type}.gguf"
+
+
+def windows(shape: Any) -> list[str]:
+    """A note where llama.cpp leaves the model's sliding window out."""
+    window = min((layer.window for layer in shape.stack if layer.window), default=None)
+    if shape.model_type not in families.WINDOW_LEFT_OUT or not window or window >= (shape.max_positions or window):
+        return []
+    return [f"llama.cpp attends to all of a text, the model to its last {window:,} tokens: beyond that many its answers differ"]
+
+
+def build(inputs: dict[str, Artifact], out: Path, target: Gguf) -> dict:
+    """Write the file, prove it, and describe it; a file that was quantized is not made again when something after it failed. Returns the metrics.
+
+    Raises Unfinished where llama.cpp is not there to quantize, ToolFailed for its faults, ProofFailed where file and transformers disagree.
+    """
+    from transformers import AutoConfig
+
+    model, stored = inputs["model"], inputs["stored"]
+    shape, trust = read_shape(model.path), bool(trust_of(model))
+    work, file = work_folder(out), out / name_of(target)
+    config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=trust)
+    tokenizer = load_tokenizer(model.path, trust_remote_code=trust)
+    vocab = vocabulary.of(tokenizer, model.path, find_embedding(model.path).shape[0])
+    notes = [*vocab.notes, *windows(shape)]
+    for note in notes:
+        say(f"gguf: {note}")
+
+    by_quantizer = takes.by_llama_cpp(target)
+    written_type = weights.exact_type(model.path) if by_quantizer else target.weight_type
+    plan = weights.plan(model.path, config, written_type)
+
+    def describe(writer: Any) -> None:
+        metadata.describe(writer, stored, config, vocab, written_type)
+
+    pieces, why = find_chat(tokenizer)
+    stops = stop_ids(model.path, tokenizer)
+    (out / "Modelfile").write_text(ollama.modelfile(file.name, pieces, why, vocab, stops, model.path, target.context_len), "utf-8")
+    for note in ollama.notes(pieces, why):
+        say(f"Modelfile: {note}")
+    card.write(out, file.name, shape, target, target.weight_type, notes)
+
+    made = work / COMPILED
+    if not made.is_file():
+        source = work / SOURCE if by_quantizer else file
+        with whole(source) as partial:
+            weights.write(partial, families.architecture(config.model_type), describe, plan)
+        record: dict = {"tensors": len(plan), "peak_memory": _peak()}
+        if by_quantizer:
+            record |= quantize(inputs, work, file, target, config, tokenizer)
+        write_json(made, record)
+    record = read_json(made)
+    ask = llama_cpp.questioner(target, work, file) if llama_cpp.is_here(target) else None
+    metrics = proof.prove_ids(tokenizer, vocab, model.path, out, ask, file)
+    metrics |= proof.prove(model, out, tokenizer, target, ask, fidelity.dataset_of(stored), file, plan)
+    finish(out)
+    speed = (
+        f", {metrics['tokens_per_second']:,.0f} tokens/s on the CPU here" if "tokens_per_second" in metrics else ", not run by llama.cpp"
+    )
+    return {
+        **metrics,
+        **record,
+        "proven_by": llama_cpp.versions(target) if ask else {"gguf": metadata.version()},
+        "modelfile_template": pieces is not None,
+        "model_bytes": file.stat().st_size,
+        "summary": f"{size(file.stat().st_size)} in {target.weight_type}{speed}",
+    }
+
+
+def quantize(inputs: dict[str, Artifact], work: Path, file: Path, target: Gguf, config: Any, tokenizer: Any) -> dict:
+    """The file by llama.cpp's quantizer from the one in `work`, by an importance matrix where there are rows for it. Returns what was measured."""
+    matrix = work / IMPORTANCE
+    if wants_dataset(target) and not matrix.is_file():
+        weigh(inputs, matrix, target, config, tokenizer)
+    if not llama_cpp.is_here(target):
+        raise Unfinished(
+            f"the model is written and its inputs are weighed; llama.cpp, which alone quantizes to {target.weight_type}, is not in {target.environment}",
+            where=str(work),
+            fix=[*llama_cpp.ways(target), "target.weight_type=q4_0 needs no llama.cpp"],
+        )
+    ask = llama_cpp.questioner(target, work, work / SOURCE)
+    with whole(file) as partial:
+        told = ask(
+            "quantize",
+            out=str(partial.absolute()),
+            type=metadata.file_type(target.weight_type),
+            importance=str(matrix) if matrix.is_file() else None,
+        )
+    (work / SOURCE).unlink()
+    return {"quantize_seconds": told["seconds"], "weighed": matrix.is_file()}
+
+
+def weigh(inputs: dict[str, Artifact], matrix: Path, target: Gguf, config: Any, tokenizer: Any) -> None:
+    """The importance matrix, {llama.cpp's name of a matrix: mean square of each of its inputs}."""
+    model = inputs["model"]
+    found = by_layer.load(replace(model, kind="model"))
+    if not found:
+        warn("the model's layers cannot be looked at one by one, so its matrices are quantized without an importance matrix")
+        return
+    how = Calibration(rows=target.rows, max_length=LONGEST, seed=0, text=None, text_share=0.5)
+    rows = calibration.read(how, inputs["dataset"].path / "calib.jsonl", None, tokenizer)
+    names = {
+        tensor.source.name: tensor.name for tensor in weights.plan(model.path, config, "f32") if not isinstance(tensor.source, np.ndarray)
+    }
+    squares = importance.of_inputs(found[0], rows.ids)
+    with whole(matrix) as partial, open(partial, "wb") as stream:
+        np.savez(stream, **{names[name]: values for name, values in squares.items()})  # type: ignore[arg-type]  # numpy has named arrays and flags alike
+
+
+def _peak() -> int:
+    """Bytes of memory that this process took at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
