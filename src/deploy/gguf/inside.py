@@ -1,7 +1,8 @@
 """Questions to llama.cpp, answered inside its environment: `python -I inside.py QUESTION.json ANSWER.json`.
 
-Stands alone: that environment has llama.cpp's library (by llama-cpp-py-sync, whose bindings are made from its headers) but nothing of this project. The
-question is {"do": name, "file": GGUF, "threads": int, ...}:
+Stands alone: that environment has nothing of this project. xllamacpp brings llama.cpp, whose C functions are called as llama-cpp-py-sync declares them from
+its headers; a library that quantizes is the latter's own, or lies in the environment's folder `quantizer`. The question is
+{"do": name, "file": GGUF, "threads": int, ...}:
 
 encode: {"texts": [str], "ids": [int]} -> {"ids": [[int]], "ends": [int]}: token ids of texts with control tokens in them, and which of `ids` end an answer.
 observe: {"rows": [{"ids": [int], "keep": [int], "targets": [int], "top_k_ids": [[int]]}]} -> {"rows": [{"losses": [nats], "log_probs": [[nats]],
@@ -37,6 +38,8 @@ class Model:
         self.size = lib.llama_vocab_n_tokens(self.vocab)
         if context:
             how = lib.llama_context_default_params()
+            if (how.n_batch, how.n_ubatch) != (2048, 512):
+                raise SystemExit("this library of llama.cpp and what is declared of it do not belong together")
             how.n_ctx = how.n_batch = max(context, 64)
             how.n_threads = how.n_threads_batch = threads
             self.context = lib.llama_init_from_model(self.model, how)
@@ -120,8 +123,17 @@ def answer(question: dict) -> dict:
     }
 
 
+def quantizer():
+    """A library of llama.cpp with llama_model_quantize in it."""
+    found = sorted((Path(sys.prefix) / "quantizer").glob("libllama.*so"))
+    return ffi.dlopen(str(found[0])) if found else _cffi_bindings.get_lib()
+
+
 def quantize(question: dict) -> dict:
+    lib = quantizer()
     settings = lib.llama_model_quantize_default_params()
+    if settings.quantize_output_tensor is not True or settings.pure or settings.dry_run or settings.imatrix != ffi.NULL:
+        raise SystemExit("this library of llama.cpp and what is declared of it do not belong together")
     settings.nthread, settings.ftype = question["threads"], question["type"]
     kept = []
     if question["importance"]:

@@ -39,5 +39,6 @@ def line(target: Gguf) -> str:
 
 def questioner(target: Gguf, work: Path, file: Path) -> Callable[..., dict]:
     """ask(do, **what) -> the answer of inside.py about a GGUF."""
-    threads = len(os.sched_getaffinity(0))
+    # Its threads wait by spinning, so more of them than there is room for cost time instead of saving it.
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     return answers.questioner(interpreter(target.environment), INSIDE, work, "llama.cpp", READ, file=str(file.absolute()), threads=threads)

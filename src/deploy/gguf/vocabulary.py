@@ -214,12 +214,9 @@ def _around(found: Vocabulary, tokenizer: Any) -> None:
     found.add_bos, found.add_eos = before == [bos], behind == [eos] and not found.template
     if found.template:
         text = encoding.render(tokenizer, [{"role": "user", "content": "a"}], prompt=True)
-        begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        if begins != found.add_bos:
-            found.notes.append(
-                f"prompts begin {'with' if begins else 'without'} {tokenizer.bos_token}, as its chats do; other texts {'did not' if begins else 'did'} in training tools"
-            )
-        found.add_bos = begins
+        if found.add_bos and not text.startswith(tokenizer.bos_token):
+            found.add_bos = False
+            found.notes.append(f"prompts do not begin with {tokenizer.bos_token}: its chats do not, and llama.cpp begins all texts alike")
 
 
 def _stops(found: Vocabulary, tokenizer: Any, model: Path) -> None:
