@@ -1,9 +1,10 @@
 """deploy target=gguf: a model folder becomes one GGUF, the file of llama.cpp, Ollama and many more, with its tokenizer and chat template inside.
 
 The gguf package writes it, streaming from the shards; what only llama.cpp's own quantizer makes (q4_k_m and the like) it makes from such a file, by an
-importance matrix from the calib split. llama.cpp, in an environment of its own (scripts/gguf_env.sh), proves the file before it is published.
+importance matrix from the calib split where that helps. llama.cpp, in an environment of its own (scripts/gguf_env.sh), proves the file before it is published.
 """
 
+import os
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -11,28 +12,32 @@ from typing import Any
 
 import numpy as np
 
+from src.chat import encoding
 from src.core.artifact import Artifact
 from src.core.errors import MissingInput, Unfinished
 from src.core.files import read_json, write_json
 from src.core.log import say, size, warn
-from src.deploy import preflight
+from src.deploy import answers, preflight
 from src.deploy.embedding import find_embedding
 from src.deploy.gguf import card, families, llama_cpp, metadata, ollama, proof, vocabulary, weights
 from src.deploy.llama2c.chat import find_chat
-from src.deploy.vendor import COMPILED, finish, whole, work_folder
-from src.models import by_layer, calibration, exact_sum, fidelity, importance
+from src.deploy.vendor import finish, whole, work_folder
+from src.models import by_layer, calibration, exact_sum, fidelity, importance, seen
 from src.models.folder import check_tokenizer, trust_of
 from src.models.generation import stop_ids
 from src.models.loading import load_tokenizer
+from src.models.safetensors_io import Entry
 from src.settings.quantizers import Calibration
 from src.settings.targets import Gguf
 from src.sizing import takes
 from src.sizing.config_reader import read_shape
 
 TAKES = {"model"}
-SOURCE, IMPORTANCE = "source.gguf", "importance.npz"
+SOURCE, IMPORTANCE, MADE = "source.gguf", "importance.npz", "made.json"
 LONGEST = 512
 """tokens of a conversation that the importance matrix looks at, llama.cpp's own chunk"""
+COMPARED = 1024
+"""tokens of them that tell whether the matrix helped"""
 
 
 def wants_dataset(target: Gguf) -> bool:
@@ -106,7 +111,7 @@ def build(inputs: dict[str, Artifact], out: Path, target: Gguf) -> dict:
         say(f"Modelfile: {note}")
     card.write(out, file.name, shape, target, target.weight_type, notes)
 
-    made = work / COMPILED
+    made = work / MADE
     if not made.is_file():
         source = work / SOURCE if by_quantizer else file
         with whole(source) as partial:
@@ -134,41 +139,52 @@ def build(inputs: dict[str, Artifact], out: Path, target: Gguf) -> dict:
 
 
 def quantize(inputs: dict[str, Artifact], work: Path, file: Path, target: Gguf, config: Any, tokenizer: Any) -> dict:
-    """The file by llama.cpp's quantizer from the one in `work`, by an importance matrix where there are rows for it. Returns what was measured."""
-    matrix = work / IMPORTANCE
-    if wants_dataset(target) and not matrix.is_file():
-        weigh(inputs, matrix, target, config, tokenizer)
+    """The file by llama.cpp's quantizer from the one in `work`; with rows to weigh errors by, made both ways, and the one kept that is nearer to the model on
+    them: a matrix does not help every model. Returns what was measured."""
+    matrix, rows = work / IMPORTANCE, list[encoding.Encoded]()
+    if wants_dataset(target):
+        how = Calibration(rows=target.rows, max_length=LONGEST, seed=0, text=None, text_share=0.5)
+        rows = calibration.read(how, inputs["dataset"].path / "calib.jsonl", None, tokenizer).chats
+        weigh(inputs["model"], rows, matrix, config)
     if not llama_cpp.is_here(target):
         raise Unfinished(
             f"the model is written and its inputs are weighed; llama.cpp, which alone quantizes to {target.weight_type}, is not in {target.environment}",
             where=str(work),
             fix=[*llama_cpp.ways(target), "target.weight_type=q4_0 needs no llama.cpp"],
         )
-    ask = llama_cpp.questioner(target, work, work / SOURCE)
-    with whole(file) as partial:
-        told = ask(
-            "quantize",
-            out=str(partial.absolute()),
-            type=metadata.file_type(target.weight_type),
-            importance=str(matrix) if matrix.is_file() else None,
+    ask, number = llama_cpp.questioner(target, work, work / SOURCE), metadata.file_type(target.weight_type)
+    some = fidelity.within(rows, LONGEST, COMPARED)
+    before = seen.observe(fidelity.reader(inputs["model"], "float32"), some) if matrix.is_file() else None
+    tried = {}
+    for name, given in [("plain", None), *([("weighed", matrix)] if before else [])]:
+        made = work / f"{name}.gguf"
+        seconds = ask("quantize", out=str(made.absolute()), type=number, importance=str(given) if given else None)["seconds"]
+        kl = 0.0
+        if before:
+            told = llama_cpp.questioner(target, work, made)("observe", rows=answers.questions(before, some))["rows"]
+            kl = fidelity.compare(before, answers.seen_of(before, told), len(some)).kl
+        tried[name] = (kl, seconds)
+    best = min(tried, key=lambda name: tried[name][0])
+    if before:
+        say(
+            f"quantizer: KL {tried['plain'][0]:.4f} nats on {len(before)} calibration tokens, {tried['weighed'][0]:.4f} with errors weighed by the importance "
+            f"matrix: takes the {best} one"
         )
-    (work / SOURCE).unlink()
-    return {"quantize_seconds": told["seconds"], "weighed": matrix.is_file()}
+    os.replace(work / f"{best}.gguf", file)
+    return {"quantize_seconds": tried[best][1], "weighed": best == "weighed"} | {
+        f"{name}_kl": kl for name, (kl, _) in tried.items() if before
+    }
 
 
-def weigh(inputs: dict[str, Artifact], matrix: Path, target: Gguf, config: Any, tokenizer: Any) -> None:
-    """The importance matrix, {llama.cpp's name of a matrix: mean square of each of its inputs}."""
-    model = inputs["model"]
-    found = by_layer.load(replace(model, kind="model"))
-    if not found:
+def weigh(model: Artifact, rows: list[encoding.Encoded], matrix: Path, config: Any) -> None:
+    """The importance matrix, {llama.cpp's name of a matrix: mean square of each of its inputs}, made unless it is there."""
+    if matrix.is_file():
+        return
+    if not (found := by_layer.load(replace(model, kind="model"))):
         warn("the model's layers cannot be looked at one by one, so its matrices are quantized without an importance matrix")
         return
-    how = Calibration(rows=target.rows, max_length=LONGEST, seed=0, text=None, text_share=0.5)
-    rows = calibration.read(how, inputs["dataset"].path / "calib.jsonl", None, tokenizer)
-    names = {
-        tensor.source.name: tensor.name for tensor in weights.plan(model.path, config, "f32") if not isinstance(tensor.source, np.ndarray)
-    }
-    squares = importance.of_inputs(found[0], rows.ids)
+    names = {tensor.source.name: tensor.name for tensor in weights.plan(model.path, config, "f32") if isinstance(tensor.source, Entry)}
+    squares = importance.of_inputs(found[0], [row.input_ids for row in rows])
     with whole(matrix) as partial, open(partial, "wb") as stream:
         np.savez(stream, **{names[name]: values for name, values in squares.items()})  # type: ignore[arg-type]  # numpy has named arrays and flags alike
 
