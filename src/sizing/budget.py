@@ -118,37 +118,34 @@ def _llama2c(shape: ModelShape, target: Llama2c) -> Format:
 
 
 def _gguf(shape: ModelShape, target: Gguf) -> Format:
-    """llama.cpp's blocks of 32 or 256 weights with their scales; below 8 bits the output layer, which may be the embedding table, has more. An _m gives
-    values and the MLP's way out more bits in half of the layers. A 16-bit KV cache."""
-    kind = target.weight_type
-    width, more = GGUF_BYTES[kind]
-    by_quantizer = takes.by_llama_cpp(target)
-    head = max(width, GGUF_BYTES["q6_k" if by_quantizer else "q8_0"][0])
-    longest = shape.max_positions or LONGEST
-    context = min(target.context_len, longest)
-    return Format(
-        kind,
-        lambda m: more if m.name in ("v", "down") else width,
-        head,
-        2,
-        head if shape.tied else width,
-        False,
-        False,
-        context,
-        context - 1,
-        512,
-    )
+    """llama.cpp's blocks of 32 or 256 weights with their scales. Below 8 bits the output layer, which may be the embedding table, has more; an _m gives values
+    and the MLP's way out more bits in half of the layers. A 16-bit KV cache."""
+    kind, by_quantizer = target.weight_type, takes.by_llama_cpp(target)
+    usual, more = GGUF_BYTES[kind]
+
+    def whole(width: float, columns: int) -> float:
+        return GGUF_NARROW.get(width, width) if columns % 256 else width
+
+    def width(m: Matrix) -> float:
+        one, other = whole(usual, m.columns), whole(more, m.columns)
+        return (one + other) / 2 if m.name in ("v", "down") else one
+
+    head = max(whole(usual, shape.hidden), whole(GGUF_BYTES["q6_k" if by_quantizer else "q8_0"][0], shape.hidden))
+    table = head if shape.tied else whole(usual, shape.hidden)
+    context = min(target.context_len, shape.max_positions or LONGEST)
+    return Format(kind, width, head, 2, table, False, False, context, context - 1, 512)
 
 
-_blocks = lambda size, weights, other=None: (size / weights, (size / weights + other / 256) / 2 if other else size / weights)
-# Type of weights -> bytes per weight, and of those that get more. Source: ggml-common.h's block_*, llama-quant.cpp's mixtures.
+Q2, Q3, IQ4, Q4, Q5, Q6 = (size / 256 for size in (84, 110, 136, 144, 176, 210))
+# Type of weights -> bytes per weight, and of those that get more. Sources: ggml-common.h's block_*, the mixtures of llama-quant.cpp.
 GGUF_BYTES = {
-    "f32": (4.0, 4.0), "f16": (2.0, 2.0), "bf16": (2.0, 2.0),
-    "q8_0": _blocks(34, 32), "q5_1": _blocks(24, 32), "q5_0": _blocks(22, 32), "q4_1": _blocks(20, 32), "q4_0": _blocks(18, 32),
-    "q6_k": _blocks(210, 256), "q5_k_m": _blocks(176, 256, 210), "q5_k_s": _blocks(176, 256), "q4_k_m": _blocks(144, 256, 210),
-    "q4_k_s": _blocks(144, 256), "iq4_xs": _blocks(136, 256), "q3_k_m": _blocks(110, 256, 176), "q3_k_s": _blocks(110, 256),
-    "q2_k": _blocks(84, 256, 136),
-}  # fmt: skip
+    **{kind: (width, width) for kind, width in (("f32", 4.0), ("f16", 2.0), ("bf16", 2.0))},
+    **{kind: (size / 32, size / 32) for kind, size in (("q8_0", 34), ("q5_1", 24), ("q5_0", 22), ("q4_1", 20), ("q4_0", 18))},
+    **{"q6_k": (Q6, Q6), "q5_k_m": (Q5, Q6), "q5_k_s": (Q5, Q5), "q4_k_m": (Q4, Q6), "q4_k_s": (Q4, Q4)},
+    **{"iq4_xs": (IQ4, IQ4), "q3_k_m": (Q3, Q5), "q3_k_s": (Q3, Q3), "q2_k": (Q2, Q3)},
+}
+GGUF_NARROW = {Q2: 18 / 32, Q3: 18 / 32, IQ4: 18 / 32, Q4: 22 / 32, Q5: 24 / 32, Q6: 34 / 32}
+"""bytes per weight of a type in blocks of 256 -> of what its quantizer takes for rows that 256 does not divide"""
 
 
 FORMATS: dict[type[Target], Callable[[ModelShape, Any], Format]] = {
