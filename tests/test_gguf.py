@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import CHAT, ROOT, helps, refused, typed, ways
+from conftest import CHAT, ROOT, helps, refused, save, typed, ways
 from makers import KINDS, tokenizer_folder
 
 from src.core.errors import BadData, MissingInput, ProofFailed, ToolFailed, Unfinished, WrongKind
@@ -16,6 +16,7 @@ from src.deploy import contract
 from src.deploy.byte_level import symbol_bytes
 from src.deploy.gguf import families, llama_cpp, metadata, ollama, proof, reading, vocabulary, weights
 from src.deploy.llama2c.chat import find_chat
+from src.models import fidelity
 from src.settings.targets import Gguf
 from src.sizing import budget, takes
 from src.sizing.config_reader import shape_of
@@ -179,7 +180,8 @@ def test_types_of_tensors(family, tmp_path):
         reading.check(tmp_path / "q8_0.gguf", weights.plan(folder, config, "q8_0"))
 
 
-def test_values_beyond_16_bits_and_unknown_tensors_are_refused(tmp_path):
+@helps("deploy/gguf/weights.py", "target.weight_type=bf16", "target=openvino_cpu")
+def test_values_beyond_16_bits_and_unknown_tensors_are_refused(family, tmp_path):
     tensor = weights.Tensor("blk.0.ffn_up.weight", "f16", (1, 32), weights.safetensors_io.Entry("x", "F32", (1, 32), tmp_path))
     values = np.full((1, 32), 7e4, np.float32)
     with pytest.raises(BadData, match="beyond") as told:
@@ -188,6 +190,11 @@ def test_values_beyond_16_bits_and_unknown_tensors_are_refused(tmp_path):
     weights.rounded(values, weights.Tensor(tensor.name, "bf16", tensor.shape, tensor.source))
     with pytest.raises(BadData, match="no numbers"):
         weights.rounded(values * np.nan, tensor)
+    folder, config, _ = family("llama")
+    save(folder / "model-more.safetensors", {"model.layers.0.self_attn.gate.weight": np.ones((2, 2))})
+    with pytest.raises(WrongKind, match=r"has no place in llama\.cpp's llama") as told:
+        weights.plan(folder, config, "q8_0")
+    assert told.value.fix == ["target=openvino_cpu"]  # which runs the model's own code
 
 
 # ---- rules by config.json
@@ -408,15 +415,44 @@ def test_a_licence_is_the_model_card_s(tmp_path):
     assert metadata.named(Path("/x/models--Qwen--Qwen2.5-0.5B/snapshots/abc")) == ("Qwen", "Qwen2.5-0.5B")
 
 
+def environment(folder: Path, says: str) -> Path:
+    """One whose Python says something and fails."""
+    for package in llama_cpp.PACKAGES:
+        (folder / "lib" / "python3.11" / "site-packages" / f"{package}-1.dist-info").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").write_text(f"#!/bin/sh\necho '{says}'\nexit 3\n")
+    (folder / "bin" / "python").chmod(0o755)
+    return folder
+
+
 @helps("deploy/gguf/__init__.py", "target.weight_type=q4_0 needs no llama.cpp")
-def test_without_the_quantizer_all_else_is_made_and_kept(road, deploy):
+@helps("deploy/gguf/llama_cpp.py", "bash scripts/gguf_env.sh {}, a minute and 0.2 GB", "target.environment=FOLDER names one that has it")
+@helps("deploy/gguf/llama_cpp.py", "bash scripts/gguf_env.sh NEW_FOLDER, then target.environment=NEW_FOLDER")
+def test_without_the_quantizer_all_else_is_made_and_kept(road, deploy, with_llama_cpp, tmp_path):
     done = deploy("target.weight_type=q4_k_m")
-    refused(done, Unfinished, "alone quantizes to q4_k_m", "bash scripts/gguf_env.sh", "target.weight_type=q4_0")
+    refused(done, Unfinished, "alone quantizes to q4_k_m", f"bash scripts/gguf_env.sh {tmp_path / 'nowhere'}", "target.weight_type=q4_0")
     partial = road / "a" / "deploy-gguf.partial"
     assert {"source.gguf", "importance.npz"} <= {file.name for file in (partial / ".work").iterdir()}
     with np.load(partial / ".work" / "importance.npz") as weighed:
         assert len(weighed.files) == 14 and weighed["blk.0.ffn_down.weight"].shape == (256,) and (weighed["blk.1.attn_q.weight"] > 0).all()
-    assert deploy(*typed(ways(done)[-1])).returncode == 0
+    (tmp_path / "empty").mkdir()
+    refused(
+        deploy("target.weight_type=q4_k_m", f"target.environment={tmp_path / 'empty'}"),
+        Unfinished,
+        "NEW_FOLDER, then target.environment=NEW_FOLDER",
+    )
+    assert deploy("run=b", f"source={road / 'a' / 'merge'}", *typed(ways(done)[-1])).returncode == 0
+    with_llama_cpp()  # as the script makes it
+    assert deploy("target.weight_type=q4_k_m").returncode == 0
+
+
+@helps("deploy/gguf/llama_cpp.py", "the log has all that it said; its first line is the command, which can be run by hand")
+def test_a_failure_of_llama_cpp_shows_what_it_said_and_where_its_log_is(road, deploy, tmp_path):
+    done = deploy(f"target.environment={environment(tmp_path / 'env', 'no such instruction')}")
+    assert done.returncode == ToolFailed.exit_code and "could not encode" in done.stderr and "no such instruction" in done.stderr
+    log = Path(re.search(r"where: (\S+\.log)", done.stderr)[1])
+    assert log.read_text().startswith("$ ") and "its first line is the command" in done.stderr
+    assert not (road / "a" / "deploy-gguf").exists()
 
 
 @helps("deploy/gguf/__init__.py", "target.rows=0")
@@ -556,6 +592,15 @@ def test_each_fault_has_its_message_and_publishes_nothing(road, deploy, with_lla
     if fault == "lossy":  # the way out is taken where a wider type mends it
         with_llama_cpp()
         assert deploy(*typed(ways(done)[0])).returncode == 0
+
+
+@helps("deploy/gguf/proof.py", "target.weight_type=q8_0 loses less")
+def test_a_large_loss_is_said_with_a_type_that_loses_less(capsys):
+    change = fidelity.Change(rows=9, tokens=400, before=1.0, after=1.3, loss_waver=0.01, kl=0.3, kl_waver=0.01, agreement=0.8)
+    assert proof.judge(change, target(weight_type="q4_0"))["kl"] == 0.3
+    assert "target.weight_type=q8_0 loses less" in capsys.readouterr().err
+    with pytest.raises(ProofFailed, match="more was lost than q8_0 explains"):
+        proof.judge(change, target(weight_type="q8_0"))
 
 
 def test_wider_types_are_the_way_out_of_a_loss():

@@ -22,7 +22,7 @@ from src.deploy.embedding import find_embedding
 from src.deploy.gguf import card, families, llama_cpp, metadata, ollama, proof, vocabulary, weights
 from src.deploy.llama2c.chat import find_chat
 from src.deploy.vendor import finish, whole, work_folder
-from src.models import by_layer, calibration, exact_sum, fidelity, importance, seen
+from src.models import calibration, exact_sum, fidelity, seen
 from src.models.folder import check_tokenizer, trust_of
 from src.models.generation import stop_ids
 from src.models.loading import load_tokenizer
@@ -180,6 +180,8 @@ def weigh(model: Artifact, rows: list[encoding.Encoded], matrix: Path, config: A
     """The importance matrix, {llama.cpp's name of a matrix: mean square of each of its inputs}, made unless it is there."""
     if matrix.is_file():
         return
+    from src.models import by_layer, importance
+
     if not (found := by_layer.load(replace(model, kind="model"))):
         warn("the model's layers cannot be looked at one by one, so its matrices are quantized without an importance matrix")
         return

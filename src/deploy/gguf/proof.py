@@ -17,7 +17,7 @@ from src.deploy import answers, contract
 from src.deploy.gguf import reading, vocabulary
 from src.deploy.gguf.vocabulary import Vocabulary
 from src.deploy.gguf.weights import Tensor
-from src.models import by_layer, fidelity, seen
+from src.models import fidelity, seen
 from src.models.generation import stop_ids
 from src.settings.targets import Gguf
 
@@ -90,6 +90,8 @@ def _read_back(start: Artifact, rows: list[encoding.Encoded], target: Gguf, file
         f"llama.cpp is not in {target.environment}, so it has not run this file: ids are proven by the file's own metadata and weights as the gguf package "
         f"reads them; with it, force=true proves the rest (bash scripts/gguf_env.sh {target.environment})"
     )
+    from src.models import by_layer
+
     found = by_layer.load(start) if rows else None
     if not found:
         reading.check(file, plan)

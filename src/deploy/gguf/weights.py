@@ -74,7 +74,7 @@ def plan(model: Path, config: Any, weight_type: str) -> list[Tensor]:
             raise WrongKind(
                 f"'{name}' has no place in llama.cpp's {families.GGUF[config.model_type]}",
                 where=str(entry.file),
-                fix=["merge it, if it is what an adapter added", "target=openvino_cpu"],
+                fix="target=openvino_cpu",
             )
         if entry.dtype not in safetensors_io.NAME.values():
             raise WrongKind(f"'{name}' is stored as {entry.dtype}, not as floats of 16 or more bits", where=str(entry.file))
