@@ -352,7 +352,7 @@ OUTSIDE_THE_KEY = [
     "Endpoint.timeout", "EndpointTeacher.batch", "EndpointTeacher.batch_size", "EndpointTeacher.key_env", "EndpointTeacher.limits",
     "EndpointTeacher.url", "EvaluateVerb.dataset", "EvaluateVerb.endpoint", "EvaluateVerb.gate", "EvaluateVerb.numerics", "EvaluateVerb.parent", "EvaluateVerb.target", "Evaluation.general", "Evaluation.json_schema",
     "FinetuneVerb.launch",
-    "FinetuneVerb.max_loss_change", "FinetuneVerb.teacher", "LocalTeacher.path", "MergeVerb.base",
+    "FinetuneVerb.max_loss_change", "FinetuneVerb.teacher", "Gguf.environment", "LocalTeacher.path", "MergeVerb.base",
     "MergeVerb.max_loss_change", "Mobilint.board", "Mobilint.device", "Mobilint.image", "Mobilint.python", "Mobilint.sdk",
     "Mobilint.texts", "Model.path", "Model.revision", "Openvino.board", "Openvino.environment", "Overlap.sets", "Prompts.path",
     "QuantizeVerb.dataset", "QuantizeVerb.max_kl", "QuantizeVerb.min_agreement", "RunCode.at_once", "RunCode.isolation", "SourcedVerb.source", "Teacher.path", "TrackedVerb.tracker", "Train.attention",

@@ -30,6 +30,7 @@ CODE = (
     "deploy/axera/runtime.py",
     "deploy/mobilint/job.py",
     "deploy/mobilint/runtime.py",
+    "deploy/gguf/card.py",
     "deploy/openvino/card.py",
     "distill/card.py",
     "distill/batch.py",

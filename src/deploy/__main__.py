@@ -25,8 +25,11 @@ BUILDERS = {
     "axera": "src.deploy.axera",
     "mobilint": "src.deploy.mobilint",
     "openvino": "src.deploy.openvino",
+    "gguf": "src.deploy.gguf",
 }
 """kind of target -> the module that builds for it"""
+MADE_IN_NO_TIME = ("llama2c", "gguf")
+"""kinds of target that a preview in their numbers would take longer than: they are made, and then measured"""
 
 
 class Builder(Protocol):
@@ -84,9 +87,9 @@ def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
 def refuse_unmeasured(cfg: DeployVerb) -> None:
     """Raises ConfigError for a gate on what is not measured before a compile."""
     limits = gates.limits(cfg.gate)
-    if limits and cfg.target.kind == "llama2c":
+    if limits and cfg.target.kind in MADE_IN_NO_TIME:
         raise ConfigError(
-            "gate limits what is lost in a vendor's numbers, and llama2c's bundle has no compiler and is held to its own",
+            f"gate limits what is lost in a vendor's numbers, and {cfg.target.name}'s bundle has no compiler and is held to its own",
             fix=["gate=none", "python -m src.evaluate gate=strict holds a model to them"],
         )
     if limits and not cfg.preview:
@@ -110,7 +113,7 @@ def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     start = exact_sum.write(inputs, out / exact_sum.FOLDER)
     with as_served_today():
         tried = {}
-        if cfg.target.kind != "llama2c" and (gates.limits(cfg.gate) or not (out / WORK / COMPILED).is_file()):
+        if cfg.target.kind not in MADE_IN_NO_TIME and (gates.limits(cfg.gate) or not (out / WORK / COMPILED).is_file()):
             dataset = inputs["dataset"].path if "dataset" in inputs else fidelity.dataset_of(inputs["model"])
             tried = preview.before_compile(start, cfg.target, dataset, cfg.preview, cfg.gate)
         metrics = tried | builder(cfg).build({**inputs, "model": start, "stored": inputs["model"]}, out, cfg.target)

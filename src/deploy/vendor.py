@@ -162,3 +162,19 @@ def hand_back(image: str, folder: Path) -> None:
     if os.getuid():
         owner = f"{os.getuid()}:{os.getgid()}"
         ask(["docker", "run", "--rm", "-v", f"{folder.resolve()}:/work", image, "chown", "-R", owner, "/work"])
+
+
+def interpreter(environment: str) -> Path:
+    """A Python environment's, not resolved: a venv's is a link to another."""
+    return Path(environment).expanduser().absolute() / "bin" / "python"
+
+
+def installed(environment: str, packages: tuple[str, ...]) -> dict[str, str]:
+    """{package: version} of those installed in a Python environment, told by the names of its dist-info folders; a missing package is left out."""
+    if not interpreter(environment).exists():
+        return {}
+    found = {}
+    for info in interpreter(environment).parents[1].glob("lib/python3*/site-packages/*.dist-info"):
+        name, _, version = info.stem.rpartition("-")
+        found[name.lower()] = version
+    return {name: found[name] for name in packages if name in found}

@@ -208,4 +208,20 @@ class Openvino(Target):
         return self
 
 
-AnyTarget = Annotated[Llama2c | Axera | Mobilint | Openvino, Field(discriminator="kind")]
+class Gguf(Target):
+    kind: Literal["gguf"]
+    """a file for llama.cpp, Ollama and all else that reads GGUF, on any CPU or GPU"""
+    weight_type: Literal[
+        "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+        "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m", "q3_k_s", "q2_k",
+    ]  # fmt: skip
+    """type of the weights, as llama.cpp calls it; those with a k, and iq4_xs, take its own quantizer"""
+    rows: NonNegativeInt
+    """conversations of the calib split, at most, for the importance matrix that its quantizer weighs errors by; 0: none"""
+    context_len: PositiveInt
+    """prompt and answer together in tokens, for run.sh and the Modelfile; the file itself has the model's own limit"""
+    environment: Annotated[str, Unkeyed]
+    """Python environment with llama.cpp in it, made by scripts/gguf_env.sh"""
+
+
+AnyTarget = Annotated[Llama2c | Axera | Mobilint | Openvino | Gguf, Field(discriminator="kind")]

@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any, get_args
 
 from src.core.log import size
-from src.settings.targets import Axera, Board, Llama2c, Mobilint, Openvino, Target
+from src.settings.targets import Axera, Board, Gguf, Llama2c, Mobilint, Openvino, Target
 from src.sizing import takes
 from src.sizing.shape import Matrix, ModelShape
 
@@ -117,11 +117,43 @@ def _llama2c(shape: ModelShape, target: Llama2c) -> Format:
     return Format(target.format, lambda m: width, width, 4, width, False, False, longest, longest - 1, 1)
 
 
+def _gguf(shape: ModelShape, target: Gguf) -> Format:
+    """llama.cpp's blocks of 32 or 256 weights with their scales. Below 8 bits the output layer, which may be the embedding table, has more; an _m gives values
+    and the MLP's way out more bits in half of the layers. A 16-bit KV cache."""
+    kind, by_quantizer = target.weight_type, takes.by_llama_cpp(target)
+    usual, more = GGUF_BYTES[kind]
+
+    def whole(width: float, columns: int) -> float:
+        return GGUF_NARROW.get(width, width) if columns % 256 else width
+
+    def width(m: Matrix) -> float:
+        one, other = whole(usual, m.columns), whole(more, m.columns)
+        return (one + other) / 2 if m.name in ("v", "down") else one
+
+    head = max(whole(usual, shape.hidden), whole(GGUF_BYTES["q6_k" if by_quantizer else "q8_0"][0], shape.hidden))
+    table = head if shape.tied else whole(usual, shape.hidden)
+    context = min(target.context_len, shape.max_positions or LONGEST)
+    return Format(kind, width, head, 2, table, False, False, context, context - 1, 512)
+
+
+Q2, Q3, IQ4, Q4, Q5, Q6 = (size / 256 for size in (84, 110, 136, 144, 176, 210))
+# Type of weights -> bytes per weight, and of those that get more. Sources: ggml-common.h's block_*, the mixtures of llama-quant.cpp.
+GGUF_BYTES = {
+    **{kind: (width, width) for kind, width in (("f32", 4.0), ("f16", 2.0), ("bf16", 2.0))},
+    **{kind: (size / 32, size / 32) for kind, size in (("q8_0", 34), ("q5_1", 24), ("q5_0", 22), ("q4_1", 20), ("q4_0", 18))},
+    **{"q6_k": (Q6, Q6), "q5_k_m": (Q5, Q6), "q5_k_s": (Q5, Q5), "q4_k_m": (Q4, Q6), "q4_k_s": (Q4, Q4)},
+    **{"iq4_xs": (IQ4, IQ4), "q3_k_m": (Q3, Q5), "q3_k_s": (Q3, Q3), "q2_k": (Q2, Q3)},
+}
+GGUF_NARROW = {Q2: 18 / 32, Q3: 18 / 32, IQ4: 18 / 32, Q4: 22 / 32, Q5: 24 / 32, Q6: 34 / 32}
+"""bytes per weight of a type in blocks of 256 -> of what its quantizer takes for rows that 256 does not divide"""
+
+
 FORMATS: dict[type[Target], Callable[[ModelShape, Any], Format]] = {
     Axera: _axera,
     Mobilint: _mobilint,
     Openvino: _openvino,
     Llama2c: _llama2c,
+    Gguf: _gguf,
 }
 """each function takes the settings it stands under"""
 
@@ -329,6 +361,12 @@ def host_needs(shape: ModelShape, target: Target) -> tuple[int, int, list[str]]:
         )
     elif isinstance(target, Llama2c):
         ram, how = 4 * shape.params + GIB // 2, f"model in fp32 {size(4 * shape.params)} + {size(GIB // 2)}"
+    elif isinstance(target, Gguf):
+        # Layer by layer in fp32 for the importance matrix and the proof; the quantizer holds a tensor, and maps the file it reads.
+        ram, how = (
+            GIB + 8 * max(shape.embedding, *(layer.params for layer in shape.stack)),
+            f"{size(GIB)} + the largest of layers and embedding in fp32, twice",
+        )
     elif isinstance(target, Openvino):
         # Measured with optimum-intel 2.2.0: 0.60 GB for 3.3M parameters in fp32, 2.36 GB for 494M in bf16 (0.99 GB), which it first writes uncompressed.
         ram, how = GIB + 2 * stored, f"exporter {size(GIB)} + model as it is stored twice {size(2 * stored)}"
@@ -336,7 +374,7 @@ def host_needs(shape: ModelShape, target: Target) -> tuple[int, int, list[str]]:
         ram = tool + 2 * stored + 4 * shape.embedding
         how = f"tool {size(tool)} + model as it is stored twice {size(2 * stored)} + embedding in fp32 {size(4 * shape.embedding)}"
     disk = round(1.1 * bundle)
-    if isinstance(target, Openvino):
+    if isinstance(target, Openvino) or (isinstance(target, Gguf) and takes.by_llama_cpp(target)):
         disk += stored
     if isinstance(target, Mobilint):
         # Calibration files; embedding.pt and the raw table it is made from.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from src.core.room import Needs
 from src.settings.quantizers import Calibration
-from src.settings.targets import Llama2c, Openvino, Target
+from src.settings.targets import Gguf, Llama2c, Openvino, Target
 from src.settings.verbs import AdapterTuner, Deepspeed, Evaluation, FullTuner, PlanTrain, Train, Tuner
 from src.sizing import budget
 from src.sizing.shape import Layer, ModelShape
@@ -27,6 +27,8 @@ MB = 1e6
 PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 280 * MB, 40 * MB, 400 * MB, 380 * MB
 """bytes of a process after its imports: settings and records alone; core.processes' server with torch and transformers; what a process forked from it
 adds; torch, transformers and peft, and what a first pass leaves behind; the same with transformers' Trainer"""
+GGUF_RUN = 300 * MB
+"""bytes of llama.cpp's process beside the file: its library, the context, logits"""
 LAUNCHER, DEEPSPEED, BITSANDBYTES, PICTURE = 180 * MB, 60 * MB, 100 * MB, 70 * MB
 """what torchrun's process takes, and what these libraries (PICTURE: matplotlib) add to one that uses them"""
 SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
@@ -373,7 +375,13 @@ def deploy(shape: ModelShape, target: Target, *, exact: bool = False) -> Needs:
     """
     start = replace(shape, dtype="float32") if exact else shape
     own = {"libraries": SERVER + PROOF, "tokenizer": tokenizer(shape)}
-    if isinstance(target, Llama2c):
+    if isinstance(target, Gguf):
+        disk = float(budget.host_needs(start, target)[1])
+        model = budget.format_of(shape, target)
+        mapped = budget.layer_bytes(shape, model) + budget.embedding_bytes(shape, model) + budget.head_bytes(shape, model)
+        run_by_llama_cpp = {"llama.cpp": float(GGUF_RUN + mapped)}
+        parts = largest({"libraries": EVALUATE, "tokenizers": 4 * tokenizer(shape), **by_layer(start)}, {**own, **run_by_llama_cpp})
+    elif isinstance(target, Llama2c):
         form = budget.format_of(shape, target)
         written = budget.layer_bytes(shape, form) + budget.embedding_bytes(shape, form) + budget.head_bytes(shape, form)
         # In this process: model.bin is read as fp32, by the tokenizer's two readers.

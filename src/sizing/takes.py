@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from src.core.errors import AGAIN, BadData, ConfigError, WrongKind
-from src.settings.targets import Axera, Llama2c, Mobilint, Openvino, Target
+from src.settings.targets import Axera, Gguf, Llama2c, Mobilint, Openvino, Target
 from src.sizing.config_reader import shape_of
 from src.sizing.shape import ModelShape
 
@@ -33,6 +33,26 @@ OPENVINO = {
     "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_text", "smollm3", "stablelm", "starcoder2",
     "xglm", "xverse", "zamba2",
 }  # fmt: skip
+# config.json's model_type -> llama.cpp's architecture, of the families that deploy/gguf writes. Source: llama.cpp's src/models, 2026-10.
+GGUF = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "smollm3": "smollm3",
+    "exaone4": "exaone4",
+}
+GGUF_ROPES = {
+    "llama3": {"llama", "exaone4", "smollm3"},
+    "longrope": {"phi3"},
+    "linear": {*GGUF} - {"phi3"},
+    "yarn": {"llama", "mistral", "qwen2", "qwen3"},
+}
+"""rope scaling -> model types for which llama.cpp computes it; what has none goes with every type"""
 
 
 BILLION = 10**9
@@ -43,7 +63,7 @@ def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
     """The shape of a model that the target takes. Raises what `deploy` would: WrongKind for a model it does not take, ConfigError for settings that
     do not go with it, BadData for a config.json that is no model's."""
     shape = shape_of(config, where)
-    if shape.quantization and isinstance(target, Mobilint | Openvino | Llama2c):
+    if shape.quantization and isinstance(target, Mobilint | Openvino | Llama2c | Gguf):
         raise WrongKind(
             f"target={target.name} takes a model, not a quantized one ({shape.quantization.method})",
             where=where,
@@ -58,6 +78,8 @@ def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
         openvino(shape, target, where=where)
     elif isinstance(target, Llama2c):
         llama2c(config, where=where)
+    elif isinstance(target, Gguf):
+        gguf(config, shape, where=where)
     return shape
 
 
@@ -77,7 +99,7 @@ def refuse(faults: list[Fault], where: str) -> None:
 
 def other_targets(model_type: str) -> list[str]:
     """Ways out for a family that a target does not know: targets of other vendors that do."""
-    known = {"ax650": AXERA, "mobilint_aries": MOBILINT, "openvino_npu": OPENVINO, "openvino_cpu": OPENVINO}
+    known = {"ax650": AXERA, "mobilint_aries": MOBILINT, "openvino_npu": OPENVINO, "openvino_cpu": OPENVINO, "gguf": GGUF}
     return [f"target={name}" for name, families in known.items() if model_type in families]
 
 
@@ -235,6 +257,60 @@ def llama2c_group(wanted: int, *widths: int) -> int:
     while any(width % wanted for width in widths):
         wanted //= 2
     return wanted
+
+
+def gguf(config: dict[str, Any], shape: ModelShape, *, where: str) -> None:
+    """Raises WrongKind for a family llama.cpp has none of, or computes otherwise than this config.json says: what its file cannot tell it."""
+    kind, head = str(config.get("model_type")), shape.head_dim
+
+    def refuse(what: str) -> None:
+        raise WrongKind(f"llama.cpp {what}", where=where, fix=[way for way in other_targets(kind) if way != "target=gguf"])
+
+    if kind not in GGUF:
+        refuse(f"has no architecture that this writes for a model of type '{kind}'; there is {', '.join(GGUF)}")
+    gelu = kind.startswith("gemma")
+    act = config.get("hidden_activation") or config.get("hidden_act") or ("gelu_pytorch_tanh" if gelu else "silu")
+    # Gemma's first configurations say "gelu" and mean the approximation by tanh, as transformers takes it.
+    if act not in (("gelu_pytorch_tanh", "gelu") if gelu else ("silu",)):
+        refuse(f"computes {'gelu by tanh' if gelu else 'silu'} in {GGUF[kind]}; this model has '{act}'")
+    for rope in rope_types(config, where):
+        rope = "longrope" if rope == "su" else rope
+        if rope != "default" and kind not in GGUF_ROPES.get(rope, ()):
+            refuse(f"has no rope scaling '{rope}' in {GGUF[kind]}")
+    if gelu and kind != "gemma":
+        # Its 27B models, told by their layers, divide by the width of a head as if heads filled the hidden size.
+        large = shape.layers == (46 if kind == "gemma2" else 62)
+        scale = shape.hidden // shape.heads if large else head
+        if (given := config.get("query_pre_attn_scalar", 256)) != scale:
+            refuse(f"scales attention by {scale} ** -0.5 in a {GGUF[kind]} of {shape.layers} layers; this model by {given} ** -0.5")
+    period = {"gemma2": 2, "gemma3_text": 6, "exaone4": 4}.get(kind)
+    wanted = ["full" if (i + 1) % (period or 1) == 0 else "sliding" for i in range(shape.layers)]
+    if period and any(layer.window for layer in shape.stack) and (kinds := [layer.kind for layer in shape.stack]) != wanted:
+        refuse(
+            f"has full attention in every layer {period} of {GGUF[kind]}; this model in {[i + 1 for i, k in enumerate(kinds) if k == 'full']}"
+        )
+    if kind == "exaone4" and any(layer.window for layer in shape.stack) != (shape.layers == 64):
+        refuse("has sliding windows in an exaone4 of 64 layers, and in no other")
+    yarn = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True, "beta_fast": 32, "beta_slow": 1}
+    for block in (part(config, "rope_parameters", where), part(config, "rope_scaling", where)):
+        if other := [
+            name for name, usual in yarn.items() if "yarn" in rope_types(config, where) and block.get(name, usual) not in (usual, None)
+        ]:
+            refuse(f"computes YaRN with the usual constants alone; this model has {other[0]} {block[other[0]]}")
+    bare = config.get("no_rope_layers")
+    if kind == "smollm3" and bare and list(bare) != [int((i + 1) % 4 != 0) for i in range(shape.layers)]:
+        refuse("leaves rotary positions out in every fourth layer of smollm3; this model in others")
+
+
+def by_llama_cpp(target: Gguf) -> bool:
+    """Whether llama.cpp's own quantizer makes this type of weights; all others the gguf package makes."""
+    return "_k" in target.weight_type or target.weight_type.startswith("iq")
+
+
+def rope_types(config: dict[str, Any], where: str) -> set[str]:
+    """How rotary embeddings are scaled, for each kind of layer where they differ; see rope_type."""
+    parts = [block for block in part(config, "rope_parameters", where).values() if isinstance(block, dict)]
+    return {rope_type(config, where), *(str(block.get("rope_type", "default")) for block in parts)}
 
 
 def rope_type(config: dict[str, Any], where: str) -> str:

@@ -11,6 +11,7 @@ from src.core.artifact import Artifact
 from src.core.errors import MEMORY, NO_SPACE, NoRoom, ProofFailed, ToolFailed
 from src.core.files import read_json, write_json
 from src.core.log import duration, say, size, status
+from src.deploy.answers import OFFLINE
 from src.deploy.openvino import recipe
 from src.deploy.vendor import COMPILED, Done, run
 from src.settings.targets import Openvino
@@ -19,7 +20,6 @@ from src.sizing.shape import ModelShape
 MADE, LOG = "export", "export.log"
 MODEL = ("openvino_model.xml", "openvino_model.bin", "config.json")
 TOKENIZER = ("openvino_tokenizer.xml", "openvino_tokenizer.bin", "openvino_detokenizer.xml", "openvino_detokenizer.bin")
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 READ = "the log has all that it said; its first line is the command, which can be run by hand"
 ANOTHER = "bash scripts/openvino_env.sh NEW_FOLDER, then target.environment=NEW_FOLDER"
 """the way out of an environment that is not as the script makes it: one that it made before it takes for finished"""

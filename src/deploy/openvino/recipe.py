@@ -6,6 +6,7 @@ Source: `optimum-cli export openvino --help` of optimum-intel 2.2.0.
 from pathlib import Path
 
 from src.core.artifact import Artifact
+from src.deploy.vendor import installed, interpreter
 from src.models.folder import trust_of
 from src.settings.targets import Openvino
 from src.sizing.shape import ModelShape
@@ -33,19 +34,12 @@ def export_argv(model: Artifact, shape: ModelShape, target: Openvino, folder: st
 
 
 def python(target: Openvino) -> Path:
-    """The environment's interpreter, not resolved: a venv's is a link to another."""
-    return Path(target.environment).expanduser().absolute() / "bin" / "python"
+    return interpreter(target.environment)
 
 
 def versions(target: Openvino) -> dict[str, str]:
-    """{package: version} of what is installed in the environment, told by the names of its dist-info folders; a missing package is left out."""
-    if not python(target).exists():
-        return {}
-    found = {}
-    for info in python(target).parents[1].glob("lib/python3*/site-packages/*.dist-info"):
-        name, _, version = info.stem.rpartition("-")
-        found[name.lower()] = version
-    return {name: found[name] for name in PACKAGES if name in found}
+    """{package: version} of what is installed in the environment; a missing package is left out."""
+    return installed(target.environment, PACKAGES)
 
 
 def environment_line(target: Openvino) -> str:

@@ -1,0 +1,48 @@
+"""What lies beside the file in a bundle: run.sh, which serves it, and README.md."""
+
+from pathlib import Path
+
+from src.settings.targets import Gguf
+from src.sizing.shape import ModelShape
+
+RUN = """#!/bin/sh
+# sh run.sh [PORT]: an OpenAI-compatible server for this model on this machine, with a page to chat in at its address.
+# It takes llama.cpp's llama-server (brew install llama.cpp, or github.com/ggml-org/llama.cpp/releases).
+here=$(cd "$(dirname "$0")" && pwd)
+exec llama-server --model "$here/{file}" --jinja --ctx-size {context_len} --host 127.0.0.1 --port "${{1:-8080}}"
+"""
+README = """# A language model as GGUF
+
+{family}, {params:,} parameters, weights as {weights}. llama.cpp, Ollama, LM Studio and other programs that read GGUF run it on any CPU or GPU.
+
+    sh run.sh                                   # llama.cpp's server, at http://127.0.0.1:8080
+    llama-cli -m {file} --jinja         # a chat in the terminal
+    ollama create my_model -f Modelfile && ollama run my_model
+
+The file holds all there is: weights, tokenizer, chat template, the tokens that end a turn. Its own limit is {longest} tokens; run.sh and the Modelfile ask
+for {context_len}.
+{notes}
+| file | what it is |
+|---|---|
+| {file} | the model |
+| Modelfile | the same for Ollama, whose templates are of another kind |
+| contract.json | conversations and their token ids, equal in training, template and {file} |
+| manifest.json | where it came from, every file's hash, what was proven |
+"""
+
+
+def write(out: Path, file: str, shape: ModelShape, target: Gguf, weights: str, notes: list[str]) -> None:
+    """run.sh and README.md for a bundle in the folder `out`. notes: what a user should know, a sentence each."""
+    (out / "run.sh").write_text(RUN.format(file=file, context_len=target.context_len), "utf-8")
+    (out / "README.md").write_text(
+        README.format(
+            file=file,
+            family=shape.model_type,
+            params=shape.params,
+            weights=weights,
+            longest=f"{shape.max_positions:,}" if shape.max_positions else "not known in",
+            context_len=target.context_len,
+            notes="".join(f"\n- {note[0].upper()}{note[1:]}." for note in notes) + "\n" * bool(notes),
+        ),
+        "utf-8",
+    )

@@ -1,0 +1,89 @@
+"""What a GGUF says beside weights: what it is, where it came from, its sizes and its tokenizer."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.core.artifact import Artifact
+from src.deploy.gguf import families, vocabulary
+from src.deploy.gguf.vocabulary import PHI3, Vocabulary
+
+UNUSUAL = {"f32": "ALL_F32", "q6_k": "MOSTLY_Q6_K", "q2_k": "MOSTLY_Q2_K"}
+KEY, BASE = "boardwalk.model_key", "boardwalk.base_key"
+"""keys of ours: of the artifact that the file was made from, and of the base under it, as their manifests have them"""
+
+
+def version() -> str:
+    return importlib.metadata.version("gguf")
+
+
+def file_type(weight_type: str) -> int:
+    """llama.cpp's number (llama_ftype) of a file whose matrices are mostly of this type."""
+    import gguf
+
+    return int(gguf.LlamaFileType[UNUSUAL.get(weight_type, f"MOSTLY_{weight_type.upper()}")])
+
+
+def describe(writer: Any, stored: Artifact, config: Any, vocab: Vocabulary, weight_type: str) -> None:
+    """Put it all into a gguf.GGUFWriter. stored: the model as its manifest has it; config: transformers'; weight_type: of the file that is written."""
+    import gguf
+
+    base = base_of(stored)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(title(base or stored.path, vocab))
+    if stored.manifest:
+        writer.add_string(KEY, stored.key)
+    if base:
+        owner, name = named(base)
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name)
+        if owner:
+            writer.add_base_model_organization(0, owner)
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{owner}/{name}")
+    if licence := licence_of(base or stored.path):
+        writer.add_license(licence)
+    writer.add_quantized_by("Boardwalk")
+    writer.add_file_type(file_type(weight_type))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    families.describe(writer, config, len(vocab.tokens))
+    vocabulary.describe(vocab, writer)
+
+
+def base_of(stored: Artifact) -> Path | None:
+    """Where the base of a fine-tune or its merge was; None for a model from elsewhere."""
+    record = stored.parent("model")
+    return stored.path_of(record) if record else None
+
+
+def named(folder: Path) -> tuple[str, str]:
+    """(owner, name) of a model's folder; the owner is known where the hub's cache holds it."""
+    for part in folder.parts:
+        if part.startswith("models--") and part.count("--") == 2:
+            _, owner, name = part.split("--")
+            return owner, name
+    return "", folder.name
+
+
+def title(folder: Path, vocab: Vocabulary) -> str:
+    """A name for the model. llama.cpp treats one that is called Phi-3 in its own way, so that the name has to say so, or not, by the tokenizer."""
+    name = named(folder)[1]
+    phi = any(word in name.lower() for word in (PHI3, "phi3"))
+    if vocab.strips:
+        return name if phi else f"{name} {PHI3}"
+    return name.replace("-", " ").replace("hi3", "hi 3") if phi else name
+
+
+def licence_of(folder: Path) -> str | None:
+    """What the model card of a folder says in its head, if it has one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    _, _, rest = card.read_text("utf-8", errors="replace").partition("---\n")
+    try:
+        head = yaml.safe_load(rest.partition("\n---")[0])
+    except yaml.YAMLError:
+        return None
+    found = head.get("license") if isinstance(head, dict) else None
+    return found if isinstance(found, str) else None
