@@ -64,7 +64,7 @@ def chat(overrides: list[str]) -> int:
     if cfg.dry_run:
         return 0
     with contextlib.ExitStack() as stack:
-        opened = [speakers.open_speaker(one, cfg.base) for one in found]
+        opened = [speakers.open_speaker(one, None if number else cfg.base) for number, one in enumerate(found)]
         opened += [speakers.EndpointSpeaker(cfg.endpoint)] if cfg.endpoint.url else []
         for speaker in opened:
             stack.callback(speaker.close)

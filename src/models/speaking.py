@@ -19,6 +19,8 @@ from src.models.generation import GREEDY, left_padded
 from src.models.loading import load_any
 from src.settings.answers import Decoding
 
+ROWS = 64
+"""tokens whose log-probabilities are made at a time"""
 Asked = tuple[list[dict], list | None]
 """messages and the tools offered with them"""
 
@@ -97,15 +99,22 @@ class ModelSpeaker:
             return self.tokenizer("".join(message["content"] for message in messages)).input_ids
         return self.tokenizer(encoding.render(self.tokenizer, messages, tools, prompt=True), add_special_tokens=False).input_ids
 
-    def log_probs(self, ids: list[int]):
-        """float64 (tokens, vocabulary): natural logarithms of what follows each of these tokens."""
+    def scored(self, ids: list[int], top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
+        """(log-probability of each of these tokens but the first, after those before it; the likeliest `top` tokens there with theirs), in nats."""
         import torch
 
         if not 0 < len(ids) <= self.room:
             raise TooLong(len(ids), self.room, self._where)
+        own, likeliest = list[float](), list[list[tuple[int, float]]]()
         with self._lock, torch.no_grad(), _memory(self._where):
-            given = torch.tensor([ids], device=self.model.device)
-            return self.model(given, use_cache=False).logits[0].double().log_softmax(-1).cpu()
+            logits = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, :-1]
+            for begin in range(0, len(logits), ROWS):
+                probs = logits[begin : begin + ROWS].double().log_softmax(-1)
+                targets = torch.tensor(ids[begin + 1 : begin + 1 + ROWS], device=probs.device)
+                own += probs.gather(1, targets[:, None])[:, 0].tolist()
+                best = probs.topk(top)
+                likeliest += [list(zip(*row)) for row in zip(best.indices.tolist(), best.values.tolist())]
+        return own, likeliest
 
     def _limit(self, ids: list[int], decoding: Decoding) -> int:
         if len(ids) >= self.room:
