@@ -39,7 +39,10 @@ def serve(overrides: list[str]) -> int:
     except BaseException:
         bound.server_close()
         raise
-    say(f"serve: {' and '.join(opened)} at {bound.url}/v1, a page to talk in at {bound.url}/" + (f"; the key is {listen.key_env}'s" if key else ""))
+    say(
+        f"serve: {' and '.join(opened)} at {bound.url}/v1, a page to talk in at {bound.url}/"
+        + (f"; the key is {listen.key_env}'s" if key else "")
+    )
     try:
         bound.begin(opened)
     except KeyboardInterrupt:

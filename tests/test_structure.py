@@ -53,8 +53,9 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 
 def room_of(module: str) -> str:
-    """The folder a module lives in: core of src.core.log; a verb's own name for the verbs; empty for src itself."""
-    return (module.split(".") + [""])[1].removesuffix("__main__")
+    """The folder a module lives in: core of src.core.log; a verb's own name for the verbs, of which chat has its door in the folder of that name; empty for
+    src itself."""
+    return module if module == "src.chat.__main__" else (module.split(".") + [""])[1].removesuffix("__main__")
 
 
 def edges(path: Path) -> set[str]:
@@ -71,9 +72,11 @@ def edges(path: Path) -> set[str]:
 def test_the_floors_are_the_folders_there_are():
     folders = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
     assert folders == {room for floor in FLOORS for room in floor} | {"plan", "distill", "deploy"}
-    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"plan", "distill", "deploy"} == {"__init__", "__main__", *VERBS}, (
-        "src/ holds verbs and rooms, nothing else"
-    )
+    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"plan", "distill", "deploy", "chat"} == {
+        "__init__",
+        "__main__",
+        *VERBS,
+    }, "src/ holds verbs and rooms, nothing else"
     assert not [path for path in SOURCES if {"utils", "util", "helpers", "common", "misc"} & set(path.with_suffix("").parts)]
 
 
@@ -115,7 +118,9 @@ def test_core_never_imports_torch():
 def test_what_a_plan_needs_comes_without_torch():
     rooms = ("settings", "core", "chat", "sizing", "serving", "plan", "deploy", "distill")
     modules = [module for module in MODULES if room_of(module) in rooms and not module.endswith(("__main__", ".inside", ".job"))]
-    done, _ = loaded_by(f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted({HEAVY} & set(sys.modules)))")
+    done, _ = loaded_by(
+        f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted({HEAVY} & set(sys.modules)))"
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -141,6 +146,9 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
         "quantize": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],
         "evaluate": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],
         "deploy": [f"source={a / 'merge'}"],
+        "chat": [a / "merge"],
+        "serve": [a / "merge"],
+        "answer": [f"source={a / 'merge'}", f"prompts.path={finished / 'inputs' / 'chats.json'}"],
         "plan": [
             f"model={finished / 'inputs' / 'base'}",
             f"plot={tmp_path / 'plan.png'}",
@@ -159,7 +167,7 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
     assert not (tmp_path / "outputs" / "new").exists()
     if verb == "plan":
         assert not (tmp_path / "plan.png").exists()
-    if verb not in ("plan", "summary", "lineage", "aux_files"):
+    if verb not in ("plan", "summary", "lineage", "aux_files", "chat", "serve"):
         assert f"{verb}: would make {tmp_path / 'outputs' / 'new'}" in done.stderr
 
 

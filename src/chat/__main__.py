@@ -211,7 +211,9 @@ class Terminal:
     def _command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
         if name not in self._commands:
-            raise ConfigError(f"there is no command /{name}", fix="/help lists them; a prompt that begins with / goes between lines of " + FENCE)
+            raise ConfigError(
+                f"there is no command /{name}", fix="/help lists them; a prompt that begins with / goes between lines of " + FENCE
+            )
         self._commands[name](rest.strip())
 
     def _each(self, work: Callable[[Conversation], Any]) -> None:
@@ -250,7 +252,11 @@ class Terminal:
                 out(f"{message['role']}{gone}: {message['content']}{called}")
 
     def _save(self, text: str) -> None:
-        lines = [json.dumps({"messages": t.whole} | ({"tools": t.tools} if t.tools else {}), ensure_ascii=False) for t in self.talks if t.messages]
+        lines = [
+            json.dumps({"messages": t.whole} | ({"tools": t.tools} if t.tools else {}), ensure_ascii=False)
+            for t in self.talks
+            if t.messages
+        ]
         if not text or not lines:
             raise ConfigError("there is nothing to save" if text else "where to?", fix="/save FILE, once something was said")
         try:

@@ -129,7 +129,9 @@ class LocalModel:
                 max_new_tokens=max(self._limit(w) for w in batch),
                 eos_token_id=self._stops,
                 pad_token_id=pad,
-                logits_processor=LogitsProcessorList([sampling.drawn([sampling.generator(w.seed, w.ids) for w in batch], [w.request for w in batch])]),
+                logits_processor=LogitsProcessorList(
+                    [sampling.drawn([sampling.generator(w.seed, w.ids) for w in batch], [w.request for w in batch])]
+                ),
             )
         return [self._reply(waiting, row) for waiting, row in zip(batch, out[:, longest:].tolist())]
 
@@ -145,4 +147,3 @@ class LocalModel:
         cut = min((at for at in map(text.find, waiting.request.stop) if at >= 0), default=None)
         finish = "length" if stop is None and cut is None else "stop"
         return TeacherReply(text[:cut], thought, finish, len(waiting.ids), len(row) if stop is None else stop + 1)
-

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 
 from src.chat import encoding
 from src.core.artifact import Artifact
-from src.core.errors import MEMORY, BadData, NoMemory
+from src.core.errors import MEMORY, BadData, NoMemory, UserError
 from src.models import devices, generation, sampling
 from src.models.generation import GREEDY, left_padded
 from src.models.loading import load_any
@@ -45,7 +45,11 @@ class TooLong(BadData):
 
     def __init__(self, tokens: int, room: int, where: str):
         self.tokens, self.room = tokens, room
-        super().__init__(f"the conversation takes {tokens} tokens, and the model {room} with its answer", where=where, fix="begin a new one, or shorten it")
+        super().__init__(
+            f"the conversation takes {tokens} tokens, and the model {room} with its answer",
+            where=where,
+            fix="begin a new one, or shorten it",
+        )
 
     def __reduce__(self):
         return TooLong, (self.tokens, self.room, self.where)
@@ -64,7 +68,7 @@ class ModelSpeaker:
             self.model, self.tokenizer = load_any(artifact, dtype="held" if device == "cpu" else "auto", device=device, base=base)
         self.raw = not self.tokenizer.chat_template
         if self.raw:
-            self._ends, self._stops = set(), sorted({*generation.stop_ids_of(self.model), *_known(self.tokenizer.eos_token_id)})
+            self._ends, self._stops = set[int](), sorted({*generation.stop_ids_of(self.model), *_known(self.tokenizer.eos_token_id)})
         else:
             encoding.ensure_chat(self.tokenizer)  # its padding token
             self._ends, self._stops = generation.ends_of(self.model, self.tokenizer, encoding.turn_end(self.tokenizer))
@@ -78,20 +82,25 @@ class ModelSpeaker:
     def reply(self, messages: list[dict], decoding: Decoding, tools: list | None = None) -> Iterator[str | Ended]:
         """The answer's pieces, then how it ended; its end is also the caller's, who closes the iterator. Raises TooLong, NoMemory."""
         ids = self.prompt(messages, tools)
-        limit = self._limit(ids, decoding)
+        self.refuse_long(ids)
         with self._lock:
-            yield from self._said(ids, decoding, limit)
+            yield from self._said(ids, decoding)
 
-    def replies(self, asked: Sequence[Asked], decoding: Decoding) -> list[Ended | TooLong]:
-        """The answers to several conversations, made at once."""
-        found: list[Ended | TooLong] = []
-        prompts = [self.prompt(*one) for one in asked]
-        fit = [ids for ids in prompts if len(ids) < self.room]
+    def replies(self, asked: Sequence[Asked], decoding: Decoding) -> list[Ended | UserError]:
+        """The answers to several conversations, made at once, and for one that cannot be answered why."""
+        prompts = [self._tried(*one) for one in asked]
+        fit = [ids for ids in prompts if isinstance(ids, list)]
         with self._lock:
             rows = iter(self._generate(fit, decoding, [self._limit(ids, decoding) for ids in fit], []) if fit else [])
-        for ids in prompts:
-            found.append(self._whole(ids, next(rows), decoding) if len(ids) < self.room else TooLong(len(ids), self.room, self._where))
-        return found
+        return [self._whole(ids, next(rows), decoding) if isinstance(ids, list) else ids for ids in prompts]
+
+    def _tried(self, messages: list[dict], tools: list | None) -> list[int] | UserError:
+        try:
+            ids = self.prompt(messages, tools)
+            self.refuse_long(ids)
+            return ids
+        except BadData as error:
+            return error
 
     def prompt(self, messages: list[dict], tools: list | None) -> list[int]:
         """Token ids of a conversation up to where its answer begins."""
@@ -103,8 +112,7 @@ class ModelSpeaker:
         """(log-probability of each of these tokens but the first, after those before it; the likeliest `top` tokens there with theirs), in nats."""
         import torch
 
-        if not 0 < len(ids) <= self.room:
-            raise TooLong(len(ids), self.room, self._where)
+        self.refuse_long(ids[:-1])
         own, likeliest = list[float](), list[list[tuple[int, float]]]()
         with self._lock, torch.no_grad(), _memory(self._where):
             logits = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, :-1]
@@ -116,16 +124,19 @@ class ModelSpeaker:
                 likeliest += [list(zip(*row)) for row in zip(best.indices.tolist(), best.values.tolist())]
         return own, likeliest
 
-    def _limit(self, ids: list[int], decoding: Decoding) -> int:
+    def refuse_long(self, ids: list[int]) -> None:
+        """Raises TooLong where they leave no room for a further token."""
         if len(ids) >= self.room:
             raise TooLong(len(ids), self.room, self._where)
+
+    def _limit(self, ids: list[int], decoding: Decoding) -> int:
         return min(decoding.max_tokens, self.room - len(ids))
 
-    def _said(self, ids: list[int], decoding: Decoding, limit: int) -> Iterator[str | Ended]:
+    def _said(self, ids: list[int], decoding: Decoding) -> Iterator[str | Ended]:
         tokens: SimpleQueue[int | None] = SimpleQueue()
         text, row, over = GrowingText(self.tokenizer, decoding.stop), list[int](), threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(self._generate, [ids], decoding, [limit], [_watch(tokens, over, self._closed)])
+            future = pool.submit(self._generate, [ids], decoding, [self._limit(ids, decoding)], [_watch(tokens, over, self._closed)])
             future.add_done_callback(lambda _: tokens.put(None))
             try:
                 while (token := tokens.get()) is not None:
@@ -159,7 +170,11 @@ class ModelSpeaker:
         from transformers import LogitsProcessorList
 
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else [*self._stops, 0][0]
-        draws = [sampling.drawn([sampling.generator(decoding.seed, ids) for ids in rows], [decoding] * len(rows))] if decoding.temperature else []
+        draws = (
+            [sampling.drawn([sampling.generator(decoding.seed, ids) for ids in rows], [decoding] * len(rows))]
+            if decoding.temperature
+            else []
+        )
         with torch.no_grad(), _memory(self._where):
             out = self.model.generate(
                 **left_padded(rows, pad, self.model.device),

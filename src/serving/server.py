@@ -128,7 +128,7 @@ class Handler(BaseHTTPRequestHandler):
         with self._refusals():
             self._check_origin()
             if self.path in ("/", "/index.html"):
-                return self._send(HTTPStatus.OK, self.server.page, "text/html; charset=utf-8")
+                return self._send(HTTPStatus.OK, self.server.page, "text/html")
             if self.path == "/health":
                 return self._json({"status": "ok"})
             self._check_key()
@@ -190,7 +190,9 @@ class Handler(BaseHTTPRequestHandler):
         """Log-probabilities of given tokens, as vLLM has them."""
         speaker, ids = self._speaker(asked), asked.get("prompt")
         if not isinstance(speaker, ModelSpeaker) or not asked.get("echo"):
-            raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "/v1/completions tells log-probabilities of given tokens (echo), of models run by transformers")
+            raise Refusal(
+                HTTPStatus.NOT_IMPLEMENTED, "/v1/completions tells log-probabilities of given tokens (echo), of models run by transformers"
+            )
         if isinstance(ids, str):
             ids = speaker.tokenizer(ids, add_special_tokens=False).input_ids
         known = len(speaker.tokenizer)
@@ -273,7 +275,9 @@ class Handler(BaseHTTPRequestHandler):
     def _head(self, status: HTTPStatus, kind: str, length: int | None, more: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
         headers = {"Content-Type": kind, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-        headers |= {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"}
+        headers |= {
+            "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+        }
         headers |= {"Connection": "close"} if length is None else {"Content-Length": str(length)}
         for name, value in (headers | dict(more or {})).items():
             self.send_header(name, value)

@@ -1,17 +1,19 @@
 """Whatever can answer a conversation, behind one protocol: a model on this machine, a bundle through its own runtime, a server."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 from src.core.artifact import Artifact
-from src.core.errors import WrongKind
+from src.core.errors import BadData, UserError, WrongKind
 from src.core.room import Needs
 from src.core.stage import Run
 from src.models.folder import weights_of
-from src.models.speaking import Asked, Ended, ModelSpeaker, TooLong
+from src.models.speaking import Asked, Ended, ModelSpeaker
 from src.serving import measure
 from src.serving.client import Client, Reply
+from src.serving.protocol import Refused
 from src.settings.answers import Decoding
 from src.settings.verbs import Endpoint
 from src.sizing import host
@@ -30,32 +32,37 @@ class Speaker(Protocol):
     def reply(self, messages: list[dict], decoding: Decoding, tools: list | None = None, /) -> Iterator[str | Ended]:
         """The answer's pieces as they are made, then how it ended. Whoever closes the iterator ends the answer. Raises TooLong."""
 
-    def replies(self, asked: Sequence[Asked], decoding: Decoding, /) -> list[Ended | TooLong]:
-        """The answers to several conversations."""
+    def replies(self, asked: Sequence[Asked], decoding: Decoding, /) -> list[Ended | UserError]:
+        """The answers to several conversations, and for one that cannot be answered why. Raises what stands in the way of all."""
 
     def close(self) -> None:
         """Ends what is being said, and lets go of what is held."""
 
 
-def whole(speaker: Speaker, asked: Asked, decoding: Decoding) -> Ended | TooLong:
-    """One answer to its end."""
+def whole(speaker: Speaker, asked: Asked, decoding: Decoding) -> Ended | UserError:
+    """One answer to its end, or why there is none."""
     try:
         *_, ended = speaker.reply(asked[0], decoding, asked[1])
-    except TooLong as error:
+    except BadData as error:
+        return error
+    except Refused as error:
+        if error.status in measure.FOR_ALL:
+            raise
         return error
     assert isinstance(ended, Ended)
     return ended
 
 
 class EndpointSpeaker:
-    """An OpenAI-compatible server, as `evaluate` asks one. What it draws by its own seed is its own."""
+    """An OpenAI-compatible server. served: how it describes its model. What it draws by a seed is its own."""
 
     raw = False
 
     def __init__(self, settings: Endpoint):
         assert settings.url
         self._client = Client(settings.url, timeout=settings.timeout)
-        self._model, _ = measure.choose(self._client, settings.model)
+        self._at_once = settings.concurrency
+        self._model, self.served = measure.choose(self._client, settings.model)
         self.name = f"{self._model} at {self._client.url}"
 
     def close(self) -> None:
@@ -76,8 +83,14 @@ class EndpointSpeaker:
             if piece := said[: len(said) - len(word)]:
                 yield server.hidden(piece)
 
-    def replies(self, asked: Sequence[Asked], decoding: Decoding) -> list[Ended | TooLong]:
-        return [whole(self, one, decoding) for one in asked]
+    def replies(self, asked: Sequence[Asked], decoding: Decoding) -> list[Ended | UserError]:
+        with ThreadPoolExecutor(self._at_once) as pool:
+            try:
+                return list(pool.map(lambda one: whole(self, one, decoding), asked))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.close()
+                raise
 
 
 def find(run: Run, source: str | None) -> Artifact:
