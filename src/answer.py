@@ -24,8 +24,9 @@ from src.records import prompts
 from src.records.conversations import FAULTS_LISTED
 from src.records.formats import as_object
 from src.records.json_stream import Malformed
-from src.serving import speakers
+from src.serving import opening
 from src.serving.client import Client
+from src.serving.speakers import ServerSpeaker
 from src.settings.verbs import AnswerVerb
 
 ANSWERS, DROPPED = "answers.jsonl", "dropped.jsonl"
@@ -45,7 +46,7 @@ def find(cfg: AnswerVerb, run: stage.Run) -> dict[str, Artifact]:
         raise MissingInput("no such file", where=str(path), fix="prompts.path=FILE names one that is there")
     inputs = {"prompts": artifact.outside(path, "file", run.cache)}
     if cfg.endpoint.url is None:
-        inputs["model"] = speakers.find(run, cfg.source)
+        inputs["model"] = opening.find(run, cfg.source)
         if cfg.base:
             inputs["base"] = run.source(cfg.base, kinds={"model", "quantized"})
     return inputs
@@ -75,7 +76,7 @@ def check(cfg: AnswerVerb, inputs: dict[str, Artifact]) -> list[str]:
     if cfg.endpoint.url:
         who, at_once = f"{Client(cfg.endpoint.url, timeout=cfg.endpoint.timeout).url}", cfg.endpoint.concurrency
     else:
-        who, at_once = speakers.check(inputs["model"]), cfg.batch_size
+        who, at_once = opening.check(inputs["model"]), cfg.batch_size
     drawn = (
         f"temperature {cfg.decoding.temperature:g}, top-p {cfg.decoding.top_p:g}, seed {cfg.decoding.seed}"
         if cfg.decoding.temperature
@@ -85,7 +86,7 @@ def check(cfg: AnswerVerb, inputs: dict[str, Artifact]) -> list[str]:
 
 
 def needs(cfg: AnswerVerb, inputs: dict[str, Artifact]) -> Needs:
-    return speakers.needs([inputs["model"]] if "model" in inputs else [], cfg.batch_size)
+    return opening.needs([inputs["model"]] if "model" in inputs else [], cfg.batch_size)
 
 
 def read(cfg: AnswerVerb, path: Path) -> tuple[list[Row], list[tuple[str, Malformed]]]:
@@ -118,7 +119,9 @@ def answer(cfg: AnswerVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     if done:
         say(f"answer: {done:,} of {len(rows):,} answers kept from before the interruption")
     if done < len(rows):
-        speaker = speakers.EndpointSpeaker(cfg.endpoint) if cfg.endpoint.url else speakers.open_speaker(inputs["model"], cfg.base)
+        speaker = (
+            opening.of_endpoint(cfg.endpoint) if cfg.endpoint.url else opening.open_speaker(inputs["model"], cfg.base, cfg.environment)
+        )
         with open(out / ANSWERS, "a", encoding="utf-8") as file, ticks(len(rows), "answering", done=done) as tick:
             for begin in range(done, len(rows), at_once):
                 some = rows[begin : begin + at_once]
@@ -127,7 +130,7 @@ def answer(cfg: AnswerVerb, inputs: dict[str, Artifact], out: Path) -> dict:
                 file.flush()
                 os.fsync(file.fileno())
                 tick(len(some))
-        served = {"served": speaker.served} if isinstance(speaker, speakers.EndpointSpeaker) else {}
+        served = {"served": speaker.served} if isinstance(speaker, ServerSpeaker) else {}
         speaker.close()
     if faults:
         lines = ({"at": place, "reason": fault.reason, "detail": str(fault)} for place, fault in faults)

@@ -14,7 +14,7 @@ from src.core import compose, room, stage
 from src.core.artifact import Artifact
 from src.core.errors import ConfigError
 from src.core.log import say
-from src.serving import server, speakers
+from src.serving import opening, server
 from src.serving.protocol import key_in
 from src.settings.verbs import ServeVerb
 
@@ -27,7 +27,7 @@ def serve(overrides: list[str]) -> int:
     cfg = compose.compose("serve", compose.with_path(overrides, "source"), ServeVerb)
     key = check_key(cfg)
     run = stage.Run(Path(cfg.outputs) / cfg.run, dry=cfg.dry_run)
-    found = [speakers.find(run, cfg.source)] + ([speakers.find(run, cfg.compare)] if cfg.compare else [])
+    found = [opening.find(run, cfg.source)] + ([opening.find(run, cfg.compare)] if cfg.compare else [])
     for line in plan(cfg, found):
         say(f"serve: {line}")
     if cfg.dry_run:
@@ -35,7 +35,9 @@ def serve(overrides: list[str]) -> int:
     listen = cfg.listen
     bound = server.Server(listen.host, listen.port, key=key, decoding=cfg.decoding, waiting=listen.waiting, page=PAGE.read_bytes())
     try:
-        opened = server.named([speakers.open_speaker(one, None if number else cfg.base) for number, one in enumerate(found)])
+        opened = server.named(
+            [opening.open_speaker(one, None if number else cfg.base, cfg.environment) for number, one in enumerate(found)]
+        )
     except BaseException:
         bound.server_close()
         raise
@@ -76,8 +78,8 @@ def is_own(host: str) -> bool:
 
 
 def plan(cfg: ServeVerb, found: list[Artifact]) -> list[str]:
-    lines = [speakers.check(one) for one in found]
-    return [*lines, room.check(speakers.needs(found), room.here(Path(cfg.outputs)), ignore=cfg.room == "ignore")]
+    lines = [opening.check(one) for one in found]
+    return [*lines, room.check(opening.needs(found), room.here(Path(cfg.outputs)), ignore=cfg.room == "ignore")]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from src.core.processes import Interrupted
 from src.models.speaking import Ended
 from src.records.formats import tools_of
 from src.records.json_stream import Malformed
-from src.serving import speakers
+from src.serving import opening
 from src.serving.conversation import Conversation
 from src.settings.answers import Decoding
 from src.settings.verbs import ChatVerb
@@ -64,8 +64,8 @@ def chat(overrides: list[str]) -> int:
     if cfg.dry_run:
         return 0
     with contextlib.ExitStack() as stack:
-        opened = [speakers.open_speaker(one, None if number else cfg.base) for number, one in enumerate(found)]
-        opened += [speakers.EndpointSpeaker(cfg.endpoint)] if cfg.endpoint.url else []
+        opened = [opening.open_speaker(one, None if number else cfg.base, cfg.environment) for number, one in enumerate(found)]
+        opened += [opening.of_endpoint(cfg.endpoint)] if cfg.endpoint.url else []
         for speaker in opened:
             stack.callback(speaker.close)
         talks = [Conversation(one, system=cfg.system, tools=tools, forgets=cfg.overflow == "forget") for one in opened]
@@ -77,13 +77,13 @@ def chat(overrides: list[str]) -> int:
 
 def find(cfg: ChatVerb, run: stage.Run) -> list[Artifact]:
     """Who talks, but for a server."""
-    own = [] if cfg.endpoint.url and not cfg.source else [speakers.find(run, cfg.source)]
-    return own + ([speakers.find(run, cfg.compare)] if cfg.compare else [])
+    own = [] if cfg.endpoint.url and not cfg.source else [opening.find(run, cfg.source)]
+    return own + ([opening.find(run, cfg.compare)] if cfg.compare else [])
 
 
 def plan(cfg: ChatVerb, found: list[Artifact]) -> list[str]:
-    lines = [speakers.check(one) for one in found] + ([cfg.endpoint.url] if cfg.endpoint.url else [])
-    return [*lines, room.check(speakers.needs(found), room.here(Path(cfg.outputs)), ignore=cfg.room == "ignore")] if found else lines
+    lines = [opening.check(one) for one in found] + ([cfg.endpoint.url] if cfg.endpoint.url else [])
+    return [*lines, room.check(opening.needs(found), room.here(Path(cfg.outputs)), ignore=cfg.room == "ignore")] if found else lines
 
 
 def read_tools(path: Path) -> list[dict]:
@@ -212,7 +212,7 @@ class Terminal:
         name, _, rest = line[1:].partition(" ")
         if name not in self._commands:
             raise ConfigError(
-                f"there is no command /{name}", fix="/help lists them; a prompt that begins with / goes between lines of " + FENCE
+                f"there is no command /{name}", fix='/help lists them; a prompt that begins with / goes between lines of """'
             )
         self._commands[name](rest.strip())
 

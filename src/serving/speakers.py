@@ -2,25 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
-from src.core.artifact import Artifact
-from src.core.errors import BadData, UserError, WrongKind
-from src.core.room import Needs
-from src.core.stage import Run
-from src.models.folder import weights_of
-from src.models.speaking import Asked, Ended, ModelSpeaker
+from src.core.errors import BadData, UserError
+from src.models.speaking import Asked, Ended
 from src.serving import measure
 from src.serving.client import Client, Reply
 from src.serving.protocol import Refused
 from src.settings.answers import Decoding
-from src.settings.verbs import Endpoint
-from src.sizing import host
-from src.sizing.config_reader import read_shape
-
-KINDS = {"adapter", "model", "quantized", "bundle"}
-"""kinds of artifact that can be talked to"""
 
 
 class Speaker(Protocol):
@@ -53,17 +42,15 @@ def whole(speaker: Speaker, asked: Asked, decoding: Decoding) -> Ended | UserErr
     return ended
 
 
-class EndpointSpeaker:
+class ServerSpeaker:
     """An OpenAI-compatible server. served: how it describes its model. What it draws by a seed is its own."""
 
     raw = False
 
-    def __init__(self, settings: Endpoint):
-        assert settings.url
-        self._client = Client(settings.url, timeout=settings.timeout)
-        self._at_once = settings.concurrency
-        self._model, self.served = measure.choose(self._client, settings.model)
-        self.name = f"{self._model} at {self._client.url}"
+    def __init__(self, client: Client, model: str | None, at_once: int):
+        self._client, self._at_once = client, at_once
+        self._model, self.served = measure.choose(client, model)
+        self.name = f"{self._model} at {client.url}"
 
     def close(self) -> None:
         self._client.close()
@@ -91,32 +78,3 @@ class EndpointSpeaker:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.close()
                 raise
-
-
-def find(run: Run, source: str | None) -> Artifact:
-    """What is to be talked to: the artifact, folder or GGUF file at `source`, or the run's merge, else its adapter, else its quantized model."""
-    return run.source(source, "merge", "finetune", "quantize", kinds=KINDS)
-
-
-def check(found: Artifact) -> str:
-    """What would be talked to, in a line. Raises WrongKind for a bundle that does not run here."""
-    if found.kind == "bundle":
-        raise WrongKind("nothing here runs it", where=str(found.path), fix="give the model that it was made from")
-    return f"{found.path} ({found.kind})"
-
-
-def needs(inputs: Sequence[Artifact], batch: int = 1) -> Needs:
-    """What they take of this machine, all of them loaded; a bundle's own runtime is not counted."""
-    return host.answers([read_shape(weights_of(found)) for found in inputs if found.kind != "bundle"], batch)
-
-
-def open_speaker(found: Artifact, base: str | None = None) -> Speaker:
-    """The speaker of what `check` has looked at."""
-    check(found)
-    return ModelSpeaker(found, name_of(found), Path(base) if base else None)
-
-
-def name_of(found: Artifact) -> str:
-    """mine/merge of outputs/mine/merge; the folder's own name for one made elsewhere."""
-    path = found.path.resolve()
-    return f"{path.parent.name}/{path.name}" if found.manifest else path.name

@@ -621,6 +621,8 @@ class DistillVerb(Verb):
 class ChatVerb(SourcedVerb):
     base: str | None
     """folder of an adapter's base model; null: where it was trained"""
+    environment: str | None
+    """Python environment of a bundle's runtime; null: .venv-openvino or .venv-gguf"""
     compare: str | None
     """another artifact, bundle or folder that answers beside it"""
     system: str | None
@@ -651,6 +653,8 @@ class Listen(Settings):
 class ServeVerb(SourcedVerb):
     base: str | None
     """folder of an adapter's base model; null: where it was trained"""
+    environment: str | None
+    """Python environment of a bundle's runtime; null: .venv-openvino or .venv-gguf"""
     compare: str | None
     """another artifact, bundle or folder to serve beside it"""
     decoding: Decoding
@@ -662,6 +666,8 @@ class ServeVerb(SourcedVerb):
 class AnswerVerb(SourcedVerb):
     base: Annotated[str | None, Unkeyed]
     """folder of an adapter's base model; null: where it was trained"""
+    environment: Annotated[str | None, Unkeyed]
+    """Python environment of a bundle's runtime; null: .venv-openvino or .venv-gguf"""
     prompts: Prompts
     """what is asked; of a conversation, what comes up to its last user turn"""
     system: str | None
