@@ -156,7 +156,7 @@ class Terminal:
 
     def _turn(self) -> None:
         try:
-            text = self._prompt()
+            text, in_a_line = self._prompt()
         except EOFError:
             out("")
             raise Leave from None
@@ -166,7 +166,7 @@ class Terminal:
             out("\n(/quit or Ctrl-D leaves)")
             return
         try:
-            if text.startswith("/"):
+            if in_a_line and text.startswith("/"):
                 self._command(text)
             elif text.strip():
                 self._answer(text)
@@ -177,16 +177,16 @@ class Terminal:
         except UserError as error:
             tell(f"{error}\n")
 
-    def _prompt(self) -> str:
+    def _prompt(self) -> tuple[str, bool]:
+        """(what is typed, whether it is one line, which may be a command)."""
         waits = self.talks[0].open_calls
-        label = f"result of {shown(waits[0])}> " if waits else "> "
-        text = input(label)
+        text = input(f"result of {shown(waits[0])}> " if waits else "> ")
         if text.strip() != FENCE:
-            return text
+            return text, True
         lines: list[str] = []
         while (line := input(". ")).strip() != FENCE:
             lines.append(line)
-        return "\n".join(lines)
+        return "\n".join(lines), False
 
     def _answer(self, text: str) -> None:
         if len(self.talks) > 1 and on_terminal() and sys.stdout.isatty() and (width := console().width) >= NARROW:
@@ -211,9 +211,7 @@ class Terminal:
     def _command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
         if name not in self._commands:
-            raise ConfigError(
-                f"there is no command /{name}", fix='/help lists them; a prompt that begins with / goes between lines of """'
-            )
+            raise ConfigError(f"there is no command /{name}", fix='/help lists them; a prompt that begins with / goes between lines of """')
         self._commands[name](rest.strip())
 
     def _each(self, work: Callable[[Conversation], Any]) -> None:
