@@ -41,12 +41,13 @@ def serve(overrides: list[str]) -> int:
     except BaseException:
         bound.server_close()
         raise
+    bound.listen(opened)
     say(
         f"serve: {' and '.join(opened)} at {bound.url}/v1, a page to talk in at {bound.url}/"
         + (f"; the key is {listen.key_env}'s" if key else "")
     )
     try:
-        bound.begin(opened)
+        bound.run()
     except KeyboardInterrupt:
         say("serve: ended")
     return 0

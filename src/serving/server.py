@@ -59,7 +59,7 @@ class Refusal(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """Bound as it is made, so that a port in use is said before models are loaded; it listens once `begin` has been called.
+    """Bound as it is made, so that a port in use is said before models are loaded; it takes requests in from `listen` on.
 
     key: what requests have to bear, None for nothing. waiting: requests that may wait for their turn.
     Raises ConfigError where it cannot be bound.
@@ -95,15 +95,18 @@ class Server(ThreadingHTTPServer):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.server_port}"
 
-    def begin(self, speakers: Mapping[str, Speaker]) -> None:
-        """Serve these until the process is told to end; then what is under way is ended, and its connections closed."""
+    def listen(self, speakers: Mapping[str, Speaker]) -> None:
+        """From here on requests are taken in."""
         self.speakers = speakers
         self.server_activate()
+
+    def run(self) -> None:
+        """Answer them until the process is told to end; then what is under way is ended, and its connections closed."""
         try:
             self.serve_forever(poll_interval=0.2)
         finally:
             self.ending.set()
-            for speaker in speakers.values():
+            for speaker in self.speakers.values():
                 speaker.close()
             self.server_close()
 
