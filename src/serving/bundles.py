@@ -1,6 +1,7 @@
 """Bundles that answer on this machine through their own runtimes, each in a process of its own: the C program, OpenVINO GenAI, llama.cpp's server."""
 
 import codecs
+import contextlib
 import json
 import os
 import re
@@ -224,8 +225,9 @@ class Child:
         self._process.wait()
         self._heard.close()
         for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                pipe.close()
+            with contextlib.suppress(BrokenPipeError):
+                if pipe:
+                    pipe.close()
 
 
 class GgufSpeaker(ServerSpeaker):
