@@ -156,9 +156,7 @@ def environment(folder: Path, script: str) -> Path:
 OV = {"kind": "openvino", "name": "openvino_cpu", "device": "CPU", "prompt_len": 256, "context_len": 512}
 
 
-@helps(
-    "serving/bundles.py", "bash scripts/openvino_env.sh", "bash scripts/gguf_env.sh", "environment=FOLDER names another", "begin a new one"
-)
+@helps("serving/bundles.py", "environment=FOLDER names another", "begin a new one")
 def test_openvino_answers_in_its_environment(tmp_path):
     with pytest.raises(MissingTool) as missing:
         open_speaker(bundle(CHAT, **OV), environment=str(tmp_path / "none"))

@@ -188,7 +188,7 @@ def write(file, text):
     return file
 
 
-@helps("serving/opening.py", "serve it there, and talk to it by endpoint.url=http://HOST:PORT", "give the model that it was made from")
+@helps("serving/opening.py", "serve it there, and give http://HOST:PORT as endpoint.url", "give the model that it was made from")
 def test_a_bundle_for_a_board_is_sent_there(piped, road, server):
     from src.core import artifact
 

@@ -50,6 +50,28 @@ def test_greedy_answers_are_those_of_evaluate_byte_for_byte(speaker, finished, t
     assert any(len(said(speaker, prompt)[0]) > 3 for prompt in PROMPTS), "it came in pieces"
 
 
+def test_a_turn_that_goes_on_computes_what_is_new_alone(speaker, monkeypatch):
+    import torch
+
+    begun, seen = user(PROMPTS[0]), []
+    hook = speaker.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append((args or [given["input_ids"]])[0].shape[1]), with_kwargs=True
+    )
+    *_, first = speaker.reply(begun, GREEDY)
+    further = [*begun, {"role": "assistant", "content": first.text}, *user(PROMPTS[2])]
+    *_, second = speaker.reply(further, GREEDY)
+    assert seen[0] == first.prompt_tokens and seen[first.tokens] < second.prompt_tokens - first.prompt_tokens - first.tokens + 4
+    *_, anew = ModelSpeaker(outside(CHAT, "model"), "other").reply(further, GREEDY)
+    assert second == anew
+    for talk in (begun, begun, user(PROMPTS[1])):  # the same again, and another: from its first token on
+        seen.clear()
+        *_, ended = speaker.reply(talk, GREEDY)
+        assert seen[0] == ended.prompt_tokens
+    hook.remove()
+    with torch.no_grad():
+        assert said(speaker, PROMPTS[0])[1] == first
+
+
 def test_draws_repeat_by_seed_alone_or_in_a_batch(speaker):
     first, again = said(speaker, PROMPTS[0], DRAWN)[1], said(speaker, PROMPTS[0], DRAWN)[1]
     assert first == again

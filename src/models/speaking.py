@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 from src.chat import encoding
 from src.core.artifact import Artifact
@@ -58,6 +59,7 @@ class TooLong(BadData):
 class ModelSpeaker:
     """An adapter on its base, a model or a quantized model, by transformers. One conversation at a time; others wait.
 
+    Keys and values of the last conversation stay, for the turn that goes on with it; a new one is computed from its first token on, as `evaluate` does.
     raw: it has no chat template, so what is asked is text that it goes on with.
     """
 
@@ -74,6 +76,7 @@ class ModelSpeaker:
             self._ends, self._stops = generation.ends_of(self.model, self.tokenizer, encoding.turn_end(self.tokenizer))
         self.room = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
         self._closed = threading.Event()
+        self._past: tuple[int, list[int], Any] = 0, [], None
 
     def close(self) -> None:
         """End what is being said, from whichever thread, and say nothing more."""
@@ -175,17 +178,33 @@ class ModelSpeaker:
             if decoding.temperature
             else []
         )
+        past, self._past = self._goes_on(rows), (0, [], None)
         with torch.no_grad(), _memory(self._where):
             out = self.model.generate(
                 **left_padded(rows, pad, self.model.device),
                 **GREEDY,
+                **({"past_key_values": past} if past else {}),
                 max_new_tokens=max(limits),
                 eos_token_id=self._stops or None,
                 pad_token_id=pad,
                 logits_processor=LogitsProcessorList(draws),
                 stopping_criteria=watches,
+                return_dict_in_generate=True,
             )
-        return [row[:limit] for row, limit in zip(out[:, max(map(len, rows)) :].tolist(), limits)]
+        made = out.sequences.tolist()
+        if len(rows) == 1 and _can_be_cut(past := out.past_key_values):
+            self._past = len(rows[0]), made[0][: past.get_seq_length()], past
+        return [row[max(map(len, rows)) :][:limit] for row, limit in zip(made, limits)]
+
+    def _goes_on(self, rows: list[list[int]]) -> Any:
+        """The keys and values of the conversation before, as far as this one is the same, where it goes on behind all that was asked there; else None."""
+        asked, ids, past = self._past
+        if past is None or len(rows) > 1 or len(rows[0]) <= asked or rows[0][:asked] != ids[:asked]:
+            return None
+        same = next((k for k, (a, b) in enumerate(zip(ids, rows[0][:-1])) if a != b), min(len(ids), len(rows[0]) - 1))
+        if same < len(ids):
+            past.crop(same - len(ids))  # so many from the end
+        return past
 
 
 class GrowingText:
@@ -233,6 +252,11 @@ def _memory(where: str) -> Iterator[None]:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
             raise
         raise NoMemory("the model and this conversation do not fit", where=where, fix=MEMORY) from error
+
+
+def _can_be_cut(past) -> bool:
+    """Whether keys and values are of each token by itself, so that the last of them can be let go."""
+    return past is not None and {type(layer).__name__ for layer in getattr(past, "layers", [None])} == {"DynamicLayer"}
 
 
 def _known(id: int | None) -> list[int]:

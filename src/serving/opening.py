@@ -39,7 +39,7 @@ def check(found: Artifact) -> str:
         raise WrongKind(
             f"a bundle for {bundles.targets(found)['name']} runs on its board alone",
             where=str(found.path),
-            fix=["serve it there, and talk to it by endpoint.url=http://HOST:PORT", "give the model that it was made from"],
+            fix=["serve it there, and give http://HOST:PORT as endpoint.url", "give the model that it was made from"],
         )
     return f"{found.path} ({found.kind})"
 
