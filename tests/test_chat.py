@@ -153,6 +153,8 @@ def test_a_server_answers_and_hears_how(piped, server, monkeypatch):
         "max_tokens": 24,
     }
     assert "sk-secret" not in done.stdout + done.stderr
+    server.behaviour = Behaviour(always=400, words='{"error": {"message": "the request exceeds the available context size"}}')
+    refused(piped(ASKED, f"endpoint.url={server.url}"), BadData, "exceeds the available context", "begin a new one")
     server.behaviour = Behaviour(always=500)
     refused(piped(ASKED, f"endpoint.url={server.url}"), NoAnswer, "HTTP 500")
 

@@ -140,6 +140,8 @@ def test_a_request_says_how(served):
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"messages": "hi"}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "half a character"),
+        ({"stream_options": 3, "temperature": "hot"}, 400, "temperature"),
         ({"messages": [{"role": "user", "content": "quack " * 600}]}, 400, "the conversation takes"),
         ({"model": "other"}, 404, "tiny-chat"),
     ],
@@ -169,6 +171,7 @@ def test_damaged_requests(served, path, body, status):
 def test_pages_of_other_sites_are_refused(served):
     assert send(served, "GET", "/v1/models")[0] == 200
     assert send(served, "GET", "/v1/models", Host="evil.example")[0] == 403
+    assert send(served, "GET", "/v1/models", Host="[")[0] == 403
     assert send(served, "GET", "/v1/models", Origin="http://evil.example")[0] == 403
     assert send(served, "GET", "/v1/models", Origin=f"http://127.0.0.1:{served.server_port}")[0] == 200
 
@@ -210,6 +213,16 @@ def test_too_many_are_told_to_come_again_and_who_leaves_ends_its_answer():
         assert ask(made, max_tokens=1)[0] == 200
     finally:
         ended(made, thread)
+
+
+def test_a_connection_that_waits_keeps_nobody_waiting():
+    made, thread = begun([Slow()])
+    with socket.create_connection(("127.0.0.1", made.server_port)) as idle:
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert b"200" in idle.recv(1 << 12)
+        start = time.monotonic()
+        ended(made, thread)
+        assert time.monotonic() - start < 10
 
 
 def test_two_of_one_name_have_two_names():

@@ -8,6 +8,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
+COLDEST = 1e-6
+"""a temperature below which the likeliest token is as good as certain, and fp32 overflows"""
+
 
 class Draws(Protocol):
     """How tokens are drawn. temperature: 0 takes the likeliest each time. top_p: of the likeliest tokens that together hold this probability."""
@@ -46,7 +49,7 @@ def drawn(generators: list, rows: Sequence[Draws]):
 def _draw(scores, generator, draws: Draws) -> int:
     import torch
 
-    if draws.temperature == 0:
+    if draws.temperature < COLDEST:
         return int(scores.argmax())
     chances, order = (scores.float() / draws.temperature).softmax(-1).sort(descending=True, stable=True)
     sums = chances.double().cumsum(-1).cpu()

@@ -42,18 +42,15 @@ class Ended:
 
 
 class TooLong(BadData):
-    """A conversation of `tokens` tokens, for a model that takes `room` with its answer."""
+    """A conversation of `tokens` tokens, for a model that takes `room` with its answer; words: of a server that says it in its own."""
 
-    def __init__(self, tokens: int, room: int, where: str):
-        self.tokens, self.room = tokens, room
-        super().__init__(
-            f"the conversation takes {tokens} tokens, and the model {room} with its answer",
-            where=where,
-            fix="begin a new one, or shorten it",
-        )
+    def __init__(self, tokens: int, room: int, where: str, words: str = ""):
+        self.tokens, self.room, self.words = tokens, room, words
+        what = words or f"the conversation takes {tokens} tokens, and the model {room} with its answer"
+        super().__init__(what, where=where, fix="begin a new one, or shorten it")
 
     def __reduce__(self):
-        return TooLong, (self.tokens, self.room, self.where)
+        return TooLong, (self.tokens, self.room, self.where, self.words)
 
 
 class ModelSpeaker:
@@ -108,7 +105,9 @@ class ModelSpeaker:
     def prompt(self, messages: list[dict], tools: list | None) -> list[int]:
         """Token ids of a conversation up to where its answer begins."""
         if self.raw:
-            return self.tokenizer("".join(message["content"] for message in messages)).input_ids
+            if not (ids := self.tokenizer("".join(message["content"] for message in messages)).input_ids):
+                raise BadData("there is nothing to go on with", where=self._where)
+            return ids
         return self.tokenizer(encoding.render(self.tokenizer, messages, tools, prompt=True), add_special_tokens=False).input_ids
 
     def scored(self, ids: list[int], top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:

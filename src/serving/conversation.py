@@ -76,10 +76,7 @@ class Conversation:
                 if not self.forgets or following >= len(self.messages):
                     raise
                 self.forgotten = following
-                say(
-                    f"[{self.speaker.name}: {error.tokens} tokens are more than the model takes ({error.room}); "
-                    f"forgets the oldest {self.forgotten} messages, /clear begins anew]"
-                )
+                say(f"[{self.speaker.name}: {error.what}; forgets the oldest {self.forgotten} messages, /clear begins anew]")
 
     def _said(self, text: str) -> dict:
         found = calls(text) if self.tools else []

@@ -8,17 +8,22 @@ import json
 import os
 import sys
 
-told = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what llama.cpp prints is no answer
 
-import xllamacpp  # noqa: E402
+def main(file: str, threads: int) -> None:
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what llama.cpp prints is no answer
+    import xllamacpp
 
-settings = xllamacpp.CommonParams()
-settings.model.path = sys.argv[1]
-settings.hostnames, settings.port = ["127.0.0.1"], 0
-settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = int(sys.argv[2])
-settings.n_parallel, settings.ctx_shift, settings.use_jinja, settings.ui = 1, False, True, False
-server = xllamacpp.Server(settings)
-told.write(json.dumps({"url": server.listening_address}) + "\n")
-told.flush()
-sys.stdin.read()
+    settings = xllamacpp.CommonParams()
+    settings.model.path = file
+    settings.hostnames, settings.port = ["127.0.0.1"], 0
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    settings.n_parallel, settings.ctx_shift, settings.use_jinja, settings.ui = 1, False, True, False
+    server = xllamacpp.Server(settings)
+    told.write(json.dumps({"url": server.listening_address}) + "\n")
+    told.flush()
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -17,11 +17,12 @@ from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import ValidationError
 
 from src.core.errors import ConfigError, NoMemory, UserError
+from src.core.files import canonical
 from src.models.speaking import Ended, ModelSpeaker, TooLong
 from src.records.formats import PARSERS, tools_of
 from src.records.json_stream import Malformed
@@ -72,6 +73,7 @@ class Server(ThreadingHTTPServer):
         self.key, self.decoding, self.page, self.host = key, decoding, page, host
         self.turns, self.ending = threading.BoundedSemaphore(waiting + 1), threading.Event()
         self.speakers: Mapping[str, Speaker] = {}
+        self.connections: set[socket.socket] = set()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler, bind_and_activate=False)
         try:
@@ -108,6 +110,9 @@ class Server(ThreadingHTTPServer):
             self.ending.set()
             for speaker in self.speakers.values():
                 speaker.close()
+            for connection in list(self.connections):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)  # of one that waits for its next request, which would be waited for in turn
             self.server_close()
 
     def handle_error(self, request, client_address) -> None:
@@ -123,6 +128,15 @@ class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "boardwalk", ""
     timeout = SILENT
     server: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.connection)
+        with contextlib.suppress(ConnectionError):
+            super().finish()
 
     def log_message(self, *args) -> None:
         """Requests are nobody's to see."""
@@ -162,13 +176,19 @@ class Handler(BaseHTTPRequestHandler):
         try:
             messages = [dict(turn) for turn in PARSERS["openai"]({"messages": asked.get("messages")})]
             tools = list(tools_of(asked) or []) or None
+            canonical([messages, tools])
         except Malformed as fault:
             raise Refusal(HTTPStatus.BAD_REQUEST, f"messages or tools: {fault}") from None
+        except (ValueError, RecursionError):
+            raise Refusal(
+                HTTPStatus.BAD_REQUEST, "messages or tools hold half a character, or no number, or are nested too deeply"
+            ) from None
         head = {"id": f"chatcmpl-{time.time_ns():x}", "created": int(time.time()), "model": speaker.name}
         with contextlib.closing(_begun(speaker.reply(messages, decoding, tools))) as parts:  # type: ignore[type-var]
             if asked.get("stream"):
-                usage = (asked.get("stream_options") or {}).get("include_usage")
-                self._stream(parts, head | {"object": "chat.completion.chunk"}, bool(usage))
+                options = asked.get("stream_options")
+                usage = isinstance(options, dict) and bool(options.get("include_usage"))
+                self._stream(parts, head | {"object": "chat.completion.chunk"}, usage)
                 return
             ended = next(part for part in parts if isinstance(part, Ended))
         if self.server.ending.is_set():
@@ -227,11 +247,10 @@ class Handler(BaseHTTPRequestHandler):
     # ---- who asks
 
     def _check_origin(self) -> None:
-        host = self.headers.get("Host", "")
-        origin = self.headers.get("Origin")
-        if self.server.host in LOCAL and (urlsplit(f"//{host}").hostname or "") not in LOCAL:
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        if self.server.key is None and _place(f"//{host}").hostname not in (*LOCAL, self.server.host):
             raise Refusal(HTTPStatus.FORBIDDEN, "this server is for its own machine alone")
-        if origin is not None and origin != f"http://{host}":
+        if origin is not None and _place(origin).netloc != host:
             raise Refusal(HTTPStatus.FORBIDDEN, "a page of another site asks")
 
     def _check_key(self) -> None:
@@ -300,6 +319,14 @@ def _begun(parts: Iterator[str | Ended]) -> Iterator[str | Ended]:
             yield from parts
 
     return go_on()
+
+
+def _place(url: str) -> SplitResult:
+    """A URL's parts; empty ones of what is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def refuse_undone(asked: dict) -> None:

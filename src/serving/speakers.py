@@ -1,15 +1,19 @@
 """Whatever can answer a conversation, behind one protocol: a model on this machine, a bundle through its own runtime, a server."""
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from src.core.errors import BadData, UserError
-from src.models.speaking import Asked, Ended
+from src.models.speaking import Asked, Ended, TooLong
 from src.serving import measure
 from src.serving.client import Client, Reply
 from src.serving.protocol import Refused
 from src.settings.answers import Decoding
+
+TOO_LONG = re.compile(r"context|too long|maximum.*length", re.IGNORECASE)
+"""what servers say of a conversation that is longer than their model takes (llama.cpp, vLLM, ours)"""
 
 
 class Speaker(Protocol):
@@ -59,16 +63,21 @@ class ServerSpeaker:
         sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "seed": decoding.seed}
         stop = {"stop": decoding.stop} if decoding.stop else {}
         server, word = self._client.server, ""  # word: the end of what came, which may be a part of the key
-        for part in self._client.parts(self._model, messages, tools, max_tokens=decoding.max_tokens, **sampling, **stop):
-            if isinstance(part, Reply):
-                if word:
-                    yield server.hidden(word)
-                yield Ended(part.text, "stop" if part.ended else "length", part.ended, part.prompt_tokens, part.tokens)
-                return
-            said = word + part
-            word = said.split(" ")[-1] if server.has_key else ""
-            if piece := said[: len(said) - len(word)]:
-                yield server.hidden(piece)
+        try:
+            for part in self._client.parts(self._model, messages, tools, max_tokens=decoding.max_tokens, **sampling, **stop):
+                if isinstance(part, Reply):
+                    if word:
+                        yield server.hidden(word)
+                    yield Ended(part.text, "stop" if part.ended else "length", part.ended, part.prompt_tokens, part.tokens)
+                    return
+                said = word + part
+                word = said.split(" ")[-1] if server.has_key else ""
+                if piece := said[: len(said) - len(word)]:
+                    yield server.hidden(piece)
+        except Refused as error:
+            if error.status in (400, 413, 422) and TOO_LONG.search(error.what):
+                raise TooLong(0, 0, error.where, error.what) from None
+            raise
 
     def replies(self, asked: Sequence[Asked], decoding: Decoding) -> list[Ended | UserError]:
         with ThreadPoolExecutor(self._at_once) as pool:
