@@ -1,6 +1,6 @@
 """Serve a model behind an OpenAI-compatible endpoint on this machine, with a page to talk to it, or to two of them side by side.
 
-usage: python -m src.serve PATH [key=value ...]
+    python -m src.serve PATH [key=value ...]
 
 Its greedy answers are evaluate's. It listens on this machine's own address; on another one only with a key, which comes from the environment. Ctrl-C or
 SIGTERM ends it. docs/chat.md has more.

@@ -1,6 +1,6 @@
 """Talk to a model in the terminal: any folder, adapter, quantized model, bundle or server, alone or beside another.
 
-usage: python -m src.chat PATH [key=value ...]
+    python -m src.chat PATH [key=value ...]
 
 On a terminal answers come as they are made, Ctrl-C ends one, and /help lists the commands. Whatever is piped in is one prompt, and its answer goes to
 stdout. docs/chat.md has more.

@@ -457,7 +457,7 @@ class Evaluation(Settings):
 
 class Endpoint(Settings):
     url: str | None
-    """OpenAI-compatible server to measure, http://HOST:PORT with or without /v1; null: models are measured here. A key comes from OPENAI_API_KEY"""
+    """OpenAI-compatible server, http://HOST:PORT with or without /v1; null: a model on this machine. A key comes from OPENAI_API_KEY"""
     model: str | None
     """name of the model to ask; null: the only one it serves"""
     timeout: Annotated[PositiveFloat, Unkeyed]
