@@ -1,6 +1,7 @@
 """python -m src.chat: piped, and on a terminal as a person types; nothing a model says steers the terminal, and nothing is forgotten unsaid."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -73,6 +74,14 @@ def test_all_that_was_said_is_shown_to_the_model_again():
         {"role": "user", "content": "b"},
     ]
     assert [m["content"] for m in made.whole] == ["Be brief.", "a", "one", "b", "two"]
+
+
+def test_what_is_no_text_is_none_for_the_model(monkeypatch):
+    parrot = Parrot("one")
+    talk(parrot, "a\udc80b")
+    assert parrot.heard[0][0]["content"] == "a?b"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    refused(in_process("chat", CHAT), BadData, "not UTF-8 at byte 3", way=False)
 
 
 def test_the_oldest_turns_are_forgotten_aloud(capsys):
@@ -324,7 +333,7 @@ def test_two_side_by_side_where_there_is_room():
     at.until("[stopped]")
     at.until("> ")
     at.resize(60)
-    assert "[polly] \npolly heard Hi\n[lora] \nlora heard Hi" in at.type("Hi")
+    assert "[polly]\npolly heard Hi\n[lora]\nlora heard Hi" in at.type("Hi")
     at.send(b"\x04")
     assert at.end() == 0
 

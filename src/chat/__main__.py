@@ -98,25 +98,26 @@ def read_tools(path: Path) -> list[dict]:
 
 def answer_piped(talks: list[Conversation], decoding: Decoding) -> int:
     """What is on stdin is one prompt."""
-    text = sys.stdin.read().rstrip("\n")
+    try:
+        text = sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise BadData(f"what came on stdin is not UTF-8 at byte {error.start}") from None
     if not text.strip():
         raise MissingInput("nothing came on stdin", fix="echo 'Hello.' | python -m src.chat PATH")
+    one_after_the_other(talks, text, decoding)
+    return 0
+
+
+def one_after_the_other(talks: list[Conversation], text: str, decoding: Decoding) -> None:
+    """Each answer as it is made, in pieces that steer nothing."""
     for talk in talks:
         if len(talks) > 1:
             out(f"[{talk.speaker.name}]")
         for part in talk.ask(text, decoding):
-            if isinstance(part, str):
-                write(part)
-            else:
-                write("\n")
+            sys.stdout.write(shown(part) if isinstance(part, str) else "\n")
+            sys.stdout.flush()
+            if isinstance(part, Ended):
                 tell_end(part, decoding)
-    return 0
-
-
-def write(text: str) -> None:
-    """A piece of an answer, which steers nothing."""
-    sys.stdout.write(shown(text))
-    sys.stdout.flush()
 
 
 def tell_end(ended: Ended, decoding: Decoding) -> None:
@@ -192,19 +193,12 @@ class Terminal:
         if len(self.talks) > 1 and on_terminal() and sys.stdout.isatty() and (width := console().width) >= NARROW:
             side_by_side(self.talks, text, self.decoding, width)
         else:
-            for talk in self.talks:
-                if len(self.talks) > 1:
-                    out(heading(talk.speaker.name))
-                for part in talk.ask(text, self.decoding):
-                    if isinstance(part, str):
-                        write(part)
-                    else:
-                        write("\n")
-                        tell_end(part, self.decoding)
+            one_after_the_other(self.talks, text, self.decoding)
         for talk in self.talks:
+            who = f"{talk.speaker.name} calls" if len(self.talks) > 1 else "calls"
             for call in [c["function"] for c in talk.messages[-1].get("tool_calls", [])]:
                 arguments = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items())
-                out(heading(f"{talk.speaker.name} calls " if len(self.talks) > 1 else "calls ") + f"{call['name']}({arguments})")
+                out(f"[{who}] {call['name']}({arguments})")
 
     # ---- commands
 
@@ -243,7 +237,7 @@ class Terminal:
     def _show(self) -> None:
         for talk in self.talks:
             if len(self.talks) > 1:
-                out(heading(talk.speaker.name))
+                out(f"[{talk.speaker.name}]")
             for number, message in enumerate(talk.whole, len(talk.messages) - len(talk.whole) + 1):
                 called = "".join(f" [calls {c['function']['name']}]" for c in message.get("tool_calls", []))
                 gone = " (forgotten)" if 0 < number <= talk.forgotten else ""
@@ -282,10 +276,6 @@ class Terminal:
                 self._history.parent.mkdir(parents=True, exist_ok=True)
                 readline.write_history_file(self._history)
                 self._history.chmod(0o600)
-
-
-def heading(text: str) -> str:
-    return f"[{text.strip()}] "
 
 
 def console():

@@ -47,7 +47,7 @@ class Conversation:
         """The answer's pieces to what the user says, or to the result of the call that waits first. Of an answer that is broken off stays what was said; a
         turn without any is taken back."""
         role = "tool" if self.open_calls else "user"
-        self.messages.append({"role": role, "content": text})
+        self.messages.append({"role": role, "content": text.encode("utf-8", "replace").decode()})  # a terminal gives half a character too
         said, ended = "", False
         try:
             for part in self._reply(decoding):
