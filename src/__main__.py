@@ -6,7 +6,10 @@ from pathlib import Path
 
 from src import __version__
 
-VERBS = ("pipeline", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "lineage", "summary", "report", "runs", "doctor", "completion")
+VERBS = (
+    *("pipeline", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy"),
+    *("chat", "serve", "answer", "plan", "report", "runs", "summary", "lineage", "aux_files", "doctor", "completion"),
+)
 
 if "--version" in sys.argv:
     print(f"boardwalk {__version__}")

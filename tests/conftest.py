@@ -33,7 +33,10 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHAT = ROOT / "assets" / "tiny-chat"
-VERBS = ("pipeline", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "summary", "lineage", "report", "runs", "doctor", "completion")
+VERBS = (
+    *("pipeline", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy"),
+    *("chat", "serve", "answer", "plan", "report", "runs", "summary", "lineage", "aux_files", "doctor", "completion"),
+)
 FEW = ["data.val=0.2", "data.calib=0.2"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

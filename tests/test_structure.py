@@ -53,8 +53,9 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 
 def room_of(module: str) -> str:
-    """The folder a module lives in: core of src.core.log; a verb's own name for the verbs; empty for src itself."""
-    return (module.split(".") + [""])[1].removesuffix("__main__")
+    """The folder a module lives in: core of src.core.log; a verb's own name for the verbs, of which chat has its door in the folder of that name; empty for
+    src itself."""
+    return module if module == "src.chat.__main__" else (module.split(".") + [""])[1].removesuffix("__main__")
 
 
 def edges(path: Path) -> set[str]:
@@ -71,7 +72,7 @@ def edges(path: Path) -> set[str]:
 def test_the_floors_are_the_folders_there_are():
     folders = {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
     assert folders == {room for floor in FLOORS for room in floor} | {"plan", "distill", "deploy", "pipeline", "report"}
-    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"plan", "distill", "deploy", "pipeline", "report"} == {
+    assert {path.stem for path in (ROOT / "src").glob("*.py")} | {"plan", "distill", "deploy", "pipeline", "report", "chat"} == {
         "__init__",
         "__main__",
         *VERBS,
@@ -145,6 +146,9 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
         "quantize": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],
         "evaluate": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],
         "deploy": [f"source={a / 'merge'}"],
+        "chat": [a / "merge"],
+        "serve": [a / "merge"],
+        "answer": [f"source={a / 'merge'}", f"prompts.path={finished / 'inputs' / 'chats.json'}"],
         "plan": [
             f"model={finished / 'inputs' / 'base'}",
             f"plot={tmp_path / 'plan.png'}",
@@ -168,7 +172,7 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
     assert not (tmp_path / "outputs" / "new").exists()
     if verb == "plan":
         assert not (tmp_path / "plan.png").exists()
-    if verb not in ("plan", "summary", "lineage", "aux_files", "pipeline", "report", "runs", "doctor", "completion"):
+    if verb not in ("plan", "summary", "lineage", "aux_files", "pipeline", "report", "runs", "doctor", "completion", "chat", "serve"):
         assert f"{verb}: would make {tmp_path / 'outputs' / 'new'}" in done.stderr
 
 

@@ -1083,6 +1083,7 @@ typedef struct {
     Ids read;                     /* the tokens in the caches */
     int most;                     /* -n; 0: as many as the context takes */
     bool show_ids;                /* --answer-ids */
+    bool ended;                   /* the answer, by a stop token */
     double prompt_time, text_time;
     size_t prompt_tokens, text_tokens;
 } Session;
@@ -1124,7 +1125,7 @@ static void write_text(Session *s, Ids ids, size_t most, bool opens, Text *said)
         int id = sample(&s->sampler, logits, s->model.vocab_size);
         if (s->show_ids) printf("%s%d", i ? " " : "", id);
         s->text_tokens++;
-        if (stops(t, id)) break;
+        if ((s->ended = stops(t, id))) break;
         piece.size = 0;
         decode(t, id, opens, &piece);
         if (piece.size) opens = false;
@@ -1230,13 +1231,10 @@ static void print_ids(Ids ids) {
 }
 
 /* The prompt's ids. In chat mode stdin's lines (with \n escapes) go on with the conversation: answer, user, answer, ... */
-static void show_prompt(Session *s, bool chatting, const char *system, Str prompt) {
+static Ids prompt_ids(Session *s, bool chatting, const char *system, Str prompt) {
     const Chat *c = &s->chat;
     Text talk = {0}, line = {0}, text = {0};
-    if (!chatting) {
-        print_ids(encode(&s->tokenizer, prompt, true));
-        return;
-    }
+    if (!chatting) return encode(&s->tokenizer, prompt, true);
     open_talk(c, &talk, system);
     say(&talk, &(Text){0}, prompt, c->trim_user);
     for (bool answer = true; !isatty(STDIN_FILENO) && read_line(&line); answer = !answer) {
@@ -1244,7 +1242,16 @@ static void show_prompt(Session *s, bool chatting, const char *system, Str promp
         say(&talk, answer ? &c->answer : &c->next, (Str){text.at, text.size}, answer ? c->trim_answer : c->trim_user);
     }
     append(&talk, c->generate.at, c->generate.size);
-    print_ids(encode(&s->tokenizer, (Str){talk.at, talk.size}, false));
+    return encode(&s->tokenizer, (Str){talk.at, talk.size}, false);
+}
+
+/* One answer, to the conversation that prompt_ids reads, and to stderr how it ended, for programs that hold the conversation themselves. */
+static void reply(Session *s, const char *system, Str prompt) {
+    Ids ids = prompt_ids(s, true, system, prompt);
+    Text said = {0};
+    check_prompt(s, ids);
+    write_text(s, ids, s->most ? (size_t)s->most : (size_t)s->model.seq_len, true, &said);
+    fprintf(stderr, "finish: %s %zu %zu\n", s->ended ? "stop" : "length", s->prompt_tokens, s->text_tokens);
 }
 
 static void report(const Session *s) {
@@ -1264,6 +1271,7 @@ __attribute__((noreturn)) static void usage(FILE *to) {
           "  -s seed           0 = from the clock (default)\n"
           "  -z path           tokenizer (default tokenizer.bin beside the model, else ./tokenizer.bin)\n"
           "  --ids             print the prompt's token ids and exit\n"
+          "  --reply           chat: one answer to the conversation that stdin goes on with: answer, user, answer, ..., \\n for a new line\n"
           "  --answer-ids      print the ids of what is generated instead of its text\n",
           to);
     exit(to == stdout ? 0 : 1);
@@ -1288,7 +1296,7 @@ static char *beside(const char *path, const char *name) {
 int main(int argc, char **argv) {
     Session s = {.most = 256, .sampler = {.temperature = 1.0f, .topp = 0.9f}};
     const char *model = NULL, *prompt = NULL, *system = NULL, *tokenizer = NULL;
-    bool chatting = false, ids = false;
+    bool chatting = false, ids = false, one = false;
     for (int i = 1; i < argc; i++) {
         const char *a = argv[i];
         if (strcmp(a, "-h") == 0 || strcmp(a, "--help") == 0) usage(stdout);
@@ -1296,6 +1304,7 @@ int main(int argc, char **argv) {
             if (model) die("more than one model: %s and %s", model, a);
             model = a;
         } else if (strcmp(a, "--ids") == 0) ids = true;
+        else if (strcmp(a, "--reply") == 0) one = true;
         else if (strcmp(a, "--answer-ids") == 0) s.show_ids = true;
         else if (a[1] == 0 || a[2] != 0 || !strchr("mintpszy", a[1])) die("unknown option %s (try --help)", a);
         else if (++i == argc) die("%s takes a value", a);
@@ -1311,7 +1320,7 @@ int main(int argc, char **argv) {
         else die("-m takes generate or chat, not '%s'", argv[i]);
     }
     if (!model) usage(stderr);
-    if (system && !chatting) die("-y is for -m chat");
+    if ((system || one) && !chatting) die("%s is for -m chat", one ? "--reply" : "-y");
     if (s.sampler.state == 0) s.sampler.state = (uint64_t)time(NULL);
 
     Model *m = &s.model;
@@ -1328,7 +1337,8 @@ int main(int argc, char **argv) {
     s.sampler.choices = zeros((size_t)m->vocab_size, sizeof(struct Choice));
 
     Str opening = text_of(prompt ? prompt : "");
-    if (ids) show_prompt(&s, chatting, system, opening);
+    if (ids) print_ids(prompt_ids(&s, chatting, system, opening));
+    else if (one) reply(&s, system, opening);
     else {
         if (chatting) chat(&s, system, prompt);
         else generate(&s, opening);

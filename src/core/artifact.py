@@ -53,6 +53,7 @@ MAKES = {
     "merge": "model",
     "quantize": "quantized",
     "evaluate": "report",
+    "answer": "answers",
     "deploy": "bundle",
 }
 """stage -> the kind of all that it makes"""
@@ -69,7 +70,7 @@ def kind_made(stage: str, settings: dict[str, Any]) -> str | None:
 class Artifact:
     """One input or result: a finished artifact of this project, or an outside file or folder known by its hashes.
 
-    kind: dataset, adapter, model, quantized, report, bundle; or file, for a raw input.
+    kind: dataset, adapter, model, quantized, report, answers, bundle; or file, for a raw input.
     manifest: None for an outside input.
     files: {relative path: {"sha256", "size"}}.
     """

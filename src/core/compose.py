@@ -136,6 +136,15 @@ def values(override: str) -> list[str]:
     return [str(value) for value in parsed[0].sweep_string_iterator()] if parsed and parsed[0].is_discrete_sweep() else []
 
 
+def with_path(argv: list[str], setting: str) -> list[str]:
+    """The overrides of a command line that may have a path in front, or anywhere among them, in place of `setting`=PATH. Raises ConfigError for two."""
+    paths = [text for text in argv if not text.startswith("-") and ("=" not in text or Path(text).exists())]
+    if len(paths) > 1:
+        raise ConfigError(f"one PATH at a time, not {' and '.join(paths)}", fix="name one")
+    quoted = [f"{setting}='" + path.replace("'", "\\'") + "'" for path in paths]
+    return quoted + [text for text in argv if text not in paths]
+
+
 def each(overrides: list[str], *names: str) -> list[list[str]]:
     """The overrides once for each combination of what is given as a list, as in target=[ax650,ax630c], to one of `names`, in the order of `names`."""
     lists: dict[str, list[str]] = {}

@@ -33,6 +33,8 @@ def headline(a: Artifact) -> str:
         if "tokens_per_second" in m:
             parts.append(f"{m['tokens_per_second']:.1f} tokens/s")
         return ", ".join(parts)
+    if a.stage == "answer":
+        return f"{m['answered']:,} of {m['prompts']:,} prompts answered, {m['answers_ended']:.0%} with a turn's end"
     if a.stage == "deploy":
         return ", ".join(filter(None, (lost(m), m["summary"])))
     return ""

@@ -63,7 +63,7 @@ def _endpoint(teacher: EndpointTeacher) -> str:
 
 def needs(cfg: DistillVerb, inputs: dict[str, Artifact]) -> Needs:
     local = {role: teacher for role, teacher in runner.teachers(cfg).items() if isinstance(teacher, LocalTeacher)}
-    return host.distill([read_shape(weights_of(inputs[role])) for role in local], max((t.batch_size for t in local.values()), default=1))
+    return host.answers([read_shape(weights_of(inputs[role])) for role in local], max((t.batch_size for t in local.values()), default=1))
 
 
 def around(cfg: DistillVerb, argv: list[str]) -> int | None:

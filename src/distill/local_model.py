@@ -1,11 +1,6 @@
-"""A model folder as teacher, run by transformers on this machine.
-
-Each answer is drawn by a generator seeded from its request alone, one number a token, so it does not follow from which requests it shares a batch with.
-What may follow from that is the last bits of the logits; with batch_size 1 not even those.
-"""
+"""A model folder as teacher, run by transformers on this machine; its tokens are drawn as models/sampling.py says."""
 
 import asyncio
-import hashlib
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,7 +9,7 @@ from src.core.artifact import Artifact
 from src.core.errors import BadData
 from src.distill.endpoint import Failed, TeacherReply, digest
 from src.distill.pipeline import Request
-from src.models import devices, generation
+from src.models import devices, generation, sampling
 from src.models.folder import base_of
 from src.models.generation import GREEDY, left_padded
 from src.models.loading import load_any, tokenizer_of
@@ -134,7 +129,9 @@ class LocalModel:
                 max_new_tokens=max(self._limit(w) for w in batch),
                 eos_token_id=self._stops,
                 pad_token_id=pad,
-                logits_processor=LogitsProcessorList([_drawn([_generator(w) for w in batch], [w.request for w in batch])]),
+                logits_processor=LogitsProcessorList(
+                    [sampling.drawn([sampling.generator(w.seed, w.ids) for w in batch], [w.request for w in batch])]
+                ),
             )
         return [self._reply(waiting, row) for waiting, row in zip(batch, out[:, longest:].tolist())]
 
@@ -150,38 +147,3 @@ class LocalModel:
         cut = min((at for at in map(text.find, waiting.request.stop) if at >= 0), default=None)
         finish = "length" if stop is None and cut is None else "stop"
         return TeacherReply(text[:cut], thought, finish, len(waiting.ids), len(row) if stop is None else stop + 1)
-
-
-def _generator(waiting: Waiting):
-    import torch
-
-    words = hashlib.sha256(f"{waiting.seed} {waiting.ids}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(words[:7], "big"))
-
-
-def _drawn(generators: list, requests: list[Request]):
-    """A logits processor that draws each record's next token by the record's own generator, from temperature and top-p (Holtzman et al. 2019,
-    arXiv:1904.09751), and leaves nothing else to choose."""
-    import torch
-    from transformers import LogitsProcessor
-
-    class Drawn(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            chosen = [_draw(row, generator, request) for row, generator, request in zip(scores, generators, requests)]
-            only = torch.full_like(scores, -torch.inf)
-            only[torch.arange(len(chosen)), chosen] = 0.0
-            return only
-
-    return Drawn()
-
-
-def _draw(scores, generator, request: Request) -> int:
-    import torch
-
-    if request.temperature == 0:
-        return int(scores.argmax())
-    chances, order = (scores.float() / request.temperature).softmax(-1).sort(descending=True, stable=True)
-    sums = chances.double().cumsum(-1).cpu()
-    kept = int((sums - chances.double().cpu() < request.top_p).sum())
-    place = torch.rand((), generator=generator, dtype=torch.float64) * sums[kept - 1]
-    return int(order[min(int(torch.searchsorted(sums, place, right=True)), kept - 1)])

@@ -7,20 +7,16 @@ A record's id is the one it has in the file and its number there, so that it is 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
-from src.core.errors import AGAIN, BadData, MissingInput
-from src.core.files import canonical
+from src.core.errors import BadData, MissingInput
 from src.distill.pipeline import Record
-from src.records import json_stream
-from src.records.conversations import CONTROL, FAULTS_LISTED
-from src.records.formats import PARSERS, as_object, detect, tools_of
-from src.records.json_stream import Damaged, Malformed, array, container, lines, open_text
+from src.records import prompts
+from src.records.conversations import FAULTS_LISTED
+from src.records.formats import as_object
+from src.records.json_stream import Malformed
 
 LARGEST_TEXT = 64 << 20
 """bytes of a document at most"""
-KEYS = ("messages", "conversations", "conversation")
-"""keys of a record that hold turns, which its other fields do not repeat"""
 
 
 @dataclass
@@ -100,7 +96,7 @@ def _document(path: Path, name: str) -> Record | tuple[str, Malformed]:
         record = Record(name, [], {"text": path.read_bytes().decode("utf-8-sig"), "path": name})
         if "\0" in record.data["text"]:
             raise Malformed("not text", "it holds zero bytes")
-        _sound(record)
+        prompts.check_sound([record.id, record.messages, record.data])
         return record
     except UnicodeDecodeError as error:
         return name, Malformed("not UTF-8", f"at byte {error.start}")
@@ -109,62 +105,35 @@ def _document(path: Path, name: str) -> Record | tuple[str, Malformed]:
 
 
 def _records(path: Path, takes: str) -> Iterator[Record | tuple[str, Malformed]]:
-    plain = path.suffix == ".txt"
-    if plain and takes == "texts":
+    if path.suffix == ".txt" and takes == "texts":
         yield _document(path, path.name)
         return
-    read = _plain_lines if plain else array if container(path) == "array" else lines
-    with open_text(path) as file:
+    for number, raw in enumerate(prompts.raw_records(path)):
         try:
-            for number, raw in enumerate(read(file, path.name)):
-                try:
-                    yield _record(as_object(raw.value), takes, number)
-                except Malformed as fault:
-                    yield f"{path.name} line {raw.line}", fault
-        except Damaged as damage:
-            raise BadData(f"the JSON array is damaged: {damage}", where=f"{path} line {damage.line}", fix=AGAIN) from None
+            yield _record(as_object(raw.value), takes, number)
+        except Malformed as fault:
+            yield f"{path.name} line {raw.line}", fault
 
 
 def _record(record: dict, takes: str, number: int) -> Record:
     """Raises Malformed."""
-    own = record.get("id")
-    id = f"{own}#{number}" if type(own) in (str, int) and own != "" else str(number)
+    id = prompts.id_of(record, number)
     if takes == "texts":
-        found = Record(id, [], {"text": _text(record, "text")})
+        found = Record(id, [], {"text": prompts.text_of(record, "text")})
     elif takes == "seeds":
         found = Record(id, [], _seed(record))
     else:
-        messages, data = _messages(record)
+        messages, data = prompts.messages_of(record)
         found = Record(id, messages, data) if takes == "conversations" else _prompt(id, messages, data)
-    _sound(found)
+    prompts.check_sound([found.id, found.messages, found.data])
     return found
-
-
-def _messages(record: dict) -> tuple[list[dict], dict]:
-    """The turns of a record in any layout, and its other fields."""
-    if "prompt" in record and not any(isinstance(record.get(key), list) for key in KEYS):
-        given = record["prompt"]
-        messages = (
-            PARSERS["openai"]({"messages": given}) if isinstance(given, list) else [{"role": "user", "content": _text(record, "prompt")}]
-        )
-        if isinstance(record.get("system"), str) and record["system"] and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": record["system"]})
-    elif "instruction" in record and not any(record.get(key) is not None for key in ("output", "response")):
-        messages = PARSERS["alpaca"]({**record, "output": ""})[:-1]
-    else:
-        messages = PARSERS[detect(record)[0]](record)
-    fields = {key: value for key, value in record.items() if key not in (*KEYS, "prompt", "system", "tools", "id")}
-    tools = tools_of(record)
-    return messages, {"fields": fields} | ({"tools": list(tools)} if tools else {})
 
 
 def _prompt(id: str, messages: list[dict], data: dict) -> Record:
     """Turns up to the last user's, and as reference the answer that followed."""
-    last = max((number for number, m in enumerate(messages) if m["role"] == "user"), default=None)
-    if last is None or not messages[last]["content"].strip():
-        raise Malformed("no prompt", "there is no user turn, or it is empty")
-    answer = next((m["content"] for m in messages[last + 1 :] if m["role"] == "assistant" and m["content"]), None)
-    return Record(id, messages[: last + 1], data | ({"reference": answer} if answer else {}))
+    asked = prompts.asked(messages)
+    answer = next((m["content"] for m in messages[len(asked) :] if m["role"] == "assistant" and m["content"]), None)
+    return Record(id, asked, data | ({"reference": answer} if answer else {}))
 
 
 def _seed(record: dict) -> dict:
@@ -173,35 +142,8 @@ def _seed(record: dict) -> dict:
     if not isinstance(first, dict):
         raise Malformed("ill-typed field", "'instances' holds no objects")
     return {
-        "instruction": _text(record, "instruction"),
-        "input": _text(first, "input") if first.get("input") is not None else "",
-        "output": _text(first, "output") if first.get("output") is not None else "",
+        "instruction": prompts.text_of(record, "instruction"),
+        "input": prompts.text_of(first, "input") if first.get("input") is not None else "",
+        "output": prompts.text_of(first, "output") if first.get("output") is not None else "",
         "classification": record.get("is_classification") is True,
     }
-
-
-def _text(record: dict, key: str) -> str:
-    if not isinstance(record.get(key), str):
-        raise Malformed("missing field" if key not in record else "ill-typed field", f"the record has no text under {key!r}")
-    return record[key]
-
-
-def _sound(record: Record) -> None:
-    """Raises Malformed for what could not be written or trained on."""
-    try:
-        text = canonical([record.id, record.messages, record.data]).decode()
-    except UnicodeEncodeError:
-        raise Malformed("half of a surrogate pair", "a \\ud800..\\udfff escape stands alone") from None
-    except RecursionError:
-        raise Malformed("nested too deeply") from None
-    except ValueError:
-        raise Malformed("not a JSON number", "one beyond the range of double precision") from None
-    if found := CONTROL.search(text):
-        raise Malformed("control string", f"{found[0]} would end or forge a turn")
-
-
-def _plain_lines(file: TextIO, name: str) -> Iterator[json_stream.RawRecord]:
-    """Lines of text as records with a prompt each; empty ones are none."""
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield json_stream.RawRecord(number, f"{name}:{number}", {"prompt": line.strip().removeprefix("\ufeff")})

@@ -48,8 +48,7 @@ def greedy(
 
     offered = tools or [None] * len(prompts)
     ids = [tokenizer(render(tokenizer, p, t, prompt=True), add_special_tokens=False).input_ids for p, t in zip(prompts, offered)]
-    ends = {eos_id, *turn_ends(tokenizer)}
-    stops = sorted({*ends, *_as_list(model.generation_config.eos_token_id)})
+    ends, stops = ends_of(model, tokenizer, eos_id)
     longest = max(map(len, ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_id
     room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -67,6 +66,17 @@ def greedy(
         stop = next((k for k, token in enumerate(row) if token in stops), None)
         answers.append((tokenizer.decode(row[:stop], skip_special_tokens=True), stop is not None and row[stop] in ends))
     return answers
+
+
+def ends_of(model, tokenizer, eos_id: int) -> tuple[set[int], list[int]]:
+    """(ids that end a turn, ids that end an answer: these, and the generation_config.json's)."""
+    ends = {eos_id, *turn_ends(tokenizer)}
+    return ends, sorted({*ends, *stop_ids_of(model)})
+
+
+def stop_ids_of(model) -> list[int]:
+    """Ids that end an answer by a loaded model's generation_config.json."""
+    return _as_list(model.generation_config.eos_token_id)
 
 
 def leading(tokenizer, one: str, other: str) -> tuple[int, int]:

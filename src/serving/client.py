@@ -157,11 +157,18 @@ class Client:
 
     def chat(self, model: str, messages: list[dict], tools: list | None, *, max_tokens: int) -> Reply:
         """The greedy answer to a conversation. Raises Refused where the server refuses it, NoAnswer where it fails."""
-        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0} | ({"tools": tools} if tools else {})
+        *_, reply = self.parts(model, messages, tools, max_tokens=max_tokens, temperature=0)
+        assert isinstance(reply, Reply)
+        return reply
+
+    def parts(self, model: str, messages: list[dict], tools: list | None, *, max_tokens: int, **sampling) -> Iterator[str | Reply]:
+        """The pieces of an answer as they come, then the whole of it. sampling: temperature and what else the protocol has. Raises as `chat`."""
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens, **sampling} | ({"tools": tools} if tools else {})
         forms, refusal = self._forms, None
         for form in forms:
+            parts = self._chat(body | form, max_tokens)
             try:
-                reply = self._chat(body | form, max_tokens)
+                first = next(parts)
             except Refused as error:
                 if error.status not in DOES_NOT_KNOW or form is forms[-1]:
                     raise
@@ -171,8 +178,9 @@ class Client:
                 without = "streaming" if not form else "stream_options (token counts), repetition_penalty or cache_prompt"
                 self._say_once(f"endpoint: it refuses {without} (HTTP {refusal.status}), asked without from here on")
             self._forms = (form,)
-            return reply
-        raise AssertionError
+            yield first
+            yield from parts
+            return
 
     def echo(self, model: str, ids: list[int]) -> Echo:
         """Log-probabilities of token ids by /completions with echo, as vLLM and OpenAI's legacy API have it; raises NoAnswer where there are none.
@@ -216,7 +224,7 @@ class Client:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
 
-    def _chat(self, body: dict, max_tokens: int) -> Reply:
+    def _chat(self, body: dict, max_tokens: int) -> Iterator[str | Reply]:
         text, length, finish, first, pieces, reasoned = [], 0, None, None, 0, False
         usage: dict = {}
         calls: dict[int, dict[str, str]] = {}
@@ -244,6 +252,8 @@ class Client:
                     cached = count_of((usage.get("prompt_tokens_details") or {}).get("cached_tokens")) or 0
                     if length > LONGEST_TOKEN * max_tokens:
                         raise NoAnswer(f"the server goes on long after max_tokens={max_tokens}", where=self.url)
+                if event["choices"]:
+                    yield text[-1]
                 deadline.left()
             end = time.monotonic()
         if finish is None and streamed:
@@ -252,7 +262,7 @@ class Client:
         # A key may come in two pieces as well.
         told = "\n".join(["".join(text)] * bool("".join(text)) + [_call_told(call) for call in calls.values()])
         whole = self.server.hidden(told.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return Reply(
+        yield Reply(
             whole,
             finish in ("stop", "tool_calls"),
             end - start,

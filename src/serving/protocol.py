@@ -58,6 +58,10 @@ class Server:
         return {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"} | authorization
 
     @property
+    def has_key(self) -> bool:
+        return self._key is not None
+
+    @property
     def with_key(self) -> str:
         """Which key goes to it, in words."""
         if not self._key:

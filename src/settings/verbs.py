@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from src.settings.answers import Decoding
 from src.settings.base import Fraction, Settings, Unkeyed, check_address
 from src.settings.quantizers import AnyQuantizer, Calibration
 from src.settings.recipes import Recipe
@@ -477,7 +478,7 @@ class Evaluation(Settings):
 
 class Endpoint(Settings):
     url: str | None
-    """OpenAI-compatible server to measure, http://HOST:PORT with or without /v1; null: models are measured here. A key comes from OPENAI_API_KEY"""
+    """OpenAI-compatible server, http://HOST:PORT with or without /v1; null: a model on this machine. A key comes from OPENAI_API_KEY"""
     model: str | None
     """name of the model to ask; null: the only one it serves"""
     timeout: Annotated[PositiveFloat, Unkeyed]
@@ -660,3 +661,71 @@ class DistillVerb(TrackedVerb):
     """rows on the page of samples"""
     seed: int
     """seed of every draw"""
+
+
+class ChatVerb(SourcedVerb):
+    base: str | None
+    """folder of an adapter's base model; null: where it was trained"""
+    environment: str | None
+    """Python environment of a bundle's runtime; null: .venv-openvino or .venv-gguf"""
+    compare: str | None
+    """another artifact, bundle or folder that answers beside it"""
+    system: str | None
+    """system text that conversations begin with"""
+    tools: str | None
+    """JSON file with a list of tools, in OpenAI's form, that the model may call"""
+    history: str | None
+    """file that keeps what you typed for the next time; null: none"""
+    overflow: Literal["forget", "stop"]
+    """where a conversation has grown too long: forget its oldest turns, and say so, or stop"""
+    decoding: Decoding
+    """how answers are made"""
+    endpoint: Endpoint
+    """an OpenAI-compatible server to talk to in place of a model on this machine"""
+
+
+class Listen(Settings):
+    host: str
+    """address to listen on; another than this machine's own (127.0.0.1, ::1) takes a key"""
+    port: Annotated[int, Field(ge=0, lt=65536)]
+    """port; 0: a free one, which is said"""
+    key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    """environment variable with the key that requests have to bear; where it is not set they need none"""
+    waiting: PositiveInt
+    """requests that may wait for their turn; the next is told to come again (HTTP 503)"""
+
+
+class ServeVerb(SourcedVerb):
+    base: str | None
+    """folder of an adapter's base model; null: where it was trained"""
+    environment: str | None
+    """Python environment of a bundle's runtime; null: .venv-openvino or .venv-gguf"""
+    compare: str | None
+    """another artifact, bundle or folder to serve beside it"""
+    decoding: Decoding
+    """how answers are made where a request does not say"""
+    listen: Listen
+    """where, and to whom"""
+
+
+class AnswerVerb(SourcedVerb):
+    base: Annotated[str | None, Unkeyed]
+    """folder of an adapter's base model; null: where it was trained"""
+    environment: Annotated[str | None, Unkeyed]
+    """Python environment of a bundle's runtime; null: .venv-openvino or .venv-gguf"""
+    prompts: Prompts
+    """what is asked; of a conversation, what comes up to its last user turn"""
+    system: str | None
+    """system text of the prompts that have none"""
+    decoding: Decoding
+    """how answers are made"""
+    batch_size: PositiveInt
+    """prompts answered together by a model on this machine"""
+    endpoint: Annotated[Endpoint, Field(exclude_if=lambda endpoint: endpoint.url is None)]
+    """an OpenAI-compatible server that answers in place of a model on this machine"""
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> Self:
+        if self.endpoint.url is not None and self.source is not None:
+            raise ValueError("source and endpoint.url both say who answers; leave one out")
+        return self

@@ -397,8 +397,8 @@ def deploy(shape: ModelShape, target: Target, *, exact: bool = False) -> Needs:
     return Needs(parts, disk + (stored(start) if exact else 0), ways=ways)
 
 
-def distill(shapes: list[ModelShape], batch: int) -> Needs:
-    """Local teachers and judges, all loaded at once."""
+def answers(shapes: list[ModelShape], batch: int) -> Needs:
+    """Models that answer on this machine, all loaded at once: teachers and judges, and whatever is talked to."""
     own = {"libraries": EVALUATE if shapes else 2 * PYTHON, "tokenizers": sum(map(tokenizer, shapes))}
     cache = sum(batch * shape.kv_bytes(HELD_OUT, 4) for shape in shapes)
     return Needs({**own, "weights as stored": sum(map(held, shapes)), "keys and values": cache}, 50 * MB)
