@@ -77,9 +77,13 @@ class TrackedVerb(Verb):
     """where its figures go beside <run>/metrics.jsonl: wandb, tensorboard, trackio, mlflow, several as [wandb,tensorboard], or none"""
 
 
-class SourcedVerb(TrackedVerb):
+class SourcedVerb(Verb):
     source: Annotated[str | None, Unkeyed]
     """artifact or Hugging Face folder to work on; null: the run's own"""
+
+
+class StageVerb(TrackedVerb, SourcedVerb):
+    """One that makes an artifact from another."""
 
 
 class Holdout(Settings):
@@ -368,7 +372,7 @@ class Launch(Settings):
         return self
 
 
-class FinetuneVerb(SourcedVerb):
+class FinetuneVerb(StageVerb):
     model: Model
     """the model to start from"""
     tuner: Tuner
@@ -405,7 +409,7 @@ class FinetuneVerb(SourcedVerb):
         return value
 
 
-class MergeVerb(SourcedVerb):
+class MergeVerb(StageVerb):
     base: Annotated[str | None, Unkeyed]
     """base model folder; null: the one the adapter was trained on"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
@@ -427,7 +431,7 @@ class AuxFilesVerb(Verb):
     """model folder made elsewhere that lacks them"""
 
 
-class QuantizeVerb(SourcedVerb):
+class QuantizeVerb(StageVerb):
     quantizer: AnyQuantizer
     """the method and its numbers"""
     weights: Weights
@@ -511,7 +515,7 @@ class Gate(Settings):
     """nats of loss over the parent's at most, on evaluation.general"""
 
 
-class EvaluateVerb(SourcedVerb):
+class EvaluateVerb(StageVerb):
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to evaluate on; null: the run's own"""
     parent: Annotated[str | None, Unkeyed]
@@ -536,7 +540,7 @@ class EvaluateVerb(SourcedVerb):
         return self
 
 
-class DeployVerb(SourcedVerb):
+class DeployVerb(StageVerb):
     target: AnyTarget
     """what to build for"""
     weights: Weights
@@ -708,7 +712,7 @@ class ServeVerb(SourcedVerb):
     """where, and to whom"""
 
 
-class AnswerVerb(SourcedVerb):
+class AnswerVerb(StageVerb):
     base: Annotated[str | None, Unkeyed]
     """folder of an adapter's base model; null: where it was trained"""
     environment: Annotated[str | None, Unkeyed]
