@@ -6,7 +6,21 @@ from pathlib import Path
 
 from src import __version__
 
-VERBS = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "lineage", "summary")
+VERBS = (
+    "data",
+    "distill",
+    "pretrain",
+    "cpt",
+    "finetune",
+    "merge",
+    "quantize",
+    "evaluate",
+    "deploy",
+    "plan",
+    "aux_files",
+    "lineage",
+    "summary",
+)
 
 if "--version" in sys.argv:
     print(f"boardwalk {__version__}")

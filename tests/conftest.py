@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHAT = ROOT / "assets" / "tiny-chat"
-VERBS = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "summary", "lineage")
+VERBS = ("data", "distill", "pretrain", "cpt", "finetune", "merge", "quantize", "evaluate", "deploy", "plan", "aux_files", "summary", "lineage")
 FEW = ["data.val=0.2", "data.calib=0.2"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
