@@ -27,7 +27,7 @@ sys.argv = sys.argv[1:]
 runpy.run_module(f"src.{sys.argv[0]}", run_name="__main__", alter_sys=True)
 """
 """a verb on a machine with 10 MB of memory available"""
-STAGES = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy")
+STAGES = ("data", "distill", "pretrain", "cpt", "finetune", "merge", "quantize", "evaluate", "deploy")
 
 
 @pytest.fixture
@@ -37,6 +37,8 @@ def command(finished, tmp_path):
     given = {
         "data": [f"data.path={inputs / 'chats.json'}", *FEW],
         "distill": [f"prompts.path={inputs / 'chats.json'}", "teacher=local", f"teacher.path={CHAT}"],
+        "pretrain": [f"text={inputs / 'chats.txt'}"],
+        "cpt": [f"text={inputs / 'chats.txt'}", f"model.path={inputs / 'base'}"],
         "finetune": [f"source={a / 'data'}", f"model.path={inputs / 'base'}", "launch.nproc_per_node=1"],
         "merge": [f"source={a / 'finetune'}"],
         "quantize": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],
@@ -188,7 +190,9 @@ def test_each_way_out_that_is_printed_is_one(verb, given, call, command, machine
 
 
 def test_a_disk_too_small_for_the_exact_sum():
-    needs = host.quantize(read_shape(CHAT), Calibration(rows=64, max_length=512, seed=0, text=None, text_share=0.25), host.Conversations(64, 100), exact=True)
+    needs = host.quantize(
+        read_shape(CHAT), Calibration(rows=64, max_length=512, seed=0, text=None, text_share=0.25), host.Conversations(64, 100), exact=True
+    )
     with pytest.raises(NoRoom) as error:
         room.check(needs, Room(GB, 0, int(needs.disk) - 1, ROOT))
     assert "weights=stored" in error.value.fix

@@ -115,7 +115,9 @@ def test_core_never_imports_torch():
 def test_what_a_plan_needs_comes_without_torch():
     rooms = ("settings", "core", "chat", "sizing", "serving", "plan", "deploy", "distill")
     modules = [module for module in MODULES if room_of(module) in rooms and not module.endswith(("__main__", ".inside", ".job"))]
-    done, _ = loaded_by(f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted({HEAVY} & set(sys.modules)))")
+    done, _ = loaded_by(
+        f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted({HEAVY} & set(sys.modules)))"
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -136,6 +138,8 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
     argv = {
         "data": [f"data.path={finished / 'inputs' / 'chats.json'}", *FEW],
         "distill": [f"prompts.path={finished / 'inputs' / 'chats.json'}", "teacher.model=m"],
+        "pretrain": [f"text={finished / 'inputs' / 'chats.txt'}"],
+        "cpt": [f"text={finished / 'inputs' / 'chats.txt'}", f"model.path={finished / 'inputs' / 'base'}"],
         "finetune": [f"source={a / 'data'}", f"model.path={finished / 'inputs' / 'base'}", "launch.nproc_per_node=1"],
         "merge": [f"source={a / 'finetune'}"],
         "quantize": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],

@@ -16,8 +16,8 @@ from src.settings.verbs import Size
 
 PAD, BOS, EOS = SPECIAL = ("<pad>", "<s>", "</s>")
 CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-SPREAD = 0.02
-"""standard deviation of new weights, GPT-2's and Llama's (transformers' initializer_range)"""
+SPREAD, AT_WIDTH = 0.02, 768
+"""standard deviation of new weights, and GPT-2's width, for which it is meant; narrower models begin with larger ones, so that a layer's output is as large"""
 
 
 def learn_tokenizer(texts: Iterable[str], vocab: int, longest: int, folder: Path) -> None:
@@ -79,7 +79,7 @@ def config_of(size: Size, vocab: int, special: dict[str, int | None]) -> dict:
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
         "attention_bias": False,
-        "initializer_range": SPREAD,
+        "initializer_range": round(SPREAD * math.sqrt(AT_WIDTH / size.hidden), 4),
         "tie_word_embeddings": size.tied,
         "dtype": "float32",
         **special,
