@@ -4,6 +4,7 @@ The result is a model as any other, to be fine-tuned, merged, quantized, evaluat
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from src.core import stage
@@ -53,6 +54,9 @@ def needs(cfg: PretrainVerb, inputs: dict[str, Artifact]) -> Needs:
     processes, gpus = launch.per_node(cfg.launch), launch.gpu_count()
     made = shape(cfg, inputs)
     needed = host.finetune(made, cfg.tuner, cfg.deepspeed, cfg.train, processes=processes, gpus=gpus)
+    needed = replace(
+        needed, ways=[tried for tried in needed.ways if not any(way.startswith("tuner=") for way in tried)]
+    )  # of a model there is
     return host.with_text(needed, texts.size(inputs["text"]), start=4 * made.params)
 
 

@@ -125,7 +125,7 @@ def test_tinystories_is_asked_of_the_hub_unless_a_file_is_called_so(tmp_path, mo
         texts,
         "found",
         lambda path, **given: (
-            asked.append((path, given["split"])) or SimpleNamespace(root=CHAT / "config.json", files=None, revision="abc")
+            asked.append((path, given["split"])) or SimpleNamespace(root=CHAT / "config.json", files=None, revision="abc", left=())
         ),
     )
     texts.find("tinystories", Run(tmp_path / "r", dry=True))

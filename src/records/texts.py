@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from src.core.artifact import Artifact, outside
-from src.core.errors import AGAIN, BadData, MissingInput
+from src.core.errors import AGAIN, BadData, UserError
 from src.core.log import say
 from src.core.stage import Run
 from src.records.json_stream import Damaged, Malformed, RawRecord, quote
@@ -30,14 +30,19 @@ ANYTHING = "text=PATH names a file, a folder, a glob such as 'books/*.txt', or a
 
 
 def find(given: str, run: Run) -> Artifact:
-    """The files that `text` names, by content. Raises MissingInput where there are none."""
+    """The files that `text` names, by content; of a folder or data set with splits those of train, and that is said. Raises a UserError where there are none."""
     path = TINYSTORIES if given == "tinystories" and not Path(given).exists() else given
     try:
         there = found(path, subset=None, split="train", revision=None, download=not run.dry)
-    except MissingInput as error:
-        raise MissingInput(error.what, where=error.where, fix=ANYTHING) from error
+    except UserError as error:  # which names settings of data
+        raise type(error)(error.what, where=error.where, fix=ANYTHING) from error
     if there.revision:
         say(f"text: {path} is read as of {there.revision}")
+    if there.left:
+        say(
+            f"text: of {path}, the split train alone is read; not {', '.join(there.left[:LISTED])}"
+            + " and more" * (len(there.left) > LISTED)
+        )
     return outside(there.root, "file", run.cache, there.files)
 
 

@@ -15,7 +15,7 @@ from src.core.errors import NoMemory, ProofFailed
 from src.core.files import read_json, write_json
 from src.core.log import rank, say, size
 from src.core.memory import available
-from src.settings.verbs import TrainingVerb
+from src.settings.verbs import FinetuneVerb, TrainingVerb
 from src.training import attention, launch, rules
 from src.training.batches import Rows, micro_batch
 from src.training.checkpoints import barrier
@@ -273,12 +273,13 @@ def smaller(cfg: TrainingVerb, *, checkpointing: bool, one: bool) -> list[str]:
 
     Offloading moves what a GPU holds into the machine's memory, where all of it is where there is no GPU.
     """
-    gpu, kind, zero = torch.cuda.is_available(), cfg.tuner.kind, cfg.deepspeed
+    gpu, kind, zero, chat = torch.cuda.is_available(), cfg.tuner.kind, cfg.deepspeed, isinstance(cfg, FinetuneVerb)
     return [
         *["train.micro_batch_size=1"] * (not one),
         *["train.gradient_checkpointing=true"] * (not checkpointing),
-        "train.max_length=N, lower, for shorter conversations; train.long_rows says what becomes of the longer",
-        *["tuner=lora or tuner=qlora, which train fewer weights"] * (kind == "full"),
+        *["train.max_length=N, lower, for shorter conversations; train.long_rows says what becomes of the longer"] * chat,
+        *["train.max_length=N, lower, for shorter rows"] * (not chat),
+        *["tuner=lora or tuner=qlora, which train fewer weights"] * (kind == "full" and chat),
         *["deepspeed=zero3_offload, which shares what is left between processes and the host's memory"]
         * (gpu and kind != "qlora" and not (zero.stage == 3 and zero.offload)),
     ]
