@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHAT, ROOT, begun, go, in_process, refused, to_its_end
+from conftest import CHAT, ROOT, begun, go, helps, in_process, refused, to_its_end
 from safetensors.numpy import load_file
 
 from src import cpt, finetune, merge, pretrain
 from src.core import artifact
-from src.core.errors import ConfigError, Moved, ProofFailed
+from src.core.errors import BadData, ConfigError, Moved, ProofFailed
 from src.models.loading import load_model, load_tokenizer
 from src.sizing import host
 from src.sizing.config_reader import read_shape, shape_of
@@ -29,7 +29,15 @@ TINY = [
         "size.vocab=300",
         "size.max_length=64",
     ),
-    *("train.global_batch_size=8", "train.max_steps=12", "train.log_steps=1", "train.eval_steps=6", "tuner.learning_rate=1e-2", "val=0.2"),
+    *(
+        "train.max_length=64",
+        "train.global_batch_size=8",
+        "train.max_steps=12",
+        "train.log_steps=1",
+        "train.eval_steps=6",
+        "tuner.learning_rate=1e-2",
+        "val=0.2",
+    ),
 ]
 
 
@@ -160,7 +168,11 @@ def test_its_greedy_text_is_the_c_program_s(outputs, made):
     assert said.strip() == tokenizer.decode(theirs, skip_special_tokens=True).strip()
 
 
+@helps("models/loading.py", "python -m src.finetune gives a model without a chat template ChatML and its tokens")
 def test_it_is_fine_tuned_as_any_base_without_a_template(outputs, made, eighty, capsys):
+    """Before that it has no rows for the tokens of a conversation, which evaluate says; after it, it is measured."""
+    measured = [f"outputs={outputs}", "run=m", f"dataset={eighty}", "evaluation.rows=4", "evaluation.samples=0"]
+    refused(in_process("evaluate", *measured), BadData, "token id 301, and the model has 300 rows", "python -m src.finetune gives")
     argv = [
         f"source={eighty}",
         f"model.path={made.path}",
@@ -174,6 +186,7 @@ def test_it_is_fine_tuned_as_any_base_without_a_template(outputs, made, eighty, 
     tuned = artifact.open_artifact(outputs / "m" / "finetune")
     assert json.loads((tuned.path / "config.json").read_text())["vocab_size"] == 302
     assert any(record["stage"] == "pretrain" for record in tuned.manifest["ancestors"].values())
+    assert in_process("evaluate", *measured).returncode == 0
 
 
 # ---- going on
@@ -235,6 +248,15 @@ def test_what_it_takes_of_memory_and_disk_grows_with_the_model_and_the_text(text
 
 
 def test_a_model_that_does_not_move_is_not_published(text, tmp_path):
-    done = in_process("pretrain", f"outputs={tmp_path}", "run=s", f"text={text}", *TINY, "tuner.learning_rate=1e-12", "train.max_steps=21", "train.log_steps=50")
-    refused(done, ProofFailed, "a higher tuner.learning_rate", "document ")
+    done = in_process(
+        "pretrain",
+        f"outputs={tmp_path}",
+        "run=s",
+        f"text={text}",
+        *TINY,
+        "tuner.learning_rate=1e-12",
+        "train.max_steps=21",
+        "train.log_steps=50",
+    )
+    refused(done, ProofFailed, "a higher tuner.learning_rate", "records of the last step: '")
     assert not (tmp_path / "s" / "pretrain").exists()

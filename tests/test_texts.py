@@ -183,7 +183,7 @@ def test_each_token_but_a_document_s_first_is_learnt_once(stories, tokenizer, tm
     learnt = {i: ids[:1] for i, ids in documents.items()}
     for i, row in enumerate(train):
         assert 2 <= len(row.input_ids) <= length and row.labels[0] == -100 and (row.labels[1:] == row.input_ids[1:]).all()
-        number = int(text_rows.named(train, i).removeprefix("document "))
+        number = int(train.documents[i]) + 1
         assert learnt[number][-1] == row.input_ids[0], "what stands before its first token is known"
         learnt[number] += row.labels[1:].tolist()
     assert learnt == documents

@@ -60,7 +60,7 @@ def lesson(cfg: CptVerb, text: Artifact, base: Path, tokenizer, cache: Path) -> 
         held=next(held) or next(held),
         eos_id=tokenizer.eos_token_id,
         source=text.path,
-        named=partial(text_rows.named, train),
+        named=partial(text_rows.named, train, tokenizer),
         metrics={"text": each},
         prompts=openings(val if len(val) else train, tokenizer, cfg.train.samples),
     )

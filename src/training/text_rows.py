@@ -31,6 +31,8 @@ SHARD = 1 << 28
 """tokens of a file at most, but for a document that is longer"""
 TOGETHER = 1 << 22
 """characters that are tokenized at a time, by as many threads of `tokenizers` as there are cores"""
+NAMED = 12
+"""tokens of a row that tell which it is"""
 NARROW = 1 << 16
 """ids that fit 16 bits"""
 
@@ -208,8 +210,9 @@ def open_rows(folder: Path, split: str, *, max_length: int) -> TextRows:
     )
 
 
-def named(rows: TextRows, row: int) -> str:
-    return f"document {int(rows.documents[row]) + 1}"
+def named(rows: TextRows, tokenizer, row: int) -> str:
+    """What a row begins with, to be looked for in the text."""
+    return f"'{tokenizer.decode(rows[row].input_ids[:NAMED], skip_special_tokens=True)}...'"
 
 
 def check(train: TextRows, val: TextRows, text: Artifact) -> None:
