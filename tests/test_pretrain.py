@@ -19,26 +19,9 @@ from src.sizing import host
 from src.sizing.config_reader import read_shape, shape_of
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process", "one_thread")
-TINY = [
-    *(
-        "size.hidden=32",
-        "size.layers=2",
-        "size.heads=4",
-        "size.kv_heads=2",
-        "size.intermediate=auto",
-        "size.vocab=300",
-        "size.max_length=64",
-    ),
-    *(
-        "train.max_length=64",
-        "train.global_batch_size=8",
-        "train.max_steps=12",
-        "train.log_steps=1",
-        "train.eval_steps=6",
-        "tuner.learning_rate=1e-2",
-        "val=0.2",
-    ),
-]
+SHAPE = "hidden=32 layers=2 heads=4 kv_heads=2 intermediate=auto vocab=300 max_length=64"
+STEPS = "train.global_batch_size=8 train.max_steps=12 train.log_steps=1 train.eval_steps=6 tuner.learning_rate=1e-2 val=0.2"
+TINY = [*(f"size.{one}" for one in SHAPE.split()), *STEPS.split()]
 
 
 @pytest.fixture(scope="module")
