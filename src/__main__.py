@@ -7,7 +7,7 @@ from pathlib import Path
 from src import __version__
 
 VERBS = (
-    *("pipeline", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy"),
+    *("pipeline", "data", "distill", "pretrain", "cpt", "finetune", "merge", "quantize", "evaluate", "deploy"),
     *("chat", "serve", "answer", "plan", "report", "runs", "summary", "lineage", "aux_files", "doctor", "completion"),
 )
 

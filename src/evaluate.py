@@ -36,9 +36,10 @@ from src.settings.verbs import EvaluateVerb
 from src.sizing import host
 from src.sizing.config_reader import read_shape
 
-MEASURED = ("finetune", "merge", "quantize")
+MEASURED, TEXT = ("finetune", "merge", "quantize"), ("cpt", "pretrain")
+"""what a run has of conversations; and where it has none of that, of plain text"""
 HERE = ["source=FOLDER without endpoint.url measures the model here"]
-BUILT_FROM = ("merge", "finetune", "quantize")
+BUILT_FROM = ("merge", "finetune", "quantize", "cpt", "pretrain")
 """what a bundle is most likely made from, in this order"""
 KINDS = {"adapter", "model", "quantized"}
 
@@ -47,7 +48,7 @@ def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
     """One evaluation for the source or endpoint given, else for every finished model of the run."""
     if cfg.source or cfg.endpoint.url or cfg.numerics:
         return iter([cfg])
-    names = [name for name in MEASURED if run.has(name)]
+    names = [name for name in MEASURED if run.has(name)] or [name for name in TEXT if run.has(name)][:1]
     if not names:
         run.open(MEASURED[0])
     return (cfg.model_copy(update={"source": str(run.current(run.open(name)).path)}) for name in names)

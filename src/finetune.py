@@ -3,30 +3,25 @@
 The result is an adapter (tuner=lora, qlora) or a model (tuner=full), complete with tokenizer, chat template and generation config.
 """
 
-import os
-import shutil
 from pathlib import Path
 
-from src.chat import encoding, template
+from src.chat import template
 from src.core import stage
 from src.core.artifact import Artifact, outside
-from src.core.errors import ConfigError, MissingInput
 from src.core.log import rank, say
-from src.core.processes import import_quietly
 from src.core.room import Needs
-from src.models.folder import check_folder, check_tokenizer, locate, weights_of
-from src.models.loading import import_peft
+from src.models.folder import locate, weights_of
 from src.settings.verbs import FinetuneVerb, FullTuner
 from src.sizing import host
 from src.sizing.config_reader import read_shape
-from src.training import launch, rules, saving
+from src.training import checks, launch, saving
 from src.training.chat_tokenizer import chat_tokenizer, template_text
 from src.training.chat_tokenizer import check as check_template
-from src.training.deepspeed_config import user_deepspeed_json
 
 
 def find(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
-    base = base_model(cfg, run)
+    more = checks.deepspeed_file(cfg, run)
+    base = checks.base_model(cfg, run)
     inputs = {"dataset": stage.data_sources(run, cfg.source), "model": base}
     if cfg.teacher.path:
         folder = locate(cfg.teacher.path, None, download=not cfg.dry_run)
@@ -34,42 +29,21 @@ def find(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
     if cfg.chat_template not in (None, "chatml"):
         template_text(cfg)
         inputs["chat_template"] = outside(Path(cfg.chat_template), "file", run.cache)
-    if cfg.deepspeed.config:
-        inputs["deepspeed"] = outside(Path(cfg.deepspeed.config), "file", run.cache)
-    return inputs
+    return inputs | more
 
 
-def base_model(cfg: FinetuneVerb, run: stage.Run) -> Artifact:
-    if cfg.deepspeed.config and not Path(cfg.deepspeed.config).is_file():
-        raise MissingInput(
-            "no such DeepSpeed file",
-            where=cfg.deepspeed.config,
-            fix=["give a JSON file that is there", "deepspeed=zero2 or deepspeed=zero3 needs none"],
-        )
-    folder = locate(cfg.model.path, cfg.model.revision, download=not cfg.dry_run, allow_pickle=cfg.model.allow_pickle)
-    return run.source(str(folder), kinds={"model", "quantized"})
+def early(cfg: FinetuneVerb, run: stage.Run) -> dict[str, Artifact]:
+    checks.deepspeed_file(cfg, run)
+    return {"model": checks.base_model(cfg, run)}
 
 
 def check(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> list[str]:
     """Rules that need more than one setting, all before torch: kinds, batch arithmetic, DeepSpeed's limits."""
-    base = inputs["model"]
-    config = check_folder(base.path, allow_pickle=cfg.model.allow_pickle, trust_remote_code=cfg.model.trust_remote_code)
-    check_tokenizer(base.path, trust_remote_code=cfg.model.trust_remote_code)
-    check_template(cfg, base.path)
-    rules.check_length(cfg.train.max_length, config.get("max_position_embeddings"), where=str(base.path))
+    base = inputs["model"].path
+    config = checks.base_config(cfg, base)
+    check_template(cfg, base)
     method = (config.get("quantization_config") or {}).get("quant_method")
-    rules.check(cfg.tuner, zero_stage=cfg.deepspeed.stage, quantization=method, where=str(base.path))
-    if cfg.deepspeed.config:
-        user_deepspeed_json(Path(cfg.deepspeed.config), cfg)
-        if not cfg.deepspeed.stage:
-            raise ConfigError(
-                "deepspeed.config is given, but deepspeed=none would ignore it",
-                fix="name its stage too: deepspeed=zero2 or deepspeed=zero3",
-            )
-    world, batch = launch.world_size(cfg.launch), cfg.train.global_batch_size
-    rules.check_batch(batch, world, fewer="launch.nproc_per_node", machines=cfg.launch.nnodes)
-    name = rules.zero_name(cfg.deepspeed.stage, cfg.deepspeed.offload)
-    return [f"{cfg.tuner.kind} on {base.path}, {name}, {world} process{'es' * (world > 1)}, {batch} conversations a step"]
+    return [f"{cfg.tuner.kind} on {base}, {checks.check(cfg, str(base), method, 'conversations')}"]
 
 
 def needs(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> Needs:
@@ -82,34 +56,21 @@ def needs(cfg: FinetuneVerb, inputs: dict[str, Artifact]) -> Needs:
 
 
 def around(cfg: FinetuneVerb, argv: list[str]) -> int | None:
-    """Start the worker processes, unless one without DeepSpeed is all there is or torchrun has started us."""
-    if "WORLD_SIZE" in os.environ or (launch.world_size(cfg.launch) == 1 and not cfg.deepspeed.stage):
-        return None
-    return launch.torchrun("src.finetune", argv, cfg.launch)
+    return launch.around("finetune", argv, cfg.launch, zero_stage=cfg.deepspeed.stage)
 
 
 def finetune(cfg: FinetuneVerb, inputs: dict[str, Artifact], out: Path) -> dict:
-    if not launch.gpu_count():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, with a warning
-    import_peft()
-    import_quietly("transformers.trainer", *(["deepspeed"] if cfg.deepspeed.stage else []), without=["datasets"])
-    base = inputs["model"].path
-    tokenizer, added = chat_tokenizer(cfg, base)
-    eos_id = encoding.turn_end(tokenizer)
+    checks.import_libraries(cfg)
+    base = inputs["model"]
+    tokenizer, added = chat_tokenizer(cfg, base.path)
     describe(cfg, tokenizer, added)
     if rank() == 0:
-        saving.check_tokenizer_kept(cfg, base, tokenizer, out, keep=not added)
-    from src.training.session import train
+        saving.check_tokenizer_kept(cfg, base.path, tokenizer, out, keep=not added)
+    from src.training import chats, choices, session
 
-    trained = train(cfg, inputs, out, tokenizer, eos_id, added)
-    if rank() != 0:
-        return {}
-    saving.finish(cfg, base, tokenizer, eos_id, out, keep_tokenizer=not added, saved=trained.names)
-    metrics = trained.metrics | {"added_tokens": added, "turn_end": eos_id}
-    metrics |= saving.prove(cfg, base, tokenizer, out, trained, metrics)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    (out / "layout.json").unlink()
-    return metrics
+    started = choices.start(cfg)
+    lesson = chats.lesson(cfg, inputs, tokenizer, added, out.parent.parent / ".cache" / "tokens")
+    return session.run(cfg, base, out, tokenizer, lesson, started)
 
 
 def describe(cfg: FinetuneVerb, tokenizer, added: list[str]) -> None:
@@ -136,8 +97,8 @@ STAGE = stage.Stage(
     run=finetune,
     judge=saving.judge,
     doc=__doc__,
-    resumes=lambda partial: any(partial.glob("checkpoints/checkpoint-*/whole")),
-    early=lambda cfg, run: {"model": base_model(cfg, run)},
+    resumes=saving.begun,
+    early=early,
 )
 
 if __name__ == "__main__":

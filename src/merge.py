@@ -28,7 +28,7 @@ TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3, "float32": 1e-4}
 
 
 def find(cfg: MergeVerb, run: stage.Run) -> dict[str, Artifact]:
-    adapter = run.source(cfg.source, "finetune", kinds={"adapter"})
+    adapter = run.source(cfg.source, "finetune", "cpt", kinds={"adapter"})
     base = run.source(cfg.base or str(base_of(adapter)), kinds={"model", "quantized"})
     recorded = adapter.parent("model")
     if recorded and recorded["key"] != base.key:

@@ -34,7 +34,7 @@ SENSITIVE = 8192, 64
 
 
 def find(cfg: QuantizeVerb, run: stage.Run) -> dict[str, Artifact]:
-    model = run.source(cfg.source, "merge", "finetune", kinds={"model"})
+    model = run.source(cfg.source, "merge", "finetune", "cpt", "pretrain", kinds={"model"})
     inputs = {"model": model, "dataset": stage.data_sources(run, cfg.dataset), **exact_sum.parents(model, cfg.weights, run.cache)}
     if cfg.calibration.text is None and cfg.calibration.text_share != "auto":
         raise ConfigError(

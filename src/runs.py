@@ -17,7 +17,7 @@ from src.core.log import duration, out, say, size, table
 from src.settings.verbs import RunsVerb
 
 DAY = 24 * 3600
-ROAD = ("data", "distill", "finetune", "merge", "evaluate", "quantize", "deploy")
+ROAD = ("data", "distill", "pretrain", "cpt", "finetune", "merge", "evaluate", "quantize", "deploy")
 REMOVED = ".removed"
 """what a run's folder is called while it goes, so that one half gone is not taken for a run"""
 

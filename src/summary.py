@@ -9,7 +9,7 @@ from src.core.headline import headline
 from src.core.log import duration, out, size, table
 from src.settings.verbs import Verb
 
-ORDER = ("data", "finetune", "evaluate-finetune", "merge", "evaluate-merge", "quantize", "evaluate-quantize")
+ORDER = ("pretrain", "cpt", "data", "finetune", "evaluate-finetune", "merge", "evaluate-merge", "quantize", "evaluate-quantize")
 
 
 def artifacts(folder: Path) -> list[tuple[Artifact, str]]:

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHAT = ROOT / "assets" / "tiny-chat"
 VERBS = (
-    *("pipeline", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy"),
+    *("pipeline", "data", "distill", "pretrain", "cpt", "finetune", "merge", "quantize", "evaluate", "deploy"),
     *("chat", "serve", "answer", "plan", "report", "runs", "summary", "lineage", "aux_files", "doctor", "completion"),
 )
 FEW = ["data.val=0.2", "data.calib=0.2"]
@@ -371,7 +371,7 @@ def ready_processes():
     """A multiprocessing context whose processes are their own, and begin with the libraries of training there, which takes seconds otherwise."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "transformers.trainer", "peft", "gptqmodel", "deepspeed", "src.training.session", "src.finetune"]
+        ["torch", "transformers.trainer", "peft", "gptqmodel", "deepspeed", "src.training.session", "src.finetune", "src.pretrain"]
     )
     return context
 
@@ -400,20 +400,20 @@ def verb(module: str, argv: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def begun(argv: list):
-    """(process, its stderr to read) of `python -m src.finetune`, but without the seconds of imports in it and in the workers it starts."""
+def begun(argv: list, module: str = "src.finetune"):
+    """(process, its stderr to read) of `python -m src.finetune`, or another module, but without the seconds of imports in it and in the workers it starts."""
     with tempfile.TemporaryDirectory() as place:
         os.mkfifo(fifo := f"{place}/said")
-        child = ready_processes().Process(target=in_its_own_session, args=(fifo, "src.finetune", [str(a) for a in argv]))
+        child = ready_processes().Process(target=in_its_own_session, args=(fifo, module, [str(a) for a in argv]))
         child.start()
         with open(fifo) as heard:
             yield child, heard
         child.join()
 
 
-def to_its_end(argv: list) -> tuple[int, str]:
+def to_its_end(argv: list, module: str = "src.finetune") -> tuple[int, str]:
     """(exit code, what was said) of a process that `begun` starts."""
-    with begun(argv) as (child, heard):
+    with begun(argv, module) as (child, heard):
         said = heard.read()
     return child.exitcode, said
 
@@ -481,6 +481,7 @@ def finished(tmp_path_factory) -> Path:
     base = write_model(outputs / "inputs" / "base")
     chats = json.loads((ROOT / "assets" / "conversations.json").read_text())[:60]
     (outputs / "inputs" / "chats.json").write_text(json.dumps(chats))
+    (outputs / "inputs" / "chats.txt").write_text("<|endoftext|>".join(turn["value"] for chat in chats for turn in chat["conversations"]))
     common = ["run=a", f"outputs={outputs}"]
     done = in_process("data", *common, *FEW, f"data.path={outputs / 'inputs' / 'chats.json'}")
     assert done.returncode == 0, done.stderr

@@ -202,7 +202,7 @@ def test_over_long_rows_are_dropped_and_counted(train, eighty, capsys):
     assert done.metrics["steps"] == math.ceil(round(0.5 * done.metrics["train_rows"]) / 3)
 
 
-@helps("training/session.py", "a higher train.max_length")
+@helps("training/chats.py", "a higher train.max_length")
 def test_nothing_left_to_train_on_is_the_user_s_error(here, eighty, capsys):
     assert go(finetune, f"outputs={here}", "run=none", f"source={eighty}", "train.max_length=3", "train.long_share=1") == 3
     assert "a higher train.max_length" in capsys.readouterr().err
@@ -391,7 +391,7 @@ def test_gradients_after_an_evaluation_equal_those_without_one():
     cfg = compose("finetune", ["tuner=qlora", "tuner.dropout=0", "tuner.rank=4", f"model.path={TINY}"], FinetuneVerb)
     tokenizer = load_tokenizer(TINY)
     torch.manual_seed(0)
-    model, _rows, nf4 = session.prepare(cfg, artifact.open_any(TINY), tokenizer, END, [], "cpu", "fp32")
+    model, _rows, nf4 = session.prepare(cfg, artifact.open_any(TINY), tokenizer, "cpu", "fp32", control=[END])
     four = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and not hasattr(m, "base_layer")]
     assert len(four) == 28 and nf4 == {"double_quant": True, "compute_dtype": "float32"}
     assert all(m.support_avx512bf16_for_cpu is False for m in four), "what forbids the repacking"

@@ -47,6 +47,7 @@ def written(folder, *stages: str, **more) -> str:
 def test_every_recipe_is_of_stages_with_settings_they_know(name):
     steps = recipe.read(name)
     given = ["distill.prompts.path=p", "distill.teacher.model=m"] if any(step.verb == "distill" for step in steps) else []
+    given += ["pretrain.text=t"] if any(step.verb == "pretrain" for step in steps) else []
     steps, faults = recipe.assigned(steps, given)
     assert not faults and len(recipe.composed(steps, ["run=x"])) == len(steps)
     assert (recipe.FOLDER / f"{name}.yaml").read_text().startswith("# "), "a recipe opens with what it is"

@@ -254,7 +254,7 @@ def test_gradients_flow_through_a_gptq_base_after_an_evaluation(int4, by, monkey
     cfg = compose("finetune", ["tuner=qlora", "tuner.dropout=0", "tuner.rank=4", f"model.path={int4.path}"], FinetuneVerb)
     tokenizer = load_tokenizer(int4.path)
     torch.manual_seed(0)
-    model, _, _ = session.prepare(cfg, int4, tokenizer, 1023, [], "cpu", "fp32")
+    model, _, _ = session.prepare(cfg, int4, tokenizer, "cpu", "fp32", control=[1023])
     assert any(hasattr(module, "qweight") for module in model.modules()) == (by == "gptqmodel's kernels")
     ids = tokenizer("<|im_start|>user\nWhat does a cat say?<|im_end|>\n", return_tensors="pt").input_ids
 

@@ -27,7 +27,7 @@ sys.argv = sys.argv[1:]
 runpy.run_module(f"src.{sys.argv[0]}", run_name="__main__", alter_sys=True)
 """
 """a verb on a machine with 10 MB of memory available"""
-STAGES = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy")
+STAGES = ("data", "distill", "pretrain", "cpt", "finetune", "merge", "quantize", "evaluate", "deploy")
 
 
 @pytest.fixture
@@ -37,6 +37,8 @@ def command(finished, tmp_path):
     given = {
         "data": [f"data.path={inputs / 'chats.json'}", *FEW],
         "distill": [f"prompts.path={inputs / 'chats.json'}", "teacher=local", f"teacher.path={CHAT}"],
+        "pretrain": [f"text={inputs / 'chats.txt'}"],
+        "cpt": [f"text={inputs / 'chats.txt'}", f"model.path={inputs / 'base'}"],
         "finetune": [f"source={a / 'data'}", f"model.path={inputs / 'base'}", "launch.nproc_per_node=1"],
         "merge": [f"source={a / 'finetune'}"],
         "quantize": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],

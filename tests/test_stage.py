@@ -616,7 +616,7 @@ def test_numbers_of_a_deepspeed_file_that_the_settings_say_too(plan, tmp_path):
 
 
 @helps(
-    "finetune.py",
+    "training/checks.py",
     "give a JSON file that is there",
     "deepspeed=zero2 or deepspeed=zero3 needs none",
     "name its stage too: deepspeed=zero2 or deepspeed=zero3",

@@ -69,7 +69,7 @@ def test_a_constant_training_loss_stops_the_run_without_a_validation_split(run, 
 def test_three_reports_without_a_gradient_stop_the_run():
     seen = SimpleNamespace(plan=SimpleNamespace(epoch=lambda step: 1.0, examples=lambda step: [0]), examples=SimpleNamespace(lines=[1]))
     watched = reports.Reports.__new__(reports.Reports)
-    watched.trainer, watched.zero_norms, watched.records = seen, 2, CHAT / "none.jsonl"
+    watched.trainer, watched.zero_norms, watched.lesson = seen, 2, SimpleNamespace(source=CHAT / "none.jsonl")
     watched.record_ids = lambda step: ["a"]
     with pytest.raises(ProofFailed, match="no gradient in three reports"):
         watched.on_log(None, SimpleNamespace(global_step=9), None, logs={"loss": 1.0, "grad_norm": 0.0, "learning_rate": 1e-3})

@@ -141,6 +141,8 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
     argv = {
         "data": [f"data.path={finished / 'inputs' / 'chats.json'}", *FEW],
         "distill": [f"prompts.path={finished / 'inputs' / 'chats.json'}", "teacher.model=m"],
+        "pretrain": [f"text={finished / 'inputs' / 'chats.txt'}"],
+        "cpt": [f"text={finished / 'inputs' / 'chats.txt'}", f"model.path={finished / 'inputs' / 'base'}"],
         "finetune": [f"source={a / 'data'}", f"model.path={finished / 'inputs' / 'base'}", "launch.nproc_per_node=1"],
         "merge": [f"source={a / 'finetune'}"],
         "quantize": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],

@@ -240,6 +240,7 @@ def marked() -> dict[tuple[str, str], str]:
 NOT_HERE = {
     ("training/layout.py", "train.micro_batch_size=1"),
     ("training/layout.py", "train.max_length=N, lower, for shorter conversations; train.long_rows says what becomes of the longer"),
+    ("training/layout.py", "train.max_length=N, lower, for shorter rows"),
     ("training/layout.py", "tuner=lora or tuner=qlora, which train fewer weights"),
     ("training/layout.py", "deepspeed=zero3_offload, which shares what is left between processes and the host's memory"),
     *(("training/probe.py", way) for way in ("train.precision=fp32", "train.packing=false train.chunked_loss=false")),

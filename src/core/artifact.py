@@ -50,6 +50,7 @@ PACKAGES = (
 MAKES = {
     "data": "dataset",
     "distill": "dataset",
+    "pretrain": "model",
     "merge": "model",
     "quantize": "quantized",
     "evaluate": "report",
@@ -61,7 +62,7 @@ MAKES = {
 
 def kind_made(stage: str, settings: dict[str, Any]) -> str | None:
     """The kind of artifact that a stage makes by these settings, both of which are under the key as the kind itself is not; None for an unknown stage."""
-    if stage == "finetune" and isinstance(tuner := settings.get("tuner"), dict):
+    if stage in ("finetune", "cpt") and isinstance(tuner := settings.get("tuner"), dict):
         return "model" if tuner.get("kind") == "full" else "adapter"
     return MAKES.get(stage)
 

@@ -250,10 +250,12 @@ def verbs() -> list[str]:
 
 def groups_of(verb: str) -> dict[str, set[str]]:
     """{group: its options} for the config groups this verb composes from."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
-    defaults = _container(OmegaConf.load(CONFIGS / f"{verb}.yaml")).get("defaults", [])
-    names = [next(iter(d)) for d in defaults if not isinstance(d, str)]
+    whole = OmegaConf.load(CONFIGS / f"{verb}.yaml")
+    assert isinstance(whole, DictConfig), "every file in configs/ is a mapping"
+    defaults = whole.get("defaults", [])  # alone: the rest may refer to what the options of groups bring
+    names = [str(next(iter(d))) for d in defaults if not isinstance(d, str)]
     return {name: {p.stem for p in (CONFIGS / name).glob("*.yaml")} for name in names}
 
 

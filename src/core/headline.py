@@ -10,7 +10,7 @@ def headline(a: Artifact) -> str:
     m = a.metrics
     if a.stage == "data":
         return f"{m['train_rows']} train, {m['val_rows']} val, {m['calib_rows']} calib of {m['rows_in']} rows"
-    if a.stage == "finetune":
+    if a.stage in ("finetune", "pretrain", "cpt"):
         if "val_loss" in m:
             return f"validation loss {m['val_loss_first']:.3f} -> {m['val_loss']:.3f} in {m['steps']} steps"
         return f"training loss {m['train_loss_first']:.3f} -> {m['train_loss_last']:.3f} in {m['steps']} steps"

@@ -57,7 +57,7 @@ def builder(cfg: DeployVerb) -> Builder:
 
 def find(cfg: DeployVerb, run: stage.Run) -> dict[str, Artifact]:
     vendor = builder(cfg)
-    inputs = {"model": run.source(cfg.source, "merge", "finetune", kinds=vendor.TAKES)}
+    inputs = {"model": run.source(cfg.source, "merge", "finetune", "cpt", "pretrain", kinds=vendor.TAKES)}
     if vendor.wants_dataset(cfg.target):
         inputs["dataset"] = stage.data_sources(run, cfg.dataset)
     # Where the board takes bf16, the merge is on its grid already, and the compiler would round the exact sum to the nearest.

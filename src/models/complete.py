@@ -53,7 +53,9 @@ def copy(source: Path, out: Path, *, tokenizer: bool = True) -> list[str]:
 
 
 def set_chat(out: Path, tokenizer) -> None:
-    """Give a folder's tokenizer files the chat template and settings of `tokenizer`, where they have others."""
+    """Give a folder's tokenizer files the chat template and settings of `tokenizer`, where they have others; without a template, they stay as they are."""
+    if not tokenizer.chat_template:
+        return
     text, settings = str(tokenizer.chat_template), tokenizer.init_kwargs.get(template.SETTINGS)
     path = out / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}

@@ -44,10 +44,17 @@ def greedy(
     """Greedy answers to conversations, batched: (text, whether the turn was ended by the stop token). tools: of each conversation, if any.
 
     seconds: after which they are cut off; None: never."""
-    import torch
-
     offered = tools or [None] * len(prompts)
     ids = [tokenizer(render(tokenizer, p, t, prompt=True), add_special_tokens=False).input_ids for p, t in zip(prompts, offered)]
+    return greedy_after(model, tokenizer, ids, max_new_tokens=max_new_tokens, eos_id=eos_id, seconds=seconds)
+
+
+def greedy_after(
+    model, tokenizer, ids: list[list[int]], *, max_new_tokens: int, eos_id: int, seconds: float | None = None
+) -> list[tuple[str, bool]]:
+    """As `greedy`, of token ids to go on from."""
+    import torch
+
     ends, stops = ends_of(model, tokenizer, eos_id)
     longest = max(map(len, ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_id

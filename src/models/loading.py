@@ -166,7 +166,10 @@ def refuse_unknown_ids(model, where: Path) -> None:
             raise BadData(
                 f"the tokenizer gives token id {largest}, and the model has {rows} rows: they do not belong together",
                 where=str(where),
-                fix="copy the model's own tokenizer files into it",
+                fix=[
+                    "copy the model's own tokenizer files into it",
+                    "python -m src.finetune gives a model without a chat template ChatML and its tokens",
+                ],
             )
 
     model.get_input_embeddings().register_forward_pre_hook(check)

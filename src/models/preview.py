@@ -153,7 +153,7 @@ def fitted(target: Target, shape: ModelShape) -> Target:
 def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     """The model that `deploy` would take, and the dataset. Raises ConfigError for a name that is none."""
     asked(cfg)
-    model = run.source(cfg.source, "merge", "finetune", "quantize", kinds=KINDS)
+    model = run.source(cfg.source, "merge", "finetune", "quantize", "cpt", "pretrain", kinds=KINDS)
     return {"model": model, "dataset": stage.data_sources(run, cfg.dataset)}
 
 

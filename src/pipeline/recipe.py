@@ -73,7 +73,7 @@ def read(name: str) -> list[Step]:
     return steps
 
 
-VERBS = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy")
+VERBS = ("pretrain", "cpt", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy")
 """stages that make an artifact of a run"""
 LINES = "write it as those in configs/pipeline are: `stages:`, then a line `- VERB key=value ...` for each"
 

@@ -62,7 +62,7 @@ def overview(run: Run) -> dict[str, Any]:
     cards.append(("on disk", size(sum(f["size"] for a in run.artifacts.values() for f in a.files.values()))))
     if dataset := run.dataset:
         cards.append(("conversations", f"{dataset.metrics.get('train_rows', 0):,} train, {dataset.metrics.get('val_rows', 0):,} val"))
-    if (tuned := run.first("finetune")) and "val_loss" in tuned.metrics:
+    if (tuned := run.trained) and "val_loss" in tuned.metrics:
         cards.append(("validation loss", f"{tuned.metrics['val_loss_first']:.3f} → {tuned.metrics['val_loss']:.3f}"))
     for form, report in runs.evaluations(run)[-1:]:
         if "perplexity" in report.metrics:
@@ -108,7 +108,7 @@ def data(run: Run, rows: int, drawn: dict[str, Any]) -> dict[str, Any] | None:
 
 def training(read: Sequence[Run], drawn: dict[str, Any]) -> list[dict[str, Any]]:
     """Curves of all runs in one, and a table of the figures of each."""
-    tuned = [(run.name, found) for run in read if (found := run.first("finetune"))]
+    tuned = [(run.name, found) for run in read if (found := run.trained)]
     points = [(name, found.metrics.get("curve", [])) for name, found in tuned]
     checks = [
         (f"validation, {name}" if len(tuned) > 1 else "validation", found.metrics.get("evaluations", []), "loss") for name, found in tuned

@@ -14,7 +14,8 @@ from src.core import artifact, compose
 from src.core.artifact import Artifact
 from src.core.log import duration, size
 
-ORDER = ("data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy")
+TRAINED = ("finetune", "cpt", "pretrain")
+ORDER = ("pretrain", "cpt", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy")
 FORMS = ("finetune", "merge", "quantize")
 """what evaluations are of, in the order of the road"""
 
@@ -35,6 +36,11 @@ class Run:
 
     def first(self, stage: str) -> Artifact | None:
         return next(iter(self.of(stage)), None)
+
+    @property
+    def trained(self) -> Artifact | None:
+        """What was trained on conversations, or else on plain text."""
+        return next((found for stage in TRAINED if (found := self.first(stage))), None)
 
     @property
     def dataset(self) -> Artifact | None:

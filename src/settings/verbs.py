@@ -28,6 +28,8 @@ from src.settings.teachers import AnyJudge, AnyTeacher
 
 Rounding = Literal["stochastic", "nearest"]
 Weights = Literal["exact", "stored"]
+BYTE_LEVEL = 256 + 3
+"""tokens of a tokenizer that pretrain learns at least: all bytes, and those that begin a text, end it and pad"""
 
 
 class Verb(Settings):
@@ -281,29 +283,25 @@ class Deepspeed(Settings):
     """a DeepSpeed JSON file merged over these settings; optimizer and scheduler blocks in it are refused"""
 
 
-class Train(Settings):
+class TrainLoop(Settings):
+    """How long, in what portions and in what precision. A row is what a model sees by itself: a conversation, or a stretch of a text."""
+
     epochs: PositiveFloat
     """passes over the training split"""
     max_steps: PositiveInt | None
     """stop after this many optimizer steps; null: as many as the epochs take"""
     global_batch_size: PositiveInt
-    """conversations per optimizer step over all processes"""
+    """rows (conversations, stretches of text) per optimizer step over all processes"""
     micro_batch_size: Annotated[PositiveInt | Literal["auto"], Unkeyed]
-    """conversations as long as the longest per forward pass and process, more where they are shorter; auto: as many as fit in memory"""
+    """rows as long as the longest per forward pass and process, more where they are shorter; auto: as many as fit in memory"""
     packing: Annotated[Literal["auto"] | bool, Unkeyed]
-    """lay conversations end to end instead of padding them, each seeing itself alone; auto: where that is proven equal on the model"""
-    max_length: PositiveInt
-    """tokens per conversation; see long_rows for longer ones"""
-    long_rows: Literal["drop", "split_turns", "keep_end", "error"]
-    """conversations over max_length: left out, cut between turns into several, cut to their last tokens, or an error; counted and said"""
-    long_share: Annotated[float, Field(ge=0, le=1)]
-    """share of conversations that may be left out or cut for their length; above it the stage fails"""
-    hidden_turns: Literal["skip", "rows"]
-    """answers that the template shows otherwise once they are history (Qwen3's reasoning): out of the loss and counted, or a row for each"""
+    """lay rows end to end instead of padding them, each seeing itself alone; auto: where that is proven equal on the model"""
+    max_length: Annotated[int, Field(ge=2)]
+    """tokens per row"""
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """auto: bf16 on GPUs and CPUs with units for it, else fp32"""
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], Unkeyed]
-    """auto: each packed conversation by itself, on a GPU in one kernel; else as transformers calls it"""
+    """auto: each packed row by itself, on a GPU in one kernel; else as transformers calls it"""
     chunked_loss: Annotated[Literal["auto"] | bool, Unkeyed]
     """compute the output layer for trained tokens only and a chunk at a time; auto: where that is proven equal on the model"""
     optimizer: Literal["auto", "adamw", "adamw_8bit"]
@@ -325,7 +323,7 @@ class Train(Settings):
     max_grad_norm: NonNegativeFloat
     """gradients are clipped to this norm; 0: never"""
     gradient_checkpointing: Annotated[Literal["auto"] | bool, Unkeyed]
-    """recompute activations in the backward pass: less memory, about a third more time; auto: only where the longest conversation needs it"""
+    """recompute activations in the backward pass: less memory, about a third more time; auto: only where the longest row needs it"""
     eval_steps: Annotated[PositiveInt | None, Unkeyed]
     """evaluate every so many steps; null: at the end of each epoch"""
     eval_rows: Annotated[PositiveInt | Literal["auto"], Unkeyed]
@@ -337,9 +335,20 @@ class Train(Settings):
     log_steps: Annotated[PositiveInt, Unkeyed]
     """report every so many steps"""
     samples: Annotated[NonNegativeInt, Unkeyed]
-    """first user turns of the validation split answered greedily at each evaluation, to be looked at; under ZeRO-3 every token of theirs gathers the weights"""
+    """beginnings of validation rows answered or continued greedily at each evaluation, to be looked at; under ZeRO-3 every token of theirs gathers the weights"""
     seed: int
     """seed of initialisation, order and dropout"""
+
+
+class Train(TrainLoop):
+    max_length: PositiveInt
+    """tokens per conversation; see long_rows for longer ones"""
+    long_rows: Literal["drop", "split_turns", "keep_end", "error"]
+    """conversations over max_length: left out, cut between turns into several, cut to their last tokens, or an error; counted and said"""
+    long_share: Annotated[float, Field(ge=0, le=1)]
+    """share of conversations that may be left out or cut for their length; above it the stage fails"""
+    hidden_turns: Literal["skip", "rows"]
+    """answers that the template shows otherwise once they are history (Qwen3's reasoning): out of the loss and counted, or a row for each"""
 
 
 class Teacher(Settings):
@@ -372,19 +381,28 @@ class Launch(Settings):
         return self
 
 
-class FinetuneVerb(StageVerb):
-    model: Model
-    """the model to start from"""
+class TrainingVerb(TrackedVerb):
+    """What every verb that trains is told."""
+
     tuner: Tuner
     """which weights are trained, and how fast"""
     deepspeed: Deepspeed
     """how training is spread over memory"""
+    train: TrainLoop
+    """how long, in what portions and in what precision"""
+    max_loss_change: Annotated[PositiveFloat, Unkeyed]
+    """nats that the loss on held-out rows may differ between what was trained and what is saved, beside what other rows would explain"""
+    launch: Annotated[Launch, Unkeyed]
+    """processes and machines"""
+
+
+class FinetuneVerb(StageVerb, TrainingVerb):
+    model: Model
+    """the model to start from"""
     train: Train
     """how long, in what portions and in what precision"""
     teacher: Annotated[Teacher, Field(exclude_if=lambda teacher: teacher.path is None)]
     """a larger model to learn from"""
-    max_loss_change: Annotated[PositiveFloat, Unkeyed]
-    """nats that the loss on held-out conversations may differ between what was trained and what is saved, beside what other conversations would explain"""
     chat_template: str | None
     """null: the base's, or chatml where it has none; chatml: ours, which shows tools, calls, results, system turns and reasoning; FILE: a Jinja file"""
     template: dict[str, JsonValue]
@@ -399,14 +417,109 @@ class FinetuneVerb(StageVerb):
     """none: train on the assistant's text and its <|im_end|>; qwen: the labels of Qwen's finetune.py, turn markers included"""
     train_new_tokens: Literal["auto", "never"]
     """auto: rows of ChatML tokens found untrained are trained, at a rate of their own; never: as the base left them, or as the tuner moves them"""
-    launch: Annotated[Launch, Unkeyed]
-    """processes and machines"""
 
     @field_validator("today")
     @classmethod
     def _is_a_day(cls, value: str) -> str:
         date.fromisoformat(value)
         return value
+
+
+class TextVerb(TrainingVerb):
+    """What a verb that trains on plain text is told."""
+
+    text: Annotated[str, Field(exclude=True, min_length=1)]
+    """text to learn: a file, folder, glob or hub id of .txt, or of records with a column `text`; tinystories: that set, from the hub"""
+    separator: Annotated[str, Field(min_length=1)]
+    """what parts the documents of a .txt: auto (<|endoftext|> where the file has it, else the file is one), blank_line, file, or the words themselves"""
+    val: Fraction
+    """share of documents held out for validation"""
+    split_seed: int
+    """seed of the hash that gives each document its split"""
+
+
+class Size(Settings):
+    """The shape of a new model, in the words of config.json."""
+
+    family: Literal["llama", "qwen3"]
+    """which model's layers; qwen3's have norms on queries and keys"""
+    hidden: PositiveInt
+    """width of the model"""
+    intermediate: PositiveInt | Literal["auto"]
+    """width of the MLP; auto: 8/3 of hidden, up to a multiple of 32, as llama2.c has it"""
+    layers: PositiveInt
+    """layers"""
+    heads: PositiveInt
+    """attention heads"""
+    kv_heads: PositiveInt
+    """heads of keys and values; below heads: several heads share one"""
+    vocab: PositiveInt
+    """tokens of the tokenizer that is trained; with tokenizer=FOLDER as many as that has"""
+    max_length: PositiveInt
+    """tokens of the context"""
+    rope_theta: PositiveFloat
+    """base of the rotary embedding"""
+    tied: bool
+    """output layer and embedding are one table"""
+
+    @model_validator(mode="after")
+    def _is_a_model(self) -> Self:
+        faults, pairs = [], 2 * self.heads  # rotary embeddings turn pairs of a head's values
+        if self.hidden % pairs:
+            faults.append(
+                f"size.hidden={self.hidden} cannot be shared by size.heads={self.heads}; size.hidden={-(-self.hidden // pairs) * pairs} can"
+            )
+        if self.heads % self.kv_heads:
+            divides = max(n for n in range(1, min(self.kv_heads, self.heads) + 1) if self.heads % n == 0)
+            faults.append(f"size.heads={self.heads} cannot share size.kv_heads={self.kv_heads}; size.kv_heads={divides} divides them")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLP, by llama2.c's rule (model.py, `hidden_dim`, `multiple_of`) where it is not given."""
+        return -(-(8 * self.hidden // 3) // 32) * 32 if self.intermediate == "auto" else self.intermediate
+
+
+class PretrainVerb(TextVerb):
+    size: Size
+    """the shape of the model: 260k, 15m, 42m, 110m, or single sizes"""
+    tokenizer: Annotated[str | None, Unkeyed]
+    """folder or hub id of a model whose tokenizer is taken; null: one of size.vocab tokens is trained on the text"""
+    tuner: FullTuner
+    """how fast, and what is saved; every weight is trained"""
+
+    @field_validator("tuner", mode="before")
+    @classmethod
+    def _is_full(cls, value: object) -> object:
+        if not isinstance(value, dict | FullTuner):
+            raise ValueError("a new model has every weight to train; adapters on a model there is are cpt's, or finetune's")
+        return value
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        faults = []
+        if self.train.max_length > self.size.max_length:
+            faults.append(
+                f"train.max_length={self.train.max_length} is beyond size.max_length={self.size.max_length}; train.max_length={self.size.max_length}"
+            )
+        if self.tokenizer is None and self.size.vocab < BYTE_LEVEL:
+            faults.append(
+                f"size.vocab={self.size.vocab} has no room for all bytes and the control tokens; size.vocab={BYTE_LEVEL} is the least"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+class CptVerb(TextVerb):
+    model: Model
+    """the model to go on from"""
+
+
+Trains = FinetuneVerb | CptVerb
+"""what trains a model that is there; pretrain makes one and is cpt on it from then on"""
 
 
 class MergeVerb(StageVerb):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from src.core.room import Needs
 from src.settings.quantizers import Calibration
 from src.settings.targets import Gguf, Llama2c, Openvino, Target
-from src.settings.verbs import AdapterTuner, Deepspeed, Evaluation, FullTuner, PlanTrain, Train, Tuner
+from src.settings.verbs import AdapterTuner, Deepspeed, Evaluation, FullTuner, PlanTrain, TrainLoop, Tuner
 from src.sizing import budget
 from src.sizing.shape import Layer, ModelShape
 
@@ -52,6 +52,10 @@ JSON = 3.5
 """bytes of a dataset's lines for each token of its conversations, at least in most languages"""
 RANK = 64
 """configs/tuner/lora.yaml's"""
+TOKENIZING = 400 * MB
+"""what a portion of text (training/text_rows.py) takes while it becomes tokens"""
+TOKENS = 1.0
+"""bytes of the tokens of a byte of text: 2 or 4 for each, of 2.5 bytes with the smallest vocabularies and of 4 or more with large ones"""
 NF4 = 0.5 + 1 / 64
 """bytes of a weight in 4 bit, with a scale of 8 bits for each 64 of them"""
 WIDTH = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -134,7 +138,7 @@ def data(read: int, *, packed: int = 0) -> Needs:
     return Needs({"libraries and a record at a time": 2 * PYTHON}, 1.2 * read + 4 * packed)
 
 
-def finetune(shape: ModelShape, tuner: Tuner, zero: Deepspeed, train: Train | PlanTrain, *, processes: int = 1, gpus: int = 0) -> Needs:
+def finetune(shape: ModelShape, tuner: Tuner, zero: Deepspeed, train: TrainLoop | PlanTrain, *, processes: int = 1, gpus: int = 0) -> Needs:
     """processes, gpus: of this machine. On GPUs a model is in the machine's memory until it has been moved, and what is offloaded stays there."""
     adapter = None if isinstance(tuner, FullTuner) else tuner
     trained = adapter_values(shape, adapter) if adapter else shape.params
@@ -153,6 +157,15 @@ def finetune(shape: ModelShape, tuner: Tuner, zero: Deepspeed, train: Train | Pl
         {f"train.max_length={n}": replace(set_up, length=n) for n in lengths},
     ]
     return replace(set_up.needs(), ways=[{way: then.needs() for way, then in tried.items()} for tried in ways])
+
+
+def with_text(needs: Needs, text_bytes: float, start: float = 0) -> Needs:
+    """A training's needs where it begins with so many bytes of text, tokenized before, and with a model of `start` bytes that is written first."""
+    asked = {"libraries": TRAINER, "a portion of text and its tokens": TOKENIZING}
+    disk = needs.disk + TOKENS * text_bytes + start
+    smaller = needs.smaller and with_text(needs.smaller, text_bytes, start)
+    ways = [{way: with_text(then, text_bytes, start) for way, then in tried.items()} for tried in needs.ways]
+    return replace(needs, parts=largest(dict(needs.parts), asked), disk=disk, smaller=smaller, ways=ways)
 
 
 def with_teacher(needs: Needs, teacher: ModelShape, tokens: float, processes: int) -> Needs:
@@ -177,7 +190,7 @@ class Training:
     rank: int
     trained: int
     zero: Deepspeed
-    train: Train | PlanTrain
+    train: TrainLoop | PlanTrain
     processes: int
     gpus: int
     tables: bool

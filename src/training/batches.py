@@ -1,6 +1,6 @@
-"""Which conversations make up which step, and how they are laid into micro-batches.
+"""Which rows make up which step, and how they are laid into micro-batches. A row is a conversation, or a stretch of a text.
 
-A step's conversations follow from the seed alone. How they are spread over processes and forward passes changes the speed, never what is learnt:
+A step's rows follow from the seed alone. How they are spread over processes and forward passes changes the speed, never what is learnt:
 losses are summed over trained tokens and divided by the step's count.
 """
 
@@ -8,6 +8,7 @@ import functools
 import heapq
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from src.chat import encoding
-from src.training.examples import Example, Examples
+from src.training.examples import Example
 
 EVAL_SHARE, EVAL_ROWS = 0.02, 64
 """of a training's time that its evaluations may take, and the fewest rows that say something"""
@@ -130,11 +131,31 @@ class ExampleSource(Protocol):
     def __getitem__(self, i: int, /) -> Example: ...
 
 
+class Rows(ExampleSource, Protocol):
+    """The rows of a split: conversations (examples.py), or stretches of text (text_rows.py).
+
+    lengths: tokens of each, int64. trained_tokens: those of them that the loss counts, int64; trained_weight: the sum of their weights, float64.
+    """
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def trained_tokens(self) -> np.ndarray: ...
+
+    @property
+    def trained_weight(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Example]: ...
+
+
 class Steps(torch.utils.data.Dataset):
     """What one process computes in each step: its micro_batches, and how many tokens the step has over all processes: of rows, trained, and laid
     out with padding; and the sum of its tokens' weights."""
 
-    def __init__(self, plan: BatchPlan, examples: Examples, rank: int, pad: int):
+    def __init__(self, plan: BatchPlan, examples: Rows, rank: int, pad: int):
         self.plan, self.data, self.rank, self.pad = plan, examples, rank, pad
 
     def __len__(self) -> int:

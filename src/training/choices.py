@@ -17,7 +17,7 @@ from src.core.errors import ConfigError, MissingTool, using
 from src.core.files import read_json
 from src.core.log import say
 from src.models.devices import device, say_device
-from src.settings.verbs import FinetuneVerb
+from src.settings.verbs import TrainingVerb
 from src.training import kernels
 from src.training.deepspeed_config import AUTO, NO_FILE, deepspeed_json
 
@@ -26,7 +26,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 GPUS = ROOT / "configs" / "gpu"
 
 
-def start(cfg: FinetuneVerb) -> tuple[str, str]:
+def start(cfg: TrainingVerb) -> tuple[str, str]:
     """Join the other processes and seed; returns (device, precision)."""
     init_distributed(cfg.deepspeed.stage)
     if cfg.deepspeed.config:
@@ -140,7 +140,7 @@ def sgemm_operations(model) -> float:
     return 2.0 * 512 * width * inner * count / passed
 
 
-def arguments(cfg: FinetuneVerb, out: Path, steps: int, precision: str, *, world: int, evaluates: bool) -> TrainingArguments:
+def arguments(cfg: TrainingVerb, out: Path, steps: int, precision: str, *, world: int, evaluates: bool) -> TrainingArguments:
     """transformers' TrainingArguments for our settings. What a step holds is the plan's affair, and trackers, saving of the result and reports are
     ours, so its own are off."""
     t, gpu = cfg.train, torch.cuda.is_available()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.core.errors import BadData, ConfigError
 from src.core.files import read_json
-from src.settings.verbs import FinetuneVerb
+from src.settings.verbs import TrainingVerb
 
 GPU_BUCKET, CPU_BUCKET = 200_000_000, 5_000_000
 """elements that are sent at a time: on a GPU while it computes; on a CPU nothing runs beside the sending, and a bucket is only memory"""
@@ -17,7 +17,7 @@ WIDE = {"reduce_bucket_size": AUTO, "stage3_prefetch_bucket_size": AUTO, "stage3
 ONE_LAYER = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
-def deepspeed_json(cfg: FinetuneVerb, *, gpu: bool) -> dict:
+def deepspeed_json(cfg: TrainingVerb, *, gpu: bool) -> dict:
     """DeepSpeed's configuration. Optimizer and scheduler stay out of it: a block for either silently replaces the one asked for.
 
     On a GPU what ZeRO-3 gathers ahead, sends together and leaves whole is for transformers to say by the model's width, as DeepSpeed's authors advise:
@@ -66,7 +66,7 @@ def deepspeed_json(cfg: FinetuneVerb, *, gpu: bool) -> dict:
 NO_FILE = "deepspeed=zero2 or deepspeed=zero3 needs no file"
 
 
-def user_deepspeed_json(path: Path, cfg: FinetuneVerb) -> dict:
+def user_deepspeed_json(path: Path, cfg: TrainingVerb) -> dict:
     """A user's DeepSpeed file, refused where it contradicts our settings; a number that is theirs and ours alike becomes `auto`."""
     theirs, stage = read_json(path), cfg.deepspeed.stage
     faults = [
@@ -103,7 +103,7 @@ OURS = {
 """keys of a DeepSpeed file -> the setting that says the same here; accumulation follows from it and train.global_batch_size"""
 
 
-def numbers_against(theirs: dict, cfg: FinetuneVerb) -> list[str]:
+def numbers_against(theirs: dict, cfg: TrainingVerb) -> list[str]:
     """What of a DeepSpeed file's own numbers is not what the settings say, each with what would make it so."""
     train, faults = cfg.train, []
     says = {

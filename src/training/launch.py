@@ -30,6 +30,13 @@ def per_node(launch: Launch) -> int:
     return max(1, gpu_count()) if launch.nproc_per_node == "auto" else launch.nproc_per_node
 
 
+def around(verb: str, argv: list[str], launch: Launch, *, zero_stage: int) -> int | None:
+    """Start a verb's worker processes, unless one without DeepSpeed is all there is or torchrun has started us; then None."""
+    if "WORLD_SIZE" in os.environ or (world_size(launch) == 1 and not zero_stage):
+        return None
+    return torchrun(f"src.{verb}", argv, launch)
+
+
 def torchrun(module: str, argv: list[str], launch: Launch) -> int:
     """Run `python -m module argv` in every process and return one exit code: 0, or that of the process that failed first."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException

@@ -15,11 +15,11 @@ from src.core.errors import NoMemory, ProofFailed
 from src.core.files import read_json, write_json
 from src.core.log import rank, say, size
 from src.core.memory import available
-from src.settings.verbs import FinetuneVerb
+from src.settings.verbs import FinetuneVerb, TrainingVerb
 from src.training import attention, launch, rules
-from src.training.batches import micro_batch
+from src.training.batches import Rows, micro_batch
 from src.training.checkpoints import barrier
-from src.training.examples import Example, Examples
+from src.training.examples import Example
 from src.training.head import HeadLoss, Targets, token_results
 
 EQUAL = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -44,7 +44,7 @@ class Layout:
     checkpointing: bool
 
 
-def choose_layout(cfg: FinetuneVerb, model, examples: Examples, out: Path, precision: str) -> Layout:
+def choose_layout(cfg: TrainingVerb, model, examples: Rows, out: Path, precision: str) -> Layout:
     """The layout of the unfinished run in `out`, or a new one that this model is proven to take. Leaves the model set up for it."""
     file, asked = out / "layout.json", {name: getattr(cfg.train, name) for name in ASKED}
     if not file.is_file():
@@ -70,7 +70,7 @@ def choose_layout(cfg: FinetuneVerb, model, examples: Examples, out: Path, preci
 ASKED = ("micro_batch_size", "packing", "attention", "chunked_loss", "gradient_checkpointing")
 
 
-def new_layout(cfg: FinetuneVerb, model, examples: Examples, precision: str) -> Layout:
+def new_layout(cfg: TrainingVerb, model, examples: Rows, precision: str) -> Layout:
     t, longest = cfg.train, int(examples.lengths.max())
     share = t.global_batch_size // launch.world_size(cfg.launch)
     # Under ZeRO-3 the model runs inside DeepSpeed's engine only: what looks right is taken, and Probe proves it there.
@@ -235,7 +235,7 @@ def as_in_use(model):
 # ---- how much fits
 
 
-def tokens_that_fit(cfg: FinetuneVerb, model, examples: Examples, layout: Layout) -> int:
+def tokens_that_fit(cfg: TrainingVerb, model, examples: Rows, layout: Layout) -> int:
     """Tokens whose activations fit beside the weights, gradients and optimizer states of this process, by the bytes a short forward pass keeps.
 
     Raises NoMemory where a machine without a GPU could not hold even one row: there the system would kill the process without a word.
@@ -268,17 +268,18 @@ def tokens_that_fit(cfg: FinetuneVerb, model, examples: Examples, layout: Layout
     return rules.tokens_that_fit(left, each, trained=trained, shards=world, offload=offload)
 
 
-def smaller(cfg: FinetuneVerb, *, checkpointing: bool, one: bool) -> list[str]:
+def smaller(cfg: TrainingVerb, *, checkpointing: bool, one: bool) -> list[str]:
     """Settings that take less memory than the run's own. one: a single conversation is too much already.
 
     Offloading moves what a GPU holds into the machine's memory, where all of it is where there is no GPU.
     """
-    gpu, kind, zero = torch.cuda.is_available(), cfg.tuner.kind, cfg.deepspeed
+    gpu, kind, zero, chat = torch.cuda.is_available(), cfg.tuner.kind, cfg.deepspeed, isinstance(cfg, FinetuneVerb)
     return [
         *["train.micro_batch_size=1"] * (not one),
         *["train.gradient_checkpointing=true"] * (not checkpointing),
-        "train.max_length=N, lower, for shorter conversations; train.long_rows says what becomes of the longer",
-        *["tuner=lora or tuner=qlora, which train fewer weights"] * (kind == "full"),
+        *["train.max_length=N, lower, for shorter conversations; train.long_rows says what becomes of the longer"] * chat,
+        *["train.max_length=N, lower, for shorter rows"] * (not chat),
+        *["tuner=lora or tuner=qlora, which train fewer weights"] * (kind == "full" and chat),
         *["deepspeed=zero3_offload, which shares what is left between processes and the host's memory"]
         * (gpu and kind != "qlora" and not (zero.stage == 3 and zero.offload)),
     ]

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from src.core.errors import NO_SPACE, NoMemory, NoRoom, ProofFailed
 from src.core.log import duration, rank, say, size
 from src.models.devices import give_back_memory
-from src.settings.verbs import FinetuneVerb
+from src.settings.verbs import TrainingVerb
 from src.training.batches import micro_batch
 from src.training.checkpoints import barrier
 from src.training.head import token_results
@@ -28,7 +28,7 @@ class Probe(TrainerCallback):
     are put back.
     """
 
-    def __init__(self, trainer: ChatTrainer, cfg: FinetuneVerb, out: Path, precision: str):
+    def __init__(self, trainer: ChatTrainer, cfg: TrainingVerb, out: Path, precision: str):
         self.trainer, self.cfg, self.out, self.precision = trainer, cfg, out, precision
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -49,7 +49,7 @@ class Probe(TrainerCallback):
             ) from None
         written = self.save()
         say(
-            f"probe: {len(examples)} conversations, {trainer.plan.size(examples):,} tokens, forward, backward, optimizer step and saving ({size(written)}) went "
+            f"probe: {len(examples)} rows, {trainer.plan.size(examples):,} tokens, forward, backward, optimizer step and saving ({size(written)}) went "
             f"through in {duration(time.monotonic() - begun)}"
         )
 
@@ -95,7 +95,7 @@ class Probe(TrainerCallback):
             seen = trainer.plan.packed and leaks(trainer.model, EQUAL[self.precision], inside=model)
         if seen or (ours - plain).abs().max().item() > EQUAL[self.precision]:
             raise ProofFailed(
-                "on this model packed conversations, or the loss in chunks, do not give the losses of the plain model",
+                "on this model packed rows, or the loss in chunks, do not give the losses of the plain model",
                 fix="train.packing=false train.chunked_loss=false",
             )
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 import resource
 import sys
@@ -18,10 +17,11 @@ from src.chat import encoding
 from src.core.errors import ProofFailed
 from src.core.log import duration, fitted, mark, on_terminal, rank, say, spark, ticks, warn
 from src.core.tracking import FOLDER, Place, Trackers
-from src.models.generation import greedy
-from src.settings.verbs import FinetuneVerb
+from src.models.generation import greedy_after
+from src.settings.verbs import Trains
 from src.training.choices import peak_operations, sgemm_operations
 from src.training.examples import Example
+from src.training.lesson import Lesson
 from src.training.trainer import ChatTrainer
 
 ANSWERING = 60
@@ -33,13 +33,13 @@ STILL = 20
 class Reports(TrainerCallback):
     """Loss, rate, gradient norm, speed, memory, time left, sample answers; evaluates at the end of each epoch or every eval_steps."""
 
-    def __init__(self, trainer: ChatTrainer, cfg: FinetuneVerb, out: Path, tokenizer, dataset: Path):
-        """out: where the artifact is made. dataset: folder of train.jsonl and val.jsonl, whose first prompts are answered at every evaluation.
+    def __init__(self, trainer: ChatTrainer, cfg: Trains, out: Path, tokenizer, lesson: Lesson):
+        """out: where the artifact is made. lesson: whose prompts are gone on from at every evaluation.
 
         bar: holds the bar that training shows on a terminal; whoever trains closes it.
         """
-        self.trackers, self.tokenizer, self.records = open_trackers(cfg, out), tokenizer, dataset / "train.jsonl"
-        self.prompts, self.eval_steps = first_prompts(dataset / "val.jsonl", cfg.train.samples), cfg.train.eval_steps
+        self.trackers, self.tokenizer, self.lesson = open_trackers(cfg, out), tokenizer, lesson
+        self.eval_steps = cfg.train.eval_steps
         gpu = torch.cuda.is_available()
         self.checks_every_step, self.unit = not gpu, "the GPU" if gpu else "sgemm"
         # A CPU's own speed in 16 bits is not known; in fp32 it is what its matrix products reach.
@@ -78,7 +78,7 @@ class Reports(TrainerCallback):
             if not math.isfinite(value):
                 raise ProofFailed(
                     f"the loss became {value} at step {at}",
-                    where=f"{self.records}, records {', '.join(self.record_ids(at))}",
+                    where=f"{self.lesson.source}, records {', '.join(self.record_ids(at))}",
                     fix=["a lower tuner.learning_rate, with force=true", "train.precision=fp32 force=true"],
                 )
         self.recent = [*self.recent, *values][-STILL:]
@@ -88,21 +88,16 @@ class Reports(TrainerCallback):
     def stands_still(self, step: int, how: str) -> None:
         raise ProofFailed(
             f"the loss does not move: by step {step} it {how}",
-            where=f"{self.records}, records of the last step: {', '.join(self.record_ids(step))}",
+            where=f"{self.lesson.source}, records of the last step: {', '.join(self.record_ids(step))}",
             fix=[
                 "a higher tuner.learning_rate, with force=true",
             ],
         )
 
     def record_ids(self, step: int, most: int = 8) -> list[str]:
-        """Ids of the records in a step, counted from 1."""
-        lines = sorted({int(self.trainer.examples.lines[example]) for example in self.trainer.plan.examples(step - 1)})
-        found = []
-        with open(self.records, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if number in lines[:most]:
-                    found.append(str(json.loads(line)["id"]))
-        return found + (["..."] if len(lines) > most else [])
+        """What the first rows of a step are, which is counted from 1."""
+        names = list(dict.fromkeys(map(self.lesson.named, sorted(self.trainer.plan.examples(step - 1))[: most + 1])))
+        return names[:most] + (["..."] if len(names) > most else [])
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
@@ -150,7 +145,7 @@ class Reports(TrainerCallback):
                 (f"  step {state.global_step}", 1),
                 (f"  validation loss {metrics['eval_loss']:.4f}", 0),
                 (f", right next token {metrics['eval_accuracy']:.1%} of {metrics['eval_tokens']}", 3),
-                (f", turn ends {metrics['eval_turns_ended']:.0%}", 2),
+                (f", {'turn' if self.lesson.chat else 'document'} ends {metrics['eval_turns_ended']:.0%}", 2),
             )
         )
         self.trackers.numbers({f"eval/{name}": metrics[f"eval_{name}"] for name in ("loss", "accuracy", "turns_ended")}, state.global_step)
@@ -164,21 +159,30 @@ class Reports(TrainerCallback):
             self.answer(model, state.global_step)  # a run killed after its last step has only its answers to make again
 
     def answer(self, model, step: int) -> None:
-        if self.prompts:
+        prompts = self.lesson.prompts
+        if prompts:
             was_training = model.training
             model.eval()
             alone, begun = (
                 self.trainer.args.world_size == 1,
                 time.monotonic(),
             )  # processes that stop at different tokens would wait for each other
-            answers = greedy(
-                model, self.tokenizer, self.prompts, max_new_tokens=64, eos_id=self.trainer.eos_id, seconds=ANSWERING if alone else None
+            answers = greedy_after(
+                model,
+                self.tokenizer,
+                [ids for _, ids in prompts],
+                max_new_tokens=64,
+                eos_id=self.trainer.eos_id,
+                seconds=ANSWERING if alone else None,
             )
             if alone and time.monotonic() - begun > ANSWERING:
-                say(f"  sample answers are cut off after {ANSWERING} s (train.samples={len(self.prompts)})")
+                say(f"  sample answers are cut off after {ANSWERING} s (train.samples={len(prompts)})")
             model.train(was_training)
-            self.samples = [(prompt[-1]["content"], text) for prompt, (text, _) in zip(self.prompts, answers)]
+            self.samples = [(prompt, text) for (prompt, _), (text, _) in zip(prompts, answers)]
             self.trackers.samples(self.samples, step)
+            if not self.lesson.chat:
+                prompt, text = (part.replace("\n", "⏎") for part in self.samples[0])
+                say(f"  it goes on: {prompt}{mark(text, True)}")
 
 
 def operations_per_token(model) -> float:
@@ -217,28 +221,16 @@ def preview(example: Example, tokenizer, limit: int = 120) -> None:
     say("a row, with what is trained marked: " + "".join(pieces))
 
 
-def open_trackers(cfg: FinetuneVerb, out: Path) -> Trackers:
+def open_trackers(cfg: Trains, out: Path) -> Trackers:
     """The trackers of rank 0, writing into the run, outside the artifact that gets sealed."""
     settings = {**cfg.model_dump(mode="json"), "run": cfg.run, "model_path": cfg.model.path}
     place = Place(out.parent / FOLDER, cfg.run, out.name.removesuffix(".partial"))
     return Trackers(cfg.tracker if rank() == 0 else {}, place, settings, journal=rank() == 0)
 
 
-def first_prompts(path: Path, count: int) -> list[list[dict]]:
-    """The first `count` conversations of a split, cut before their first answer."""
-    prompts: list[list[dict]] = []
-    with open(path, encoding="utf-8") as file:
-        for line in itertools.islice(file, count * 4):
-            messages = json.loads(line)["messages"]
-            cut = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), 0)
-            if cut and len(prompts) < count:
-                prompts.append(messages[:cut])
-    return prompts
-
-
 def summary(trainer, reports: Reports, precision: str, saved: dict) -> dict:
     """The numbers that go into the manifest. saved: the validation of what is saved, where that is narrower than what was trained, else empty."""
-    history, train = trainer.state.log_history, trainer.examples
+    history = trainer.state.log_history
     losses = [h["loss"] for h in history if "loss" in h]
     evals = [h for h in history if "eval_loss" in h]
     if on_terminal():
@@ -247,8 +239,8 @@ def summary(trainer, reports: Reports, precision: str, saved: dict) -> dict:
         "steps": trainer.state.max_steps,
         "processes": trainer.args.world_size,
         "precision": precision,
-        "train_rows": len(train),
-        "rows": {name: count for name, count in vars(train.counts).items() if isinstance(count, int)},
+        "train_rows": len(trainer.examples),
+        **reports.lesson.metrics,
         "tokens_seen": int(trainer.state.num_input_tokens_seen),
         "train_seconds": round(reports.train_seconds, 2),
         "tokens_per_second": round(reports.speed, 1),
@@ -274,7 +266,7 @@ def summary(trainer, reports: Reports, precision: str, saved: dict) -> dict:
         }
         if saved:
             metrics |= {"val_loss": saved["loss"], "val_accuracy": saved["accuracy"], "turns_ended": saved["turns_ended"]}
-        if metrics["turns_ended"] < 0.5:
+        if metrics["turns_ended"] < 0.5 and reports.lesson.chat:
             warn(
                 f"the model ends only {metrics['turns_ended']:.0%} of its turns where it should, so its answers will run on however good the loss looks; "
                 "train for more steps, or raise tuner.learning_rate or tuner.row_learning_rate"

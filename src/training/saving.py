@@ -13,7 +13,7 @@ from src.models import adapter_files, complete, fidelity, generation, rounding, 
 from src.models.devices import device_that_fits, give_back_memory
 from src.models.folder import stored_dtype
 from src.models.seen import Seen
-from src.settings.verbs import FinetuneVerb, FullTuner
+from src.settings.verbs import FullTuner, Trains
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,19 @@ class Trained:
     seen: Seen | None
 
 
-def saved_dtype(cfg: FinetuneVerb, base: Path) -> str:
+def begun(partial: Path) -> bool:
+    """Whether an unfinished run has a checkpoint to go on from."""
+    return any(partial.glob("checkpoints/checkpoint-*/whole"))
+
+
+def saved_dtype(cfg: Trains, base: Path) -> str:
     """Adapters are saved in fp32, whole models in the dtype asked for, or the base's."""
     if not isinstance(cfg.tuner, FullTuner):
         return "float32"
     return stored_dtype(base) if cfg.tuner.dtype == "auto" else cfg.tuner.dtype
 
 
-def finish(cfg: FinetuneVerb, base: Path, tokenizer, eos_id: int, out: Path, *, keep_tokenizer: bool, saved: set[str]) -> None:
+def finish(cfg: Trains, base: Path, tokenizer, eos_id: int, out: Path, *, keep_tokenizer: bool, saved: set[str]) -> None:
     """Make the saved folder complete and look at what was saved."""
     full = isinstance(cfg.tuner, FullTuner)
     (out / "training_args.bin").unlink(missing_ok=True)  # a pickle
@@ -54,7 +59,7 @@ def finish(cfg: FinetuneVerb, base: Path, tokenizer, eos_id: int, out: Path, *, 
     adapter_files.check_saved(out, moved=not full, expected=saved)
 
 
-def write_tokenizer(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, *, keep: bool) -> None:
+def write_tokenizer(cfg: Trains, base: Path, tokenizer, out: Path, *, keep: bool) -> None:
     """Write a result's tokenizer, with the base's other files that `out` lacks. keep: as the base's own files with the run's template, no token being new."""
     if not keep:
         tokenizer.save_pretrained(out)
@@ -73,7 +78,7 @@ def write_tokenizer(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, *, keep
         write_json(file, config | {"tokenizer_class": as_it_is})
 
 
-def check_tokenizer_kept(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, *, keep: bool) -> None:
+def check_tokenizer_kept(cfg: Trains, base: Path, tokenizer, out: Path, *, keep: bool) -> None:
     """Write the result's tokenizer to a folder in `out` and read it again. Raises BadData where transformers would read it otherwise than the base's: it
     chooses a class by config.json too, which an adapter's folder lacks, and may read its own files otherwise than it wrote them."""
     trial = out / "trial"
@@ -115,7 +120,7 @@ def check_moved(out: Path, base: Path) -> None:
         )
 
 
-def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained, metrics: dict) -> dict:
+def prove(cfg: Trains, base: Path, tokenizer, out: Path, trained: Trained, metrics: dict) -> dict:
     """Load the saved folder in a fresh process: its token ids, and on held-out rows its loss and likeliest tokens, against what was trained.
 
     Returns the figures. Raises ProofFailed where they differ.
@@ -133,18 +138,18 @@ def prove(cfg: FinetuneVerb, base: Path, tokenizer, out: Path, trained: Trained,
     if not full and compute == "float32":  # what a pass in 16 bits says is no measure for a merge
         fidelity.Record(trained.rows, trained.seen).save(out)
     change = fidelity.compare(trained.seen, seen, len(trained.rows))
-    fidelity.judge("finetune", change, cfg.max_loss_change, out, keeps_more(cfg))
+    fidelity.judge(out.name.removesuffix(".partial"), change, cfg.max_loss_change, out, keeps_more(cfg))
     return change.metrics()
 
 
-def keeps_more(cfg: FinetuneVerb) -> list[str]:
+def keeps_more(cfg: Trains) -> list[str]:
     if not isinstance(cfg.tuner, FullTuner):
         return []
     ways = ["tuner.rounding=stochastic force=true keeps what was learnt"] * (cfg.tuner.rounding == "nearest")
     return [*ways, "tuner.dtype=float32 force=true keeps every bit"]
 
 
-def judge(cfg: FinetuneVerb, made: Artifact) -> None:
+def judge(cfg: Trains, made: Artifact) -> None:
     """A finished fine-tune held to a limit that was set since."""
     if "kl" in made.metrics:
         fidelity.hold_loss(fidelity.Change.of(made.metrics), cfg.max_loss_change, made.path, keeps_more(cfg))

@@ -18,8 +18,8 @@ from src.core.log import progress
 from src.models import adapter_files, lora, seen
 from src.models.devices import give_back_memory
 from src.models.token_rows import folded
-from src.training.batches import BatchPlan, Steps, micro_batch
-from src.training.examples import Example, Examples
+from src.training.batches import BatchPlan, Rows, Steps, micro_batch
+from src.training.examples import Example
 from src.training.head import HeadLoss, Targets, TeacherTargets, loss_sum, share_of_step, token_results
 from src.training.layout import arguments_of, as_in_use, inputs_of
 from src.training.teacher import TeacherProbs
@@ -50,8 +50,8 @@ class ChatTrainer(Trainer):
         model,
         args,
         plan: BatchPlan,
-        examples: Examples,
-        validation: Examples,
+        examples: Rows,
+        validation: Rows,
         *,
         pad: int,
         eos_id: int,
@@ -61,7 +61,7 @@ class ChatTrainer(Trainer):
         alpha: float = 0.0,
         eval_rows: int | None = None,
     ):
-        """pad, eos_id: ids of padding and of the token that ends an assistant turn. head: what computes the loss; None: from the model's logits.
+        """pad, eos_id: ids of padding and of the token that ends an assistant turn, or a document. head: what computes the loss; None: from the model's logits.
         soft, alpha: what a teacher holds likely at the trained tokens of the training rows, and its weight.
         rates: of the parameters that do not take the common rate, by name. eval_rows: how many of the validation rows are measured; None: all."""
         self.plan, self.examples, self.validation = plan, examples, validation
