@@ -54,6 +54,7 @@ STAGE = stage.Stage(
     around=around,
     run=cpt,
     doc=__doc__,
+    judge=saving.judge,
     resumes=saving.begun,
 )
 

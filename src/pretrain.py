@@ -99,6 +99,7 @@ STAGE = stage.Stage(
     around=around,
     run=pretrain,
     doc=__doc__,
+    judge=saving.judge,
     resumes=saving.begun,
 )
 

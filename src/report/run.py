@@ -242,7 +242,7 @@ def spelled(value: Any) -> str:
     return f"'{text}'" if any(c in text for c in ' "{}[]$&;|<>()*?') and "'" not in text else text
 
 
-OUTSIDE = {"prompts": "prompts.path", "chat_template": "chat_template", "deepspeed": "deepspeed.config", "val": "data.val"}
+OUTSIDE = {"prompts": "prompts.path", "chat_template": "chat_template", "deepspeed": "deepspeed.config", "val": "data.val", "text": "text", "tokenizer": "tokenizer"}
 """role of an outside input -> the setting that names it"""
 
 
@@ -256,7 +256,7 @@ def outside(a: Artifact, run: Run) -> list[str]:
         if parent["role"].startswith("conversations"):
             files.append(str(path))
         elif parent["role"] == "model":
-            words.append(f"{'model.path' if a.stage == 'finetune' else 'base' if a.stage == 'merge' else 'source'}={path}")
+            words.append(f"{'model.path' if a.stage in TRAINED else 'base' if a.stage == 'merge' else 'source'}={path}")
         elif parent["role"] == "dataset":
             words.append(f"{'source' if a.stage == 'finetune' else 'dataset'}={path}")
         elif setting := OUTSIDE.get(parent["role"]):

@@ -13,7 +13,7 @@ from src.models import adapter_files, complete, fidelity, generation, rounding, 
 from src.models.devices import device_that_fits, give_back_memory
 from src.models.folder import stored_dtype
 from src.models.seen import Seen
-from src.settings.verbs import FullTuner, Trains
+from src.settings.verbs import FullTuner, TrainingVerb, Trains
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,14 @@ def prove(cfg: Trains, base: Path, tokenizer, out: Path, trained: Trained, metri
     return change.metrics()
 
 
-def keeps_more(cfg: Trains) -> list[str]:
+def keeps_more(cfg: TrainingVerb) -> list[str]:
     if not isinstance(cfg.tuner, FullTuner):
         return []
     ways = ["tuner.rounding=stochastic force=true keeps what was learnt"] * (cfg.tuner.rounding == "nearest")
     return [*ways, "tuner.dtype=float32 force=true keeps every bit"]
 
 
-def judge(cfg: Trains, made: Artifact) -> None:
+def judge(cfg: TrainingVerb, made: Artifact) -> None:
     """A finished fine-tune held to a limit that was set since."""
     if "kl" in made.metrics:
         fidelity.hold_loss(fidelity.Change.of(made.metrics), cfg.max_loss_change, made.path, keeps_more(cfg))
