@@ -349,7 +349,7 @@ OUTSIDE_THE_KEY = [
     "Axera.toolchain", "Calibration.text", "Data.hub_split", "Data.path", "Data.revision", "Data.subset",
     "Deepspeed.config", "DeployVerb.dataset", "DeployVerb.gate", "DeployVerb.preview", "DistillVerb.budget", "DistillVerb.estimate", "DistillVerb.retry_set_aside",
     "Endpoint.timeout", "EndpointTeacher.batch", "EndpointTeacher.batch_size", "EndpointTeacher.key_env", "EndpointTeacher.limits",
-    "EndpointTeacher.url", "EvaluateVerb.dataset", "EvaluateVerb.endpoint", "EvaluateVerb.gate", "EvaluateVerb.numerics", "EvaluateVerb.parent", "EvaluateVerb.target", "Evaluation.general", "Evaluation.json_schema",
+    "EndpointTeacher.url", "EvaluateVerb.dataset", "EvaluateVerb.endpoint", "EvaluateVerb.gate", "EvaluateVerb.numerics", "EvaluateVerb.parent", "EvaluateVerb.target", "Evaluation.general", "Evaluation.json_schema", "Evaluation.tasks",
     "FinetuneVerb.launch",
     "FinetuneVerb.max_loss_change", "FinetuneVerb.teacher", "FinetuneVerb.tracker", "LocalTeacher.path", "MergeVerb.base",
     "MergeVerb.max_loss_change", "Mobilint.board", "Mobilint.device", "Mobilint.image", "Mobilint.python", "Mobilint.sdk",
