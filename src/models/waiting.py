@@ -5,7 +5,8 @@ Each is a thread of its own, since a model's code can be stopped in no other way
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -19,15 +20,13 @@ _local = threading.local()
 class Waiting:
     """A pass that stops before each of some modules where it comes for the first time; see `waiting`."""
 
-    def __init__(self, model: ByLayer, number: int, each: Pass, left: set[nn.Module]):
+    def __init__(self, pool: ThreadPoolExecutor, model: ByLayer, number: int, each: Pass, left: set[nn.Module]):
         """left: modules that it need not wait at any longer; the caller adds to them."""
         self._left, self._go, self._stopped = left, threading.Semaphore(0), threading.Semaphore(0)
         self._module: nn.Module | None = None
-        self._given = self._hidden = torch.empty(0)
-        self._error: BaseException | None = None
+        self._given = torch.empty(0)
         self._ends = self._ended = False
-        self._thread = threading.Thread(target=self._run, args=(model, number, each), daemon=True)
-        self._thread.start()
+        self._work = pool.submit(self._run, model, number, each)
 
     def at(self, module: nn.Module) -> torch.Tensor | None:
         """What comes into a module; None where the pass waits at another one, or has ended."""
@@ -38,13 +37,12 @@ class Waiting:
     def end(self) -> torch.Tensor:
         """The layer's hidden states, no module being left to wait at."""
         self._resume()
-        return self._hidden
+        return self._work.result()
 
     def close(self) -> None:
-        """Ends the thread, wherever the pass is."""
+        """Ends the pass, wherever it is."""
         self._ends = True
         self._go.release()
-        self._thread.join()
 
     def _resume(self) -> None:
         if not self._ended:
@@ -52,21 +50,20 @@ class Waiting:
             self._go.release()
             self._stopped.acquire()
             trim()  # what a pass has let go lies scattered among what it holds, and the next would take other memory
-        if self._error:
-            raise self._error
+        if self._ended:
+            self._work.result()  # which raises what the pass did
 
-    def _run(self, model: ByLayer, number: int, each: Pass) -> None:
+    def _run(self, model: ByLayer, number: int, each: Pass) -> torch.Tensor:
         _local.one = self
         try:
-            self._wait()
-            with torch.no_grad():
-                self._hidden = model.call(number, each)
-        except Reached:
-            pass
-        except BaseException as error:  # of the thread that waits for it
-            self._error = error
-        self._ended = True
-        self._stopped.release()
+            with contextlib.suppress(Reached), torch.no_grad():
+                self._wait()
+                return model.call(number, each)
+            return torch.empty(0)
+        finally:
+            self._given = torch.empty(0)
+            self._ended = True
+            self._stopped.release()
 
     def come(self, module: nn.Module, given: tuple) -> None:
         """The pass has come to a module."""
@@ -82,7 +79,7 @@ class Waiting:
 
 
 @contextlib.contextmanager
-def waiting(model: ByLayer, number: int, passes: Iterable[Pass], modules: list[nn.Module], left: set[nn.Module]) -> Iterator[list[Waiting]]:
+def waiting(model: ByLayer, number: int, passes: Sequence[Pass], modules: list[nn.Module], left: set[nn.Module]) -> Iterator[list[Waiting]]:
     """Each of the passes at the beginning of a layer, which has to be held, to wait at these modules but for those in `left`."""
 
     def stop(module, given) -> None:
@@ -91,11 +88,12 @@ def waiting(model: ByLayer, number: int, passes: Iterable[Pass], modules: list[n
 
     hooks = [module.register_forward_pre_hook(stop) for module in modules]
     found: list[Waiting] = []
-    try:
-        found += [Waiting(model, number, each, left) for each in passes]
-        yield found
-    finally:
-        for one in found:
-            one.close()
-        for hook in hooks:
-            hook.remove()
+    with ThreadPoolExecutor(max(1, len(passes))) as pool:
+        try:
+            found += [Waiting(pool, model, number, each, left) for each in passes]
+            yield found
+        finally:
+            for one in found:
+                one.close()
+            for hook in hooks:
+                hook.remove()
