@@ -230,6 +230,12 @@ class Child:
                     pipe.close()
 
 
+def threads() -> str:
+    """Threads of a runtime: as many as torch is told to take here, else one a core."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return told if told.isdecimal() and int(told) else str(os.cpu_count() or 1)
+
+
 class GgufSpeaker(ServerSpeaker):
     """llama.cpp's server on a GGUF, started for us alone."""
 
@@ -237,7 +243,7 @@ class GgufSpeaker(ServerSpeaker):
         files = [bundle.path] if bundle.path.is_file() else sorted(bundle.path.glob("*.gguf"))
         if len(files) != 1:
             raise WrongKind(f"the folder has {len(files)} GGUF files", where=str(bundle.path), fix="give one of the files")
-        self._child = Child(environment, "gguf_child.py", [str(files[0].resolve()), str(os.cpu_count() or 1)], "bash scripts/gguf_env.sh")
+        self._child = Child(environment, "gguf_child.py", [str(files[0].resolve()), threads()], "bash scripts/gguf_env.sh")
         super().__init__(Client(self._child.read()["url"], timeout=STARTS), None, 1)
         self.name = name
 
