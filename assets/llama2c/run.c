@@ -190,8 +190,8 @@ static const float *take_vector(const Model *m, Cursor *c, int count) {
     return take_floats(c, (uint64_t)count);
 }
 
-/* Below this the scales weigh so much that int8 is slower than fp32: such weights are widened as they are read. */
-#define LEAST_GROUP 16
+/* Whether int8 rows in such groups fill vectors of 32 bytes. Others are widened to fp32 as they are read; with groups below 16 int8 would be slower than that. */
+static bool fills_vectors(int group, int cols) { return group % 32 == 0 || (group == 16 && cols % 32 == 0); }
 
 static Matrix take_matrix(const Model *m, Cursor *c, int bits, int rows, int cols) {
     uint64_t count = (uint64_t)rows * (uint64_t)cols;
@@ -204,7 +204,7 @@ static Matrix take_matrix(const Model *m, Cursor *c, int bits, int rows, int col
     if (count % 4) die("%s: %llu int8 values would leave their scales unaligned", c->path, (unsigned long long)count);
     w.q = take(c, bits == 4 ? count / 2 : count);
     w.scale = take_floats(c, count / (uint64_t)m->group);
-    if (m->group >= LEAST_GROUP) return w;
+    if (fills_vectors(m->group, cols)) return w;
     float *wide = resize(NULL, count, sizeof(float));
     for (uint64_t i = 0; i < count; i++) wide[i] = (float)w.q[i] * w.scale[i / (uint64_t)m->group];
     w.f = wide;
@@ -319,7 +319,7 @@ static void load_model(Model *m, const char *path) {
         take_floats(&c, (uint64_t)m->seq_len * (uint64_t)m->head_dim); /* rope tables, computed here instead */
     }
     m->classifier = shared ? m->embedding : take_matrix(m, &c, outer, m->vocab_size, dim);
-    if (m->group < LEAST_GROUP) m->group = 0;
+    if (m->group < 16) m->group = 0; /* all were widened */
     if (c.at != c.end) die("%s has %zu bytes more than its header asks for", path, (size_t)(c.end - c.at));
 
     size_t widest = (size_t)(dim > hidden ? dim : hidden);
@@ -333,7 +333,7 @@ static void load_model(Model *m, const char *path) {
     m->logits = zeros((size_t)m->vocab_size, sizeof(float));
     m->xq = zeros(BATCH * widest, sizeof(int8_t));
     m->xq_scale = zeros(BATCH * widest, sizeof(float));
-    m->xq_start = zeros(BATCH * widest / LEAST_GROUP, sizeof(Ints));
+    m->xq_start = zeros(BATCH * widest / 16, sizeof(Ints));
 }
 
 /* Versions 0 to 2: the angles by which positions turn follow from rope_theta. */
@@ -383,7 +383,7 @@ INLINE Bytes load_bytes(const int8_t *from) {
 
 INLINE float total(Floats v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
-/* sum + w * x, four neighbours to a lane (by plain C: others). No x is -128; positive: nor is a w below 0. */
+/* sum + w * x, four neighbours to a lane. No x is -128; positive: nor is a w below 0. */
 INLINE Ints add_products(Ints sum, Bytes w, Bytes x, bool positive) {
 #if defined __AVX2__ /* x86 multiplies unsigned by signed: |w| by x with w's sign */
     __m256i a = positive ? (__m256i)w : _mm256_abs_epi8((__m256i)w), b = positive ? (__m256i)x : _mm256_sign_epi8((__m256i)x, (__m256i)w);
@@ -402,8 +402,7 @@ INLINE Ints add_products(Ints sum, Bytes w, Bytes x, bool positive) {
     return sum;
 #else
     (void)positive;
-    for (int i = 0; i < 32; i += 8)
-        for (int k = 0; k < 8; k++) sum[k] += w[i + k] * x[i + k];
+    for (int i = 0; i < 32; i++) sum[i / 4] += w[i] * x[i];
     return sum;
 #endif
 }
@@ -446,7 +445,7 @@ INLINE void floats(const Matrix *w, size_t row, const float *x, int tokens, floa
     }
 }
 
-/* A group of a row (of int4, two where they are of 32) by a token's inputs, its sum still apart: adding it up takes longer than its products. */
+/* A group of a row by a token's inputs, or the two that share vectors: int4 of 32, int8 of 16. Sums stay apart: adding each up takes longer than its products. */
 INLINE Floats group_products(const int8_t *q, const float *scale, const int8_t *x, const float *x_scale, const int32_t *x_start, int bits, int group) {
     Ints one = bits == 4 ? load_ints(x_start) : (Ints){0}, two = bits == 4 && group == 32 ? load_ints(x_start + 8) : (Ints){0};
     if (bits == 4)
@@ -458,33 +457,28 @@ INLINE Floats group_products(const int8_t *q, const float *scale, const int8_t *
         }
     else
         for (int i = 0; i < group; i += 32) one = add_products(one, load_bytes(q + i), load_bytes(x + i), false);
+    if (group == 16) {
+        const float a = scale[0] * x_scale[0], b = scale[1] * x_scale[1];
+        return __builtin_convertvector(one, Floats) * (Floats){a, a, a, a, b, b, b, b};
+    }
     Floats sum = __builtin_convertvector(one, Floats) * (scale[0] * x_scale[0]);
     return bits == 4 && group == 32 ? sum + __builtin_convertvector(two, Floats) * (scale[1] * x_scale[1]) : sum;
 }
 
 INLINE void integers(const Model *m, const Matrix *w, size_t row, size_t first, int tokens, float *out, int bits, int group) {
     const size_t cols = (size_t)w->cols, groups = cols / (size_t)group, start = first * groups;
-    const size_t step = bits == 4 && group == 32 ? 64 : (size_t)group, bytes = bits == 4 ? step / 2 : step, scales = step / (size_t)group;
+    const size_t scales = group == (bits == 4 ? 32 : 16) ? 2 : 1, step = scales * (size_t)group, bytes = bits == 4 ? step / 2 : step;
     const int8_t *q = w->q + row * (bits == 4 ? cols / 2 : cols), *x = m->xq + first * cols;
     const float *scale = w->scale + row * groups;
     Floats sums[4] = {{0}, {0}, {0}, {0}};
-    float rest[4] = {0};
-    if (group % 32) { /* by plain C */
-        EACH_TOKEN for (size_t g = 0; g < groups; g++) {
-            const size_t at = g * (size_t)group;
-            int32_t part = 0;
-            for (int k = 0; k < group; k++) part += q[at + (size_t)k] * x[(size_t)t * cols + at + (size_t)k];
-            rest[t] += (float)part * (scale[g] * m->xq_scale[start + (size_t)t * groups + g]);
+    for (size_t i = 0, g = 0; i < cols; i += step, g += scales, q += bytes) {
+        fetch_ahead(q);
+        EACH_TOKEN {
+            const size_t of = start + (size_t)t * groups + g;
+            sums[t] += group_products(q, scale + g, x + (size_t)t * cols + i, m->xq_scale + of, m->xq_start + 8 * of, bits, group);
         }
-    } else
-        for (size_t i = 0, g = 0; i < cols; i += step, g += scales, q += bytes) {
-            fetch_ahead(q);
-            EACH_TOKEN {
-                const size_t of = start + (size_t)t * groups + g;
-                sums[t] += group_products(q, scale + g, x + (size_t)t * cols + i, m->xq_scale + of, m->xq_start + 8 * of, bits, group);
-            }
-        }
-    EACH_TOKEN out[(size_t)t * (size_t)w->rows] = total(sums[t]) + rest[t] + (w->bias ? w->bias[row] : 0);
+    }
+    EACH_TOKEN out[(size_t)t * (size_t)w->rows] = total(sums[t]) + (w->bias ? w->bias[row] : 0);
 }
 
 INLINE void products(const Model *m, const Matrix *w, size_t row, const float *x, size_t first, int tokens, float *out, int bits, int group) {
@@ -503,6 +497,7 @@ INLINE void products(const Model *m, const Matrix *w, size_t row, const float *x
     }
 ROWS(rows_32, 32, 0)
 ROWS(rows_8, 8, w->group)
+ROWS(rows_8_16, 8, 16)
 ROWS(rows_8_32, 8, 32)
 ROWS(rows_8_64, 8, 64)
 ROWS(rows_4, 4, w->group)
@@ -514,7 +509,7 @@ typedef void Rows(const Model *, const Matrix *, size_t, size_t, const float *, 
 static Rows *rows_of(const Matrix *w) {
     if (w->bits == 32) return rows_32;
     if (w->bits == 4) return w->group == 64 ? rows_4_64 : w->group == 32 ? rows_4_32 : rows_4;
-    return w->group == 64 ? rows_8_64 : w->group == 32 ? rows_8_32 : rows_8;
+    return w->group == 64 ? rows_8_64 : w->group == 32 ? rows_8_32 : w->group == 16 ? rows_8_16 : rows_8;
 }
 
 /* Makes integers of x (n tokens, cols), where the weights are: each group by its largest value. */

@@ -30,12 +30,15 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.core.errors import BadData, MissingInput, WrongKind
 from src.core.files import read_json
-from src.models.safetensors_io import ITEM, Entry, entries, load_wide
+from src.models.safetensors_io import ITEM, Entry, entries, load, load_wide
 from src.sizing import numerics, takes
+
+if TYPE_CHECKING:
+    from src.models import gptq
 
 MAGIC = 0x616B3432
 HEADER = 256
@@ -105,6 +108,8 @@ class Shape:
     head: int
     biases: int = 0
     head_norms: bool = False
+    gptq_group: int = 0
+    """Of a GPTQ model, whose integers are kept as they are; 0: it is none."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -175,12 +180,23 @@ def read_shape(model_dir: Path, format: str) -> Shape:
         head=sizes.head_dim,
         biases=takes.llama2c_biases(config, sizes),
         head_norms=sizes.qk_norm,
+        gptq_group=(sizes.quantization.group_size or 0) if sizes.quantization else 0,
     )
+
+
+def sources(model_dir: Path, shape: Shape) -> "dict[str, Entry | gptq.Stored]":
+    """Where each tensor is stored, by its name: by GPTQ's a matrix of integers."""
+    found = entries(model_dir)
+    if not shape.gptq_group:
+        return dict(found)
+    from src.models import gptq
+
+    return gptq.matrices(found)
 
 
 def check_tensors(model_dir: Path, shape: Shape) -> None:
     """The checkpoint has every tensor that is exported, in its shape, and no other bias. Reads the safetensors headers alone."""
-    found = entries(model_dir)
+    found = sources(model_dir, shape)
     if not found:
         raise MissingInput("the model folder has no tensors in *.safetensors", where=str(model_dir))
     wanted = {part.name: part.shape for part in layout(shape, Form(3, 32)) if part.name != FREQUENCIES}
@@ -189,9 +205,9 @@ def check_tensors(model_dir: Path, shape: Shape) -> None:
             raise BadData(f"the checkpoint has no tensor {name}", where=str(model_dir))
         entry = found[name]
         if entry.shape != sizes:
-            raise BadData(f"{name} has shape {list(entry.shape)}; config.json asks for {list(sizes)}", where=str(entry.file))
-        if entry.dtype not in DTYPES:
-            raise WrongKind(f"{name} has dtype {entry.dtype}", where=str(entry.file), fix=takes.UNQUANTIZED)
+            raise BadData(f"{name} has shape {list(entry.shape)}; config.json asks for {list(sizes)}", where=str(model_dir))
+        if isinstance(entry, Entry) and entry.dtype not in DTYPES:
+            raise WrongKind(f"{name} has dtype {entry.dtype}", where=str(model_dir), fix=takes.UNQUANTIZED)
     biases = [name for name in found if name.endswith("_proj.bias") and name not in wanted]
     if biases:
         raise WrongKind(
@@ -206,9 +222,15 @@ def form_of(shape: Shape, format: str, wanted: int) -> Form:
     version, bits = takes.llama2c_form(format)
     if bits == 32:
         return Form(version, bits)
+    wanted = shape.gptq_group or wanted
     widths, group = shape.widths, takes.llama2c_group(wanted, *shape.widths)
     blocks = bits == 4 and any(width % 64 for width in widths)
     least = 32 if bits == 4 else SMALLEST_GROUP
+    if shape.gptq_group and (shape.gptq_group < 0 or group != shape.gptq_group):
+        raise WrongKind(
+            f"a scale for each {'row' if shape.gptq_group < 0 else shape.gptq_group} of its weights: run.c takes groups that divide every row",
+            fix=[takes.UNQUANTIZED, "quantize that one with quantizer.group_size=64"],
+        )
     if group < least or blocks:
         raise WrongKind(
             f"no group size from {wanted} down to {least} divides rows of {', '.join(map(str, dict.fromkeys(widths)))}"
@@ -235,7 +257,7 @@ def header(shape: Shape, form: Form, scale: float) -> bytes:
 
 def write_model(model_dir: Path, shape: Shape, form: Form, path: Path) -> None:
     """model.bin, BLOCK weights in memory at a time."""
-    found = entries(model_dir)
+    found = sources(model_dir, shape)
     frequencies, scale = rope_of(model_dir) if form.version == 3 else (None, 1.0)
     with path.open("wb") as file:
 
@@ -254,9 +276,11 @@ def write_model(model_dir: Path, shape: Shape, form: Form, path: Path) -> None:
             elif len(part.shape) == 1:
                 vector = load_wide(found[part.name])
                 put(interleave(vector, part.heads) if part.heads else vector)
+            elif not isinstance(source := found[part.name], Entry):
+                put(*(tensor.contiguous() for tensor in _kept(source, part, form)))
             else:
                 scales = []
-                for block in blocks(found[part.name], whole=bool(part.heads)):
+                for block in blocks(source, whole=bool(part.heads)):
                     rows = interleave(block, part.heads) if part.heads else block
                     values, *of_groups = quantize(rows, part.bits, form.group) if part.bits < 32 else [rows]
                     put(values)
@@ -271,6 +295,22 @@ def blocks(entry: Entry, *, whole: bool) -> Iterator:
     for begin in range(0, rows, step):
         some = replace(entry, shape=(min(step, rows - begin), width), start=entry.start + begin * width * ITEM[entry.dtype])
         yield load_wide(some)
+
+
+def _kept(stored: "gptq.Stored", part: Part, form: Form) -> tuple:
+    """(values as the file has them, fp32 scales) of a GPTQ matrix, none rounded again. Raises BadData where its columns are not in order."""
+    import torch
+
+    from src.models import gptq
+
+    tensors = {suffix: load(entry) for suffix, entry in stored.parts.items()}
+    if not torch.equal(tensors["g_idx"].long(), torch.arange(stored.shape[1]) // form.group):
+        raise BadData(f"the columns of {part.name} are not in groups of {form.group}", where=str(stored.parts["g_idx"].file))
+    values = (gptq.unpack(tensors["qweight"], form.bits).short() - (1 << (form.bits - 1))).to(torch.int8).T.contiguous()
+    scales = tensors["scales"].float().T.contiguous()
+    if part.heads:
+        values, scales = interleave(values, part.heads), interleave(scales, part.heads)
+    return pack(values.view(-1)) if form.bits == 4 else values, scales
 
 
 def reader_of(path: Path, shape: Shape, form: Form) -> Callable[[str], Any]:

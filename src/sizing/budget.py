@@ -113,7 +113,8 @@ def _openvino(shape: ModelShape, target: Openvino) -> Format:
 def _llama2c(shape: ModelShape, target: Llama2c) -> Format:
     """All in fp32, or in integers with an fp32 scale per group, those of embedding and output layer of 8 bits at least; the KV cache is fp32 (run.c)."""
     _, bits = takes.llama2c_form(target.format)
-    width, outer = (quantized(b, target.group_size, 4.0) if bits < 32 else 4.0 for b in (bits, max(bits, 8)))
+    group = (shape.quantization and shape.quantization.group_size) or target.group_size
+    width, outer = (quantized(b, group, 4.0) if bits < 32 else 4.0 for b in (bits, max(bits, 8)))
     longest = shape.max_positions or LONGEST
     return Format(target.format, lambda m: width, outer, 4, outer, False, False, longest, longest - 1, 1)
 

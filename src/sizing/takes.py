@@ -43,7 +43,7 @@ def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
     """The shape of a model that the target takes. Raises what `deploy` would: WrongKind for a model it does not take, ConfigError for settings that
     do not go with it, BadData for a config.json that is no model's."""
     shape = shape_of(config, where)
-    if shape.quantization and isinstance(target, Mobilint | Openvino | Llama2c):
+    if shape.quantization and isinstance(target, Mobilint | Openvino):
         raise WrongKind(
             f"target={target.name} takes a model, not a quantized one ({shape.quantization.method})",
             where=where,
@@ -126,7 +126,7 @@ def gptq_block(config: dict[str, Any], *, where: str) -> dict[str, Any] | None:
     reasons += ["its format is gptq_v2"] if block.get("checkpoint_format") == "gptq_v2" else []
     if reasons:
         raise WrongKind(
-            f"only symmetric GPTQ int4 and int8 models in column order can be compiled; this one: {', '.join(reasons)}",
+            f"only symmetric GPTQ int4 and int8 models in column order can be taken; this one: {', '.join(reasons)}",
             where=where,
             fix=[UNQUANTIZED, "quantize that one with quantizer=gptq_int4"],
         )
@@ -223,8 +223,12 @@ def llama2c(config: dict[str, Any], format: str, *, where: str) -> ModelShape:
 
     if kind not in LLAMA2C:
         refuse(f"target=llama2c takes models of the architectures {', '.join(sorted(LLAMA2C))} only; this one is '{kind}'")
-    if config.get("quantization_config"):
-        raise WrongKind("the model is already quantized", where=where, fix=UNQUANTIZED)
+    if (block := gptq_block(config, where=where)) and (version, bits) != (3, block["bits"]):
+        raise WrongKind(
+            f"the model is GPTQ int{block['bits']} already, which target.format={format} does not keep",
+            where=where,
+            fix=[f"target.format=int{block['bits']}_v3", UNQUANTIZED],
+        )
     rope, scaling = part(config, "rope_parameters", where), rope_type(config, where)
     if scaling not in STATIC_ROPE:
         refuse(f"rope scaling '{scaling}' is unknown to run.c, which has {', '.join(sorted(STATIC_ROPE))}")

@@ -26,7 +26,7 @@ from src.models.llama2c_file import Form, Shape, check_tensors, form_of, read_sh
 from src.models.loading import load_tokenizer
 
 SOURCES = ROOT / "assets" / "llama2c"
-TAKES = {"model"}
+TAKES = {"model", "quantized"}
 
 
 def wants_dataset(settings) -> bool:
