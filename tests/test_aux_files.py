@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import struct
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT, helps, refused
+from conftest import CHAT, ROOT, helps, refused, write_model
 from safetensors.torch import load_file, save_file
 
 from src.core import artifact
@@ -14,6 +16,8 @@ from src.core.errors import BadData, MissingInput, ProofFailed, WrongKind
 from src.core.files import hash_files
 from src.models import by_layer, complete, gptq
 from src.models.autogptq import complete as complete_autogptq
+from src.models.llama2c_file import Form, read_shape
+from src.models.llama2c_file import write_model as write_llama2c
 
 NAMES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -204,3 +208,79 @@ def test_what_is_no_such_folder_is_left_as_it_is_and_that_is_said(autogptq, call
     told(BadData, "no quantized matrix")
     weights.write_bytes(kept)
     assert call("aux_files", f"source={CHAT}", f"target={autogptq}").returncode == 0
+
+
+# ---- files of karpathy/llama2.c
+
+ORIGINAL = ROOT / ".." / "shared" / "data" / "models" / "original"
+
+
+def llama2c_files(place: Path, form: Form, **sizes) -> tuple[Path, Path]:
+    """A random model.bin and a tokenizer.bin of its own, as llama2.c has them; and the folder that they were made from, `source`."""
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *letters, "▁a", "th", "the", "▁the", "in", "▁in"]
+    model = write_model(place / "source", vocab_size=len(pieces), **sizes)
+    shape = read_shape(model, "fp32_v0")
+    write_llama2c(model, shape, form, place / "model.bin")
+    with open(place / "tokenizer.bin", "wb") as file:
+        file.write(struct.pack("<I", 8))
+        for id, piece in enumerate(pieces):
+            raw = f"\n{piece}\n".encode() if id in (1, 2) else piece.replace("▁", " ").encode()
+            file.write(struct.pack("<fi", -float(max(0, id - 259)), len(raw)) + raw)
+    return place / "model.bin", place / "tokenizer.bin"
+
+
+@pytest.mark.parametrize("form", [Form(0, 32), Form(1, 32), Form(2, 8, 32)], ids=str)
+@helps("core/artifact.py", "python -m src.aux_files source={} target=NEW_FOLDER, if it is a model.bin of llama2.c")
+@helps("aux_files.py", "tokenizer=FILE names it", "target=FOLDER that is not there yet")
+def test_a_model_bin_is_read_back(call, tmp_path, form, proofs_in_this_process):
+    model, tokenizer = llama2c_files(tmp_path, form)
+    told = call("quantize", "run=a", f"source={model}", f"outputs={tmp_path}")
+    refused(told, WrongKind, f"python -m src.aux_files source={model} target=NEW_FOLDER")
+    tokenizer.rename(tmp_path / "words.bin")
+    refused(call("aux_files", f"source={model}", f"target={tmp_path / 'new'}"), MissingInput, "tokenizer=FILE")
+    asked = ["aux_files", f"source={model}", f"tokenizer={tmp_path / 'words.bin'}"]
+    refused(call(*asked, f"target={tmp_path}"), WrongKind, "has to be new")
+    assert call(*asked, f"target={tmp_path / 'new'}", "dry_run=true").returncode == 0 and not (tmp_path / "new").exists()
+    done = call(*asked, f"target={tmp_path / 'new'}")
+    assert done.returncode == 0, done.stderr
+    made, before = load_file(tmp_path / "new" / "model.safetensors"), load_file(tmp_path / "source" / "model.safetensors")
+    assert made.keys() == before.keys()
+    for name, weight in before.items():
+        assert torch.allclose(made[name], weight.float(), atol=float(weight.abs().max()) / 127 if form.bits == 8 else 0), name
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert hf.convert_ids_to_tokens(hf("the thin é")["input_ids"]) == ["<s>", "▁the", "▁", "th", "in", "▁", "<0xC3>", "<0xA9>"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "new").config.max_position_embeddings > 0
+
+
+def test_a_damaged_model_bin_or_tokenizer_bin_is_refused(call, tmp_path):
+    model, tokenizer = llama2c_files(tmp_path, Form(1, 32))
+    good, words, asked = model.read_bytes(), tokenizer.read_bytes(), ["aux_files", f"source={model}", f"target={tmp_path / 'new'}"]
+    for damaged in (b"", good[:100], good[:-4], good + b"\0" * 4, good[:8] + struct.pack("<7i", *[1 << 24] * 7) + good[36:], good[:12] + b"\xff" * 4 + good[16:]):
+        model.write_bytes(damaged)
+        refused(call(*asked), BadData)
+    model.write_bytes(good)
+    for damaged in (b"", words[:-1], words + b"\0", words[:8] + b"\xff" * 4 + words[12:]):
+        tokenizer.write_bytes(damaged)
+        refused(call(*asked), BadData)
+    model.write_bytes(good[:4] + struct.pack("<i", 3) + good[8:])
+    refused(call(*asked), WrongKind, "version 3")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not ORIGINAL.is_dir(), reason="../shared/data is not here")
+def test_stories260k_says_in_transformers_what_the_c_program_says(call, tmp_path, proofs_in_this_process):
+    """200 tokens from nothing, byte for byte."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert call("aux_files", f"source={ORIGINAL / 'stories260K.bin'}", f"tokenizer={ORIGINAL / 'tok512.bin'}", f"target={tmp_path / 'hf'}").returncode == 0
+    hf, model = AutoTokenizer.from_pretrained(tmp_path / "hf"), AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = model.generate(torch.tensor([hf("")["input_ids"]]), do_sample=False, max_length=None, max_new_tokens=200, pad_token_id=0)[0]
+    for name in ("run.c", "Makefile"):
+        shutil.copy(ROOT / "assets" / "llama2c" / name, tmp_path)
+    subprocess.run(["make", "-B", "-C", tmp_path, "CFLAGS=-O1"], check=True, capture_output=True)
+    options = ["-z", ORIGINAL / "tok512.bin", "-t", "0", "-n", "200"]
+    said = subprocess.run([tmp_path / "run", ORIGINAL / "stories260K.bin", *options], check=True, capture_output=True).stdout
+    assert len(ids) == 201 and said.decode() == hf.decode(ids, skip_special_tokens=True) + "\n"

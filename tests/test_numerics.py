@@ -19,15 +19,18 @@ from src.core import artifact, compose
 from src.core.errors import ConfigError, GateFailed, Unfinished, WrongKind
 from src.deploy import __main__ as deploy
 from src.deploy import embedding
-from src.deploy.llama2c import proof, weights
+from src.deploy.llama2c import proof
 from src.models import by_layer, fidelity, on_board, preview, seen
 from src.models.generation import stop_ids
+from src.models.llama2c_file import Form, reader_of
+from src.models.llama2c_file import read_shape as read_llama2c
+from src.models.llama2c_file import write_model as write_llama2c
 from src.models.loading import load_any, load_tokenizer
-from src.models.safetensors_io import load_wide
+from src.models.safetensors_io import entries, load_wide
 from src.settings.verbs import Gate
 from src.sizing import numerics
 from src.sizing.config_reader import read_shape
-from src.sizing.numerics import BF16, FP32, Floats, Integers
+from src.sizing.numerics import BF16, FP32, Floats, Integers, llama2c_integers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,14 +91,14 @@ def test_openvino_s_integers_are_nncf_s(kind):
     assert torch.allclose(made.double(), torch.from_numpy(groups.reshape(3, 8)), atol=1e-6)
 
 
-@pytest.mark.parametrize("group", [64, 16])
-def test_llama2c_s_int8_is_what_is_written_for_its_program(model, tmp_path, group):
-    shape = weights.read_shape(model)
-    weights.write_model(model, shape, weights.VERSIONS["int8_v2"], group, tmp_path / "model.bin")
-    written = weights.reader_of(tmp_path / "model.bin", shape)
-    kind = Integers(8, group)
+@pytest.mark.parametrize("form", [Form(2, 8, 64), Form(2, 8, 16), Form(3, 4, 32)], ids=str)
+def test_llama2c_s_integers_are_what_is_written_for_its_program(model, tmp_path, form):
+    shape = read_llama2c(model, "int8_v3")
+    write_llama2c(model, shape, form, tmp_path / "model.bin")
+    written = reader_of(tmp_path / "model.bin", shape, form)
     for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
-        made = on_board.round_weight(load_wide(weights.entries(model)[name]), kind)
+        kind = llama2c_integers(8 if "embed" in name else form.bits, form.group)
+        made = on_board.round_weight(load_wide(entries(model)[name]), kind)
         assert torch.allclose(made, written(name), rtol=1e-6), name
 
 
@@ -179,16 +182,17 @@ def test_the_layer_to_blame_is_found(model):
 
 
 @pytest.mark.skipif(not (shutil.which("cc") and shutil.which("make")), reason="no C compiler and make")
-def test_its_greedy_text_is_the_c_program_s_in_int8(tmp_path):
+@pytest.mark.parametrize("format", ["int8_v2", "int4_v3"])
+def test_its_greedy_text_is_the_c_program_s(tmp_path, format):
     from test_llama2c import CHATML, build, save_llama, sentencepiece_like
 
     folder = save_llama(tmp_path / "llama", sentencepiece_like(CHATML))
-    made = build(folder, tmp_path / "bundle", "int8_v2")
+    made = build(folder, tmp_path / "bundle", format)
     tokenizer = load_tokenizer(folder)
     texts = list(proof.said(tmp_path / "bundle", tokenizer, stop_ids(folder, tokenizer), read_shape(folder).max_positions))
     said = np.array([id for text in texts for id in text.ids[text.begin :]])
     walk = by_layer.need(artifact.open_any(folder))
-    with on_board.computing(walk, how(folder, "llama2c_int8_v2")):
+    with on_board.computing(walk, how(folder, f"llama2c_{format}")):
         told = seen.observe(seen.by_layer(walk, "on board"), [text.row for text in texts])
     assert len(said) > 200 and np.array_equal(told.likeliest, said)
     assert made["greedy_agreement"] < 1, "fp32 says something else, so this tells"

@@ -175,6 +175,7 @@ def test_a_large_batch_is_bound_by_arithmetic():
         (("target=openvino_cpu",), "int8", 1),
         (("target=llama2c",), "fp32_v0", 4),
         (("target=llama2c", "target.format=int8_v2"), "int8_v2", 1 + 4 / 64),
+        (("target=llama2c", "target.format=int4_v3"), "int4_v3", 0.5 + 4 / 64),
     ],
 )
 def test_weights_by_type(overrides, name, layers):
@@ -544,7 +545,7 @@ CONFIGS = {
     [
         ("qwen", ["target=ax650"], ConfigError, "not known to Pulsar2"),
         ("qwen", ["target=mobilint_aries"], WrongKind, "no language model of type 'qwen'"),
-        ("qwen", ["target=llama2c"], WrongKind, "Llama-architecture models only"),
+        ("qwen", ["target=llama2c"], WrongKind, "llama, mistral, qwen2, qwen3 only"),
         ("rope", ["target=llama2c"], WrongKind, "rope scaling 'llama3'"),
         ("gptq", ["target=llama2c"], WrongKind, "not a quantized one"),
         ("gptq", ["target=openvino_cpu"], WrongKind, "not a quantized one"),
@@ -730,7 +731,7 @@ def test_several_are_compared_in_a_table(seven, tiny_model, call):
     assert "does NOT fit   9.9 GB   6.4 GB" in found["config", "ax650"] and "refused (1)" in found["config", "llama2c"]
     assert "fits" in found["config", "rtx4090"] and "refused (2)" in found["model", "ax650"] and "fits" in found["model", "t4"]
     reasons = [row for row in rows if row.startswith("(")]
-    assert len(reasons) == 2 and "Llama-architecture models only" in reasons[0] and "target.context_len=512" in reasons[1]
+    assert len(reasons) == 2 and "llama2.c's own formats" in reasons[0] and "target.context_len=512" in reasons[1]
 
 
 def test_a_row_of_the_table_is_what_the_plan_alone_says(seven, call):

@@ -1,7 +1,8 @@
 /*
- * Runs a Llama model from the files of karpathy/llama2.c: model.bin (version 0 or 1 in fp32, version 2 in int8) and
- * tokenizer.bin. What those formats cannot say (rope base, stop ids, BPE merges, chat template) comes from runtime.cfg
- * beside the model; without that file the program keeps to llama2.c's conventions for Llama 2.
+ * Runs a Llama, Mistral, Qwen2 or Qwen3 model from the files of karpathy/llama2.c: model.bin (version 0 or 1 in fp32, version 2
+ * in int8, or Boardwalk's version 3 in fp32, int8 or int4) and tokenizer.bin. What those formats cannot say (rope base of versions
+ * 0 to 2, stop ids, BPE merges, chat template) comes from runtime.cfg beside the model; without that file the program keeps to
+ * llama2.c's conventions for Llama 2.
  *
  * Build: make          one core          Run: ./run model.bin -i "Once upon a time"
  *        make omp      all cores              ./run model.bin -m chat
@@ -20,8 +21,10 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
-#if defined __AVX2__ && defined __FMA__
+#if defined __AVX2__
 #include <immintrin.h>
+#elif defined __ARM_FEATURE_DOTPROD
+#include <arm_neon.h>
 #endif
 
 /* ---- memory, text, files ---- */
@@ -108,37 +111,50 @@ static double seconds(void) {
 
 /* ---- the model ---- */
 
+/* Vectors of 32 bytes: the compiler makes of them what the machine has. */
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(32)));
+typedef uint8_t Halves __attribute__((vector_size(32)));
+
 enum { WQ, WK, WV, WO, W1, W2, W3, MATRICES };
 
-/* rows x cols, row by row: fp32 in `f`, or int8 in `q` with one fp32 scale per group of a row in `scale`. */
+/* rows x cols, row by row: fp32 in `f` (bits 32), or integers in `q` with one fp32 scale per `group` of them in `scale`. int8 (bits 8) are
+ * bytes; int4 (bits 4) are 64 in 32 bytes, value i less 8 in the low and value i + 32 in the high half of byte i. */
 typedef struct {
-    const float *f;
+    int rows, cols, bits, group;
+    const float *f, *scale, *bias; /* bias: (rows), or NULL */
     const int8_t *q;
-    const float *scale;
 } Matrix;
 
 typedef struct {
-    const float *attention_norm, *ffn_norm;
+    const float *attention_norm, *ffn_norm, *q_norm, *k_norm; /* the last two: (head_dim), or NULL */
     Matrix w[MATRICES];
     float *keys, *values; /* (room, kv_dim) */
 } Layer;
 
+/* Prompt tokens that are read in one pass over the weights. */
+#define BATCH 32
+
 typedef struct {
-    int dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; /* the header, in the file's order */
-    int head_dim, kv_dim, group;                                             /* group: 0 where computed in fp32 */
-    float rope_theta, norm_eps;
+    int version, dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; /* the header, in the file's order */
+    int head_dim, q_dim, kv_dim, group;                                               /* group: 0 where computed in fp32 */
+    float rope_theta, rope_scale, norm_eps;
+    const float *frequency; /* (head_dim / 2), radians per position; NULL: of rope_theta */
     Matrix embedding, classifier;
     const float *final_norm;
     Layer *layers;
-    int room; /* positions the caches hold now */
-    float *x, *xb, *hb, *hb2, *q, *attention, *logits, *rope;
-    int16_t *xq; /* int8 values, widened here once instead of in each row's product */
+    int room;                              /* positions the caches hold now */
+    float *x, *xb, *hb, *hb2, *q, *rope;   /* of BATCH tokens */
+    float *attention, *logits;
+    int8_t *xq; /* the input of the products, as integers */
     float *xq_scale;
+    int32_t *xq_start; /* of each group of them, less 8 times their sum: what int4 values in the file, which are 8 too large, add too much */
 } Model;
 
 typedef struct {
     const char *path;
-    const unsigned char *at, *end;
+    const unsigned char *start, *at, *end;
 } Cursor;
 
 static const void *take(Cursor *c, uint64_t size) {
@@ -155,26 +171,45 @@ static int32_t take_int(Cursor *c) {
     return value;
 }
 
+static float take_float(Cursor *c) {
+    float value;
+    memcpy(&value, take(c, 4), 4);
+    return value;
+}
+
 /* Counts are bounded by check_shape, so that the products fit 64 bits. */
 static const float *take_floats(Cursor *c, uint64_t count) { return take(c, 4 * count); }
 
-/* Below this the scales weigh so much that int8 is slower than fp32: such weights are widened as they are read. */
-#define LEAST_GROUP 16
+/* Version 3 begins each tensor at a multiple of 64 bytes. */
+static void align(const Model *m, Cursor *c) {
+    if (m->version == 3) take(c, (uint64_t)(-(c->at - c->start) & 63));
+}
 
-static Matrix take_matrix(Cursor *c, int group, uint64_t rows, uint64_t cols) {
-    Matrix m = {0};
-    if (!group) {
-        m.f = take_floats(c, rows * cols);
-        return m;
+static const float *take_vector(const Model *m, Cursor *c, int count) {
+    align(m, c);
+    return take_floats(c, (uint64_t)count);
+}
+
+/* Whether int8 rows in such groups fill vectors of 32 bytes. Others are widened to fp32 as they are read; with groups below 16 int8 would be slower than that. */
+static bool fills_vectors(int group, int cols) { return group % 32 == 0 || (group == 16 && cols % 32 == 0); }
+
+static Matrix take_matrix(const Model *m, Cursor *c, int bits, int rows, int cols) {
+    uint64_t count = (uint64_t)rows * (uint64_t)cols;
+    Matrix w = {.rows = rows, .cols = cols, .bits = bits, .group = m->group};
+    align(m, c);
+    if (bits == 32) {
+        w.f = take_floats(c, count);
+        return w;
     }
-    if (rows * cols % 4) die("%s: %llu int8 values would leave their scales unaligned", c->path, (unsigned long long)(rows * cols));
-    m.q = take(c, rows * cols);
-    m.scale = take_floats(c, rows * cols / (uint64_t)group);
-    if (group >= LEAST_GROUP) return m;
-    float *wide = resize(NULL, rows * cols, sizeof(float));
-    for (uint64_t i = 0; i < rows * cols; i++) wide[i] = (float)m.q[i] * m.scale[i / (uint64_t)group];
-    m.f = wide;
-    return m;
+    if (count % 4) die("%s: %llu int8 values would leave their scales unaligned", c->path, (unsigned long long)count);
+    w.q = take(c, bits == 4 ? count / 2 : count);
+    w.scale = take_floats(c, count / (uint64_t)m->group);
+    if (fills_vectors(m->group, cols)) return w;
+    float *wide = resize(NULL, count, sizeof(float));
+    for (uint64_t i = 0; i < count; i++) wide[i] = (float)w.q[i] * w.scale[i / (uint64_t)m->group];
+    w.f = wide;
+    w.bits = 32;
+    return w;
 }
 
 static void check_shape(const Model *m, const char *path) {
@@ -183,82 +218,138 @@ static void check_shape(const Model *m, const char *path) {
         int value, most;
     } sizes[] = {{"dim", m->dim, 1 << 20},           {"hidden_dim", m->hidden_dim, 1 << 22}, {"n_layers", m->n_layers, 1 << 12},
                  {"n_heads", m->n_heads, 1 << 14},   {"n_kv_heads", m->n_kv_heads, 1 << 14}, {"vocab_size", m->vocab_size, 1 << 24},
-                 {"seq_len", m->seq_len, 1 << 24}};
+                 {"seq_len", m->seq_len, 1 << 24},   {"head_dim", m->head_dim, 1 << 12}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i].value < 1 || sizes[i].value > sizes[i].most)
             die("%s is not a llama2.c model: %s is %d", path, sizes[i].name, sizes[i].value);
-    if (m->dim % m->n_heads || m->n_heads % m->n_kv_heads || m->dim / m->n_heads % 2)
-        die("%s is not a llama2.c model: dim %d, %d heads, %d kv heads", path, m->dim, m->n_heads, m->n_kv_heads);
+    if (m->n_heads % m->n_kv_heads || m->head_dim % 2 || (m->version < 3 && m->dim % m->n_heads))
+        die("%s is not a llama2.c model: dim %d, %d heads of %d, %d kv heads", path, m->dim, m->n_heads, m->head_dim, m->n_kv_heads);
+}
+
+/* Integers of a row have whole groups, and where they are int4 whole blocks of 64 too. */
+static void check_group(const Model *m, int bits, const char *path) {
+    const int cols[] = {m->dim, m->hidden_dim, m->q_dim};
+    for (int i = 0; i < 3; i++)
+        if (m->group < 1 || cols[i] % m->group || (bits == 4 && (cols[i] % 64 || m->group % 32 || (m->group % 64 && m->group != 32))))
+            die("%s: int%d in groups of %d do not divide rows of %d", path, bits, m->group, cols[i]);
+}
+
+/* What version 3 adds to a layer: biases of q, k, v (bit 0), of the output projection (1) and of the MLP (2). */
+static const int BIAS_BIT[MATRICES] = {0, 0, 0, 1, 2, 2, 2};
+
+static void load_layer_3(Model *m, Cursor *c, Layer *layer, int bits, int biases, bool qk_norm, const int *rows, const int *cols) {
+    layer->attention_norm = take_vector(m, c, m->dim);
+    layer->ffn_norm = take_vector(m, c, m->dim);
+    if (qk_norm) {
+        layer->q_norm = take_vector(m, c, m->head_dim);
+        layer->k_norm = take_vector(m, c, m->head_dim);
+    }
+    for (int w = 0; w < MATRICES; w++) {
+        layer->w[w] = take_matrix(m, c, bits, rows[w], cols[w]);
+        if (biases >> BIAS_BIT[w] & 1) layer->w[w].bias = take_vector(m, c, rows[w]);
+    }
 }
 
 static void load_model(Model *m, const char *path) {
     size_t size;
     const unsigned char *data = map_file(path, &size);
     if (!data) die("cannot open %s: %s", path, strerror(errno));
-    Cursor c = {path, data, data + size};
+    Cursor c = {path, data, data, data + size};
 
-    int version = 0, *shape[] = {&m->dim, &m->hidden_dim, &m->n_layers, &m->n_heads, &m->n_kv_heads, &m->vocab_size, &m->seq_len};
+    int *shape[] = {&m->dim, &m->hidden_dim, &m->n_layers, &m->n_heads, &m->n_kv_heads, &m->vocab_size, &m->seq_len};
+    int bits = 32, biases = 0, qk_norm = 0;
     bool shared;
     if (size >= 8 && memcmp(data, "24ka", 4) == 0) { /* 0x616b3432, little endian */
         take_int(&c);
-        version = take_int(&c);
-        if (version != 1 && version != 2) die("%s has version %d; this program reads 0, 1 and 2", path, version);
+        m->version = take_int(&c);
+        if (m->version < 1 || m->version > 3) die("%s has version %d; this program reads 0, 1, 2 and 3", path, m->version);
     }
     for (int i = 0; i < 7; i++) *shape[i] = take_int(&c);
-    if (version == 0) {
+    if (m->version == 0) {
         shared = m->vocab_size > 0;
         if (m->vocab_size < 0 && m->vocab_size != INT32_MIN) m->vocab_size = -m->vocab_size;
     } else {
-        shared = *(const uint8_t *)take(&c, 1) != 0;
-        if (version == 2) m->group = take_int(&c);
+        shared = m->version == 3 ? take_int(&c) != 0 : *(const uint8_t *)take(&c, 1) != 0;
+        if (m->version == 2) bits = 8, m->group = take_int(&c);
+        if (m->version == 3) {
+            m->head_dim = take_int(&c);
+            bits = take_int(&c);
+            m->group = take_int(&c);
+            biases = take_int(&c);
+            qk_norm = take_int(&c);
+            m->norm_eps = take_float(&c);
+            m->rope_scale = take_float(&c);
+            if ((bits != 32 && bits != 8 && bits != 4) || biases < 0 || biases > 7 || qk_norm < 0 || qk_norm > 1 || !(m->norm_eps > 0))
+                die("%s is not a llama2.c model: %d bits, biases %d, qk_norm %d, norm_eps %g", path, bits, biases, qk_norm, (double)m->norm_eps);
+        }
         c.at = data;
         take(&c, 256);
     }
+    if (m->version < 3) m->head_dim = m->n_heads > 0 ? m->dim / m->n_heads : 0;
     check_shape(m, path);
-    if (version == 2 && (m->group < 1 || m->dim % m->group || m->hidden_dim % m->group))
-        die("%s: groups of %d do not divide rows of %d and %d", path, m->group, m->dim, m->hidden_dim);
-    m->head_dim = m->dim / m->n_heads;
+    m->q_dim = m->head_dim * m->n_heads;
     m->kv_dim = m->head_dim * m->n_kv_heads;
+    if (bits < 32) check_group(m, bits, path);
+    else m->group = 0;
 
-    uint64_t dim = (uint64_t)m->dim, hidden = (uint64_t)m->hidden_dim, kv = (uint64_t)m->kv_dim, vocab = (uint64_t)m->vocab_size;
-    const uint64_t rows[] = {dim, kv, kv, dim, hidden, dim, hidden}, cols[] = {dim, dim, dim, dim, dim, hidden, dim};
+    const int dim = m->dim, hidden = m->hidden_dim, rows[] = {m->q_dim, m->kv_dim, m->kv_dim, dim, hidden, dim, hidden};
+    const int cols[] = {dim, dim, dim, m->q_dim, dim, hidden, dim}, outer = bits == 4 ? 8 : bits; /* the embedding stays int8 */
     m->layers = zeros((size_t)m->n_layers, sizeof(Layer));
-    if (version == 0) m->embedding = take_matrix(&c, 0, vocab, dim);
-    for (int l = 0; l < m->n_layers; l++) m->layers[l].attention_norm = take_floats(&c, dim);
-    if (version != 0) {
-        for (int l = 0; l < m->n_layers; l++) m->layers[l].ffn_norm = take_floats(&c, dim);
-        m->final_norm = take_floats(&c, dim);
-        m->embedding = take_matrix(&c, m->group, vocab, dim);
+    if (m->version == 3) {
+        m->frequency = take_vector(m, &c, m->head_dim / 2);
+        m->final_norm = take_vector(m, &c, dim);
+        m->embedding = take_matrix(m, &c, outer, m->vocab_size, dim);
+        for (int l = 0; l < m->n_layers; l++) load_layer_3(m, &c, &m->layers[l], bits, biases, qk_norm, rows, cols);
+    } else {
+        if (m->version == 0) m->embedding = take_matrix(m, &c, bits, m->vocab_size, dim);
+        for (int l = 0; l < m->n_layers; l++) m->layers[l].attention_norm = take_vector(m, &c, dim);
+        if (m->version != 0) {
+            for (int l = 0; l < m->n_layers; l++) m->layers[l].ffn_norm = take_vector(m, &c, dim);
+            m->final_norm = take_vector(m, &c, dim);
+            m->embedding = take_matrix(m, &c, bits, m->vocab_size, dim);
+        }
+        for (int w = 0; w < MATRICES; w++) {
+            if (m->version == 0 && w == W1)
+                for (int l = 0; l < m->n_layers; l++) m->layers[l].ffn_norm = take_vector(m, &c, dim);
+            for (int l = 0; l < m->n_layers; l++) m->layers[l].w[w] = take_matrix(m, &c, bits, rows[w], cols[w]);
+        }
     }
-    for (int w = 0; w < MATRICES; w++) {
-        if (version == 0 && w == W1)
-            for (int l = 0; l < m->n_layers; l++) m->layers[l].ffn_norm = take_floats(&c, dim);
-        for (int l = 0; l < m->n_layers; l++) m->layers[l].w[w] = take_matrix(&c, m->group, rows[w], cols[w]);
-    }
-    if (version == 0) {
-        m->final_norm = take_floats(&c, dim);
+    if (m->version == 0) {
+        m->final_norm = take_vector(m, &c, dim);
         take_floats(&c, (uint64_t)m->seq_len * (uint64_t)m->head_dim); /* rope tables, computed here instead */
     }
-    m->classifier = shared ? m->embedding : take_matrix(&c, m->group, vocab, dim);
-    if (m->group < LEAST_GROUP) m->group = 0;
+    m->classifier = shared ? m->embedding : take_matrix(m, &c, outer, m->vocab_size, dim);
+    if (m->group < 16) m->group = 0; /* all were widened */
     if (c.at != c.end) die("%s has %zu bytes more than its header asks for", path, (size_t)(c.end - c.at));
 
-    size_t widest = (size_t)(m->dim > m->hidden_dim ? m->dim : m->hidden_dim);
-    m->x = zeros(dim, sizeof(float));
-    m->xb = zeros(dim, sizeof(float));
-    m->q = zeros(dim, sizeof(float));
-    m->hb = zeros(hidden, sizeof(float));
-    m->hb2 = zeros(hidden, sizeof(float));
-    m->rope = zeros((size_t)m->head_dim, sizeof(float));
-    m->logits = zeros(vocab, sizeof(float));
-    m->xq = zeros(widest, sizeof(int16_t));
-    m->xq_scale = zeros(widest, sizeof(float));
+    size_t widest = (size_t)(dim > hidden ? dim : hidden);
+    if (widest < (size_t)m->q_dim) widest = (size_t)m->q_dim;
+    m->x = zeros(BATCH * (size_t)dim, sizeof(float));
+    m->xb = zeros(BATCH * (size_t)(dim > m->q_dim ? dim : m->q_dim), sizeof(float));
+    m->q = zeros(BATCH * (size_t)m->q_dim, sizeof(float));
+    m->hb = zeros(BATCH * (size_t)(dim > hidden ? dim : hidden), sizeof(float)); /* the output projection's, too */
+    m->hb2 = zeros(BATCH * (size_t)hidden, sizeof(float));
+    m->rope = zeros(BATCH * (size_t)m->head_dim, sizeof(float));
+    m->logits = zeros((size_t)m->vocab_size, sizeof(float));
+    m->xq = zeros(BATCH * widest, sizeof(int8_t));
+    m->xq_scale = zeros(BATCH * widest, sizeof(float));
+    m->xq_start = zeros(BATCH * widest / 16, sizeof(Ints));
 }
 
-/* Makes room for one more position: the caches grow by doubling, so a short run on a long-context model stays small. */
-static void make_room(Model *m, int pos) {
-    if (pos < m->room) return;
-    int room = m->room ? m->room * 2 : 64;
+/* Versions 0 to 2: the angles by which positions turn follow from rope_theta. */
+static void set_frequencies(Model *m) {
+    if (m->frequency) return;
+    float *frequency = zeros((size_t)m->head_dim / 2, sizeof(float));
+    for (int i = 0; i < m->head_dim / 2; i++) frequency[i] = 1.0f / powf(m->rope_theta, (float)(2 * i) / (float)m->head_dim);
+    m->frequency = frequency;
+    m->rope_scale = 1.0f;
+}
+
+/* Makes room for positions below `end`: the caches grow by doubling, so a short run on a long-context model stays small. */
+static void make_room(Model *m, int end) {
+    if (end <= m->room) return;
+    int room = m->room ? m->room : 64;
+    while (room < end) room *= 2;
     m->room = room < m->seq_len ? room : m->seq_len;
     for (int l = 0; l < m->n_layers; l++) {
         Layer *layer = &m->layers[l];
@@ -268,81 +359,211 @@ static void make_room(Model *m, int pos) {
     m->attention = resize(m->attention, (size_t)m->room * (size_t)m->n_heads, sizeof(float));
 }
 
+/* ---- products ---- */
+
+#define INLINE __attribute__((always_inline)) static inline
+
+INLINE Floats load_floats(const float *from) {
+    Floats v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE Ints load_ints(const int32_t *from) {
+    Ints v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE Bytes load_bytes(const int8_t *from) {
+    Bytes v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE float total(Floats v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+/* sum + w * x, four neighbours to a lane. No x is -128; positive: nor is a w below 0. */
+INLINE Ints add_products(Ints sum, Bytes w, Bytes x, bool positive) {
+#if defined __AVX2__ /* x86 multiplies unsigned by signed: |w| by x with w's sign */
+    __m256i a = positive ? (__m256i)w : _mm256_abs_epi8((__m256i)w), b = positive ? (__m256i)x : _mm256_sign_epi8((__m256i)x, (__m256i)w);
+#if defined __AVX512VNNI__ && defined __AVX512VL__
+    return (Ints)_mm256_dpbusd_epi32((__m256i)sum, a, b);
+#else /* |w| is at most 128 and |x| at most 127, so that two products fit 16 bits */
+    return sum + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
+#endif
+#elif defined __ARM_FEATURE_DOTPROD
+    int8x16_t a[2], b[2];
+    int32x4_t s[2];
+    memcpy(a, &w, 32), memcpy(b, &x, 32), memcpy(s, &sum, 32);
+    for (int i = 0; i < 2; i++) s[i] = vdotq_s32(s[i], a[i], b[i]);
+    memcpy(&sum, s, 32);
+    (void)positive;
+    return sum;
+#else
+    (void)positive;
+    for (int i = 0; i < 32; i++) sum[i / 4] += w[i] * x[i];
+    return sum;
+#endif
+}
+
 static inline float dot(const float *a, const float *b, int n) {
-    float sum = 0;
-    for (int i = 0; i < n; i++) sum += a[i] * b[i];
+    Floats sums[4] = {{0}, {0}, {0}, {0}};
+    int i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int k = 0; k < 4; k++) sums[k] += load_floats(a + i + 8 * k) * load_floats(b + i + 8 * k);
+    float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < n; i++) sum += a[i] * b[i];
     return sum;
 }
 
-/* Makes x (n) the input of the matmuls that follow: in int8 it is quantized, each group by its largest value. */
-static void set_input(Model *m, const float *x, int n) {
-    for (int g = 0; m->group && g < n / m->group; g++) {
-        const float *from = x + g * m->group;
-        int16_t *to = m->xq + g * m->group;
+/* The products of a row of w with the inputs of `tokens` tokens from `first` on, 4 or 1, which go to out[0], out[rows], ... What is said by `tokens`,
+ * `bits` and `group` is constant where it matters, so that loops unroll and sums stay in registers. */
+#define EACH_TOKEN _Pragma("GCC unroll 4") for (int t = 0; t < tokens; t++)
+
+/* Asks for memory so far ahead that it has come when it is needed. */
+INLINE void fetch_ahead(const int8_t *at) { __builtin_prefetch((const void *)((uintptr_t)at + 2048)); }
+
+INLINE void floats(const Matrix *w, size_t row, const float *x, int tokens, float *out) {
+    const size_t cols = (size_t)w->cols;
+    const float *from = w->f + row * cols;
+    Floats sums[4] = {{0}, {0}, {0}, {0}};
+    size_t i = 0;
+    if (tokens == 1) { /* four sums for it alone */
+        for (; i + 32 <= cols; i += 32)
+            _Pragma("GCC unroll 4") for (size_t k = 0; k < 4; k++) sums[k] += load_floats(from + i + 8 * k) * load_floats(x + i + 8 * k);
+        sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    } else
+        for (; i + 8 <= cols; i += 8) {
+            Floats a = load_floats(from + i);
+            EACH_TOKEN sums[t] += a * load_floats(x + (size_t)t * cols + i);
+        }
+    EACH_TOKEN {
+        float sum = total(sums[t]) + (w->bias ? w->bias[row] : 0);
+        for (size_t k = i; k < cols; k++) sum += from[k] * x[(size_t)t * cols + k];
+        out[(size_t)t * (size_t)w->rows] = sum;
+    }
+}
+
+/* A group of a row by a token's inputs, or the two that share vectors: int4 of 32, int8 of 16. Sums stay apart: adding each up takes longer than its products. */
+INLINE Floats group_products(const int8_t *q, const float *scale, const int8_t *x, const float *x_scale, const int32_t *x_start, int bits, int group) {
+    Ints one = bits == 4 ? load_ints(x_start) : (Ints){0}, two = bits == 4 && group == 32 ? load_ints(x_start + 8) : (Ints){0};
+    if (bits == 4)
+        for (int i = 0; i < group || i == 0; i += 64) {
+            Halves both = (Halves)load_bytes(q + i / 2);
+            one = add_products(one, (Bytes)(both & 15), load_bytes(x + i), true);
+            if (group == 32) two = add_products(two, (Bytes)(both >> 4), load_bytes(x + i + 32), true);
+            else one = add_products(one, (Bytes)(both >> 4), load_bytes(x + i + 32), true);
+        }
+    else
+        for (int i = 0; i < group; i += 32) one = add_products(one, load_bytes(q + i), load_bytes(x + i), false);
+    if (group == 16) {
+        const float a = scale[0] * x_scale[0], b = scale[1] * x_scale[1];
+        return __builtin_convertvector(one, Floats) * (Floats){a, a, a, a, b, b, b, b};
+    }
+    Floats sum = __builtin_convertvector(one, Floats) * (scale[0] * x_scale[0]);
+    return bits == 4 && group == 32 ? sum + __builtin_convertvector(two, Floats) * (scale[1] * x_scale[1]) : sum;
+}
+
+INLINE void integers(const Model *m, const Matrix *w, size_t row, size_t first, int tokens, float *out, int bits, int group) {
+    const size_t cols = (size_t)w->cols, groups = cols / (size_t)group, start = first * groups;
+    const size_t scales = group == (bits == 4 ? 32 : 16) ? 2 : 1, step = scales * (size_t)group, bytes = bits == 4 ? step / 2 : step;
+    const int8_t *q = w->q + row * (bits == 4 ? cols / 2 : cols), *x = m->xq + first * cols;
+    const float *scale = w->scale + row * groups;
+    Floats sums[4] = {{0}, {0}, {0}, {0}};
+    for (size_t i = 0, g = 0; i < cols; i += step, g += scales, q += bytes) {
+        fetch_ahead(q);
+        EACH_TOKEN {
+            const size_t of = start + (size_t)t * groups + g;
+            sums[t] += group_products(q, scale + g, x + (size_t)t * cols + i, m->xq_scale + of, m->xq_start + 8 * of, bits, group);
+        }
+    }
+    EACH_TOKEN out[(size_t)t * (size_t)w->rows] = total(sums[t]) + (w->bias ? w->bias[row] : 0);
+}
+
+INLINE void products(const Model *m, const Matrix *w, size_t row, const float *x, size_t first, int tokens, float *out, int bits, int group) {
+    out += first * (size_t)w->rows + row;
+    if (bits == 32) floats(w, row, x + first * (size_t)w->cols, tokens, out);
+    else integers(m, w, row, first, tokens, out, bits, group);
+}
+
+/* out (n, rows) at rows `from` to `end`, of x (n tokens, cols). A function for each kind of matrix, so that each has the registers to itself. */
+#define ROWS(name, bits, group)                                                                                                     \
+    static __attribute__((noinline)) void name(const Model *m, const Matrix *w, size_t from, size_t end, const float *x, size_t n, float *out) { \
+        for (size_t row = from, t; row < end; row++) {                                                                              \
+            for (t = 0; t + 4 <= n; t += 4) products(m, w, row, x, t, 4, out, bits, group);                                         \
+            for (; t < n; t++) products(m, w, row, x, t, 1, out, bits, group);                                                      \
+        }                                                                                                                           \
+    }
+ROWS(rows_32, 32, 0)
+ROWS(rows_8, 8, w->group)
+ROWS(rows_8_16, 8, 16)
+ROWS(rows_8_32, 8, 32)
+ROWS(rows_8_64, 8, 64)
+ROWS(rows_4, 4, w->group)
+ROWS(rows_4_32, 4, 32)
+ROWS(rows_4_64, 4, 64)
+
+typedef void Rows(const Model *, const Matrix *, size_t, size_t, const float *, size_t, float *);
+
+static Rows *rows_of(const Matrix *w) {
+    if (w->bits == 32) return rows_32;
+    if (w->bits == 4) return w->group == 64 ? rows_4_64 : w->group == 32 ? rows_4_32 : rows_4;
+    return w->group == 64 ? rows_8_64 : w->group == 32 ? rows_8_32 : w->group == 16 ? rows_8_16 : rows_8;
+}
+
+/* Makes integers of x (n tokens, cols), where the weights are: each group by its largest value. */
+static void set_input(Model *m, const float *x, int n, int cols) {
+    if (!m->group) return;
+    const int groups = n * (cols / m->group);
+    for (int g = 0; g < groups; g++) {
+        const float *from = x + (size_t)g * (size_t)m->group;
+        int8_t *to = m->xq + (size_t)g * (size_t)m->group;
         float most = 0;
         for (int i = 0; i < m->group; i++) most = fabsf(from[i]) > most ? fabsf(from[i]) : most;
         float scale = most / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0;
         m->xq_scale[g] = scale;
+        int sum = 0;
         for (int i = 0; i < m->group; i++) {
             float value = from[i] * inverse;
-            to[i] = (int16_t)rintf(!(value > -127.0f) ? -127.0f : value > 127.0f ? 127.0f : value); /* NaN, as of infinity times 0, is -127 */
+            to[i] = (int8_t)rintf(!(value > -127.0f) ? -127.0f : value > 127.0f ? 127.0f : value); /* NaN, as of infinity times 0, is -127 */
+            sum += to[i];
         }
+        m->xq_start[8 * (size_t)g] = -8 * sum;
     }
 }
 
-#define INLINE __attribute__((always_inline)) static inline
+typedef struct {
+    float *out; /* (n, rows) */
+    const Matrix *w;
+} Product;
 
-/* One row of int8 weights by the input. `group` is a constant in the calls that matter, so that the inner loop unrolls. */
-INLINE float dot_int8(const Model *m, const int8_t *row, const float *scale, int cols, int group) {
-    const int16_t *x = m->xq;
-#if defined __AVX2__ && defined __FMA__
-    /* The sums stay apart until the row's end: adding up each group by itself takes longer than its products. */
-    __m256 sums = _mm256_setzero_ps();
-    for (int g = 0; group % 16 == 0 && g < cols / group; g++) {
-        __m256i part = _mm256_setzero_si256();
-        for (int i = 0; i < group; i += 16, row += 16, x += 16) {
-            __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)row));
-            part = _mm256_add_epi32(part, _mm256_madd_epi16(wide, _mm256_loadu_si256((const __m256i *)x)));
-        }
-        sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(m->xq_scale[g] * scale[g]), sums);
-    }
-    float lanes[8], sum = 0;
-    _mm256_storeu_ps(lanes, sums);
-    for (int i = 0; i < 8; i++) sum += lanes[i];
-    if (group % 16 == 0) return sum;
-#else
-    float sum = 0;
-#endif
-    for (int g = 0; g < cols / group; g++, row += group, x += group) {
-        int32_t part = 0;
-#pragma GCC unroll 1 /* unrolled before it is a vector loop, it would stay scalar */
-        for (int i = 0; i < group; i++) part += row[i] * x[i];
-        sum += (float)part * m->xq_scale[g] * scale[g];
-    }
-    return sum;
-}
+#define TOGETHER ((size_t)16) /* rows that a thread takes at a time */
 
-INLINE void matmul_int8(const Model *m, float *out, const Matrix *w, int rows, int cols, int group) {
-#pragma omp parallel for
-    for (int r = 0; r < rows; r++)
-        out[r] = dot_int8(m, w->q + (size_t)r * (size_t)cols, w->scale + (size_t)r * (size_t)(cols / group), cols, group);
-}
+static size_t pieces(const Matrix *w) { return ((size_t)w->rows + TOGETHER - 1) / TOGETHER; }
 
-/* out (rows) = w (rows, cols) x, where x was given to set_input too. Row after row, which is how memory is read ahead. */
-static void matmul(const Model *m, float *out, const Matrix *w, const float *x, int rows, int cols) {
-    if (m->group == 64) matmul_int8(m, out, w, rows, cols, 64);
-    else if (m->group == 32) matmul_int8(m, out, w, rows, cols, 32);
-    else if (m->group == 16) matmul_int8(m, out, w, rows, cols, 16);
-    else if (m->group) matmul_int8(m, out, w, rows, cols, m->group);
-    else {
-#pragma omp parallel for
-        for (int r = 0; r < rows; r++) out[r] = dot(w->f + (size_t)r * (size_t)cols, x, cols);
+/* out = x w^T + bias of up to three matrices with one input x (n tokens, cols). Row after row, which is how memory is read ahead. */
+static void multiply(Model *m, const float *x, int n, const Product *of, int count) {
+    size_t all = 0;
+    for (int i = 0; i < count; i++) all += pieces(of[i].w);
+    set_input(m, x, n, of[0].w->cols);
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < all; i++) {
+        const Product *p = of;
+        size_t piece = i;
+        for (; piece >= pieces(p->w); p++) piece -= pieces(p->w);
+        const size_t from = piece * TOGETHER, rows = (size_t)p->w->rows;
+        rows_of(p->w)(m, p->w, from, from + TOGETHER < rows ? from + TOGETHER : rows, x, (size_t)n, p->out);
     }
 }
 
 static void rmsnorm(float *out, const float *x, const float *weight, int n, float eps) {
     float scale = 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
     for (int i = 0; i < n; i++) out[i] = weight[i] * (x[i] * scale);
+}
+
+static void rmsnorms(float *out, const float *x, const float *weight, int rows, int n, float eps) {
+    for (int i = 0; i < rows; i++) rmsnorm(out + (size_t)i * (size_t)n, x + (size_t)i * (size_t)n, weight, n, eps);
 }
 
 /* e^x, to 1e-6 of it for |x| < 20; from |x| = 87 on it stays. Loops over this run in vectors, those over expf do not. */
@@ -371,78 +592,90 @@ static void softmax(float *x, int n) {
     for (int i = 0; i < n; i++) x[i] /= sum;
 }
 
-/* Turns each pair (2i, 2i+1) of every head by the angle of this position. */
-static void rotate(float *x, const float *rope, int n, int head_dim) {
-    for (int i = 0; i < n; i += 2) {
-        float cosine = rope[i % head_dim], sine = rope[i % head_dim + 1], a = x[i], b = x[i + 1];
-        x[i] = a * cosine - b * sine;
-        x[i + 1] = a * sine + b * cosine;
+/* Turns each pair (2i, 2i+1) of every head by the angle of its token's position. x: (n tokens, heads, head_dim). */
+static void rotate(const Model *m, float *x, int n, int heads) {
+    for (int t = 0; t < n; t++) {
+        const float *rope = m->rope + (size_t)t * (size_t)m->head_dim;
+        for (int h = 0; h < heads; h++, x += m->head_dim)
+            for (int i = 0; i < m->head_dim; i += 2) {
+                float cosine = rope[i], sine = rope[i + 1], a = x[i], b = x[i + 1];
+                x[i] = a * cosine - b * sine;
+                x[i + 1] = a * sine + b * cosine;
+            }
     }
 }
 
-static void attend(const Model *m, const Layer *layer, float *out, int pos) {
+/* out (n tokens, q_dim) of the queries at positions pos, pos + 1, ..., each with the keys up to its own. */
+static void attend(const Model *m, const Layer *layer, float *out, int n, int pos) {
     const int head_dim = m->head_dim, share = m->n_heads / m->n_kv_heads;
     const float scale = 1.0f / sqrtf((float)head_dim);
 #pragma omp parallel for
     for (int h = 0; h < m->n_heads; h++) {
-        const float *q = m->q + h * head_dim;
-        float *score = m->attention + (size_t)h * (size_t)m->room, *restrict to = out + h * head_dim;
+        float *score = m->attention + (size_t)h * (size_t)m->room;
         const size_t head = (size_t)(h / share) * (size_t)head_dim, stride = (size_t)m->kv_dim;
-        for (int t = 0; t <= pos; t++) score[t] = scale * dot(q, layer->keys + (size_t)t * stride + head, head_dim);
-        softmax(score, pos + 1);
-        memset(to, 0, (size_t)head_dim * sizeof(float));
-        const float *v = layer->values + head;
-        int t = 0;
-        for (; t + 3 <= pos; t += 4, v += 4 * stride) /* four at a time, since each reads and writes all of `to` */
-            for (int i = 0; i < head_dim; i++)
-                to[i] += score[t] * v[i] + score[t + 1] * v[stride + i] + score[t + 2] * v[2 * stride + i] + score[t + 3] * v[3 * stride + i];
-        for (; t <= pos; t++, v += stride)
-            for (int i = 0; i < head_dim; i++) to[i] += score[t] * v[i];
+        for (int b = 0; b < n; b++) {
+            const size_t query = (size_t)b * (size_t)m->q_dim + (size_t)h * (size_t)head_dim;
+            const float *q = m->q + query, *v = layer->values + head;
+            float *restrict to = out + query;
+            const int last = pos + b;
+            for (int t = 0; t <= last; t++) score[t] = scale * dot(q, layer->keys + (size_t)t * stride + head, head_dim);
+            softmax(score, last + 1);
+            memset(to, 0, (size_t)head_dim * sizeof(float));
+            int t = 0;
+            for (; t + 3 <= last; t += 4, v += 4 * stride) /* four at a time, since each reads and writes all of `to` */
+                for (int i = 0; i < head_dim; i++)
+                    to[i] += score[t] * v[i] + score[t + 1] * v[stride + i] + score[t + 2] * v[2 * stride + i] + score[t + 3] * v[3 * stride + i];
+            for (; t <= last; t++, v += stride)
+                for (int i = 0; i < head_dim; i++) to[i] += score[t] * v[i];
+        }
     }
 }
 
-/* Reads the token at position pos into the caches. Returns the next token's logits (vocab_size), or NULL unless wanted. */
-static float *forward(Model *m, int token, int pos, bool want_logits) {
-    const int dim = m->dim, hidden = m->hidden_dim;
-    size_t row = (size_t)token * (size_t)dim;
-    make_room(m, pos);
-    for (int i = 0; i < dim; i++)
-        m->x[i] = m->group ? (float)m->embedding.q[row + (size_t)i] * m->embedding.scale[(row + (size_t)i) / (size_t)m->group]
-                           : m->embedding.f[row + (size_t)i];
-    for (int i = 0; i < m->head_dim; i += 2) {
-        float angle = (float)pos * (1.0f / powf(m->rope_theta, (float)i / (float)m->head_dim));
-        m->rope[i] = cosf(angle);
-        m->rope[i + 1] = sinf(angle);
+static void embed(const Model *m, int token, float *x) {
+    const Matrix *e = &m->embedding;
+    const size_t row = (size_t)token * (size_t)m->dim;
+    for (size_t i = 0; i < (size_t)m->dim; i++) x[i] = e->bits == 32 ? e->f[row + i] : (float)e->q[row + i] * e->scale[(row + i) / (size_t)e->group];
+}
+
+/* Reads n tokens (at most BATCH) at positions pos, pos + 1, ... into the caches. Returns the logits (vocab_size) after the last, or NULL unless wanted. */
+static float *forward(Model *m, const int *tokens, int n, int pos, bool want_logits) {
+    const int dim = m->dim;
+    const size_t all = (size_t)n * (size_t)dim, wide = (size_t)n * (size_t)m->hidden_dim;
+    make_room(m, pos + n);
+    for (int t = 0; t < n; t++) {
+        embed(m, tokens[t], m->x + (size_t)t * (size_t)dim);
+        for (int i = 0; i < m->head_dim; i += 2) {
+            float angle = (float)(pos + t) * m->frequency[i / 2], *to = m->rope + (size_t)t * (size_t)m->head_dim + i;
+            to[0] = m->rope_scale * cosf(angle);
+            to[1] = m->rope_scale * sinf(angle);
+        }
     }
 
     for (int l = 0; l < m->n_layers; l++) {
         Layer *layer = &m->layers[l];
+        const Matrix *w = layer->w;
         float *key = layer->keys + (size_t)pos * (size_t)m->kv_dim, *value = layer->values + (size_t)pos * (size_t)m->kv_dim;
-        rmsnorm(m->xb, m->x, layer->attention_norm, dim, m->norm_eps);
-        set_input(m, m->xb, dim);
-        matmul(m, key, &layer->w[WK], m->xb, m->kv_dim, dim);
-        matmul(m, value, &layer->w[WV], m->xb, m->kv_dim, dim);
-        rotate(key, m->rope, m->kv_dim, m->head_dim);
-        if (!want_logits && l == m->n_layers - 1) return NULL; /* only the caches are needed */
-        matmul(m, m->q, &layer->w[WQ], m->xb, dim, dim);
-        rotate(m->q, m->rope, dim, m->head_dim);
-        attend(m, layer, m->xb, pos);
-        set_input(m, m->xb, dim);
-        matmul(m, m->q, &layer->w[WO], m->xb, dim, dim);
-        for (int i = 0; i < dim; i++) m->x[i] += m->q[i];
+        const bool caches_only = !want_logits && l == m->n_layers - 1;
+        rmsnorms(m->xb, m->x, layer->attention_norm, n, dim, m->norm_eps);
+        multiply(m, m->xb, n, (Product[]){{key, &w[WK]}, {value, &w[WV]}, {m->q, &w[WQ]}}, caches_only ? 2 : 3);
+        if (layer->k_norm) rmsnorms(key, key, layer->k_norm, n * m->n_kv_heads, m->head_dim, m->norm_eps);
+        rotate(m, key, n, m->n_kv_heads);
+        if (caches_only) return NULL;
+        if (layer->q_norm) rmsnorms(m->q, m->q, layer->q_norm, n * m->n_heads, m->head_dim, m->norm_eps);
+        rotate(m, m->q, n, m->n_heads);
+        attend(m, layer, m->xb, n, pos);
+        multiply(m, m->xb, n, (Product[]){{m->hb, &w[WO]}}, 1);
+        for (size_t i = 0; i < all; i++) m->x[i] += m->hb[i];
 
-        rmsnorm(m->xb, m->x, layer->ffn_norm, dim, m->norm_eps);
-        set_input(m, m->xb, dim);
-        matmul(m, m->hb, &layer->w[W1], m->xb, hidden, dim);
-        matmul(m, m->hb2, &layer->w[W3], m->xb, hidden, dim);
-        for (int i = 0; i < hidden; i++) m->hb[i] = m->hb[i] / (1.0f + exponential(-m->hb[i])) * m->hb2[i];
-        set_input(m, m->hb, hidden);
-        matmul(m, m->xb, &layer->w[W2], m->hb, dim, hidden);
-        for (int i = 0; i < dim; i++) m->x[i] += m->xb[i];
+        rmsnorms(m->xb, m->x, layer->ffn_norm, n, dim, m->norm_eps);
+        multiply(m, m->xb, n, (Product[]){{m->hb, &w[W1]}, {m->hb2, &w[W3]}}, 2);
+        for (size_t i = 0; i < wide; i++) m->hb[i] = m->hb[i] / (1.0f + exponential(-m->hb[i])) * m->hb2[i];
+        multiply(m, m->hb, n, (Product[]){{m->xb, &w[W2]}}, 1);
+        for (size_t i = 0; i < all; i++) m->x[i] += m->xb[i];
     }
-    rmsnorm(m->x, m->x, m->final_norm, dim, m->norm_eps);
-    set_input(m, m->x, dim);
-    matmul(m, m->logits, &m->classifier, m->x, m->vocab_size, dim);
+    float *last = m->x + all - (size_t)dim;
+    rmsnorm(last, last, m->final_norm, dim, m->norm_eps);
+    multiply(m, last, 1, (Product[]){{m->logits, &m->classifier}}, 1);
     return m->logits;
 }
 
@@ -459,8 +692,13 @@ typedef struct {
 
 static int argmax(const float *x, int n) {
     int best = 0;
-    for (int i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
+    for (int from = 0, end; from < n; from = end) { /* whether any of a block is larger shows in vectors */
+        int larger = 0;
+        end = n - from < 256 ? n : from + 256;
+        for (int i = from; i < end; i++) larger |= x[i] > x[best];
+        for (int i = from; larger && i < end; i++)
+            if (x[i] > x[best]) best = i;
+    }
     return best;
 }
 
@@ -524,6 +762,17 @@ typedef struct {
     size_t size;
 } Ranges;
 
+/* A character that is canonically equal to two others, or to one (second 0). */
+typedef struct {
+    uint32_t code, first, second;
+    bool composes; /* the two become it again */
+} Canonical;
+
+typedef struct {
+    Range range;
+    int class; /* of combining: marks of lower ones come first */
+} Marks;
+
 typedef struct {
     Str text;
     int id;
@@ -542,6 +791,9 @@ typedef struct {
     enum Prefix prefix;
     Merge *merges; /* hash table; NULL: pairs rank by the score of what they make, as in llama2.c */
     Ranges letters, numbers;
+    Canonical *canonical, *composed; /* by code, and those that compose by first and second; NULL: text is not normalized */
+    Marks *marks;
+    size_t canonical_count, composed_count, marks_count;
     Special *specials;
     size_t special_count;
     bool special_starts[256];
@@ -589,7 +841,7 @@ static void load_tokenizer(Tokenizer *t, const char *path, int vocab_size) {
     size_t size;
     const unsigned char *data = map_file(path, &size);
     if (!data) die("cannot open %s: %s", path, strerror(errno));
-    Cursor c = {path, data, data + size};
+    Cursor c = {path, data, data, data + size};
     size_t count = (size_t)vocab_size;
     if (size / 8 < count) die("%s is cut short or for another model: this one has %d tokens", path, vocab_size);
     t->vocab_size = vocab_size;
@@ -710,6 +962,123 @@ static void encode_word(const Tokenizer *t, Str word, Ids *ids) {
     merge_word(t, ids, start);
 }
 
+/* ---- Unicode's normalization form C ---- */
+
+typedef struct {
+    uint32_t *at; /* code points; a byte that is not UTF-8 is NOT_UTF8 + byte */
+    size_t size, room;
+} Codes;
+
+enum { NOT_UTF8 = 0x110000, L_BASE = 0x1100, V_BASE = 0x1161, T_BASE = 0x11A7, S_BASE = 0xAC00, L_COUNT = 19, V_COUNT = 21, T_COUNT = 28 };
+
+static void push_code(Codes *codes, uint32_t code) {
+    if (codes->size == codes->room) {
+        codes->room = 2 * codes->room + 64;
+        codes->at = resize(codes->at, codes->room, sizeof(uint32_t));
+    }
+    codes->at[codes->size++] = code;
+}
+
+static void append_code(Text *text, uint32_t c) {
+    if (c >= NOT_UTF8) c -= NOT_UTF8;
+    else if (c >= 0x80) {
+        char bytes[4];
+        size_t size = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+        for (size_t i = size; i-- > 1; c >>= 6) bytes[i] = (char)(0x80 | (c & 0x3F));
+        bytes[0] = (char)((0xF00u >> size & 0xFF) | c);
+        append(text, bytes, size);
+        return;
+    }
+    append(text, &(char){(char)c}, 1);
+}
+
+static int combining_class(const Tokenizer *t, uint32_t code) {
+    size_t low = 0, high = t->marks_count;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (code > t->marks[middle].range.high) low = middle + 1;
+        else high = middle;
+    }
+    return low < t->marks_count && code >= t->marks[low].range.low ? t->marks[low].class : 0;
+}
+
+static void decompose(const Tokenizer *t, uint32_t code, int depth, Codes *out) {
+    uint32_t syllable = code - S_BASE;
+    if (code >= S_BASE && syllable < L_COUNT * V_COUNT * T_COUNT) {
+        push_code(out, L_BASE + syllable / (V_COUNT * T_COUNT));
+        push_code(out, V_BASE + syllable / T_COUNT % V_COUNT);
+        if (syllable % T_COUNT) push_code(out, T_BASE + syllable % T_COUNT);
+        return;
+    }
+    size_t low = 0, high = t->canonical_count;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (code > t->canonical[middle].code) low = middle + 1;
+        else high = middle;
+    }
+    if (depth == 0 || low == t->canonical_count || t->canonical[low].code != code) { /* no real character goes deeper than 4 */
+        push_code(out, code);
+        return;
+    }
+    decompose(t, t->canonical[low].first, depth - 1, out);
+    if (t->canonical[low].second) decompose(t, t->canonical[low].second, depth - 1, out);
+}
+
+static int by_parts(const void *a, const void *b) {
+    const Canonical *x = a, *y = b;
+    return x->first != y->first ? (x->first > y->first) - (x->first < y->first) : (x->second > y->second) - (x->second < y->second);
+}
+
+/* The character that two make together, or 0. */
+static uint32_t compose(const Tokenizer *t, uint32_t first, uint32_t second) {
+    if (first - L_BASE < L_COUNT && second - V_BASE < V_COUNT) return S_BASE + ((first - L_BASE) * V_COUNT + (second - V_BASE)) * T_COUNT;
+    if (first - S_BASE < L_COUNT * V_COUNT * T_COUNT && (first - S_BASE) % T_COUNT == 0 && second - T_BASE - 1 < T_COUNT - 1)
+        return first + (second - T_BASE);
+    Canonical wanted = {0, first, second, true};
+    const Canonical *found = bsearch(&wanted, t->composed, t->composed_count, sizeof wanted, by_parts);
+    return found ? found->code : 0;
+}
+
+/* Decomposes text, puts marks in order and composes it again. False where it is as it should be, by no character being one that could be otherwise. */
+static bool normalize(const Tokenizer *t, Str text, Text *out) {
+    Codes codes = {0};
+    bool plain = true;
+    for (size_t at = 0, size; at < text.size; at += size) {
+        uint32_t code;
+        size = read_char(text.at + at, text.size - at, &code);
+        if (code >= 0x300) plain = false;
+        if (size == 1 && code > 0x7F) push_code(&codes, NOT_UTF8 + (unsigned char)text.at[at]);
+        else decompose(t, code, 8, &codes);
+    }
+    for (size_t i = 0, end; !plain && i < codes.size; i = end + 1) { /* i to end: marks; an insertion sort, since they are few */
+        for (end = i; end < codes.size && combining_class(t, codes.at[end]); end++)
+            for (size_t k = end; k > i && combining_class(t, codes.at[k - 1]) > combining_class(t, codes.at[k]); k--) {
+                uint32_t swapped = codes.at[k];
+                codes.at[k] = codes.at[k - 1];
+                codes.at[k - 1] = swapped;
+            }
+    }
+    size_t kept = 0, starter = SIZE_MAX;
+    int last = 0; /* class of the character before, where it was kept behind the starter */
+    for (size_t i = 0; !plain && i < codes.size; i++) {
+        int class = combining_class(t, codes.at[i]);
+        bool adjacent = starter != SIZE_MAX && starter + 1 == kept;
+        uint32_t both = starter != SIZE_MAX && (adjacent || (last && last < class)) ? compose(t, codes.at[starter], codes.at[i]) : 0;
+        if (both) {
+            codes.at[starter] = both;
+            continue;
+        }
+        if (!class) starter = kept;
+        last = class;
+        codes.at[kept++] = codes.at[i];
+    }
+    for (size_t i = 0; !plain && i < kept; i++) append_code(out, codes.at[i]);
+    free(codes.at);
+    return !plain;
+}
+
+/* ---- words ---- */
+
 enum Kind { LETTER, NUMBER, SPACE, OTHER };
 
 typedef struct {
@@ -817,7 +1186,10 @@ static void encode_split(const Tokenizer *t, Str text, Ids *ids) {
 static void encode_section(const Tokenizer *t, Str text, bool first, Ids *ids) {
     if (text.size == 0) return;
     if (t->byte_level) {
+        Text normal = {0};
+        if (t->canonical && normalize(t, text, &normal)) text = (Str){normal.at, normal.size};
         encode_split(t, text, ids);
+        free(normal.at);
         return;
     }
     Text spaced = {0};
@@ -955,6 +1327,46 @@ static void entry_ranges(Entry *e, Ranges *ranges) { /* "41-5a 61-7a", ascending
     }
 }
 
+static uint32_t hex(Entry *e, char **at) {
+    char *end;
+    unsigned long value = strtoul(*at, &end, 16);
+    if (end == *at || value > 0x10FFFF) bad_entry(e);
+    *at = end;
+    return (uint32_t)value;
+}
+
+/* "c0=41+300 212b=c5 958=915.93c", ascending: `+` where the two compose, `.` where not */
+static void entry_canonical(Entry *e, Tokenizer *t) {
+    if (t->canonical) bad_entry(e);
+    t->canonical = zeros(strlen(e->value) / 4 + 1, sizeof(Canonical)); /* an entry takes 4 bytes at least */
+    t->composed = zeros(strlen(e->value) / 4 + 1, sizeof(Canonical));
+    for (char *at = e->value; *at; at += *at == ' ') {
+        Canonical c = {.code = hex(e, &at)};
+        if (*at++ != '=' || (t->canonical_count && c.code <= t->canonical[t->canonical_count - 1].code)) bad_entry(e);
+        c.first = hex(e, &at);
+        c.composes = *at == '+';
+        if (*at == '+' || *at == '.') at++, c.second = hex(e, &at);
+        if (*at && *at != ' ') bad_entry(e);
+        t->canonical[t->canonical_count++] = c;
+        if (c.composes) t->composed[t->composed_count++] = c;
+    }
+    qsort(t->composed, t->composed_count, sizeof(Canonical), by_parts);
+}
+
+static void entry_marks(Entry *e, Tokenizer *t) { /* "300-314=e6 315=e8", ascending */
+    if (t->marks) bad_entry(e);
+    t->marks = zeros(strlen(e->value) / 3 + 1, sizeof(Marks));
+    for (char *at = e->value; *at; at += *at == ' ') {
+        Marks m;
+        m.range.low = m.range.high = hex(e, &at);
+        if (*at == '-') at++, m.range.high = hex(e, &at);
+        if (*at++ != '=' || m.range.low > m.range.high || (t->marks_count && m.range.low <= t->marks[t->marks_count - 1].range.high)) bad_entry(e);
+        m.class = (int)hex(e, &at);
+        if (*at && *at != ' ') bad_entry(e);
+        t->marks[t->marks_count++] = m;
+    }
+}
+
 static void add_special(Tokenizer *t, int id, Str text) {
     t->specials = resize(t->specials, t->special_count + 1, sizeof(Special));
     t->specials[t->special_count++] = (Special){text, id};
@@ -1006,6 +1418,8 @@ static void read_entry(Entry *e, const char *key, Model *m, Tokenizer *t, Chat *
     else if (strcmp(key, "prefix") == 0) t->prefix = (enum Prefix)entry_word(e, PREFIXES, sizeof PREFIXES / sizeof *PREFIXES);
     else if (strcmp(key, "letters") == 0) entry_ranges(e, &t->letters);
     else if (strcmp(key, "numbers") == 0) entry_ranges(e, &t->numbers);
+    else if (strcmp(key, "canonical") == 0) entry_canonical(e, t);
+    else if (strcmp(key, "marks") == 0) entry_marks(e, t);
     else if (strcmp(key, "chat_unavailable") == 0) entry_text(e, &chat->reason);
     else if (strcmp(key, "merges") == 0 && !t->merges) {
         /* a merge takes a line of "merge 0 0 0" at least, so a damaged count cannot ask for more memory than its file accounts for */
@@ -1101,9 +1515,10 @@ static float *read_prompt(Session *s, Ids ids) {
     while (common + 1 < ids.size && common < s->read.size && ids.at[common] == s->read.at[common]) common++;
     s->read.size = common;
     float *logits = NULL;
-    for (size_t i = common; i < ids.size; i++) {
-        logits = forward(&s->model, ids.at[i], (int)i, i + 1 == ids.size);
-        push(&s->read, ids.at[i]);
+    for (size_t i = common, n; i < ids.size; i += n) {
+        n = ids.size - i < BATCH ? ids.size - i : BATCH;
+        logits = forward(&s->model, ids.at + i, (int)n, (int)i, i + n == ids.size);
+        for (size_t k = 0; k < n; k++) push(&s->read, ids.at[i + k]);
     }
     s->prompt_tokens += ids.size - common;
     s->prompt_time += seconds() - start;
@@ -1137,7 +1552,7 @@ static void write_text(Session *s, Ids ids, size_t most, bool opens, Text *said)
             fprintf(stderr, "\n[the context is full: %d tokens]\n", s->model.seq_len);
             break;
         }
-        logits = forward(&s->model, id, (int)s->read.size, true);
+        logits = forward(&s->model, &id, 1, (int)s->read.size, true);
         push(&s->read, id);
         s->text_time += seconds() - start;
     }
@@ -1333,6 +1748,7 @@ int main(int argc, char **argv) {
     if (!tokenizer) tokenizer = access(found, R_OK) == 0 ? found : "tokenizer.bin";
     load_tokenizer(t, tokenizer, m->vocab_size);
     if (!load_runtime(runtime, m, t, &s.chat)) llama2_conventions(m, t, &s.chat, chatting);
+    set_frequencies(m);
     find_bytes(t);
     s.sampler.choices = zeros((size_t)m->vocab_size, sizeof(struct Choice));
 

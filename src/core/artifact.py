@@ -169,6 +169,12 @@ def open_artifact(path: Path) -> Artifact:
 
 def open_any(path: Path, cache: HashCache | None = None) -> Artifact:
     """A finished artifact, or any complete Hugging Face folder as an outside input."""
+    if path.is_file() and path.suffix == ".bin":
+        raise WrongKind(
+            "a file, not a folder",
+            where=str(path),
+            fix=f"python -m src.aux_files source={path} target=NEW_FOLDER, if it is a model.bin of llama2.c",
+        )
     if not path.is_dir():
         raise MissingInput("no such folder", where=str(path))
     return open_artifact(path) if is_finished(path) else outside(path, kind_of_folder(path), cache)

@@ -48,6 +48,12 @@ def _floats(x: torch.Tensor, values: Floats) -> torch.Tensor:
 
 
 def _integers(x: torch.Tensor, values: Integers) -> torch.Tensor:
+    levels, scale = integers(x, values)
+    return levels.mul_(scale).reshape(x.shape)
+
+
+def integers(x: torch.Tensor, values: Integers) -> tuple[torch.Tensor, torch.Tensor]:
+    """(whole numbers in fp32, scales as they are stored), (..., groups, group) and (..., groups, 1), or with a scale for each row (..., n) and (..., 1)."""
     groups = x if values.group == -1 else x.reshape(*x.shape[:-1], -1, values.group)
     half = 1 << (values.bits - 1)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
@@ -55,27 +61,27 @@ def _integers(x: torch.Tensor, values: Integers) -> torch.Tensor:
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = _nonzero((high - low) / (2 * half - 1))
         zero = torch.round(-low / scale).clamp_(0, 2 * half - 1)
-        levels = (torch.round(groups / scale) + zero).clamp_(0, 2 * half - 1) - zero
-        return (levels * _stored(scale, values)).reshape(x.shape)
-    if values.levels == "signed":
-        scale = _nonzero(torch.where(-low >= high, -low, -high) / half)
-        return (torch.round(groups / scale).clamp_(-half, half - 1) * _stored(scale, values)).reshape(x.shape)
-    largest = torch.maximum(-low, high)
-    found = _symmetric(groups, largest, values)
+        return (torch.round(groups / scale) + zero).clamp_(0, 2 * half - 1) - zero, _stored(scale, values)
+    largest = torch.where(-low >= high, -low, -high) if values.levels == "signed" else torch.maximum(-low, high)
+    levels, scale = _levels(groups, largest, values)
     if values.search:
-        error = (found - groups).square_().sum(-1, keepdim=True)
+        error = (levels * scale - groups).square_().sum(-1, keepdim=True)
         for share in SCALES:
-            other = _symmetric(groups, share * largest, values)
-            less = (other - groups).square_().sum(-1, keepdim=True)
+            others, smaller = _levels(groups, share * largest, values)
+            less = (others * smaller - groups).square_().sum(-1, keepdim=True)
             better = less < error
-            found, error = torch.where(better, other, found), torch.where(better, less, error)
-    return found.reshape(x.shape)
+            levels, scale, error = torch.where(better, others, levels), torch.where(better, smaller, scale), torch.where(better, less, error)
+    return levels, scale
 
 
-def _symmetric(groups: torch.Tensor, largest: torch.Tensor, values: Integers) -> torch.Tensor:
+def _levels(groups: torch.Tensor, largest: torch.Tensor, values: Integers) -> tuple[torch.Tensor, torch.Tensor]:
+    """`integers` by a scale that has `largest` at the largest level."""
     top = (1 << (values.bits - 1)) - 1
+    if values.levels == "signed":
+        scale = _nonzero(largest / (top + 1))
+        return torch.round(groups / scale).clamp_(-top - 1, top), _stored(scale, values)
     scale = largest / top
-    return torch.round(groups / scale.clamp_min(torch.finfo(scale.dtype).tiny)).clamp_(-top, top) * _stored(scale, values)
+    return torch.round(groups / scale.clamp_min(torch.finfo(scale.dtype).tiny)).clamp_(-top, top), _stored(scale, values)
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:

@@ -45,11 +45,12 @@ class Target(Settings):
 
 class Llama2c(Target):
     kind: Literal["llama2c"]
-    """a CPU bundle in the formats of karpathy/llama2.c with a C program to run it"""
-    format: Literal["fp32_v0", "fp32_v1", "int8_v2"]
-    """weight file: what llama2.c's run reads (fp32_v0), its newer header (fp32_v1), or what its runq reads (int8_v2)"""
+    """a CPU bundle in the formats of karpathy/llama2.c, or one of our own, with a C program to run it"""
+    format: Literal["fp32_v0", "fp32_v1", "int8_v2", "fp32_v3", "int8_v3", "int4_v3"]
+    """weight file: what llama2.c's run reads (fp32_v0), its newer header (fp32_v1), what its runq reads (int8_v2), or our own for all that these
+    cannot hold (fp32_v3, int8_v3, int4_v3)"""
     group_size: PositiveInt
-    """int8 weights that share a scale; halved until it divides the model's sizes"""
+    """integers that share a scale; halved until it divides the model's sizes"""
 
 
 class Axera(Target):

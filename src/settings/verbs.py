@@ -539,9 +539,11 @@ class MergeVerb(StageVerb):
 
 class AuxFilesVerb(Verb):
     source: Annotated[str, Unkeyed]
-    """folder with the tokenizer and auxiliary files"""
+    """folder with the tokenizer and auxiliary files; or a model.bin of karpathy/llama2.c"""
     target: Annotated[str, Unkeyed]
-    """model folder made elsewhere that lacks them"""
+    """model folder made elsewhere that lacks them; or the new folder that a model.bin is read into"""
+    tokenizer: Annotated[str | None, Unkeyed]
+    """the tokenizer.bin of a model.bin; null: beside it"""
 
 
 class QuantizeVerb(StageVerb):

@@ -111,10 +111,12 @@ def _openvino(shape: ModelShape, target: Openvino) -> Format:
 
 
 def _llama2c(shape: ModelShape, target: Llama2c) -> Format:
-    """All in fp32, or in int8 with an fp32 scale per group; the KV cache is fp32 (llama2.c's run.c and runq.c)."""
-    width = quantized(8, target.group_size, 4.0) if target.format == "int8_v2" else 4.0
+    """All in fp32, or in integers with an fp32 scale per group, those of embedding and output layer of 8 bits at least; the KV cache is fp32 (run.c)."""
+    _, bits = takes.llama2c_form(target.format)
+    group = (shape.quantization and shape.quantization.group_size) or target.group_size
+    width, outer = (quantized(b, group, 4.0) if bits < 32 else 4.0 for b in (bits, max(bits, 8)))
     longest = shape.max_positions or LONGEST
-    return Format(target.format, lambda m: width, width, 4, width, False, False, longest, longest - 1, 1)
+    return Format(target.format, lambda m: width, outer, 4, outer, False, False, longest, longest - 1, 1)
 
 
 def _gguf(shape: ModelShape, target: Gguf) -> Format:

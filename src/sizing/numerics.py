@@ -1,7 +1,7 @@
 """The formats a board computes in: of its weights, embedding, output layer, hidden states and KV cache, for each target and each type of its weights.
 
 What `budget.Format` counts in bytes, as values. Sources: Pulsar2's and Mobilint's documents and helper scripts, reports on their boards, NNCF 3.4.0 and
-OpenVINO 2026.4.1 as they stand, llama2.c's runq.c. What a vendor does not publish is assumed, and each such assumption is a sentence in `assumed`.
+OpenVINO 2026.4.1 as they stand, llama2.c's runq.c and our run.c. What a vendor does not publish is assumed, and each such assumption is a sentence in `assumed`.
 """
 
 import difflib
@@ -204,11 +204,21 @@ def _openvino(shape: ModelShape, target: Openvino) -> Numerics:
     )
 
 
+def llama2c_integers(bits: int, group: int) -> Integers:
+    """8 bits are runq.c's, also of what matrices multiply; 4 bits by the best of several scales."""
+    return Integers(8, group) if bits == 8 else Integers(4, group, "signed", search=True)
+
+
 def _llama2c(shape: ModelShape, target: Llama2c) -> Numerics:
-    """runq.c's: weights and what they multiply in int8 by groups, all else fp32. The other formats are fp32 throughout."""
-    eight = Integers(8, takes.llama2c_group(target.group_size, shape.hidden, shape.intermediate))
-    kind: Values = eight if target.format == "int8_v2" else FP32
-    return Numerics(f"{target.name}_{target.format}", target, kind, {}, kind, kind, FP32, kind, FP32, FP32, ())
+    """Integers: weights and what they multiply by groups, embedding and output layer of 8 bits at least, all else fp32. The other formats are fp32 throughout."""
+    _, bits = takes.llama2c_form(target.format)
+    name = f"{target.name}_{target.format}"
+    if bits == 32:
+        return Numerics(name, target, FP32, {}, FP32, FP32, FP32, FP32, FP32, FP32, ())
+    wanted = (shape.quantization and shape.quantization.group_size) or target.group_size
+    group = takes.llama2c_group(wanted, shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
+    eight = llama2c_integers(8, group)
+    return Numerics(name, target, None if shape.quantization else llama2c_integers(bits, group), {}, eight, eight, FP32, eight, FP32, FP32, ())
 
 
 KINDS: dict[type[Target], Callable[[ModelShape, Any], Numerics]] = {

@@ -1,6 +1,6 @@
 """What each kind of target takes, by a model's config.json and the target's settings alone: the rules `deploy` goes by, and `plan` foretells. No weights."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from src.core.errors import AGAIN, BadData, ConfigError, WrongKind
 from src.settings.targets import Axera, Gguf, Llama2c, Mobilint, Openvino, Target
@@ -63,7 +63,7 @@ def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
     """The shape of a model that the target takes. Raises what `deploy` would: WrongKind for a model it does not take, ConfigError for settings that
     do not go with it, BadData for a config.json that is no model's."""
     shape = shape_of(config, where)
-    if shape.quantization and isinstance(target, Mobilint | Openvino | Llama2c | Gguf):
+    if shape.quantization and isinstance(target, Mobilint | Openvino | Gguf):
         raise WrongKind(
             f"target={target.name} takes a model, not a quantized one ({shape.quantization.method})",
             where=where,
@@ -77,7 +77,7 @@ def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
     elif isinstance(target, Openvino):
         openvino(shape, target, where=where)
     elif isinstance(target, Llama2c):
-        llama2c(config, where=where)
+        llama2c(config, target.format, where=where)
     elif isinstance(target, Gguf):
         gguf(config, shape, where=where)
     return shape
@@ -148,7 +148,7 @@ def gptq_block(config: dict[str, Any], *, where: str) -> dict[str, Any] | None:
     reasons += ["its format is gptq_v2"] if block.get("checkpoint_format") == "gptq_v2" else []
     if reasons:
         raise WrongKind(
-            f"only symmetric GPTQ int4 and int8 models in column order can be compiled; this one: {', '.join(reasons)}",
+            f"only symmetric GPTQ int4 and int8 models in column order can be taken; this one: {', '.join(reasons)}",
             where=where,
             fix=[UNQUANTIZED, "quantize that one with quantizer=gptq_int4"],
         )
@@ -223,37 +223,69 @@ def undivided(shape: ModelShape, group: int) -> list[int]:
     return sorted({m.columns for layer in shape.stack for m in layer.matrices if m.columns % group})
 
 
-def llama2c(config: dict[str, Any], *, where: str) -> ModelShape:
-    """The shape of a Llama that llama2.c's formats and run.c can express. Raises WrongKind for every other model, BadData where its length is not said."""
+LLAMA2C = {"llama", "mistral", "qwen2", "qwen3"}
+"""model_type of what version 3 of model.bin holds; the others hold Llama and Mistral, with nothing that Llama 2 has not"""
+STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+"""scalings of the rotary embedding that do not change with the text's length"""
 
-    kind = config.get("model_type")
 
-    def refuse(what: str) -> None:
-        raise WrongKind(what, where=where, fix="target=openvino_cpu" if str(kind) in OPENVINO else ())
+def llama2c_form(format: str) -> tuple[int, int]:
+    """(version of model.bin, bits of its weights) of a format such as int8_v2."""
+    bits, _, version = format.partition("_v")
+    return int(version), {"fp32": 32, "int8": 8, "int4": 4}[bits]
 
-    if kind != "llama":
-        refuse(f"target=llama2c takes Llama-architecture models only; this one is '{kind}'")
-    if config.get("quantization_config"):
-        raise WrongKind("the model is already quantized", where=where, fix=UNQUANTIZED)
-    if (scaling := rope_type(config, where)) != "default":
-        refuse(f"rope scaling '{scaling}' is unknown to llama2.c")
+
+def llama2c(config: dict[str, Any], format: str, *, where: str) -> ModelShape:
+    """The shape of a model that the format and run.c can express. Raises WrongKind for every other model, BadData where its length is not said."""
+    kind, (version, bits) = config.get("model_type"), llama2c_form(format)
+    elsewhere = ["target=openvino_cpu"] if str(kind) in OPENVINO else []
+
+    def refuse(what: str) -> NoReturn:
+        raise WrongKind(what, where=where, fix=elsewhere)
+
+    if kind not in LLAMA2C:
+        refuse(f"target=llama2c takes models of the architectures {', '.join(sorted(LLAMA2C))} only; this one is '{kind}'")
+    if (block := gptq_block(config, where=where)) and (version, bits) != (3, block["bits"]):
+        raise WrongKind(
+            f"the model is GPTQ int{block['bits']} already, which target.format={format} does not keep",
+            where=where,
+            fix=[f"target.format=int{block['bits']}_v3", UNQUANTIZED],
+        )
+    rope, scaling = part(config, "rope_parameters", where), rope_type(config, where)
+    if scaling not in STATIC_ROPE:
+        refuse(f"rope scaling '{scaling}' is unknown to run.c, which has {', '.join(sorted(STATIC_ROPE))}")
+    if (share := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))) != 1:
+        refuse(f"the rotary embedding turns {share} of each head; run.c turns all of it")
     if config.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act is '{config['hidden_act']}'; llama2.c has silu only")
-    if biases := [key for key in ("attention_bias", "mlp_bias") if config.get(key)]:
-        refuse(f"the model has biases ({biases[0]}); llama2.c has none")
+        refuse(f"hidden_act is '{config['hidden_act']}'; run.c has silu only")
     shape = shape_of(config, where)
     if shape.max_positions is None:
         raise BadData("config.json does not say 'max_position_embeddings'", where=where)
-    head = shape.hidden // shape.heads
-    if not shape.kv_heads or shape.hidden % shape.heads or shape.heads % shape.kv_heads or head % 2:
-        refuse(f"{shape.heads} heads, {shape.kv_heads} KV heads do not divide hidden_size {shape.hidden} into even heads")
-    if shape.head_dim != head:
-        refuse(f"head_dim {shape.head_dim} is not hidden_size / num_attention_heads = {head}, as llama2.c has it")
+    if not shape.kv_heads or shape.heads % shape.kv_heads or shape.head_dim % 2:
+        refuse(f"{shape.heads} heads of {shape.head_dim}, {shape.kv_heads} KV heads: run.c takes heads of an even width, as many for each KV head")
+    if version < 3:
+        beyond = [f"rope scaling '{scaling}'"] if scaling != "default" else []
+        beyond += ["biases"] if llama2c_biases(config, shape) else []
+        beyond += ["norms of queries and keys"] if shape.qk_norm else []
+        beyond += [f"head_dim {shape.head_dim}, not {shape.hidden} / {shape.heads}"] if shape.head_dim * shape.heads != shape.hidden else []
+        if beyond:
+            raise WrongKind(
+                f"llama2.c's own formats cannot hold this model: {', '.join(beyond)}",
+                where=where,
+                fix=[f"target.format={'fp32' if bits == 32 else 'int8'}_v3", *elsewhere],
+            )
     return shape
 
 
+def llama2c_biases(config: dict[str, Any], shape: ModelShape) -> int:
+    """The biases of a model of LLAMA2C: 1 of q, k and v, plus 2 of the output projection, plus 4 of the MLP."""
+    of_output = config.get("attention_bias") if shape.model_type in ("llama", "qwen3") else False
+    of_mlp = config.get("mlp_bias") if shape.model_type == "llama" else False
+    return bool(shape.qkv_bias) + 2 * bool(of_output) + 4 * bool(of_mlp)
+
+
 def llama2c_group(wanted: int, *widths: int) -> int:
-    """The int8 weights that share a scale: so many, halved until they divide rows of all these widths."""
+    """The integers that share a scale: so many, halved until they divide rows of all these widths."""
     while any(width % wanted for width in widths):
         wanted //= 2
     return wanted

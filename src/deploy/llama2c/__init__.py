@@ -1,8 +1,8 @@
-"""deploy target=llama2c: a Llama model folder becomes the files of karpathy/llama2.c and a C program that runs them.
+"""deploy target=llama2c: a Llama, Mistral, Qwen2 or Qwen3 folder becomes the files of karpathy/llama2.c and a C program that runs them.
 
-The bundle is model.bin, tokenizer.bin (both readable by stock llama2.c), runtime.cfg (what those formats cannot say:
-rope base, stop ids, BPE merges, chat template), run.c, Makefile, the compiled `run` and a README.
-Settings: `format`, one of fp32_v0, fp32_v1 and int8_v2, and `group_size`, the int8 values that share one scale.
+The bundle is model.bin, tokenizer.bin (both readable by stock llama2.c, but for version 3), runtime.cfg (what those formats cannot
+say: rope base, stop ids, BPE merges, chat template), run.c, Makefile, the compiled `run` and a README.
+Settings: `format`, see models/llama2c_file.py, and `group_size`, the integers that share one scale.
 """
 
 import json
@@ -20,13 +20,13 @@ from src.deploy.llama2c import proof
 from src.deploy.llama2c.chat import ChatPieces, find_chat
 from src.deploy.llama2c.runtime import write_runtime
 from src.deploy.llama2c.tokenizer import read_tokenizer, write_tokenizer
-from src.deploy.llama2c.weights import VERSIONS, Shape, check_tensors, group_size, read_shape, write_model
 from src.models import fidelity
 from src.models.generation import stop_ids
+from src.models.llama2c_file import Form, Shape, check_tensors, form_of, read_shape, write_model
 from src.models.loading import load_tokenizer
 
 SOURCES = ROOT / "assets" / "llama2c"
-TAKES = {"model"}
+TAKES = {"model", "quantized"}
 
 
 def wants_dataset(settings) -> bool:
@@ -40,10 +40,9 @@ def check(inputs: dict[str, Artifact], settings, out: Path) -> list[str]:
     """
     _check_tools()
     model_dir = inputs["model"].path
-    shape = read_shape(model_dir)
+    shape = read_shape(model_dir, settings.format)
     check_tensors(model_dir, shape)
-    if settings.format == "int8_v2":
-        group_size(shape, settings.group_size)
+    form_of(shape, settings.format, settings.group_size)
     path = model_dir / "tokenizer.json"
     if path.is_file():
         read_tokenizer(read_json(path), str(path))
@@ -63,7 +62,8 @@ def build(inputs: dict[str, Artifact], out: Path, settings) -> dict:
     Raises WrongKind where the tokenizer, once loaded, does not fit, ProofFailed where the program and transformers disagree.
     """
     model_dir = inputs["model"].path
-    shape = read_shape(model_dir)
+    shape = read_shape(model_dir, settings.format)
+    form = form_of(shape, settings.format, settings.group_size)
     hf = load_tokenizer(model_dir)
     # transformers may rebuild the pipeline by the tokenizer's class, so what it runs counts, not tokenizer.json.
     tokenizer = read_tokenizer(json.loads(hf.backend_tokenizer.to_str()), str(model_dir))
@@ -78,25 +78,24 @@ def build(inputs: dict[str, Artifact], out: Path, settings) -> dict:
     if pieces is None:
         warn(f"the bundle has no chat mode: {why}")
 
-    group = group_size(shape, settings.group_size) if settings.format == "int8_v2" else 0
-    if group and group != settings.group_size:
-        say(f"int8 groups of {group}: {settings.group_size} does not divide rows of {shape.dim} and {shape.hidden}")
-    write_model(model_dir, shape, VERSIONS[settings.format], group, out / "model.bin")
+    if form.group and form.group != settings.group_size:
+        say(f"groups of {form.group}: {settings.group_size} does not divide rows of {', '.join(map(str, dict.fromkeys(shape.widths)))}")
+    write_model(model_dir, shape, form, out / "model.bin")
     write_tokenizer(tokenizer, shape.vocab, hf.bos_token_id, hf.eos_token_id, out / "tokenizer.bin")
-    write_runtime(shape, tokenizer, hf, stops, pieces, why, out / "runtime.cfg")
+    write_runtime(shape, form, tokenizer, hf, stops, pieces, why, out / "runtime.cfg")
     for name in ("run.c", "Makefile"):
         shutil.copyfile(SOURCES / name, out / name)
-    (out / "README.md").write_text(_readme(shape, settings.format, group, pieces, why), encoding="utf-8")
+    (out / "README.md").write_text(_readme(shape, settings.format, form, pieces, why), encoding="utf-8")
     _compile(out)
 
     metrics = {
         "format": settings.format,
-        "group_size": group,
+        "group_size": form.group,
         "model_bytes": (out / "model.bin").stat().st_size,
         "chat": pieces is not None,
     }
     metrics |= proof.prove_ids(out, hf, pieces)
-    metrics |= proof.prove(inputs["model"], out, shape, hf, stops, fidelity.dataset_of(inputs["stored"]), exact=group == 0)
+    metrics |= proof.prove(inputs["model"], out, shape, form, hf, stops, fidelity.dataset_of(inputs["stored"]))
     metrics["summary"] = (
         f"{metrics['tokens_per_second']:,.0f} tokens/s here, {metrics['prompts_equal']}/{metrics['prompts']} prompts as transformers"
     )
@@ -122,13 +121,14 @@ def _compile(out: Path) -> None:
         raise ProofFailed(f"run.c does not compile here:\n{done.stderr[-1000:]}", where=" ".join(argv))
 
 
-def _readme(shape: Shape, format: str, group: int, pieces: ChatPieces | None, why: str) -> str:
-    weights = f"int8 in groups of {group}" if group else "fp32"
+def _readme(shape: Shape, format: str, form: Form, pieces: ChatPieces | None, why: str) -> str:
+    weights = f"int{form.bits} in groups of {form.group}" if form.group else "fp32"
+    theirs = "`tokenizer.bin` is of karpathy/llama2.c's format, `model.bin` of Boardwalk's" if form.version == 3 else "`model.bin` and `tokenizer.bin` are of karpathy/llama2.c's formats"
     chat = "./run model.bin -m chat                          # talk to it; -y sets a system text" if pieces else f"# no chat mode: {why}"
-    return f"""# A Llama model for llama2.c
+    return f"""# A language model and the C program that runs it
 
 {shape.layers} layers of {shape.dim}, vocabulary {shape.vocab}, context {shape.context}; {weights} (format {format}).
-`model.bin` and `tokenizer.bin` are karpathy/llama2.c's formats; `runtime.cfg` holds what they cannot say.
+{theirs}; `runtime.cfg` holds what they cannot say.
 
 Copy this folder to the board and build there (a C compiler and make are all it takes):
 

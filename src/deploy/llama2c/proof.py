@@ -13,8 +13,8 @@ from src.core.artifact import Artifact
 from src.core.errors import ProofFailed
 from src.deploy.llama2c.chat import ChatPieces
 from src.deploy.llama2c.runtime import escape
-from src.deploy.llama2c.weights import Shape, reader_of
 from src.models import fidelity, seen
+from src.models.llama2c_file import Form, Shape, reader_of
 
 PROBES = (
     "",
@@ -97,30 +97,38 @@ class Text:
         return encoding.Encoded(self.ids, [encoding.IGNORE] * self.begin + self.ids[self.begin :])
 
 
-def prove(start: Artifact, out: Path, shape: Shape, hf, stops: list[int], dataset: Path | None, *, exact: bool) -> dict:
+def prove(start: Artifact, out: Path, shape: Shape, form: Form, hf, stops: list[int], dataset: Path | None) -> dict:
     """The program's greedy texts, and the loss that model.bin has on held-out rows, against transformers in fp32, layer by layer.
 
     One pass of transformers over the finished texts tells, since greedy texts part at the first token that is not its likeliest.
     """
     from src.models import by_layer
 
+    exact = form.bits == 32
     texts = list(said(out, hf, stops, shape.context))
     held = fidelity.held_out(dataset, hf, start.path)
     rows = [*(text.row for text in texts), *held]
     model = by_layer.need(start)
     before = seen.observe(seen.by_layer(model, "proof"), rows)
     made = sum(len(text.ids) - text.begin for text in texts)
-    metrics = judge_texts(texts, before[:made], out, exact)
+    metrics = judge_texts(texts, before[:made], out, form.bits)
     if not held:
         return metrics
-    model.take(reader_of(out / "model.bin", shape))
+    model.take(reader_of(out / "model.bin", shape, form))
     whole = before[made:]
     after = seen.observe(seen.by_layer(model, "proof of model.bin"), held, whole.top_k_ids)
     change = fidelity.compare(whole, after, len(held))
     if not exact:
-        return metrics | fidelity.report("llama2c", change, "in int8", "target.format=fp32_v0 loses nothing")
+        return metrics | fidelity.report("llama2c", change, f"in int{form.bits}", _less(form))
     fidelity.judge("llama2c", change, 1e-4, out / "model.bin", [], setting=None)
     return metrics | change.metrics()
+
+
+def _less(form: Form) -> str:
+    """The way to a bundle that loses less."""
+    if form.bits == 4:
+        return f"target.format=int8_v{form.version} loses less"
+    return f"target.format=fp32_v{3 if form.version == 3 else 0} loses nothing"
 
 
 def said(out: Path, hf, stops: list[int], context: int, tokens: int = 64) -> Iterator[Text]:
@@ -137,12 +145,13 @@ def said(out: Path, hf, stops: list[int], context: int, tokens: int = 64) -> Ite
         yield Text(prompt, ids + ours, len(ids), float(re.findall(rb"answer: .* ([\d.]+) tok/s", done.stderr)[0]))
 
 
-def judge_texts(texts: list[Text], told: seen.Seen, out: Path, exact: bool) -> dict:
+def judge_texts(texts: list[Text], told: seen.Seen, out: Path, bits: int) -> dict:
     """told: what transformers says at the answers' tokens.
 
-    exact: raise ProofFailed at a token that is not its likeliest unless it holds the two as good as equal. Else (int8) the agreement is a result, and
-    only one below a half, which no rounding explains, raises.
+    Of fp32, raises ProofFailed at a token that is not its likeliest unless it holds the two as good as equal. Of int8 and int4 the agreement is a result,
+    and only one that no rounding explains raises.
     """
+    exact, least = bits == 32, 0.25 if bits == 4 else 0.5
     equal = ties = begin = 0
     for text in texts:
         ours = text.ids[text.begin :]
@@ -157,7 +166,7 @@ def judge_texts(texts: list[Text], told: seen.Seen, out: Path, exact: bool) -> d
         equal += not len(wrong)
         ties += len(wrong) if exact else 0
     agreed = int((told.likeliest == np.array([id for text in texts for id in text.ids[text.begin :]])).sum()) if texts else 0
-    if agreed < 0.5 * begin:
+    if agreed < least * begin:
         raise ProofFailed(f"transformers agrees with {agreed} of the program's {begin} tokens", where=str(out))
     return {
         "prompts": len(texts),

@@ -4,17 +4,21 @@ from pathlib import Path
 
 from src.core.errors import WrongKind
 from src.deploy.llama2c.chat import ChatPieces
-from src.deploy.llama2c.tokenizer import Tokenizer, unicode_ranges
-from src.deploy.llama2c.weights import Shape
+from src.deploy.llama2c.tokenizer import Tokenizer, canonical, unicode_ranges
+from src.models.llama2c_file import Form, Shape
 
 
-def write_runtime(shape: Shape, tokenizer: Tokenizer, hf, stops: list[int], pieces: ChatPieces | None, why: str, path: Path) -> None:
+def write_runtime(
+    shape: Shape, form: Form, tokenizer: Tokenizer, hf, stops: list[int], pieces: ChatPieces | None, why: str, path: Path
+) -> None:
     r"""The line "llama2c-runtime 1", then "key value" lines, then "end".
 
     Text runs to the end of its line with \n \t \r \\ and \xHH as escapes. `special id hidden text` and
     `merge left right merged` repeat, best merge first.
     """
-    lines = ["llama2c-runtime 1", f"rope_theta {shape.theta:.9g}", f"norm_eps {shape.eps:.9g}"]
+    lines = ["llama2c-runtime 1"]
+    if form.version < 3:
+        lines += [f"rope_theta {shape.theta:.9g}", f"norm_eps {shape.eps:.9g}"]
     lines += [f"begin {' '.join(map(str, _begin_ids(hf)))}", f"stop {' '.join(map(str, stops))}"]
     if tokenizer.unk is not None:
         lines.append(f"unk {tokenizer.unk}")
@@ -23,6 +27,8 @@ def write_runtime(shape: Shape, tokenizer: Tokenizer, hf, stops: list[int], piec
     lines += [f"split {tokenizer.split}", f"prefix {tokenizer.prefix}", f"strip_space {int(_strips_space(tokenizer, hf))}"]
     if tokenizer.byte_level:
         lines += [f"letters {unicode_ranges('L')}", f"numbers {unicode_ranges('N')}"]
+    if tokenizer.nfc:
+        lines += [f"{key} {table}" for key, table in zip(("canonical", "marks"), canonical())]
     lines += [f"special {token['id']} {int(token['special'])} {escape(token['content'])}" for token in tokenizer.added]
     lines += [f"chat_unavailable {escape(why)}"] if pieces is None else _chat(pieces)
     lines.append(f"merges {len(tokenizer.merges)}")

@@ -6,6 +6,7 @@ Formats: tokenizer.json of the `tokenizers` library; tokenizer.py of karpathy/ll
 import json
 import re
 import struct
+import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,8 @@ class Tokenizer:
     """(left id, right id, merged id), best first."""
     added: list[dict]
     byte_level: bool = False
+    nfc: bool = False
+    """Text is brought into Unicode's normalization form C first."""
     split: str = "none"
     prefix: str = "never"
     prefix_unless_space: bool = False
@@ -82,7 +85,8 @@ def _unknown(what: str, where: str) -> WrongKind:
 
 def _read_byte_level(found: Tokenizer, normalizers: list[dict], steps: list[dict], where: str) -> None:
     """Set how a byte-level tokenizer, as GPT-2's, cuts its words."""
-    if normalizers:
+    found.nfc = normalizers == [{"type": "NFC"}]
+    if normalizers and not found.nfc:
         raise _unknown(f"the normalizer {normalizers[0]['type']} before a byte-level model", where)
     split = _byte_level_split(steps)
     if split is None:
@@ -139,6 +143,30 @@ def unicode_ranges(category: str) -> str:
     every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     runs = Split(Regex(rf"\p{{{category}}}+"), "removed", invert=True).pre_tokenize_str(every)
     return " ".join(f"{ord(run[0]):x}-{ord(run[-1]):x}" for run, _ in runs)
+
+
+@cache
+def canonical() -> tuple[str, str]:
+    """What run.c normalizes by: ("c0=41+300 212b=c5 958=915.93c", "300-314=e6"), characters that are equal to others, `+` where the two become one again, and
+    classes of combining marks. As the normalizers of `tokenizers` have it, whose Unicode is older or newer than Python's; Hangul follows from a rule."""
+    from tokenizers.normalizers import NFC, NFD
+
+    nfc, nfd = NFC().normalize_str, NFD().normalize_str
+    equal, marks = [], list[tuple[int, int, int]]()
+    for code in (*range(0xC0, 0xAC00), *range(0xF900, 0x110000)):
+        char = chr(code)
+        parts = unicodedata.decomposition(char)
+        if parts and not parts.startswith("<") and nfd(char) == unicodedata.normalize("NFD", char):
+            equal.append(f"{code:x}=" + ("+" if nfc(char) == char else ".").join(f"{int(part, 16):x}" for part in parts.split()))
+        if kind := unicodedata.combining(char):
+            before, after = ("\u0301", char) if kind == 1 else (char, "\u0334")  # classes 230 and 1
+            if nfd(f"a{before}{after}") == f"a{before}{after}":
+                continue  # a mark of a later Unicode
+            if marks and marks[-1][1:] == (code - 1, kind):
+                marks[-1] = (marks[-1][0], code, kind)
+            else:
+                marks.append((code, code, kind))
+    return " ".join(equal), " ".join(f"{low:x}-{high:x}={kind:x}" for low, high, kind in marks)
 
 
 def write_tokenizer(tokenizer: Tokenizer, vocab: int, bos: int | None, eos: int | None, path: Path) -> None:
