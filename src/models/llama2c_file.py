@@ -274,7 +274,9 @@ def write_model(model_dir: Path, shape: Shape, form: Form, path: Path) -> None:
             elif part.name == ROPE_TABLES:
                 put(*rope_tables(shape))
             elif len(part.shape) == 1:
-                vector = load_wide(found[part.name])
+                entry = found[part.name]
+                assert isinstance(entry, Entry), "a quantized model's vectors are stored as they are"
+                vector = load_wide(entry)
                 put(interleave(vector, part.heads) if part.heads else vector)
             elif not isinstance(source := found[part.name], Entry):
                 put(*(tensor.contiguous() for tensor in _kept(source, part, form)))
