@@ -142,6 +142,7 @@ def test_system_turn_and_tools_go_along(finished):
                 "check": "none",
                 "json_schema": None,
                 "general": None,
+                "tasks": None,
             }
         }
         | {"endpoint": {"url": None, "model": None, "timeout": 1, "concurrency": 1}}
