@@ -42,7 +42,7 @@ class TextRows:
     """The rows of one split, read from disk as they are needed.
 
     shards: uint16 or uint32 token ids, document after document; starts: tokens before each shard. begins: int64 (rows,), tokens before each row;
-    lengths: int64 (rows,). documents: int64 (rows,), number of each row's document. names, every: places of each so many documents. text_bytes: of all documents.
+    lengths: int64 (rows,). documents: int64 (rows,), number of each row's document, of which there are `count`. text_bytes: of all documents.
     """
 
     shards: list[np.ndarray]
