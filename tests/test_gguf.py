@@ -428,13 +428,16 @@ def environment(folder: Path, says: str) -> Path:
 @helps("deploy/gguf/__init__.py", "target.weight_type=q4_0 needs no llama.cpp")
 @helps("deploy/gguf/llama_cpp.py", "bash scripts/gguf_env.sh {}, a minute and 0.2 GB", "target.environment=FOLDER names one that has it")
 @helps("deploy/gguf/llama_cpp.py", "bash scripts/gguf_env.sh NEW_FOLDER, then target.environment=NEW_FOLDER")
-def test_without_the_quantizer_all_else_is_made_and_kept(road, deploy, with_llama_cpp, tmp_path):
+def test_without_the_quantizer_all_else_is_made_and_kept(road, deploy, with_llama_cpp, monkeypatch, tmp_path):
     done = deploy("target.weight_type=q4_k_m")
-    refused(done, Unfinished, "alone quantizes to q4_k_m", f"bash scripts/gguf_env.sh {tmp_path / 'nowhere'}", "target.weight_type=q4_0")
+    refused(done, Unfinished, "which alone makes q4_k_m", f"bash scripts/gguf_env.sh {tmp_path / 'nowhere'}", "target.weight_type=q4_0")
     partial = road / "a" / "deploy-gguf.partial"
     assert {"source.gguf", "importance.npz"} <= {file.name for file in (partial / ".work").iterdir()}
     with np.load(partial / ".work" / "importance.npz") as weighed:
         assert len(weighed.files) == 14 and weighed["blk.0.ffn_down.weight"].shape == (256,) and (weighed["blk.1.attn_q.weight"] > 0).all()
+    with_llama_cpp("no quantizer")  # an older system without npm
+    refused(deploy("target.weight_type=q4_k_m"), Unfinished, "which alone makes q4_k_m")
+    monkeypatch.undo()
     (tmp_path / "empty").mkdir()
     refused(
         deploy("target.weight_type=q4_k_m", f"target.environment={tmp_path / 'empty'}"),
@@ -462,7 +465,7 @@ def test_without_a_calib_split_there_is_no_importance_matrix(road, deploy, call)
     argv = ("run=b", f"source={road / 'a' / 'merge'}", "target.weight_type=q4_k_m")
     done = deploy(*argv)
     refused(done, MissingInput, "importance matrix is made of it")
-    refused(deploy(*argv, *typed(ways(done)[0])), Unfinished, "alone quantizes")
+    refused(deploy(*argv, *typed(ways(done)[0])), Unfinished, "which alone makes")
     assert not (road / "b" / "deploy-gguf.partial" / ".work" / "importance.npz").exists()
 
 
@@ -542,9 +545,10 @@ class StandIn:
             )
         return {"rows": found}
 
+    def able(self, file: Path) -> dict:
+        return {"quantizes": self.fault != "no quantizer"}
+
     def quantize(self, file: Path, out: str, type: int, importance: str | None) -> dict:
-        if self.fault == "quantizer":
-            raise ToolFailed("llama.cpp could not quantize", where=str(file), fix=llama_cpp.READ)
         shutil.copy(file, out)
         return {"seconds": 0.5}
 
@@ -563,7 +567,7 @@ def with_llama_cpp(road, monkeypatch):
 def test_llama_cpp_quantizes_by_the_importance_matrix_and_proves_the_file(road, deploy, with_llama_cpp):
     stand_in = with_llama_cpp("ids")
     refused(deploy("target.weight_type=q4_k_m"), ProofFailed, "the board's tokenizer file", way=False)
-    assert [do for do, _ in stand_in.asked] == ["quantize", "observe"] * 2 + ["encode"]
+    assert [do for do, _ in stand_in.asked] == ["able", *["quantize", "observe"] * 2, "encode"]
     stand_in = with_llama_cpp()
     done = deploy("target.weight_type=q4_k_m")  # goes on behind the quantizer
     assert done.returncode == 0, done.stderr
@@ -641,4 +645,4 @@ def test_a_bundle_is_proven_by_llama_cpp(road, call, weight_type):
     assert done.returncode == 0, done.stderr
     metrics = manifest(road)["metrics"]
     assert metrics["proven_by"].keys() == set(llama_cpp.PACKAGES) and metrics["conversations"] == 9
-    assert metrics["greedy_agreement"] == 1 or weight_type != "f16"
+    assert metrics["prompts_near"] == metrics["prompts"] or weight_type != "f16"

@@ -54,7 +54,8 @@ def lost(folder: Path, kind: numerics.Numerics, rows=ROWS) -> fidelity.Change:
 def test_every_type_of_every_target_has_its_numbers(model):
     found = numerics.named()
     assert {name for target in compose.options("target") for name in found if name.startswith(target)} == set(found)
-    assert {found[name].name for name in found} == set(compose.options("target"))
+    # A GGUF is made, and then measured as llama.cpp computes it, sooner than it would be tried.
+    assert {found[name].name for name in found} == set(compose.options("target")) - {"gguf"}
     for name in found:
         kind = how(model, name)
         assert kind.name == name and all(sentence.endswith(".") for sentence in kind.assumed)

@@ -146,13 +146,13 @@ def quantize(inputs: dict[str, Artifact], work: Path, file: Path, target: Gguf, 
         how = Calibration(rows=target.rows, max_length=LONGEST, seed=0, text=None, text_share=0.5)
         rows = calibration.read(how, inputs["dataset"].path / "calib.jsonl", None, tokenizer).chats
         weigh(inputs["model"], rows, matrix, config)
-    if not llama_cpp.is_here(target):
+    ask, number = llama_cpp.questioner(target, work, work / SOURCE), metadata.file_type(target.weight_type)
+    if not (llama_cpp.is_here(target) and ask("able")["quantizes"]):
         raise Unfinished(
-            f"the model is written and its inputs are weighed; llama.cpp, which alone quantizes to {target.weight_type}, is not in {target.environment}",
+            f"the model is written and its inputs are weighed; llama.cpp's quantizer, which alone makes {target.weight_type}, is not in {target.environment}",
             where=str(work),
             fix=[*llama_cpp.ways(target), "target.weight_type=q4_0 needs no llama.cpp"],
         )
-    ask, number = llama_cpp.questioner(target, work, work / SOURCE), metadata.file_type(target.weight_type)
     some = fidelity.within(rows, LONGEST, COMPARED)
     before = seen.observe(fidelity.reader(inputs["model"], "float32"), some) if matrix.is_file() else None
     tried = {}

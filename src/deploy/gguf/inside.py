@@ -8,6 +8,7 @@ encode: {"texts": [str], "ids": [int]} -> {"ids": [[int]], "ends": [int]}: token
 observe: {"rows": [{"ids": [int], "keep": [int], "targets": [int], "top_k_ids": [[int]]}]} -> {"rows": [{"losses": [nats], "log_probs": [[nats]],
     "likeliest": [int]}]} at the positions `keep`.
 answer: {"prompts": [[int]], "tokens": int} -> {"ids": [[int]], "tokens_per_second", "prompt_tokens_per_second", "load_seconds"}, greedy answers and medians.
+able: {} -> {"quantizes": bool}, whether there is a library that does.
 quantize: {"out": file, "type": its number in llama.cpp, "importance": .npz of {tensor: fp32 (columns,)} or null} -> {"seconds"}.
 """
 
@@ -129,6 +130,13 @@ def quantizer():
     return ffi.dlopen(str(found[0])) if found else _cffi_bindings.get_lib()
 
 
+def able(question: dict) -> dict:
+    try:
+        return {"quantizes": bool(quantizer())}
+    except (OSError, RuntimeError):  # a C library older than it was built for
+        return {"quantizes": False}
+
+
 def quantize(question: dict) -> dict:
     lib = quantizer()
     settings = lib.llama_model_quantize_default_params()
@@ -152,5 +160,5 @@ def quantize(question: dict) -> dict:
 
 if __name__ == "__main__":
     asked = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    done = {"encode": encode, "observe": observe, "answer": answer, "quantize": quantize}[asked["do"]](asked)
+    done = {"encode": encode, "observe": observe, "answer": answer, "able": able, "quantize": quantize}[asked["do"]](asked)
     Path(sys.argv[2]).write_text(json.dumps(done), "utf-8")
