@@ -345,7 +345,7 @@ def test_settings_never_change_in_validation():
 
 # fmt: off
 OUTSIDE_THE_KEY = [
-    "AuxFilesVerb.source", "AuxFilesVerb.target", "Axera.board", "Axera.check_level", "Axera.check_prompt", "Axera.image", "Axera.parallel",
+    "AuxFilesVerb.source", "AuxFilesVerb.target", "AuxFilesVerb.tokenizer", "Axera.board", "Axera.check_level", "Axera.check_prompt", "Axera.image", "Axera.parallel",
     "Axera.toolchain", "Calibration.text", "Data.hub_split", "Data.path", "Data.revision", "Data.subset",
     "Deepspeed.config", "DeployVerb.dataset", "DeployVerb.preview", "DistillVerb.budget", "DistillVerb.estimate", "DistillVerb.retry_set_aside",
     "Endpoint.timeout", "EndpointTeacher.batch", "EndpointTeacher.batch_size", "EndpointTeacher.key_env", "EndpointTeacher.limits",

@@ -21,10 +21,10 @@ from src.deploy import embedding
 from src.deploy.llama2c import proof
 from src.models import by_layer, fidelity, on_board, preview, seen
 from src.models.generation import stop_ids
-from src.models.loading import load_any, load_tokenizer
 from src.models.llama2c_file import Form, reader_of
 from src.models.llama2c_file import read_shape as read_llama2c
 from src.models.llama2c_file import write_model as write_llama2c
+from src.models.loading import load_any, load_tokenizer
 from src.models.safetensors_io import entries, load_wide
 from src.sizing import numerics
 from src.sizing.config_reader import read_shape
