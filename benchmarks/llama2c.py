@@ -88,7 +88,9 @@ def speed(argv: Callable[[int], list], tokens: int, threads: int, few: int = 2) 
 
 def bandwidth(program: Path, model: Path, threads: int) -> float:
     """Bytes per second at which the threads read the file."""
-    done = subprocess.run([program, model, "3"], env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [program, model, "3"], env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=True
+    )
     return float(done.stdout.split()[threads == 1])
 
 
@@ -115,7 +117,11 @@ def main(place: Path, given: argparse.Namespace) -> None:
             form = llama2c_file.form_of(shape, format, group)
             model = folder / "model.bin"
             llama2c_file.write_model(folder, shape, form, model)
-            read = sum(form.size(part) for part in llama2c_file.layout(shape, form) if part.name not in (llama2c_file.EMBEDDING, llama2c_file.ROPE_TABLES))
+            read = sum(
+                form.size(part)
+                for part in llama2c_file.layout(shape, form)
+                if part.name not in (llama2c_file.EMBEDDING, llama2c_file.ROPE_TABLES)
+            )
             commands: dict[str, Callable[[int], list]] = {}
             options = lambda program, n: [program, model, "-z", folder / "tokenizer.bin", "-t", "0", "-n", n]
             commands["ours"] = lambda n: options(ours / "run", n)
@@ -138,7 +144,10 @@ def main(place: Path, given: argparse.Namespace) -> None:
             told = "  ".join(f"{whose} {rate:8,.1f} ({share:4.0%})" for whose, rate, share in zip(commands, speeds, shares))
             ratios = "".join(f"  ours / {whose} {speeds[0] / rate:.2f}" for whose, rate in list(zip(commands, speeds))[1:])
             kind = "fp32" if form.bits == 32 else f"int{form.bits}, {group}"
-            print(f"{name:<16} {kind:<9} limit {limit:8,.1f}  {told}{ratios}  of our fp32 {speeds[0] / first:.2f}  prompt {prompt:8,.1f}", flush=True)
+            print(
+                f"{name:<16} {kind:<9} limit {limit:8,.1f}  {told}{ratios}  of our fp32 {speeds[0] / first:.2f}  prompt {prompt:8,.1f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

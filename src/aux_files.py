@@ -63,7 +63,9 @@ def _read_llama2c(model: Path, target: Path, cfg: AuxFilesVerb) -> int:
     shape, form = llama2c_folder.read_header(model)
     llama2c_folder.read_pieces(tokenizer, shape.vocab)
     kind = f"int8 in groups of {form.group}" if form.group else "fp32"
-    say(f"aux_files: llama2.c's version {form.version}, {kind}: {shape.layers} layers of {shape.dim}, {shape.vocab:,} tokens, context {shape.context:,}")
+    say(
+        f"aux_files: llama2.c's version {form.version}, {kind}: {shape.layers} layers of {shape.dim}, {shape.vocab:,} tokens, context {shape.context:,}"
+    )
     if cfg.dry_run:
         say(f"aux_files: would write config.json, model.safetensors (fp32) and a tokenizer into {target}")
         return 0

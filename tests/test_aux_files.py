@@ -180,7 +180,9 @@ def test_a_folder_that_autogptq_made_is_completed_by_one_command(autogptq, confi
     assert again.returncode == 0 and "AutoGPTQ" not in again.stderr
 
 
-@helps("models/autogptq.py", "take the folder as it was before it was repacked", "leave one of them there", "give a folder that AutoGPTQ made")
+@helps(
+    "models/autogptq.py", "take the folder as it was before it was repacked", "leave one of them there", "give a folder that AutoGPTQ made"
+)
 @helps("models/autogptq.py", "take weights and quantize_config.json of one and the same model")
 def test_what_is_no_such_folder_is_left_as_it_is_and_that_is_said(autogptq, call):
     settings, weights = autogptq / "quantize_config.json", autogptq / "gptq_model-4bit-32g.safetensors"
@@ -255,10 +257,18 @@ def test_a_model_bin_is_read_back(call, tmp_path, form, proofs_in_this_process):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "new").config.max_position_embeddings > 0
 
 
+@helps("models/llama2c_folder.py", "take that folder, which manifest.json beside the file names")
 def test_a_damaged_model_bin_or_tokenizer_bin_is_refused(call, tmp_path):
     model, tokenizer = llama2c_files(tmp_path, Form(1, 32))
     good, words, asked = model.read_bytes(), tokenizer.read_bytes(), ["aux_files", f"source={model}", f"target={tmp_path / 'new'}"]
-    for damaged in (b"", good[:100], good[:-4], good + b"\0" * 4, good[:8] + struct.pack("<7i", *[1 << 24] * 7) + good[36:], good[:12] + b"\xff" * 4 + good[16:]):
+    for damaged in (
+        b"",
+        good[:100],
+        good[:-4],
+        good + b"\0" * 4,
+        good[:8] + struct.pack("<7i", *[1 << 24] * 7) + good[36:],
+        good[:12] + b"\xff" * 4 + good[16:],
+    ):
         model.write_bytes(damaged)
         refused(call(*asked), BadData)
     model.write_bytes(good)
@@ -275,7 +285,12 @@ def test_stories260k_says_in_transformers_what_the_c_program_says(call, tmp_path
     """200 tokens from nothing, byte for byte."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert call("aux_files", f"source={ORIGINAL / 'stories260K.bin'}", f"tokenizer={ORIGINAL / 'tok512.bin'}", f"target={tmp_path / 'hf'}").returncode == 0
+    assert (
+        call(
+            "aux_files", f"source={ORIGINAL / 'stories260K.bin'}", f"tokenizer={ORIGINAL / 'tok512.bin'}", f"target={tmp_path / 'hf'}"
+        ).returncode
+        == 0
+    )
     hf, model = AutoTokenizer.from_pretrained(tmp_path / "hf"), AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     ids = model.generate(torch.tensor([hf("")["input_ids"]]), do_sample=False, max_length=None, max_new_tokens=200, pad_token_id=0)[0]
     for name in ("run.c", "Makefile"):

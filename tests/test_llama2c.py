@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import helps, write_model
 from tokenizers.processors import TemplateProcessing
 
@@ -252,7 +253,7 @@ def test_stories_text_equals_transformers(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["fp32_v0", "fp32_v1"])
-@helps("deploy/llama2c/proof.py", "target.format=fp32_v0 loses nothing")
+@helps("deploy/llama2c/proof.py", "target.format=fp32_v{} loses nothing")
 def test_random_gqa_model_gives_transformers_text(llama, tmp_path, format):
     metrics = build(llama, tmp_path, format)
     assert metrics["prompts_equal"] + metrics["ties"] >= metrics["prompts"] == 4 and metrics["conversations"] == 4
@@ -269,7 +270,10 @@ BEYOND = {
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "qwen2": ("Qwen2", {"rope_parameters": YARN}),
     "qwen3": ("Qwen3", {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
-    "biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "biases": (
+        "Llama",
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
     "mistral": ("Mistral", {"head_dim": 8, "sliding_window": None}),
 }
 """what versions 0 to 2 cannot hold: {name: (architecture, its configuration)}"""
@@ -300,6 +304,7 @@ def test_version_3_holds_what_llama2_c_s_formats_cannot(name, tmp_path):
     assert [int(i) for i in ours.split()] == transformers_ids(beyond, ids, 100)
 
 
+@helps("deploy/llama2c/proof.py", "target.format=int8_v{} loses less")
 @pytest.mark.parametrize(("bits", "group"), [(8, 64), (8, 32), (8, 16), (4, 64), (4, 32)])
 def test_integers_are_the_same_by_vector_instructions_and_by_plain_c(qwen3, tmp_path, bits, group):
     metrics = build(qwen3, tmp_path, f"int{bits}_v3", group)
@@ -309,6 +314,40 @@ def test_integers_are_the_same_by_vector_instructions_and_by_plain_c(qwen3, tmp_
         subprocess.run(["make", "-B", "-C", str(tmp_path), "CFLAGS=-O2", *flags], check=True, capture_output=True)
         ids.append(proof.ids_of(proof.run(tmp_path, "-t", "0", "-n", "100", "--answer-ids", "-i", "a little girl")))
     assert ids[0][:30] == ids[1][:30] and len(ids[0]) > 50, "fp32 sums in another order round an input otherwise, now and then"
+
+
+@helps("models/llama2c_file.py", "quantize that one with quantizer.group_size=64")
+@helps("sizing/takes.py", "target.format=int{}_v3")
+def test_a_gptq_model_keeps_its_integers(qwen3, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from src.models import gptq
+
+    stored = load_file(qwen3 / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        parts = gptq.nearest(stored.pop(name), gptq.Nearest(4, 32)).tensors
+        stored |= {name.replace("weight", suffix): tensor for suffix, tensor in parts.items()}
+    folder = Path(shutil.copytree(qwen3, tmp_path / "gptq"))
+    save_file(stored, folder / "model.safetensors")
+    config, block = json.loads((folder / "config.json").read_text()), {"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": False}
+
+    def grouped(size: int) -> dict:
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": block | {"group_size": size}}))
+        return given(folder)
+
+    with pytest.raises(WrongKind, match="GPTQ int4 already") as told:
+        llama2c.check(grouped(32), settings("int8_v3"), OUT)
+    assert told.value.fix[0] == "target.format=int4_v3"
+    with pytest.raises(WrongKind, match="a scale for each row") as told:
+        llama2c.check(grouped(-1), settings("int4_v3"), OUT)
+    assert told.value.fix[1] == "quantize that one with quantizer.group_size=64"
+    llama2c.check(grouped(32), settings("int4_v3"), OUT)
+    shape = read_shape(folder, "int4_v3")
+    form = form_of(shape, "int4_v3", 64)
+    llama2c_file.write_model(folder, shape, form, tmp_path / "model.bin")
+    written, whole = llama2c_file.reader_of(tmp_path / "model.bin", shape, form), gptq.matrices(llama2c_file.entries(folder))
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        assert form.group == 32 and torch.equal(written(name), whole[name]())
 
 
 def test_int8_agrees_with_fp32(llama, tmp_path):
@@ -515,7 +554,17 @@ def test_no_damaged_file_and_no_prompt_crashes(tmp_path):
 
 
 def fuzz(place: Path, count: int, seed: int) -> str:
-    flags = ["-std=c99", "-O1", "-g", "-w", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-I", ROOT / "assets" / "llama2c"]
+    flags = [
+        "-std=c99",
+        "-O1",
+        "-g",
+        "-w",
+        "-Wno-psabi",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-I",
+        ROOT / "assets" / "llama2c",
+    ]
     program = place / "fuzz"
     subprocess.run(["cc", *flags, ROOT / "tests" / "fuzz_llama2c.c", "-o", program, "-lm"], check=True)
     done = subprocess.run([program, str(count), str(seed), *fuzz_bundles(place)], capture_output=True, text=True)
@@ -553,7 +602,8 @@ def edited(llama: Path, out: Path, **changes) -> Path:
     ("changes", "says"),
     [
         ({"model_type": "gemma"}, "this one is 'gemma'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "it is awq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8, "group_size": 64, "sym": True}}, "GPTQ int8 already"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "rope scaling 'dynamic'"),
         ({"partial_rotary_factor": 0.5}, "turns 0.5 of each head"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -654,7 +704,9 @@ def test_a_tokenizer_that_adds_a_token_after_the_text(llama, tmp_path):
 
 def test_group_size_backs_off(llama):
     shape = read_shape(llama, "int8_v2")
-    assert form_of(shape, "int8_v2", 64) == form_of(shape, "int8_v2", 256) == Form(2, 8, 64) and form_of(shape, "int4_v3", 32) == Form(3, 4, 32)
+    assert form_of(shape, "int8_v2", 64) == form_of(shape, "int8_v2", 256) == Form(2, 8, 64) and form_of(shape, "int4_v3", 32) == Form(
+        3, 4, 32
+    )
     shape.hidden = 96
     with pytest.raises(WrongKind, match="blocks of 64") as told:
         form_of(shape, "int4_v3", 64)
@@ -665,7 +717,7 @@ def test_group_size_backs_off(llama):
     assert told.value.fix == ["target.format=fp32_v1"]
 
 
-@helps("deploy/llama2c/weights.py", "target.format=fp32_v1", "target=openvino_cpu")
+@helps("models/llama2c_file.py", "target.format=fp32_v{}", "target.format=int8_v{}", "target=openvino_cpu")
 @helps("deploy/llama2c/tokenizer.py", "target=openvino_cpu")
 def test_each_way_out_of_what_llama2c_does_not_take(llama, tmp_path):
     """int8's groups are no matter of fp32's; what else it lacks OpenVINO's exporter takes by the family alone."""
@@ -673,6 +725,10 @@ def test_each_way_out_of_what_llama2c_does_not_take(llama, tmp_path):
     with pytest.raises(WrongKind, match="no group size"):
         llama2c.check(given(odd), settings("int8_v2"), OUT)
     llama2c.check(given(odd), settings("fp32_v1"), OUT)
+    narrow = write_model(tmp_path / "narrow", intermediate_size=96)
+    with pytest.raises(WrongKind, match="blocks of 64"):
+        llama2c.check(given(narrow), settings("int4_v3"), OUT)
+    llama2c.check(given(narrow), settings("int8_v3"), OUT)
     board = compose("deploy", ["target=openvino_cpu", "target.context_len=128", "target.prompt_len=64"], DeployVerb).target
     takes.check(json.loads((llama / "config.json").read_text()), board, where="here")
 

@@ -547,7 +547,7 @@ CONFIGS = {
         ("qwen", ["target=mobilint_aries"], WrongKind, "no language model of type 'qwen'"),
         ("qwen", ["target=llama2c"], WrongKind, "llama, mistral, qwen2, qwen3 only"),
         ("rope", ["target=llama2c"], WrongKind, "rope scaling 'llama3'"),
-        ("gptq", ["target=llama2c"], WrongKind, "not a quantized one"),
+        ("gptq", ["target=llama2c"], WrongKind, "target.format=int4_v3"),
         ("gptq", ["target=openvino_cpu"], WrongKind, "not a quantized one"),
         ("gptq", ["target=ax650", "target.weight_type=s8"], ConfigError, "GPTQ int4 already"),
         ("ordered", ["target=ax650"], WrongKind, "desc_act"),

@@ -235,7 +235,10 @@ def form_of(shape: Shape, format: str, wanted: int) -> Form:
         raise WrongKind(
             f"no group size from {wanted} down to {least} divides rows of {', '.join(map(str, dict.fromkeys(widths)))}"
             + " into blocks of 64" * blocks,
-            fix=[*[f"target.format=int8_v{version}"] * (bits == 4 and group >= SMALLEST_GROUP), f"target.format=fp32_v{3 if version == 3 else 1}"],
+            fix=[
+                *[f"target.format=int8_v{version}"] * (bits == 4 and group >= SMALLEST_GROUP),
+                f"target.format=fp32_v{3 if version == 3 else 1}",
+            ],
         )
     return Form(version, bits, group)
 
@@ -273,13 +276,11 @@ def write_model(model_dir: Path, shape: Shape, form: Form, path: Path) -> None:
                 put(frequencies)
             elif part.name == ROPE_TABLES:
                 put(*rope_tables(shape))
-            elif len(part.shape) == 1:
-                entry = found[part.name]
-                assert isinstance(entry, Entry), "a quantized model's vectors are stored as they are"
-                vector = load_wide(entry)
-                put(interleave(vector, part.heads) if part.heads else vector)
             elif not isinstance(source := found[part.name], Entry):
-                put(*(tensor.contiguous() for tensor in _kept(source, part, form)))
+                put(*_kept(source, part, form))
+            elif len(part.shape) == 1:
+                vector = load_wide(source)
+                put(interleave(vector, part.heads) if part.heads else vector)
             else:
                 scales = []
                 for block in blocks(source, whole=bool(part.heads)):
@@ -307,7 +308,9 @@ def _kept(stored: "gptq.Stored", part: Part, form: Form) -> tuple:
 
     tensors = {suffix: load(entry) for suffix, entry in stored.parts.items()}
     if not torch.equal(tensors["g_idx"].long(), torch.arange(stored.shape[1]) // form.group):
-        raise BadData(f"the columns of {part.name} are not in groups of {form.group}", where=str(stored.parts["g_idx"].file))
+        raise BadData(
+            f"the columns of {part.name} are not in groups of {form.group}", where=str(stored.parts["g_idx"].file), fix=takes.UNQUANTIZED
+        )
     values = (gptq.unpack(tensors["qweight"], form.bits).short() - (1 << (form.bits - 1))).to(torch.int8).T.contiguous()
     scales = tensors["scales"].float().T.contiguous()
     if part.heads:

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from src.core.errors import BadData, WrongKind
+from src.core.errors import AGAIN, BadData, WrongKind
 from src.core.files import write_json
 from src.models import safetensors_io
 from src.models.llama2c_file import FREQUENCIES, HEADER, MAGIC, ROPE_TABLES, Form, Shape, header, layout, reader_of
@@ -24,7 +24,7 @@ def read_header(path: Path) -> tuple[Shape, Form]:
     with open(path, "rb") as file:
         head = file.read(HEADER)
     if len(head) < HEADER:
-        raise BadData("it is too short for a model.bin of llama2.c", where=str(path))
+        raise BadData("it is too short for a model.bin of llama2.c", where=str(path), fix=AGAIN)
     magic, version = struct.unpack("<Ii", head[:8])
     if magic != MAGIC:
         version = 0
@@ -32,20 +32,31 @@ def read_header(path: Path) -> tuple[Shape, Form]:
         raise WrongKind(
             f"a model.bin of version {version}; llama2.c's are 0, 1 and 2, and 3 is made here from a Hugging Face folder",
             where=str(path),
-            fix="take that folder: README.md and manifest.json beside the file name it",
+            fix="take that folder, which manifest.json beside the file names",
         )
     dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("<7i", head[:28] if version == 0 else head[8:36])
     shared = vocab > 0 if version == 0 else head[36] != 0
     group = struct.unpack("<i", head[37:41])[0] if version == 2 else 0
     sizes = (dim, hidden, layers, heads, kv_heads, abs(vocab), context)
-    if not all(0 < size <= MOST for size in sizes) or dim % heads or heads % kv_heads or (version == 2 and (group < 1 or dim % group or hidden % group)):
-        raise BadData("it is no model.bin of llama2.c: its header has sizes that no model has", where=str(path))
+    if (
+        not all(0 < size <= MOST for size in sizes)
+        or dim % heads
+        or heads % kv_heads
+        or (version == 2 and (group < 1 or dim % group or hidden % group))
+    ):
+        raise BadData("it is no model.bin of llama2.c: its header has sizes that no model has", where=str(path), fix=AGAIN)
     shape = Shape(dim, hidden, layers, heads, kv_heads, abs(vocab), context, 10000.0, 1e-5, shared, dim // heads)
     form = Form(version, 8 if version == 2 else 32, group)
     smallest = 7 * layers * dim  # before anything loops over the layers
-    expected = len(header(shape, form, 1.0)) + sum(form.size(part) for part in layout(shape, form)) if smallest <= path.stat().st_size else -1
+    expected = (
+        len(header(shape, form, 1.0)) + sum(form.size(part) for part in layout(shape, form)) if smallest <= path.stat().st_size else -1
+    )
     if expected != path.stat().st_size:
-        raise BadData(f"its size is not what its header asks for ({expected:,} bytes)" if expected > 0 else "it is cut short", where=str(path))
+        raise BadData(
+            f"its size is not what its header asks for ({expected:,} bytes)" if expected > 0 else "it is cut short",
+            where=str(path),
+            fix=AGAIN,
+        )
     return shape, form
 
 
@@ -65,9 +76,11 @@ def read_pieces(path: Path, vocab: int) -> tuple[list[str], list[float]]:
         if at != len(data):
             raise ValueError("it goes on behind the last piece")
     except (struct.error, ValueError) as fault:
-        raise BadData(f"it is no tokenizer.bin of a model of {vocab:,} tokens: {fault}", where=str(path)) from None
+        raise BadData(f"it is no tokenizer.bin of a model of {vocab:,} tokens: {fault}", where=str(path), fix=AGAIN) from None
     if len({*pieces}) != vocab or "<0x00>" not in pieces:
-        raise BadData("it is no tokenizer.bin of a sentencepiece BPE: pieces are there twice, or its bytes are missing", where=str(path))
+        raise BadData(
+            "it is no tokenizer.bin of a sentencepiece BPE: pieces are there twice, or its bytes are missing", where=str(path), fix=AGAIN
+        )
     return pieces, scores
 
 

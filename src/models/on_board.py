@@ -70,7 +70,11 @@ def integers(x: torch.Tensor, values: Integers) -> tuple[torch.Tensor, torch.Ten
             others, smaller = _levels(groups, share * largest, values)
             less = (others * smaller - groups).square_().sum(-1, keepdim=True)
             better = less < error
-            levels, scale, error = torch.where(better, others, levels), torch.where(better, smaller, scale), torch.where(better, less, error)
+            levels, scale, error = (
+                torch.where(better, others, levels),
+                torch.where(better, smaller, scale),
+                torch.where(better, less, error),
+            )
     return levels, scale
 
 

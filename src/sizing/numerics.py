@@ -218,7 +218,9 @@ def _llama2c(shape: ModelShape, target: Llama2c) -> Numerics:
     wanted = (shape.quantization and shape.quantization.group_size) or target.group_size
     group = takes.llama2c_group(wanted, shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
     eight = llama2c_integers(8, group)
-    return Numerics(name, target, None if shape.quantization else llama2c_integers(bits, group), {}, eight, eight, FP32, eight, FP32, FP32, ())
+    return Numerics(
+        name, target, None if shape.quantization else llama2c_integers(bits, group), {}, eight, eight, FP32, eight, FP32, FP32, ()
+    )
 
 
 KINDS: dict[type[Target], Callable[[ModelShape, Any], Numerics]] = {

@@ -262,7 +262,9 @@ def llama2c(config: dict[str, Any], format: str, *, where: str) -> ModelShape:
     if shape.max_positions is None:
         raise BadData("config.json does not say 'max_position_embeddings'", where=where)
     if not shape.kv_heads or shape.heads % shape.kv_heads or shape.head_dim % 2:
-        refuse(f"{shape.heads} heads of {shape.head_dim}, {shape.kv_heads} KV heads: run.c takes heads of an even width, as many for each KV head")
+        refuse(
+            f"{shape.heads} heads of {shape.head_dim}, {shape.kv_heads} KV heads: run.c takes heads of an even width, as many for each KV head"
+        )
     if version < 3:
         beyond = [f"rope scaling '{scaling}'"] if scaling != "default" else []
         beyond += ["biases"] if llama2c_biases(config, shape) else []

@@ -123,7 +123,11 @@ def _compile(out: Path) -> None:
 
 def _readme(shape: Shape, format: str, form: Form, pieces: ChatPieces | None, why: str) -> str:
     weights = f"int{form.bits} in groups of {form.group}" if form.group else "fp32"
-    theirs = "`tokenizer.bin` is of karpathy/llama2.c's format, `model.bin` of Boardwalk's" if form.version == 3 else "`model.bin` and `tokenizer.bin` are of karpathy/llama2.c's formats"
+    theirs = (
+        "`tokenizer.bin` is of karpathy/llama2.c's format, `model.bin` of Boardwalk's"
+        if form.version == 3
+        else "`model.bin` and `tokenizer.bin` are of karpathy/llama2.c's formats"
+    )
     chat = "./run model.bin -m chat                          # talk to it; -y sets a system text" if pieces else f"# no chat mode: {why}"
     return f"""# A language model and the C program that runs it
 
