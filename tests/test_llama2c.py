@@ -548,7 +548,7 @@ def fuzz_bundles(place: Path) -> list[Path]:
 
 
 def test_no_damaged_file_and_no_prompt_crashes(tmp_path):
-    """A few of the 100,000 inputs that are said in docs/llama2c.md: python tests/test_llama2c.py tries as many as it is told."""
+    """A few of the inputs of docs/llama2c.md; tests/fuzz_llama2c.c says how more are tried."""
     tried = fuzz(tmp_path, 400, 1)
     assert "400 inputs" in tried and " 0 faults" in tried, tried
 
