@@ -129,7 +129,7 @@ def test_system_turn_and_tools_go_along(finished):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     cfg = evaluate.EvaluateVerb.model_validate(
         {"run": "r", "outputs": "o", "force": False, "dry_run": False, "room": "check", "source": None, "dataset": None, "parent": None}
-        | {"numerics": None, "target": None}
+        | {"numerics": None, "target": None, "tracker": {}}
         | {
             "evaluation": {
                 "batch_size": 1,

@@ -781,6 +781,7 @@ def test_each_command_of_the_page_on_data_works(hub_cache, tmp_path, monkeypatch
     dialog = [{"speaker": "customer", "said": "?"}, {"speaker": "agent", "said": "!"}]
     (tmp_path / "odd.jsonl").write_text(json.dumps({"dialog": dialog}))
     write_parquet(tmp_path / "chats.parquet", ROWS)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
     assert len(commands) > 10
     for number, overrides in enumerate(commands):
         done = in_process("data", *overrides, f"outputs={tmp_path / 'outputs'}", f"run=r{number}")

@@ -76,6 +76,9 @@ class Trackers:
 
     def finished(self, made: Artifact) -> None:
         """What a stage made: its figures, and the artifact by its hashes, with those it was made from."""
+        self._try("telling of the end", partial(self._tell, made))
+
+    def _tell(self, made: Artifact) -> None:
         figures = dict(scalars(made.metrics, made.stage)) | {f"{made.stage}/seconds": (made.manifest or {})["seconds"]}
         self._each(lambda sink: sink.numbers(figures, made.metrics.get("steps", 0)))
         if rows := answers(made):
@@ -124,12 +127,13 @@ def scalars(metrics: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
 
 
 def answers(made: Artifact, most: int = 20) -> list[tuple[str, str]]:
-    """The model's own among the answers of a report."""
+    """The model's own among the answers of a report; none of a stage that makes no report."""
     file = made.path / "answers.jsonl"
-    if not file.is_file():
+    if made.kind != "report" or not file.is_file():
         return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [(str(row["prompt"]), str(row.get("answer", ""))) for row in rows if row.get("by") != "parent"][:most]
+    with open(file, encoding="utf-8") as lines:
+        rows = (json.loads(line) for line in lines)
+        return [(str(row["prompt"]), str(row.get("answer", ""))) for row in rows if row.get("by") != "parent"][:most]
 
 
 def _without_place(value: Any) -> Any:
