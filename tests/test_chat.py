@@ -1,8 +1,8 @@
 """python -m src.chat: piped, and on a terminal as a person types; nothing a model says steers the terminal, and nothing is forgotten unsaid."""
 
+import contextlib
 import fcntl
 import io
-import contextlib
 import json
 import os
 import pty
