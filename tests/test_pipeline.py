@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import FEW, ROOT, helps, process, refused
+from conftest import FEW, ROOT, helps, refused
 
 from src.core import artifact, stage
 from src.core.errors import ConfigError, GateFailed, MissingInput, Moved
@@ -191,9 +191,11 @@ def test_killed_at_any_moment_the_same_command_makes_the_same_bytes(tmp_path, cl
     argv = ["pipeline", "train.max_steps=6", "train.checkpoint_steps=2", "recipe=lora_llama2c"]
     whole = cli(*argv, f"outputs={tmp_path / 'whole'}", timeout=900)
     assert whole.returncode == 0, whole.stderr
-    moments, kills = random.Random(0), 0
+    moments, kills, log = random.Random(0), 0, open(tmp_path / "log", "w")
     while kills < 20:
-        begun = process(*argv, f"outputs={tmp_path / 'killed'}")
+        begun = subprocess.Popen(
+            [sys.executable, "-m", f"src.{argv[0]}", *argv[1:], f"outputs={tmp_path / 'killed'}"], cwd=ROOT, stderr=log, stdout=log
+        )
         try:
             code = begun.wait(moments.uniform(1, 12))
         except subprocess.TimeoutExpired:
@@ -205,7 +207,7 @@ def test_killed_at_any_moment_the_same_command_makes_the_same_bytes(tmp_path, cl
             shutil.rmtree(
                 tmp_path / "killed" / "default" / random.Random(kills).choice(["deploy-llama2c", "quantize", "merge", "finetune"])
             )
-        assert code in (0, None), begun.stderr
+        assert code in (0, None), (tmp_path / "log").read_text()
     assert cli(*argv, f"outputs={tmp_path / 'killed'}", timeout=900).returncode == 0
     for path in (tmp_path / "whole" / "default").iterdir():
         if artifact.is_finished(path):
