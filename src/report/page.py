@@ -31,7 +31,7 @@ def of(folders: Sequence[Path], rows: int) -> str:
     read = [runs.read(folder) for folder in folders]
     drawn: dict[str, Any] = {}
     first = read[0]
-    told = {
+    told: dict[str, Any] = {
         "title": " and ".join(run.name for run in read),
         "made": f"{datetime.now():%Y-%m-%d %H:%M}",
         "version": __version__,
@@ -47,6 +47,8 @@ def of(folders: Sequence[Path], rows: int) -> str:
         "boards": list(boards(first)),
         "commands": runs.commands(first),
     }
+    names = dict.fromkeys(name for run in told["runs"] for name, _ in run["cards"])
+    told["side_by_side"] = [[name, *(dict(run["cards"]).get(name, "") for run in told["runs"])] for name in names]
     script, places = plots.embedded({name: plot for name, plot in drawn.items() if plot is not None})
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -242,7 +242,14 @@ def spelled(value: Any) -> str:
     return f"'{text}'" if any(c in text for c in ' "{}[]$&;|<>()*?') and "'" not in text else text
 
 
-OUTSIDE = {"prompts": "prompts.path", "chat_template": "chat_template", "deepspeed": "deepspeed.config", "val": "data.val", "text": "text", "tokenizer": "tokenizer"}
+OUTSIDE = {
+    "prompts": "prompts.path",
+    "chat_template": "chat_template",
+    "deepspeed": "deepspeed.config",
+    "val": "data.val",
+    "text": "text",
+    "tokenizer": "tokenizer",
+}
 """role of an outside input -> the setting that names it"""
 
 
