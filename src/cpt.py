@@ -9,7 +9,8 @@ from src.core import stage
 from src.core.artifact import Artifact
 from src.core.room import Needs
 from src.records import texts
-from src.settings.verbs import CptVerb, FullTuner
+from src.settings.training import FullTuner
+from src.settings.verbs import CptVerb
 from src.sizing import host
 from src.sizing.config_reader import read_shape
 from src.training import checks, launch, saving

@@ -18,7 +18,8 @@ from src.records.conversations import Conversation, RecordLayout, Tally, read
 from src.records.sources import kinds, opened
 from src.records.sources.found import found
 from src.records.splits import SPLITS, Splits, times
-from src.settings.verbs import Data, DataVerb
+from src.settings.data import Data
+from src.settings.verbs import DataVerb
 from src.sizing import host
 
 FILES_LISTED = 10

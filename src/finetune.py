@@ -11,7 +11,8 @@ from src.core.artifact import Artifact, outside
 from src.core.log import rank, say
 from src.core.room import Needs
 from src.models.folder import locate, weights_of
-from src.settings.verbs import FinetuneVerb, FullTuner
+from src.settings.training import FullTuner
+from src.settings.verbs import FinetuneVerb
 from src.sizing import host
 from src.sizing.config_reader import read_shape
 from src.training import checks, launch, saving

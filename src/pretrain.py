@@ -15,7 +15,8 @@ from src.models import complete, fresh
 from src.models.folder import check_tokenizer, locate
 from src.models.loading import load_tokenizer
 from src.records import texts
-from src.settings.verbs import CptVerb, Model, PretrainVerb, TextVerb
+from src.settings.training import Model
+from src.settings.verbs import CptVerb, PretrainVerb, TextVerb
 from src.sizing import host
 from src.sizing.config_reader import shape_of
 from src.sizing.shape import ModelShape

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from src.core import artifact, stage
-from src.core.errors import MissingInput, Moved
+from src.core.errors import MissingInput, Moved, Tampered
 from src.core.files import remove
 from src.core.headline import headline
 from src.core.log import duration, out, say, size, table
 from src.settings.verbs import RunsVerb
 
 DAY = 24 * 3600
-ROAD = ("data", "distill", "pretrain", "cpt", "finetune", "merge", "evaluate", "quantize", "deploy")
 REMOVED = ".removed"
 """what a run's folder is called while it goes, so that one half gone is not taken for a run"""
 
@@ -37,28 +36,18 @@ def _folders(outputs: Path) -> list[Path]:
 
 
 def told(folder: Path) -> tuple[float, list[str]] | None:
-    """(when it changed last, its line); None for a folder that is no run."""
-    finished = [path for path in sorted(folder.iterdir()) if artifact.is_finished(path)]
-    begun = sorted(path.name for path in folder.glob("*.partial"))
+    """(when it changed last, its line); None for a folder that is no run. The figure is of what lies furthest down the road."""
+    begun = sorted(folder.glob("*.partial"))
+    finished = [path for path in folder.iterdir() if artifact.is_finished(path)]
     if not finished and not begun:
         return None
-    changed = max(
-        (path / artifact.MANIFEST).stat().st_mtime if artifact.is_finished(path) else path.stat().st_mtime
-        for path in (*finished, *folder.glob("*.partial"))
-    )
-    furthest = max(
-        (artifact.open_artifact(path) for path in finished),
-        key=lambda a: (ROAD.index(a.stage) if a.stage in ROAD else -1, a.path.name),
-        default=None,
-    )
-    words = f"{furthest.path.name}: {headline(furthest)}" if furthest else ""
-    return changed, [
-        folder.name,
-        str(len(finished)),
-        size(sum(_sizes(folder))),
-        ago(time.time() - changed),
-        "; ".join([*([words] if words else []), *([f"unfinished: {', '.join(begun)}"] if begun else [])]),
-    ]
+    changed = max(*(path.stat().st_mtime for path in (*begun, *(path / artifact.MANIFEST for path in finished))), 0)
+    try:
+        words = [f"{name}: {headline(a)}" for name, a in artifact.of_run(folder).items()][-1:]
+    except Tampered as error:
+        words = [f"damaged: {error.where}"]
+    words += [f"unfinished: {', '.join(path.name for path in begun)}"] * bool(begun)
+    return changed, [folder.name, str(len(finished)), size(sum(_sizes(folder))), ago(time.time() - changed), "; ".join(words)]
 
 
 def ago(seconds: float) -> str:

@@ -3,20 +3,10 @@
 from pathlib import Path
 
 from src.core import artifact, stage
-from src.core.artifact import Artifact
 from src.core.errors import MissingInput
 from src.core.headline import headline
 from src.core.log import duration, out, size, table
 from src.settings.verbs import Verb
-
-ORDER = ("pretrain", "cpt", "data", "finetune", "evaluate-finetune", "merge", "evaluate-merge", "quantize", "evaluate-quantize")
-
-
-def artifacts(folder: Path) -> list[tuple[Artifact, str]]:
-    names = sorted(
-        (p.name for p in folder.iterdir() if artifact.is_finished(p)), key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)
-    )
-    return [(artifact.open_artifact(folder / name), name) for name in names]
 
 
 def prepared(folder: Path) -> list[Path]:
@@ -32,7 +22,7 @@ def summary(cfg: Verb) -> int:
             f"there is no run '{cfg.run}'", where=str(folder), fix=f"python -m src.data {stage.Run(folder).overrides} starts one"
         )
     lines, bundles, total = [], [], 0.0
-    for a, name in artifacts(folder):
+    for name, a in artifact.of_run(folder).items():
         old = "  (its source was made anew since)" if artifact.replaced_since(a) else ""
         seconds = a.manifest["seconds"] if a.manifest else 0.0
         lines.append((name, f"{seconds:.1f}", size(sum(f["size"] for f in a.files.values())), headline(a) + old))

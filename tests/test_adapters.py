@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from src.core.errors import ConfigError, ProofFailed
 from src.models import adapter_files, lora, token_rows
 from src.models.loading import load_tokenizer
-from src.settings.verbs import LoraTuner
+from src.settings.training import LoraTuner
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {

@@ -2,7 +2,9 @@
 
 import ast
 import functools
+import importlib
 import inspect
+import pkgutil
 import shutil
 import textwrap
 import typing
@@ -11,14 +13,16 @@ from collections import Counter, defaultdict
 import pytest
 from conftest import ROOT, helps, refused
 
+from src import settings
 from src.core import compose
 from src.core.errors import ConfigError
-from src.settings import answers, quantizers, recipes, targets, teachers, verbs
+from src.settings import verbs
 
 CONFIGS = ROOT / "configs"
 ROOTS = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
+MODULES = [importlib.import_module(f"src.settings.{found.name}") for found in pkgutil.iter_modules(settings.__path__)]
 SCHEMAS = sorted(
-    {c for module in (verbs, answers, quantizers, recipes, targets, teachers) for c in vars(module).values() if inspect.isclass(c) and issubclass(c, verbs.Settings)},
+    {c for module in MODULES for c in vars(module).values() if inspect.isclass(c) and issubclass(c, verbs.Settings)},
     key=lambda c: c.__name__,
 )
 
@@ -148,7 +152,7 @@ def groups(schemas: set[type], name: str) -> set[type]:
 @functools.cache
 def reads() -> tuple[set[str], set[tuple[type, str]]]:
     """(every attribute that src reads, (schema, attribute) where the schema is known from annotations, isinstance, assignments, or the group's name)."""
-    known = {name: found for module in (verbs, answers, quantizers, recipes, targets, teachers) for name, value in vars(module).items() if (found := schemas_in(value))}
+    known = {name: found for module in MODULES for name, value in vars(module).items() if (found := schemas_in(value))}
     by_group = {name: groups(set(SCHEMAS), name) for c in SCHEMAS for name in c.model_fields}
     read, typed = set(), set()
     for path in (ROOT / "src").rglob("*.py"):

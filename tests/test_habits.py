@@ -14,7 +14,7 @@ from conftest import FEW, ROOT, VERBS
 
 from src import __version__
 from src.core import artifact, tracking
-from src.settings.verbs import Tensorboard, Wandb
+from src.settings.trackers import Tensorboard, Wandb
 
 LOCKS = ("requirements.lock", "requirements.cpu.lock", "requirements.cuda.lock")
 STUB = r"""#!/usr/bin/env bash
@@ -66,7 +66,7 @@ def test_trackers_are_told_the_version(tmp_path, monkeypatch):
         tracking, "SINKS", dict.fromkeys(tracking.SINKS, lambda tracker, place, settings: told.update({tracker.kind: settings}))
     )
     trackers = {"wandb": Wandb(kind="wandb", project="p", mode="offline"), "tensorboard": Tensorboard(kind="tensorboard")}
-    tracking.Trackers(trackers, tracking.Place(tmp_path, "r", "s"), {"a": 1})
+    tracking.Trackers(trackers, tracking.TrackedPlace(tmp_path, "r", "s"), {"a": 1})
     assert told == {name: {"boardwalk": __version__, "a": 1} for name in trackers}
 
 

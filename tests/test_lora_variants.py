@@ -19,7 +19,7 @@ from src.core.errors import ConfigError, ProofFailed, WrongKind
 from src.models import adapter_files, generation, lora
 from src.models.loading import load_model, nf4_config
 from src.models.vocabulary import grow_vocabulary
-from src.settings.verbs import LoraTuner, QloraTuner
+from src.settings.training import LoraTuner, QloraTuner
 from src.training import rules
 
 TINY = ROOT / "assets" / "tiny-chat"

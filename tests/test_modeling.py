@@ -171,7 +171,7 @@ from pathlib import Path
 from src.core.processes import absent
 from src.models import lora
 from src.models.loading import load_model, nf4_config
-from src.settings.verbs import LoraTuner
+from src.settings.training import LoraTuner
 from omegaconf import OmegaConf
 
 tuner = LoraTuner(**OmegaConf.to_container(OmegaConf.load("configs/tuner/lora.yaml")))

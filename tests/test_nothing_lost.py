@@ -174,7 +174,7 @@ def test_a_training_process_that_is_killed_is_named_by_its_rank(two):
 LAUNCH = """
 import sys
 from src.core import stage
-from src.settings.verbs import Launch
+from src.settings.training import Launch
 from src.training import launch
 settings = Launch(nproc_per_node=2, nnodes=1, node_rank=0, master_addr="127.0.0.1", master_port=0)
 sys.exit(stage.guarded(lambda: launch.torchrun("sleeper", [], settings)))

@@ -27,7 +27,7 @@ from src.models.llama2c_file import read_shape as read_llama2c
 from src.models.llama2c_file import write_model as write_llama2c
 from src.models.loading import load_any, load_tokenizer
 from src.models.safetensors_io import entries, load_wide
-from src.settings.verbs import Gate
+from src.settings.evaluations import Gate
 from src.sizing import numerics
 from src.sizing.config_reader import read_shape
 from src.sizing.numerics import BF16, FP32, Floats, Integers, llama2c_integers
@@ -326,7 +326,9 @@ def test_a_quantized_model_has_its_own_numbers_alone(quantized, argv, capsys):
     assert "GPTQ model's own integers" in capsys.readouterr().err
     assert go(evaluate, *ask, "numerics=all", "target=[ax650,llama2c]", "dry_run=true") == 0
     told = capsys.readouterr().err
-    assert "in the numbers of ax650_s4, llama2c_int4_v3\n" in told and "llama2c_int8_v2 is left out" in told and "ax650_s8 is left out" in told
+    assert (
+        "in the numbers of ax650_s4, llama2c_int4_v3\n" in told and "llama2c_int8_v2 is left out" in told and "ax650_s8 is left out" in told
+    )
 
 
 def test_before_a_compile_it_is_tried_on_a_few_rows(eighty, model, capsys):

@@ -26,7 +26,7 @@ from pyarrow import parquet
 from src.core.errors import AGAIN, BadData, ConfigError, MissingInput, MissingTool, NoMemory, UserError, WrongKind
 from src.records.conversations import FORMATS, Tally, read
 from src.records.sources import found, hub, opened, tables
-from src.settings.verbs import COLUMNS
+from src.settings.data import COLUMNS
 
 ROWS = [{"prompt": f'질문 {i}, "quoted"\nnext line', "completion": f"답 {i}; é, tab\there"} for i in range(12)]
 TURNS = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]} for r in ROWS]

@@ -13,8 +13,8 @@ from conftest import go, helps, refused
 from src import data, finetune
 from src.core import artifact, processes, tracking
 from src.core.errors import MissingTool
-from src.core.tracking import Place, Trackers
-from src.settings.verbs import Tensorboard, Wandb
+from src.core.tracking import TrackedPlace, Trackers
+from src.settings.trackers import Tensorboard, Wandb
 
 ROOT = Path(__file__).resolve().parent.parent
 WANDB = Wandb(kind="wandb", project="boardwalk-test", mode="offline")
@@ -157,7 +157,10 @@ def test_a_tracker_that_fails_is_said_once_and_left_alone(faulty, tmp_path, monk
     monkeypatch.setattr(tracking, "SINKS", {Wandb: lambda *args: broken.sink(), Tensorboard: lambda *args: sound.sink()})
     use(
         Trackers(
-            {"wandb": WANDB, "tensorboard": Tensorboard(kind="tensorboard")}, Place(tmp_path / "tracking", "r", "s"), {}, journal=False
+            {"wandb": WANDB, "tensorboard": Tensorboard(kind="tensorboard")},
+            TrackedPlace(tmp_path / "tracking", "r", "s"),
+            {},
+            journal=False,
         )
     )
     err = capsys.readouterr().err
@@ -171,14 +174,14 @@ def test_a_tracker_that_cannot_start_is_said_once(tmp_path, monkeypatch, capsys)
         raise RuntimeError("no account")
 
     monkeypatch.setitem(tracking.SINKS, Wandb, no)
-    use(Trackers({"wandb": WANDB, "tensorboard": Tensorboard(kind="tensorboard")}, Place(tmp_path / "tracking", "r", "s"), {"a": 1}))
+    use(Trackers({"wandb": WANDB, "tensorboard": Tensorboard(kind="tensorboard")}, TrackedPlace(tmp_path / "tracking", "r", "s"), {"a": 1}))
     assert capsys.readouterr().err.count("tracker wandb stopped, the work goes on: RuntimeError: no account") == 1
     assert [e.value for e in events(tmp_path / "tracking" / "tensorboard" / "s").Scalars("train/loss")] == [1.0, pytest.approx(0.9)]
 
 
 def test_a_tracker_that_is_not_installed_is_said_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    use(Trackers({"wandb": WANDB}, Place(tmp_path / "tracking", "r", "s"), {}, journal=False))
+    use(Trackers({"wandb": WANDB}, TrackedPlace(tmp_path / "tracking", "r", "s"), {}, journal=False))
     assert capsys.readouterr().err.count("tracker wandb stopped") == 1
 
 
@@ -195,7 +198,7 @@ def test_training_goes_on_when_a_tracker_breaks(tracked, monkeypatch, capsys):
 
 
 def test_no_tracker_writes_nothing(tmp_path):
-    use(Trackers({}, Place(tmp_path / "tracking", "r", "s"), {}, journal=False))
+    use(Trackers({}, TrackedPlace(tmp_path / "tracking", "r", "s"), {}, journal=False))
     assert os.listdir(tmp_path) == []
 
 
@@ -210,7 +213,7 @@ def test_wandb_is_online_only_where_a_key_or_the_user_says_so(key, mode, wanted,
     monkeypatch.setattr(wandb, "init", lambda **kwargs: asked.update(kwargs))
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    Trackers({"wandb": WANDB.model_copy(update={"mode": mode})}, Place(tmp_path / "tracking", "r", "s"), {}, journal=False)
+    Trackers({"wandb": WANDB.model_copy(update={"mode": mode})}, TrackedPlace(tmp_path / "tracking", "r", "s"), {}, journal=False)
     assert asked["mode"] == wanted and asked["project"] == "boardwalk-test" and (asked["name"], asked["group"]) == ("r/s", "r")
 
 
@@ -248,13 +251,15 @@ def test_where_things_are_is_not_told(tmp_path):
     sink = lambda tracker, place, settings: told.update(settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tracking.SINKS, Wandb, sink)
-        Trackers({"wandb": WANDB}, Place(tmp_path, "r", "s"), {"model_path": "/home/somebody/models/qwen", "x": "a/b"}, journal=False)
+        Trackers(
+            {"wandb": WANDB}, TrackedPlace(tmp_path, "r", "s"), {"model_path": "/home/somebody/models/qwen", "x": "a/b"}, journal=False
+        )
     assert told["model_path"] == "qwen" and told["x"] == "a/b"
 
 
 def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").mkdir()
-    use(Trackers({}, Place(tmp_path / "tracking", "r", "s"), {}))
+    use(Trackers({}, TrackedPlace(tmp_path / "tracking", "r", "s"), {}))
     assert capsys.readouterr().err.count("tracker metrics.jsonl stopped, the work goes on") == 1
 
 
@@ -268,8 +273,8 @@ def test_a_tracker_without_its_library_is_refused_beforehand(call, monkeypatch, 
 
 
 def test_a_run_that_goes_on_is_the_same_tracked_run(tmp_path):
-    one, other = Place(tmp_path / "a", "r", "s"), Place(tmp_path / "b", "r", "s")
-    assert one.id == Place(tmp_path / "a", "r", "s").id != other.id
+    one, other = TrackedPlace(tmp_path / "a", "r", "s"), TrackedPlace(tmp_path / "b", "r", "s")
+    assert one.id == TrackedPlace(tmp_path / "a", "r", "s").id != other.id
 
 
 @pytest.mark.parametrize("name", ["trackio", "mlflow"])

@@ -1,7 +1,8 @@
 """The rows of a split, as every stage but training reads them."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from src.chat import encoding, unseen
 from src.chat.template import Unteachable
@@ -30,3 +31,10 @@ def rows_of(records: Iterable[dict], tokenizer, what: str) -> Iterator[tuple[dic
     finally:
         for line in unseen.report(notes, what):
             warn(line)
+
+
+def parts(input_ids: Sequence[int], labels: Sequence[int], tokenizer) -> list[tuple[str, bool]]:
+    """A row as text, in (stretch, whether it is trained) parts."""
+    pairs = zip(input_ids, labels, strict=True)
+    stretches = itertools.groupby(pairs, key=lambda pair: pair[1] != encoding.IGNORE)
+    return [(tokenizer.decode([token for token, _ in stretch]), trained) for trained, stretch in stretches]

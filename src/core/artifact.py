@@ -47,6 +47,8 @@ PACKAGES = (
 )
 
 
+ROAD = ("pretrain", "cpt", "data", "distill", "finetune", "merge", "quantize", "deploy", "answer", "evaluate")
+"""stages that make an artifact, in the order that a run goes through them; an evaluation is of any of them"""
 MAKES = {
     "data": "dataset",
     "distill": "dataset",
@@ -165,6 +167,18 @@ def open_artifact(path: Path) -> Artifact:
                 fix=REMADE,
             )
     return Artifact(path, manifest["kind"], manifest["key"], manifest, manifest["files"])
+
+
+def of_run(folder: Path) -> dict[str, Artifact]:
+    """{name: a finished artifact of a run}, in the order of the road; an evaluation stands behind what it is of."""
+
+    def place(name: str) -> tuple[int, bool, str]:
+        stage, _, rest = name.partition("-")
+        of = rest.partition("-")[0] if stage == "evaluate" else stage
+        return ROAD.index(of) if of in ROAD else len(ROAD), stage == "evaluate", name
+
+    names = sorted((path.name for path in folder.iterdir() if is_finished(path)), key=place)
+    return {name: open_artifact(folder / name) for name in names}
 
 
 def open_any(path: Path, cache: HashCache | None = None) -> Artifact:

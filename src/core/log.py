@@ -134,6 +134,11 @@ def mark(text: str, marked: bool) -> str:
     return f"{GREEN}{text}{RESET}" if in_colour() else f"[[{text}]]"
 
 
+def shortened(text: str, limit: int) -> str:
+    """The text without its middle, where it is longer than so many characters."""
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"
+
+
 def spark(values: list[float]) -> str:
     """A curve in one line of text, at most 40 characters: each is the mean of its share of the values."""
     if len(values) < 2:

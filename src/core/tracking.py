@@ -23,7 +23,7 @@ from src import __version__
 from src.core.artifact import Artifact
 from src.core.errors import MissingTool
 from src.core.log import say, warn
-from src.settings.verbs import Mlflow, Tensorboard, Tracker, Trackio, Wandb
+from src.settings.trackers import Mlflow, Tensorboard, Tracker, Trackio, Wandb
 
 FOLDER, JOURNAL = "tracking", "metrics.jsonl"
 PACKAGES = {Wandb: "wandb", Tensorboard: "tensorboard", Trackio: "trackio==0.43.0", Mlflow: "mlflow-skinny==3.17.2 sqlalchemy alembic"}
@@ -40,7 +40,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class TrackedPlace:
     """Where a stage is tracked. folder: <outputs>/<run>/tracking. run, stage: names; of a stage that makes several artifacts, the artifact's."""
 
     folder: Path
@@ -55,15 +55,15 @@ class Place:
 class Trackers:
     """Fan out to the journal and every tracker asked for; on ranks other than 0 create it with none and no journal."""
 
-    def __init__(self, trackers: Mapping[str, Tracker], place: Place, settings: Mapping[str, Any], *, journal: bool = True):
+    def __init__(self, trackers: Mapping[str, Tracker], place: TrackedPlace, settings: Mapping[str, Any], *, journal: bool = True):
         self.sinks: dict[str, Sink] = {}
         settings = {"boardwalk": __version__} | {key: _without_place(value) for key, value in settings.items()}
         if journal:
-            self.sinks[JOURNAL] = Journal(place)
+            self.sinks[JOURNAL] = _MetricsFile(place)
         for key, tracker in trackers.items():
             self._try(key, partial(self._start, key, tracker, place, settings))
 
-    def _start(self, key: str, tracker: Tracker, place: Place, settings: Mapping[str, Any]) -> None:
+    def _start(self, key: str, tracker: Tracker, place: TrackedPlace, settings: Mapping[str, Any]) -> None:
         self.sinks[key] = SINKS[type(tracker)](tracker, place, settings)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
@@ -110,7 +110,7 @@ def check(trackers: Mapping[str, Tracker]) -> None:
 
 def finished(trackers: Mapping[str, Tracker], made: Artifact, run: str, settings: Mapping[str, Any]) -> None:
     """Tell the journal and the trackers of a finished artifact."""
-    told = Trackers(trackers, Place(made.path.parent / FOLDER, run, made.path.name), settings)
+    told = Trackers(trackers, TrackedPlace(made.path.parent / FOLDER, run, made.path.name), settings)
     told.finished(made)
     told.close()
 
@@ -156,11 +156,11 @@ def _described(made: Artifact) -> dict[str, Any]:
 # ---- each
 
 
-class Journal:
+class _MetricsFile:
     """<run>/metrics.jsonl: a line for each event, {time, stage, step, numbers | samples | artifact}. Of two lines of one stage and step the later counts:
     what a kill cut off is trained again. The other trackers hold nothing that is not here."""
 
-    def __init__(self, place: Place):
+    def __init__(self, place: TrackedPlace):
         self.file, self.stage = place.folder.parent / JOURNAL, place.stage
 
     def _write(self, **event: Any) -> None:
@@ -185,7 +185,7 @@ class Journal:
 class _Wandb:
     """Online where WANDB_API_KEY is set or the settings say so. Its lineage graph is drawn online alone: offline, parents are in an artifact's metadata."""
 
-    def __init__(self, tracker: Wandb, place: Place, settings: Mapping[str, Any]):
+    def __init__(self, tracker: Wandb, place: TrackedPlace, settings: Mapping[str, Any]):
         import wandb
 
         folder = place.folder / "wandb"
@@ -234,7 +234,7 @@ class _Wandb:
 class _Tensorboard:
     """TensorBoard's own event files. Its library's protocol buffers are written as torch's SummaryWriter does, without the seconds that torch takes."""
 
-    def __init__(self, tracker: Tensorboard, place: Place, settings: Mapping[str, Any]):
+    def __init__(self, tracker: Tensorboard, place: TrackedPlace, settings: Mapping[str, Any]):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         folder = place.folder / "tensorboard" / place.stage
@@ -273,7 +273,7 @@ class _Tensorboard:
 class _Trackio:
     """Its local database, in the run's folder. What it prints is left out: an address with a write token may be among it."""
 
-    def __init__(self, tracker: Trackio, place: Place, settings: Mapping[str, Any]):
+    def __init__(self, tracker: Trackio, place: TrackedPlace, settings: Mapping[str, Any]):
         folder = place.folder / "trackio"
         os.environ.setdefault("TRACKIO_DIR", str(folder.resolve()))
         with self._quietly():
@@ -329,7 +329,7 @@ class _Mlflow:
     """At MLFLOW_TRACKING_URI, or in a database of the run's folder."""
 
     tracker: Mlflow
-    place: Place
+    place: TrackedPlace
     settings: Mapping[str, Any]
     run: Any = field(init=False)
 
@@ -373,7 +373,7 @@ class _Mlflow:
         self.client.set_terminated(self.run.info.run_id)
 
 
-SINKS: dict[type, Callable[[Any, Place, Mapping[str, Any]], Sink]] = {
+SINKS: dict[type, Callable[[Any, TrackedPlace, Mapping[str, Any]], Sink]] = {
     Wandb: _Wandb,
     Tensorboard: _Tensorboard,
     Trackio: _Trackio,

@@ -12,7 +12,7 @@ from src.distill.journal import Journal
 from src.distill.pipeline import Record, Records, SetAside, Work
 from src.distill.texts import append_answer
 from src.records.conversations import CONTROL, Conversation, split_of
-from src.settings.verbs import Holdout
+from src.settings.data import Holdout
 
 SPLITS = ("train", "val", "calib")
 _spelled = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode

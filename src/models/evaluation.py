@@ -16,7 +16,7 @@ from src.models.folder import weights_of
 from src.models.loading import load_any
 from src.models.seen import Reader, Seen
 from src.records.conversations import Conversation
-from src.settings.verbs import Evaluation
+from src.settings.evaluations import Evaluation
 from src.sizing.config_reader import read_shape
 from src.sizing.shape import ModelShape
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from src.core.errors import BadData
 from src.core.files import read_json, write_json
 from src.models import complete
-from src.settings.verbs import Size
+from src.settings.training import Size
 
 PAD, BOS, EOS = SPECIAL = ("<pad>", "<s>", "</s>")
 CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}

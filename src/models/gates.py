@@ -6,7 +6,7 @@ from typing import NamedTuple
 from src.core.errors import ConfigError, GateFailed
 from src.core.log import say
 from src.models.comparison import shown
-from src.settings.verbs import Gate
+from src.settings.evaluations import Gate
 
 PARENT = "parent=FOLDER names the model to compare with"
 NAMED = 3

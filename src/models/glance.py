@@ -4,7 +4,7 @@ import itertools
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from src.chat import encoding, unseen
+from src.chat.rows import parts
 from src.chat.template import Unteachable
 from src.core.errors import BadData
-from src.core.log import mark, out, progress, say, table, warn
+from src.core.log import mark, out, progress, say, shortened, table, warn
 from src.records.near_duplicates import MinHashIndex, NgramOverlap
 from src.records.splits import SPLITS
 
@@ -48,8 +49,7 @@ def tell(folder: Path, tokenizer: Any) -> None:
         split = splits[name]
         split.turns.append(len(row["messages"]))
         text = "\n".join(str(message.get("content") or "") for message in row["messages"])
-        for part in _said(row):
-            letters.update(itertools.islice(filter(str.isalpha, part), LETTERS))
+        letters.update(_letters(row))
         if (digest := hash(json.dumps(row["messages"], sort_keys=True))) in seen:
             twice[name] += 1
         elif index.near(text) is not None:
@@ -74,11 +74,7 @@ def tell(folder: Path, tokenizer: Any) -> None:
     out("")
     _print_limits(splits["train"])
     out("")
-    whole = sum(letters.values()) or 1
-    scripts: Counter[str] = Counter()
-    for letter, count in letters.items():
-        scripts[unicodedata.name(letter, "OTHER").split()[0].title()] += count
-    out("writing: " + ", ".join(f"{script} {count / whole:.1%}" for script, count in scripts.most_common(5) if count / whole >= 0.0005))
+    out("writing: " + ", ".join(f"{script} {share:.1%}" for script, share in _scripts(letters)))
     held = _overlap(folder)
     out(
         f"the same twice: {sum(twice.values())}; nearly the same ({SIMILAR:.0%} of {N} words in a row alike): {near}; train rows that share {SHARED} words in a row with val: {held}"
@@ -95,13 +91,26 @@ def _rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield name, json.loads(line)
 
 
+def writing(rows: Iterable[dict[str, Any]]) -> list[tuple[str, float]]:
+    """[(a script, such as Latin or Hangul, its share of the letters)] of conversations, the most frequent first."""
+    return _scripts(Counter(letter for row in rows for letter in _letters(row)))
+
+
+def _letters(row: dict[str, Any]) -> Iterator[str]:
+    return (letter for part in _said(row) for letter in itertools.islice(filter(str.isalpha, part), LETTERS))
+
+
+def _scripts(letters: Counter[str]) -> list[tuple[str, float]]:
+    """By the first word of each letter's name in Unicode."""
+    found: Counter[str] = Counter()
+    for letter, count in letters.items():
+        found[unicodedata.name(letter, "OTHER").split()[0].title()] += count
+    return [(script, count / found.total()) for script, count in found.most_common(5) if count >= 0.0005 * found.total()]
+
+
 def _marked(row: encoding.Encoded, tokenizer: Any) -> str:
     """A row as text, with what is trained standing out; long parts are shortened in their middle."""
-    parts = []
-    for trained, group in itertools.groupby(zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] != encoding.IGNORE):
-        text = tokenizer.decode([token for token, _ in group])
-        parts.append(mark(text if len(text) <= SHORT else f"{text[: SHORT * 2 // 3]} … {text[-SHORT // 3 :]}", trained))
-    return "".join(parts)
+    return "".join(mark(shortened(text, SHORT), trained) for text, trained in parts(row.input_ids, row.labels, tokenizer))
 
 
 def _print_lengths(splits: dict[str, Split]) -> None:

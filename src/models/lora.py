@@ -10,7 +10,7 @@ from src.core.log import say
 from src.models.held import is_held
 from src.models.loading import import_peft
 from src.models.token_rows import row_rates, rows_beside_their_matrix, vocabulary_layers
-from src.settings.verbs import AdapterTuner, Optimizer
+from src.settings.training import AdapterTuner, Optimizer
 
 
 class ParameterRate(NamedTuple):

@@ -19,8 +19,9 @@ from src.core.log import say, size, table
 from src.core.room import Needs
 from src.models import evaluation, fidelity, gates, seen
 from src.models.loading import tokenizer_of
+from src.settings.evaluations import Gate
 from src.settings.targets import Target
-from src.settings.verbs import EvaluateVerb, Gate
+from src.settings.verbs import EvaluateVerb
 from src.sizing import budget, chart, host, numerics, speed, takes
 from src.sizing.config_reader import read_config, read_shape
 from src.sizing.numerics import Numerics

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from src.models.vocabulary import whole
-from src.settings.verbs import Optimizer
+from src.settings.training import Optimizer
 
 
 class WithRows(torch.nn.Module):

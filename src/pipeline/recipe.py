@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from src import ROOT
-from src.core import compose
+from src.core import artifact, compose
 from src.core.errors import ConfigError, MissingInput
 from src.core.stage import Stage
 
@@ -66,15 +66,13 @@ def read(name: str) -> list[Step]:
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
         fault = str(error).splitlines()[0] if str(error) else type(error).__name__
     for step in [] if fault else steps:
-        if step.verb not in VERBS:
-            fault = f"'{step.verb}' is no stage of a road{compose.nearest(step.verb, VERBS)}; there is {', '.join(VERBS)}"
+        if step.verb not in artifact.ROAD:
+            fault = f"'{step.verb}' is no stage of a road{compose.nearest(step.verb, artifact.ROAD)}; there is {', '.join(artifact.ROAD)}"
     if fault:
         raise ConfigError(f"this is no recipe: {fault}", where=str(file), fix=LINES)
     return steps
 
 
-VERBS = ("pretrain", "cpt", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy")
-"""stages that make an artifact of a run"""
 LINES = "write it as those in configs/pipeline are: `stages:`, then a line `- VERB key=value ...` for each"
 
 

@@ -20,7 +20,8 @@ from src.core.room import Needs
 from src.models.folder import locate_config
 from src.pipeline import recipe
 from src.pipeline.recipe import Step
-from src.settings.verbs import FullTuner, PipelineVerb
+from src.settings.training import FullTuner
+from src.settings.verbs import PipelineVerb
 from src.sizing import host, road
 from src.sizing.config_reader import read_config, shape_of
 from src.sizing.shape import ModelShape
@@ -28,7 +29,7 @@ from src.training import launch
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Leg:
     """One stage of a road as it stands. words: as typed after `python -m src.`. done: all that it makes is there. why: that, or what it waits for.
 
     again: it was made otherwise, and is made anew. needs: its own estimate; None where there is none. before: how long its last result took, anywhere.
@@ -47,7 +48,7 @@ class Ahead:
         return shlex.join([self.verb, *self.argv])
 
 
-def plan(cfg: PipelineVerb, steps: Sequence[Step], faults: Sequence[str] = ()) -> list[Ahead]:
+def plan(cfg: PipelineVerb, steps: Sequence[Step], faults: Sequence[str] = ()) -> list[Leg]:
     """How each stage of a road stands. faults: of settings that belong to no stage. Raises what stands in the way of any: faults of settings first, all together; then inputs, and room.
 
     Moved, which a stage raises for what was made otherwise, is an answer where `force` is given.
@@ -56,7 +57,7 @@ def plan(cfg: PipelineVerb, steps: Sequence[Step], faults: Sequence[str] = ()) -
     settings = recipe.composed(steps, shared, faults)
     where = stage.Run(Path(cfg.outputs) / cfg.run, dry=cfg.dry_run)
     shape, tuner = start_of(settings, dry=cfg.dry_run)
-    found: list[Ahead] = []
+    found: list[Leg] = []
     waits = ""
     for step, own in zip(steps, settings, strict=True):
         with named_as(step.verb):
@@ -64,7 +65,7 @@ def plan(cfg: PipelineVerb, steps: Sequence[Step], faults: Sequence[str] = ()) -
         needed = state.needs or (estimate(step.verb, own, shape, tuner) if not state.done else None)
         argv = (*step.overrides, *shared, *(["force=true"] if state.again and not own.force else []))
         found.append(
-            Ahead(step.verb, argv, state.done, state.why, state.again, needed, "" if state.done else before(Path(cfg.outputs), step.verb))
+            Leg(step.verb, argv, state.done, state.why, state.again, needed, "" if state.done else before(Path(cfg.outputs), step.verb))
         )
         if not state.done and step.verb not in NOTHING_FOLLOWS:
             waits = step.verb
@@ -77,21 +78,21 @@ NOTHING_FOLLOWS = ("evaluate",)
 
 
 @dataclass(frozen=True)
-class State:
+class Standing:
     done: bool
     why: str
     again: bool = False
     needs: Needs | None = None
 
 
-def look(verb: str, own: Any, where: stage.Run, waits: str, *, force: bool) -> State:
+def look(verb: str, own: Any, where: stage.Run, waits: str, *, force: bool) -> Standing:
     """How one stage stands. waits: a stage before it that is not done, whose result it may begin with; '' for none."""
     what = recipe.stage_of(verb)
     if waits:
         if what.early:
             stage.plan_of(what, own, what.early(own, where), where.folder)
         there = any(artifact.is_finished(path) for path in where.folder.glob(f"{verb}*"))
-        return State(False, f"after {waits}", again=there and force)
+        return Standing(False, f"after {waits}", again=there and force)
     try:
         ones = [(each, stage.ahead(what, each, where)) for each in (what.each(own, where) if what.each else [own])]
     except Moved as moved:
@@ -102,18 +103,18 @@ def look(verb: str, own: Any, where: stage.Run, waits: str, *, force: bool) -> S
                 "go back to the old settings",
             ]
             raise
-        return State(False, f"made otherwise, so made again: {' '.join(moved.what.split())}", again=True)
+        return Standing(False, f"made otherwise, so made again: {' '.join(moved.what.split())}", again=True)
     new = [(each, one) for each, one in ones if not one.done]
     try:
         for each, one in ones:
             if what.judge and one.done:
                 what.judge(each, one.done)
     except GateFailed as failed:
-        return State(False, failed.what)
+        return Standing(False, failed.what)
     if not new:
-        return State(True, f"up to date: {', '.join(one.path.name for _, one in ones)}")
+        return Standing(True, f"up to date: {', '.join(one.path.name for _, one in ones)}")
     lines = [line for each, one in new for line in (what.check(each, one.inputs) if what.check else [])[:1]]
-    return State(False, "; ".join(lines) or ", ".join(one.path.name for _, one in new), needs=together(what, new))
+    return Standing(False, "; ".join(lines) or ", ".join(one.path.name for _, one in new), needs=together(what, new))
 
 
 def together(what: stage.Stage[Any], new: Sequence[tuple[Any, stage.Ahead]]) -> Needs | None:
@@ -154,12 +155,12 @@ def before(outputs: Path, verb: str) -> str:
     """How long the newest result of a stage took, in any run; '' where there is none."""
     there = [path for path in outputs.glob(f"*/{verb}*") if artifact.is_finished(path)]
     for path in sorted(there, key=lambda path: (path / artifact.MANIFEST).stat().st_mtime, reverse=True)[:1]:
-        manifest = read_json(path / artifact.MANIFEST)
-        return f"{duration(manifest['seconds'])} in {path.parent.name}"
+        with contextlib.suppress(BadData, KeyError):  # of another run, which says so itself
+            return f"{duration(read_json(path / artifact.MANIFEST)['seconds'])} in {path.parent.name}"
     return ""
 
 
-def check_room(cfg: PipelineVerb, found: Sequence[Ahead]) -> None:
+def check_room(cfg: PipelineVerb, found: Sequence[Leg]) -> None:
     """Raises NoMemory for the first stage that does not fit, NoRoom where all of them together do not, which room=ignore makes warnings."""
     there = room.here(Path(cfg.outputs) / cfg.run)
     left = {step.verb: step.needs for step in found if step.needs and not step.done}
@@ -179,7 +180,7 @@ def named_as(verb: str) -> Iterator[None]:
         raise
 
 
-def show(found: Sequence[Ahead]) -> None:
+def show(found: Sequence[Leg]) -> None:
     """The plan as a table."""
     rows = []
     for number, step in enumerate(found, 1):
@@ -197,7 +198,7 @@ def named(cfg: PipelineVerb) -> list[str]:
     return [f"run={cfg.run}", f"outputs={cfg.outputs}"]
 
 
-def walk(ahead: Sequence[Ahead]) -> int:
+def walk(ahead: Sequence[Leg]) -> int:
     """Run what is not done in turn; exit code of the stage that ended the road, or 0."""
     for number, step in enumerate(ahead, 1):
         if step.done:

@@ -7,7 +7,8 @@ from math import ceil
 from src.core.errors import ConfigError
 from src.core.log import size
 from src.plan.answer import Answer, where_of
-from src.settings.verbs import FullTuner, Gpu, PlanVerb, QloraTuner
+from src.settings.training import FullTuner, QloraTuner
+from src.settings.verbs import Gpu, PlanVerb
 from src.sizing.chart import Point
 from src.sizing.gpu import ADAPTERS, AUTOCAST, CONTEXT, ZERO, Job, Training, kept_per_token, trained_values, training
 from src.sizing.shape import ModelShape

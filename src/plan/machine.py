@@ -11,9 +11,11 @@ from src.core import room
 from src.core.compose import CONFIGS
 from src.core.log import size, table
 from src.core.room import Needs
+from src.settings.evaluations import Evaluation
 from src.settings.quantizers import Calibration
 from src.settings.targets import Axera, Mobilint
-from src.settings.verbs import Evaluation, FullTuner, PlanVerb
+from src.settings.training import FullTuner
+from src.settings.verbs import PlanVerb
 from src.sizing import budget, host, road
 from src.sizing.shape import ModelShape
 from src.training import launch

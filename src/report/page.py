@@ -15,10 +15,10 @@ from src.core import compose
 from src.core.artifact import Artifact
 from src.core.log import duration, shown, size
 from src.core.stage import flatten
-from src.models import bootstrap
+from src.models import bootstrap, glance
 from src.report import plots
 from src.report import run as runs
-from src.report.run import Run
+from src.report.run import Finished
 from src.settings.targets import AnyTarget
 from src.sizing import budget, speed
 from src.sizing.config_reader import read_shape
@@ -57,7 +57,7 @@ def of(folders: Sequence[Path], rows: int) -> str:
     return page.get_template("page.html").render(told, script=script, plots=places)
 
 
-def overview(run: Run) -> dict[str, Any]:
+def overview(run: Finished) -> dict[str, Any]:
     """The figures in front: one card each."""
     manifests = [a.manifest for a in run.artifacts.values() if a.manifest]
     cards = [("artifacts", str(len(manifests))), ("time", duration(sum(m["seconds"] for m in manifests)))]
@@ -81,7 +81,7 @@ def overview(run: Run) -> dict[str, Any]:
     }
 
 
-def data(run: Run, rows: int, drawn: dict[str, Any]) -> dict[str, Any] | None:
+def data(run: Finished, rows: int, drawn: dict[str, Any]) -> dict[str, Any] | None:
     dataset, tuned = run.dataset, run.first("finetune")
     if dataset is None:
         return None
@@ -97,7 +97,7 @@ def data(run: Run, rows: int, drawn: dict[str, Any]) -> dict[str, Any] | None:
     facts += [(f"{split} split", f"{m.get(f'{split}_rows', 0):,}") for split in ("train", "val", "calib")]
     facts += [(f"{unit}, {name}", f"{value:,}") for name, value in at.items()] + ([("longest", f"{max(lengths):,}")] if lengths else [])
     facts += [("turns of a conversation, mean", f"{np.mean([len(row['messages']) for row in read]):.1f}")] if read else []
-    facts += [("writing", ", ".join(f"{name} {share:.0%}" for name, share in runs.scripts(read)))] if read else []
+    facts += [("writing", ", ".join(f"{name} {share:.0%}" for name, share in glance.writing(read)))] if read else []
     if found:
         facts.append(("tokens that are trained", f"{sum(one.trained for one in found) / sum(one.tokens for one in found):.0%}"))
     dropped = {reason: count for reason, count in m.get("dropped", {}).items() if count}
@@ -108,7 +108,7 @@ def data(run: Run, rows: int, drawn: dict[str, Any]) -> dict[str, Any] | None:
     return {"facts": facts, "dropped": dropped, "shown": [one.parts for one in found if one.parts], "sample": sample}
 
 
-def training(read: Sequence[Run], drawn: dict[str, Any]) -> list[dict[str, Any]]:
+def training(read: Sequence[Finished], drawn: dict[str, Any]) -> list[dict[str, Any]]:
     """Curves of all runs in one, and a table of the figures of each."""
     tuned = [(run.name, found) for run in read if (found := run.trained)]
     points = [(name, found.metrics.get("curve", [])) for name, found in tuned]
@@ -135,7 +135,7 @@ def training(read: Sequence[Run], drawn: dict[str, Any]) -> list[dict[str, Any]]
     return rows
 
 
-def steps(run: Run) -> list[list[str]]:
+def steps(run: Finished) -> list[list[str]]:
     """What each step lost on held-out conversations, by its own proof."""
     return [
         [
@@ -167,7 +167,7 @@ FIGURES = (
 )
 
 
-def evaluations(run: Run, drawn: dict[str, Any]) -> dict[str, Any] | None:
+def evaluations(run: Finished, drawn: dict[str, Any]) -> dict[str, Any] | None:
     """Every figure of every report side by side, with its interval and verdict."""
     found = [(form, a.metrics) for form, a in runs.evaluations(run)]
     if not found:
@@ -192,7 +192,7 @@ def _cell(m: dict[str, Any], key: str, form: str) -> dict[str, str]:
     return {"value": form.format(value), "interval": between, "verdict": (m.get("evidence") or {}).get(key, "")}
 
 
-def changed(run: Run, most: int = 4) -> list[dict[str, Any]]:
+def changed(run: Finished, most: int = 4) -> list[dict[str, Any]]:
     """Of each report the rows that got better and worse most than by the parent, with what was asked."""
     dataset = run.dataset
     asked = {row["id"]: _question(row) for row in runs.records(dataset, "val")} if dataset else {}
@@ -219,7 +219,7 @@ def _question(row: dict[str, Any]) -> str:
     return text if len(text) <= 160 else text[:159] + "…"
 
 
-def boards(run: Run) -> Iterator[dict[str, Any]]:
+def boards(run: Finished) -> Iterator[dict[str, Any]]:
     """Of each bundle what was measured here, and what the planner expects of its board."""
     for name, bundle in run.artifacts.items():
         if bundle.kind == "bundle":
@@ -254,7 +254,7 @@ def _said(value: Any) -> str:
 # ---- several runs
 
 
-def comparison(read: Sequence[Run], drawn: dict[str, Any]) -> dict[str, Any]:
+def comparison(read: Sequence[Finished], drawn: dict[str, Any]) -> dict[str, Any]:
     """The settings that differ, and how far the figures of the others are from the first run's, by pairs of the same rows."""
     flat = [{f"{a.stage}.{key}": value for a in run.artifacts.values() for key, value in flatten(a.settings).items()} for run in read]
     keys = sorted({key for one in flat for key in one if len({str(other.get(key)) for other in flat}) > 1})
@@ -276,7 +276,7 @@ def comparison(read: Sequence[Run], drawn: dict[str, Any]) -> dict[str, Any]:
     return {"names": [run.name for run in read], "settings": settings, "lines": lines, "first": read[0].name}
 
 
-def _rows(run: Run, form: str) -> dict[str, tuple[float, int]]:
+def _rows(run: Finished, form: str) -> dict[str, tuple[float, int]]:
     """{row of the validation split: (its loss, its tokens)} by a run's report."""
     report = run.artifacts.get(f"evaluate-{form}")
     rows = runs.rows_of(report) if report else []

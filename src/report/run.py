@@ -3,26 +3,26 @@
 import functools
 import json
 import shlex
-import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.chat import encoding
+from src.chat.rows import parts
 from src.core import artifact, compose
 from src.core.artifact import Artifact
+from src.core.errors import BadData
 from src.core.log import duration, size
 
 TRAINED = ("finetune", "cpt", "pretrain")
-ORDER = ("pretrain", "cpt", "data", "distill", "finetune", "merge", "quantize", "evaluate", "deploy")
 FORMS = ("finetune", "merge", "quantize")
 """what evaluations are of, in the order of the road"""
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run. artifacts: the finished, in the order of the road, by name."""
+class Finished:
+    """What of a run is finished. artifacts: the finished, in the order of the road, by name."""
 
     folder: Path
     artifacts: dict[str, Artifact]
@@ -54,17 +54,14 @@ class Run:
         return artifact.open_artifact(path) if artifact.is_finished(path) else None
 
 
-def read(folder: Path) -> Run:
-    found = [artifact.open_artifact(path) for path in sorted(folder.iterdir()) if artifact.is_finished(path)]
-    place = {stage: i for i, stage in enumerate(ORDER)}
-    found.sort(key=lambda a: (place.get(a.stage, len(place)), a.path.name))
-    return Run(folder, {a.path.name: a for a in found})
+def read(folder: Path) -> Finished:
+    return Finished(folder, artifact.of_run(folder))
 
 
 # ---- the road
 
 
-def road(run: Run) -> list[dict[str, Any]]:
+def road(run: Finished) -> list[dict[str, Any]]:
     """Each artifact as a station: its name, kind, key, size, time, and what it was made from."""
     return [
         {
@@ -92,21 +89,8 @@ def records(dataset: Artifact, split: str, most: int | None = None) -> list[dict
         return [json.loads(line) for _, line in zip(range(most or 1 << 62), lines, strict=False)]
 
 
-def scripts(rows: Sequence[dict]) -> list[tuple[str, float]]:
-    """[(a script, such as LATIN or HANGUL, its share of the letters)], the most frequent first."""
-    letters: Counter[str] = Counter()
-    for row in rows[:200]:
-        letters.update(letter for message in row["messages"] for letter in str(message.get("content") or "") if letter.isalpha())
-    found: Counter[str] = Counter()
-    for letter, count in letters.items():
-        found[unicodedata.name(letter, "OTHER").split()[0].title()] += count
-    whole = sum(found.values())
-    return [(name, count / whole) for name, count in found.most_common(4) if count / whole > 0.001]
-
-
 @functools.cache
 def tokenizer_of(model: Path) -> Any:
-    from src.chat import encoding
     from src.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
@@ -115,7 +99,7 @@ def tokenizer_of(model: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class SeenRow:
     """A row as the model sees it: its tokens, those that are trained, and its text in (text, whether it is trained) parts."""
 
     tokens: int
@@ -123,42 +107,21 @@ class Conversation:
     parts: list[tuple[str, bool]]
 
 
-def encoded(rows: Sequence[dict], model: Path, shown: int = 3) -> Iterator[Conversation]:
+def encoded(rows: Sequence[dict], model: Path, shown: int = 3) -> Iterator[SeenRow]:
     """The rows through the model's template; parts of the first `shown` alone. What teaches nothing, or what its template refuses, is left out."""
-    from src.chat import encoding
-    from src.core.errors import BadData
-
     tokenizer = tokenizer_of(model)
     for number, row in enumerate(rows):
         try:
             found = encoding.encode(tokenizer, row["messages"], row.get("tools"))
         except BadData:
             continue
-        parts: list[tuple[str, bool]] = []
-        if number < shown:
-            for trained, ids in runs_of(found):
-                parts.append((tokenizer.decode(ids), trained))
-        yield Conversation(len(found.input_ids), found.trained, parts)
-
-
-def runs_of(row: Any) -> Iterator[tuple[bool, list[int]]]:
-    """(whether they are trained, token ids) of each stretch of a row."""
-    ids: list[int] = []
-    state = None
-    for token, label in zip(row.input_ids, row.labels, strict=True):
-        if state is not None and (label != -100) != state:
-            yield state, ids
-            ids = []
-        state = label != -100
-        ids.append(token)
-    if state is not None:
-        yield state, ids
+        yield SeenRow(len(found.input_ids), found.trained, parts(found.input_ids, found.labels, tokenizer) if number < shown else [])
 
 
 # ---- evaluations
 
 
-def evaluations(run: Run) -> list[tuple[str, Artifact]]:
+def evaluations(run: Finished) -> list[tuple[str, Artifact]]:
     """(what was measured, the report) in the order of the road."""
     found = [(name.removeprefix("evaluate-"), a) for name, a in run.artifacts.items() if a.stage == "evaluate"]
     place = {form: i for i, form in enumerate(FORMS)}
@@ -170,7 +133,7 @@ def rows_of(report: Artifact) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
-def answers(run: Run) -> tuple[list[str], list[dict[str, Any]]]:
+def answers(run: Finished) -> tuple[list[str], list[dict[str, Any]]]:
     """(names of the models, what each answered to each prompt). The first model's parent stands before it."""
     names: list[str] = []
     by_prompt: dict[str, dict[str, str]] = {}
@@ -191,7 +154,7 @@ def answers(run: Run) -> tuple[list[str], list[dict[str, Any]]]:
 # ---- how it is made again
 
 
-def commands(run: Run) -> list[str]:
+def commands(run: Finished) -> list[str]:
     """The command of each artifact, as one would type it: what its settings differ in from the defaults, and its outside inputs."""
     made = []
     for name, a in run.artifacts.items():
@@ -253,7 +216,7 @@ OUTSIDE = {
 """role of an outside input -> the setting that names it"""
 
 
-def outside(a: Artifact, run: Run) -> list[str]:
+def outside(a: Artifact, run: Finished) -> list[str]:
     """Settings that name the inputs that are not of this run."""
     words, files = [], []
     for parent in (a.manifest or {})["parents"]:

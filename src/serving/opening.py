@@ -13,7 +13,7 @@ from src.models.speaking import ModelSpeaker
 from src.serving import bundles
 from src.serving.client import Client
 from src.serving.speakers import ServerSpeaker, Speaker
-from src.settings.verbs import Endpoint
+from src.settings.evaluations import Endpoint
 from src.sizing import host
 from src.sizing.config_reader import read_shape
 

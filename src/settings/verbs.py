@@ -7,27 +7,22 @@ it makes, so it takes no part in an artifact's key.
 from datetime import date
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    Field,
-    JsonValue,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from src.settings.answers import Decoding
-from src.settings.base import Fraction, Settings, Unkeyed, check_address
+from src.settings.base import Fraction, Settings, Unkeyed
+from src.settings.data import Data, Holdout
+from src.settings.evaluations import Endpoint, Evaluation, Gate
 from src.settings.quantizers import AnyQuantizer, Calibration
 from src.settings.recipes import Recipe
 from src.settings.targets import AnyTarget
 from src.settings.teachers import AnyJudge, AnyTeacher
+from src.settings.trackers import Tracker
+from src.settings.training import Deepspeed, FullTuner, Launch, Model, PlanTrain, Rounding, Size, Teacher, Train, TrainLoop, Tuner
 
-Rounding = Literal["stochastic", "nearest"]
 Weights = Literal["exact", "stored"]
+
+
 BYTE_LEVEL = 256 + 3
 """tokens of a tokenizer that pretrain learns at least: all bytes, and those that begin a text, end it and pad"""
 
@@ -45,35 +40,6 @@ class Verb(Settings):
     """check: refuse what takes more memory or disk than there is, by an estimate; ignore: say it and go on"""
 
 
-class Wandb(Settings):
-    kind: Literal["wandb"]
-    project: str
-    """wandb project"""
-    mode: Literal["auto", "online", "offline"]
-    """auto: online where WANDB_API_KEY is set, else offline"""
-
-
-class Tensorboard(Settings):
-    kind: Literal["tensorboard"]
-
-
-class Trackio(Settings):
-    kind: Literal["trackio"]
-    project: str
-    """trackio project"""
-    system: bool
-    """log the load of CPU and GPU too"""
-
-
-class Mlflow(Settings):
-    kind: Literal["mlflow"]
-    project: str
-    """mlflow experiment"""
-
-
-Tracker = Annotated[Wandb | Tensorboard | Trackio | Mlflow, Field(discriminator="kind")]
-
-
 class TrackedVerb(Verb):
     tracker: Annotated[dict[str, Tracker], Unkeyed]
     """where its figures go beside <run>/metrics.jsonl: wandb, tensorboard, trackio, mlflow, several as [wandb,tensorboard], or none"""
@@ -88,297 +54,11 @@ class StageVerb(TrackedVerb, SourcedVerb):
     """One that makes an artifact from another."""
 
 
-class Holdout(Settings):
-    val: Fraction
-    """share of records held out for evaluation"""
-    calib: Fraction
-    """share of records held out to calibrate quantization"""
-    split_seed: int
-    """seed of the hash that gives each record its split"""
-
-    @model_validator(mode="after")
-    def _leaves_train(self) -> Self:
-        if self.val + self.calib >= 1:
-            raise ValueError("val + calib must stay below 1, or nothing is left to train on")
-        return self
-
-
-Role = Literal["user", "assistant", "system", "tool", "tool_call"]
-COLUMNS = (
-    *("messages", "role", "content", "prompt", "response", "system", "tools", "input", "history", "reasoning", "weight", "id"),
-    *("text", "chosen", "rejected", "label"),
-)
-"""what a column can be to us"""
-
-
-class Data(Settings):
-    path: Annotated[str | list[str], Field(exclude=True, min_length=1)]
-    """conversations: a file, folder, glob or hub id; several as [a,b]. JSON, JSON Lines, CSV, TSV, Parquet, Arrow, text; gz, bz2, xz, zst, zip"""
-    format: Literal["auto", "qwen", "sharegpt", "openai", "alpaca", "prompt_completion", "question_answer", "preference", "text"]
-    """layout of the records; auto detects it and says which"""
-    columns: dict[str, str | None]
-    """what columns are called, as "data.columns={prompt:question,response:reply}"; null: a column that is not what its name says"""
-    roles: dict[str, Role]
-    """what roles are called beside the usual names, as "data.roles={agent:assistant,customer:user}" """
-    weights: list[PositiveFloat] | None
-    """for each path how often its records come into train: 2 twice, 0.5 a half of them, drawn by their hash; null: once"""
-    subset: Annotated[str | None, Unkeyed]
-    """subset (config) of a data set on the hub, or of a folder laid out like one; null: its default"""
-    hub_split: Annotated[str, Unkeyed]
-    """split of a data set on the hub, or of a folder whose files are named by split"""
-    revision: Annotated[str | None, Unkeyed]
-    """commit, tag or branch on the hub; null: its default"""
-    on_fault: Literal["error", "drop"]
-    """malformed records: fail and list them by fault, or drop and count them, each named in dropped.jsonl"""
-    val: Fraction | Annotated[str, Field(strict=True, pattern="[^0-9.eE+-]")]
-    """share of records held out for evaluation; or a file, folder or glob of conversations held out"""
-    calib: Fraction
-    """share of records held out to calibrate quantization"""
-    split: Literal["hash", "exact"]
-    """hash: a record's split follows from its content alone; exact: the shares to the record, so adding records may move others"""
-    split_seed: int
-    """seed of the hash that gives each record its split"""
-
-    @property
-    def paths(self) -> list[str]:
-        """What is read, in order."""
-        return [self.path] if isinstance(self.path, str) else self.path
-
-    @field_serializer("val")
-    def _keyed(self, val: float | str) -> float | str:
-        # A file of its own is a parent, known by its content and not by its name.
-        return "file" if isinstance(val, str) else val
-
-    @field_validator("columns")
-    @classmethod
-    def _known(cls, columns: dict[str, str | None]) -> dict[str, str | None]:
-        for ours, theirs in columns.items():
-            if ours not in COLUMNS:
-                turned = f"; it is {{OURS:YOURS}}: {{{theirs}:{ours}}}" if theirs in COLUMNS else f"; there is {', '.join(COLUMNS)}"
-                raise ValueError(f"no column is called '{ours}' here{turned}")
-        if double := next((name for name in columns.values() if name and list(columns.values()).count(name) > 1), None):
-            raise ValueError(f"'{double}' can be one column only")
-        return columns
-
-    @model_validator(mode="after")
-    def _go_together(self) -> Self:
-        if (0 if isinstance(self.val, str) else self.val) + self.calib >= 1:
-            raise ValueError("val + calib must stay below 1, or nothing is left to train on")
-        if self.weights is not None and len(self.weights) != len(self.paths):
-            raise ValueError(
-                f"data.weights has {len(self.weights)} numbers for {len(self.paths)} paths; it has one for each, in their order"
-            )
-        return self
-
-
 class DataVerb(TrackedVerb):
     data: Data
     """what to read and how to split it"""
     preview: Annotated[str | None, Unkeyed]
     """model folder or hub id: show the rows as that model would see them, with lengths, writing and duplicates, and make nothing; null: make the dataset"""
-
-
-class Model(Settings):
-    path: Annotated[str, Unkeyed]
-    """Hugging Face folder, or the id of a model on the hub"""
-    revision: Annotated[str | None, Unkeyed]
-    """commit, tag or branch on the hub; null: its default"""
-    trust_remote_code: bool
-    """run Python code that comes with the model"""
-    allow_pickle: bool
-    """load pytorch_model.bin where there are no safetensors; a pickle can run any code"""
-
-
-class Optimizer(Settings):
-    learning_rate: PositiveFloat
-    """peak learning rate"""
-    row_learning_rate: Literal["auto"] | PositiveFloat
-    """peak rate of token rows the base never learnt; auto: 1 % of a typical entry of their matrix, at least learning_rate"""
-
-
-class FullTuner(Optimizer):
-    kind: Literal["full"]
-    """every weight is trained"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    """dtype of the saved weights; auto: the base's; float32 keeps every bit for quantize and deploy, in twice the space"""
-    rounding: Rounding
-    """how trained fp32 weights become 16 bits; stochastic keeps small updates, nearest loses most of them"""
-
-
-class AdapterTuner(Optimizer):
-    """What is trained beside a frozen base, whatever holds the base."""
-
-    rank: PositiveInt
-    """rank of the update matrices"""
-    alpha: PositiveFloat
-    """the update is scaled by alpha / rank"""
-    rslora: bool
-    """scale by alpha / sqrt(rank) instead, so that large ranks learn as fast as small ones (Kalajdzievski 2023, arXiv:2312.03732)"""
-    dora: bool
-    """train the length of each output's weights apart from their direction (Liu et al. 2024, arXiv:2402.09353)"""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
-    """where the matrices start; pissa: the base's largest singular directions (arXiv:2404.02948), olora: its QR (arXiv:2406.01775)"""
-    lora_plus: PositiveFloat
-    """learning rate of the B matrices over that of the A matrices, 16 in the paper (Hayou et al. 2024, arXiv:2402.12354); 1: the same"""
-    dropout: Fraction
-    """dropout on the adapter's input"""
-    target_modules: Literal["all-linear"] | list[str]
-    """names of the linear layers that get adapters; all-linear: every one but the output layer"""
-    modules_to_save: list[str]
-    """names of layers trained whole beside the adapters, such as embed_tokens and lm_head"""
-
-    @property
-    def takes_from_base(self) -> bool:
-        """Whether the adapter's first product is taken out of the base weights."""
-        return self.init in ("pissa", "olora")
-
-    @model_validator(mode="after")
-    def _go_together(self) -> Self:
-        if self.takes_from_base and self.dora:
-            raise ValueError(
-                f"tuner.init={self.init} takes its part out of the base weights, whose lengths tuner.dora=true would train; choose one of them"
-            )
-        if self.takes_from_base and self.dropout:
-            raise ValueError(
-                f"tuner.dropout={self.dropout} would drop parts of the base's own weights, which tuner.init={self.init} moves; tuner.dropout=0"
-            )
-        if self.init == "orthogonal" and self.rank % 2:
-            raise ValueError(f"tuner.init=orthogonal splits tuner.rank in halves, so it must be even, not {self.rank}")
-        if both := set(self.modules_to_save) & (set() if self.target_modules == "all-linear" else set(self.target_modules)):
-            raise ValueError(f"target_modules and modules_to_save both name {', '.join(sorted(both))}; a layer is adapted or trained whole")
-        return self
-
-
-class LoraTuner(AdapterTuner):
-    kind: Literal["lora"]
-    """low-rank adapters on a frozen base (Hu et al. 2021, arXiv:2106.09685)"""
-
-
-class QloraTuner(AdapterTuner):
-    kind: Literal["qlora"]
-    """low-rank adapters on a 4-bit base (Dettmers et al. 2023, arXiv:2305.14314)"""
-    double_quant: bool
-    """quantize the NF4 scales too; unused when the base is a GPTQ folder"""
-
-    @model_validator(mode="after")
-    def _base_stays_as_quantized(self) -> Self:
-        if self.init not in ("default", "gaussian"):
-            raise ValueError(
-                f"tuner.init={self.init} works on the base's own weights, and here they are 4-bit; tuner.init=default or tuner=lora"
-            )
-        return self
-
-
-Tuner = Annotated[FullTuner | LoraTuner | QloraTuner, Field(discriminator="kind")]
-
-
-class Deepspeed(Settings):
-    stage: Literal[0, 2, 3]
-    """ZeRO stage; 0: plain data parallel without DeepSpeed"""
-    offload: bool
-    """keep optimizer states (and under ZeRO-3 parameters) in host memory"""
-    bucket_size: PositiveInt | Literal["auto"]
-    """elements per reduce or all-gather bucket; auto: 200 million on a GPU, under ZeRO-3 by the model's width, and 5 million on a CPU"""
-    config: Annotated[str | None, Unkeyed]
-    """a DeepSpeed JSON file merged over these settings; optimizer and scheduler blocks in it are refused"""
-
-
-class TrainLoop(Settings):
-    """How long, in what portions and in what precision. A row is what a model sees by itself: a conversation, or a stretch of a text."""
-
-    epochs: PositiveFloat
-    """passes over the training split"""
-    max_steps: PositiveInt | None
-    """stop after this many optimizer steps; null: as many as the epochs take"""
-    global_batch_size: PositiveInt
-    """rows (conversations, stretches of text) per optimizer step over all processes"""
-    micro_batch_size: Annotated[PositiveInt | Literal["auto"], Unkeyed]
-    """rows as long as the longest per forward pass and process, more where they are shorter; auto: as many as fit in memory"""
-    packing: Annotated[Literal["auto"] | bool, Unkeyed]
-    """lay rows end to end instead of padding them, each seeing itself alone; auto: where that is proven equal on the model"""
-    max_length: Annotated[int, Field(ge=2)]
-    """tokens per row"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
-    """auto: bf16 on GPUs and CPUs with units for it, else fp32"""
-    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], Unkeyed]
-    """auto: each packed row by itself, on a GPU in one kernel; else as transformers calls it"""
-    chunked_loss: Annotated[Literal["auto"] | bool, Unkeyed]
-    """compute the output layer for trained tokens only and a chunk at a time; auto: where that is proven equal on the model"""
-    optimizer: Literal["auto", "adamw", "adamw_8bit"]
-    """auto: AdamW, its step in one kernel; adamw_8bit: bitsandbytes' with states in 8 bit, on a GPU"""
-    kernels: Annotated[Literal["auto", "torch", "liger"], Unkeyed]
-    """auto: Liger's for norms, rotation and MLP on a GPU where liger-kernel is installed; on a CPU ours for adapters, norms and rotation"""
-    compile: Annotated[bool, Unkeyed]
-    """torch.compile the model; off, since batches of chats change shape with every step"""
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"]
-    """shape of the learning rate over the run"""
-    warmup: Fraction
-    """share of the steps over which the rate rises, from above zero, to its peak"""
-    weight_decay: NonNegativeFloat
-    """decoupled weight decay"""
-    adam_beta1: Fraction
-    """first-moment decay of AdamW"""
-    adam_beta2: Fraction
-    """second-moment decay of AdamW"""
-    max_grad_norm: NonNegativeFloat
-    """gradients are clipped to this norm; 0: never"""
-    gradient_checkpointing: Annotated[Literal["auto"] | bool, Unkeyed]
-    """recompute activations in the backward pass: less memory, about a third more time; auto: only where the longest row needs it"""
-    eval_steps: Annotated[PositiveInt | None, Unkeyed]
-    """evaluate every so many steps; null: at the end of each epoch"""
-    eval_rows: Annotated[PositiveInt | Literal["auto"], Unkeyed]
-    """validation rows measured at each evaluation; auto: as many as take about 2 % of the training, at least 64"""
-    checkpoint_steps: Annotated[PositiveInt, Unkeyed]
-    """save a resumable state every so many steps"""
-    checkpoint_minutes: Annotated[PositiveFloat, Unkeyed]
-    """and every so many minutes, so that slow steps lose little when a run is killed"""
-    log_steps: Annotated[PositiveInt, Unkeyed]
-    """report every so many steps"""
-    samples: Annotated[NonNegativeInt, Unkeyed]
-    """beginnings of validation rows answered or continued greedily at each evaluation, to be looked at; under ZeRO-3 every token of theirs gathers the weights"""
-    seed: int
-    """seed of initialisation, order and dropout"""
-
-
-class Train(TrainLoop):
-    max_length: PositiveInt
-    """tokens per conversation; see long_rows for longer ones"""
-    long_rows: Literal["drop", "split_turns", "keep_end", "error"]
-    """conversations over max_length: left out, cut between turns into several, cut to their last tokens, or an error; counted and said"""
-    long_share: Annotated[float, Field(ge=0, le=1)]
-    """share of conversations that may be left out or cut for their length; above it the stage fails"""
-    hidden_turns: Literal["skip", "rows"]
-    """answers that the template shows otherwise once they are history (Qwen3's reasoning): out of the loss and counted, or a row for each"""
-
-
-class Teacher(Settings):
-    path: Annotated[str | None, Unkeyed]
-    """model, quantized or adapter folder whose probabilities are learnt beside the tokens; null: none"""
-    weight: Annotated[float, Field(ge=0, le=1)]
-    """its part of the loss, alpha in alpha KL + (1 - alpha) cross-entropy (Hinton et al. 2015, arXiv:1503.02531)"""
-    top_k: PositiveInt
-    """likeliest tokens kept of each of its distributions; the others count together"""
-
-
-class Launch(Settings):
-    nproc_per_node: PositiveInt | Literal["auto"]
-    """processes on this machine; auto: one per GPU, one on a machine without"""
-    nnodes: PositiveInt
-    """machines taking part"""
-    node_rank: NonNegativeInt
-    """number of this machine, from 0"""
-    master_addr: str
-    """address of machine 0"""
-    master_port: Annotated[int, Field(ge=0, lt=65536)]
-    """port on machine 0; 0: a free one (one machine only)"""
-
-    @model_validator(mode="after")
-    def _rank_in_range(self) -> Self:
-        if self.node_rank >= self.nnodes:
-            raise ValueError(f"node_rank {self.node_rank} needs nnodes above it, not {self.nnodes}")
-        if self.nnodes > 1 and self.master_port == 0:
-            raise ValueError("several machines need a master_port they all know")
-        return self
 
 
 class TrainingVerb(TrackedVerb):
@@ -436,50 +116,6 @@ class TextVerb(TrainingVerb):
     """share of documents held out for validation"""
     split_seed: int
     """seed of the hash that gives each document its split"""
-
-
-class Size(Settings):
-    """The shape of a new model, in the words of config.json."""
-
-    family: Literal["llama", "qwen3"]
-    """which model's layers; qwen3's have norms on queries and keys"""
-    hidden: PositiveInt
-    """width of the model"""
-    intermediate: PositiveInt | Literal["auto"]
-    """width of the MLP; auto: 8/3 of hidden, up to a multiple of 32, as llama2.c has it"""
-    layers: PositiveInt
-    """layers"""
-    heads: PositiveInt
-    """attention heads"""
-    kv_heads: PositiveInt
-    """heads of keys and values; below heads: several heads share one"""
-    vocab: PositiveInt
-    """tokens of the tokenizer that is trained; with tokenizer=FOLDER as many as that has"""
-    max_length: PositiveInt
-    """tokens of the context"""
-    rope_theta: PositiveFloat
-    """base of the rotary embedding"""
-    tied: bool
-    """output layer and embedding are one table"""
-
-    @model_validator(mode="after")
-    def _is_a_model(self) -> Self:
-        faults, pairs = [], 2 * self.heads  # rotary embeddings turn pairs of a head's values
-        if self.hidden % pairs:
-            faults.append(
-                f"size.hidden={self.hidden} cannot be shared by size.heads={self.heads}; size.hidden={-(-self.hidden // pairs) * pairs} can"
-            )
-        if self.heads % self.kv_heads:
-            divides = max(n for n in range(1, min(self.kv_heads, self.heads) + 1) if self.heads % n == 0)
-            faults.append(f"size.heads={self.heads} cannot share size.kv_heads={self.kv_heads}; size.kv_heads={divides} divides them")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
-
-    @property
-    def inner(self) -> int:
-        """Width of the MLP, by llama2.c's rule (model.py, `hidden_dim`, `multiple_of`) where it is not given."""
-        return -(-(8 * self.hidden // 3) // 32) * 32 if self.intermediate == "auto" else self.intermediate
 
 
 class PretrainVerb(TextVerb):
@@ -561,75 +197,6 @@ class QuantizeVerb(StageVerb):
     """share of held-out tokens with the same likeliest token; auto: by bit width"""
 
 
-class Evaluation(Settings):
-    batch_size: PositiveInt
-    """prompts answered together"""
-    max_length: PositiveInt
-    """tokens per conversation; longer ones are left out, and counted"""
-    rows: PositiveInt | None
-    """rows used at most, of the validation split and of general; null: all"""
-    samples: NonNegativeInt
-    """prompts answered greedily"""
-    max_new_tokens: PositiveInt
-    """tokens per answer at most"""
-    prompts: list[str] | None
-    """prompts to answer; null: first user turns of the validation split"""
-    expect: str | None
-    """regular expression that prompt, newline and answer together must match whole; answers that do not end their turn count as wrong"""
-    check: Literal["auto", "none", "number", "choice", "json", "schema", "calls"]
-    """what of an answer has to be that of the data's own: its last number, the letter of a choice, that it is JSON, or follows json_schema, its tool calls; auto:
-    what the data's answers are made for, and says it"""
-    json_schema: Annotated[str | None, Unkeyed]
-    """file with the JSON Schema that every answer has to follow"""
-    general: Annotated[str | None, Unkeyed]
-    """text or chats of another domain, as data.path takes them, to see what of that the model forgot; of a text each line is a row, cut at max_length"""
-    tasks: Annotated[list[str] | None, Field(exclude_if=lambda names: names is None)]
-    """tasks of lm-eval, by name or as a YAML file of your own, of which `rows` documents are taken at most; null: none"""
-
-    @model_validator(mode="after")
-    def _schema_where_it_is_checked(self) -> Self:
-        if self.check == "schema" and self.json_schema is None:
-            raise ValueError("to check by a schema, give evaluation.json_schema=FILE too")
-        if self.json_schema is not None and self.check not in ("auto", "schema"):
-            raise ValueError("evaluation.json_schema is of use where schema is what is checked")
-        return self
-
-
-class Endpoint(Settings):
-    url: str | None
-    """OpenAI-compatible server, http://HOST:PORT with or without /v1; null: a model on this machine. A key comes from OPENAI_API_KEY"""
-    model: str | None
-    """name of the model to ask; null: the only one it serves"""
-    timeout: Annotated[PositiveFloat, Unkeyed]
-    """seconds it may be silent or busy; a whole answer may take ten times as many while it goes on"""
-    concurrency: PositiveInt
-    """requests at a time; boards serve one"""
-
-    # Raised for the group, not the field: a field's fault is printed with its value, and that may hold a password.
-    @model_validator(mode="after")
-    def _plain_address(self) -> Self:
-        if self.url is not None:
-            check_address(self.url, "endpoint.url")
-        elif self.model is not None:
-            raise ValueError("endpoint.model is of use with endpoint.url only")
-        return self
-
-
-class Gate(Settings):
-    """Limits of a report's figures against the parent; null: none."""
-
-    kl: PositiveFloat | None
-    """nats of KL to the parent at most"""
-    top1: Annotated[float, Field(gt=0, le=1)] | None
-    """share of tokens whose likeliest is the parent's, at least"""
-    perplexity_ratio: PositiveFloat | None
-    """perplexity over the parent's at most"""
-    task_drop: Annotated[float, Field(ge=0, le=1)] | None
-    """share of answers right that may be lost of the parent's (evaluation.check)"""
-    forgetting: NonNegativeFloat | None
-    """nats of loss over the parent's at most, on evaluation.general"""
-
-
 class EvaluateVerb(StageVerb):
     dataset: Annotated[str | None, Unkeyed]
     """dataset artifact to evaluate on; null: the run's own"""
@@ -679,23 +246,6 @@ class Gpu(Settings):
     """dense 16-bit TFLOP/s with fp32 accumulation, without sparsity"""
     link: PositiveFloat
     """GB/s in one direction to the other GPUs of the machine"""
-
-
-class PlanTrain(Settings):
-    """What of finetune's settings its memory and time follow from; the same words, values and defaults."""
-
-    max_length: PositiveInt
-    """tokens per conversation; all are taken to have so many"""
-    global_batch_size: PositiveInt
-    """conversations per optimizer step over all GPUs"""
-    micro_batch_size: PositiveInt | Literal["auto"]
-    """conversations per forward pass and GPU; auto: as many as fit in memory"""
-    gradient_checkpointing: Literal["auto"] | bool
-    """recompute activations in the backward pass: less memory, about a third more time; auto: only where a conversation needs it"""
-    chunked_loss: Literal["auto"] | bool
-    """compute the output layer a chunk of tokens at a time; auto: where config.json scales no logits behind it"""
-    optimizer: Literal["auto", "adamw", "adamw_8bit"]
-    """adamw_8bit: states in 8 bit"""
 
 
 class PlanVerb(Verb):

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.core.room import Needs
+from src.settings.evaluations import Evaluation
 from src.settings.quantizers import Calibration
 from src.settings.targets import Gguf, Llama2c, Openvino, Target
-from src.settings.verbs import AdapterTuner, Deepspeed, Evaluation, FullTuner, PlanTrain, TrainLoop, Tuner
+from src.settings.training import AdapterTuner, Deepspeed, FullTuner, PlanTrain, TrainLoop, Tuner
 from src.sizing import budget
 from src.sizing.shape import Layer, ModelShape
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from src.core.log import say, warn
-from src.settings.verbs import Launch
+from src.settings.training import Launch
 
 
 def gpu_count() -> int:

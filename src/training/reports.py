@@ -1,7 +1,6 @@
 """What a run says of itself: lines on the terminal, numbers to the trackers, a summary for the manifest, and the checks that stop a run gone wrong."""
 
 import contextlib
-import itertools
 import math
 import resource
 import sys
@@ -13,10 +12,10 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from src.chat import encoding
+from src.chat.rows import parts
 from src.core.errors import ProofFailed
-from src.core.log import duration, fitted, mark, on_terminal, rank, say, spark, ticks, warn
-from src.core.tracking import FOLDER, Place, Trackers
+from src.core.log import duration, fitted, mark, on_terminal, rank, say, shortened, spark, ticks, warn
+from src.core.tracking import FOLDER, TrackedPlace, Trackers
 from src.models.generation import greedy_after
 from src.settings.verbs import Trains
 from src.training.choices import peak_operations, sgemm_operations
@@ -212,19 +211,17 @@ def memory() -> int:
 
 def preview(example: Example, tokenizer, limit: int = 120) -> None:
     """Show one row as the model will see it, with what is trained standing out; long stretches are shortened in their middle."""
-    pieces = []
-    pairs = zip(example.input_ids.tolist(), example.labels.tolist())
-    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != encoding.IGNORE):
-        text = tokenizer.decode([token for token, _ in group])
-        text = text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"
-        pieces.append(mark(text.replace("\n", "⏎"), trained))
+    pieces = [
+        mark(shortened(text, limit).replace("\n", "⏎"), trained)
+        for text, trained in parts(example.input_ids.tolist(), example.labels.tolist(), tokenizer)
+    ]
     say("a row, with what is trained marked: " + "".join(pieces))
 
 
 def open_trackers(cfg: Trains, out: Path) -> Trackers:
     """The trackers of rank 0, writing into the run, outside the artifact that gets sealed."""
     settings = {**cfg.model_dump(mode="json"), "run": cfg.run, "model_path": cfg.model.path}
-    place = Place(out.parent / FOLDER, cfg.run, out.name.removesuffix(".partial"))
+    place = TrackedPlace(out.parent / FOLDER, cfg.run, out.name.removesuffix(".partial"))
     return Trackers(cfg.tracker if rank() == 0 else {}, place, settings, journal=rank() == 0)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from src.core.errors import ConfigError, WrongKind
-from src.settings.verbs import AdapterTuner, FullTuner, QloraTuner
+from src.settings.training import AdapterTuner, FullTuner, QloraTuner
 
 ZERO = {0: "no DeepSpeed", 2: "ZeRO-2", 3: "ZeRO-3"}
 LOGITS, ON_CPU = 128 << 20, 64 << 20

@@ -13,7 +13,8 @@ from src.models import adapter_files, complete, fidelity, generation, rounding, 
 from src.models.devices import device_that_fits, give_back_memory
 from src.models.folder import stored_dtype
 from src.models.seen import Seen
-from src.settings.verbs import FullTuner, TrainingVerb, Trains
+from src.settings.training import FullTuner
+from src.settings.verbs import TrainingVerb, Trains
 
 
 @dataclass(frozen=True)

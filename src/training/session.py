@@ -15,7 +15,8 @@ from src.models import adapter_files, lora, token_rows
 from src.models.held import hold
 from src.models.loading import keep_gptq_trainable, load_model, nf4_config
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
-from src.settings.verbs import FullTuner, LoraTuner, QloraTuner, Trains
+from src.settings.training import FullTuner, LoraTuner, QloraTuner
+from src.settings.verbs import Trains
 from src.training import choices, launch, narrowing, saving
 from src.training.batches import BatchPlan, Rows, rows_to_measure
 from src.training.checkpoints import Checkpoints, Stop, barrier
