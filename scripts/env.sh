@@ -70,3 +70,19 @@ make_env() {
   "$python" -m pip install -qq --disable-pip-version-check --no-input "${from[@]}" || return 7
   echo "$want" >"$stamp"
 }
+
+# Begins an environment of a script's own in $1, by the pins in $2, and leaves it as $folder, $python and, to be written into it last, $want. $3 says how long it
+# takes. Ends the script where that is up to date: the pins and the script itself are those it was made by.
+begin_own_env() {
+  local base
+  folder=$1
+  PYTHON=${PYTHON:-$python}
+  python=$folder/bin/python
+  want=$(cat "$2" "${BASH_SOURCE[1]}" | sha256sum | cut -d' ' -f1)
+  if [ -x "$python" ] && [ "$(cat "$folder/requirements.sha256" 2>/dev/null)" = "$want" ]; then
+    echo "$folder: up to date" >&2
+    exit 0
+  fi
+  echo "making $folder from $2, $3" >&2
+  [ -x "$python" ] || { base=$(find_python) && "$base" -m venv "$folder"; }
+}

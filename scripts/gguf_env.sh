@@ -7,20 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 pins=$root/scripts/gguf_requirements.txt
-folder=${1:-$root/.venv-gguf}
-PYTHON=${PYTHON:-$python}
-python=$folder/bin/python
-want=$(cat "$pins" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
-
-if [ -x "$python" ] && [ "$(cat "$folder/requirements.sha256" 2>/dev/null)" = "$want" ]; then
-  echo "$folder: up to date" >&2
-  exit 0
-fi
-echo "making $folder from $pins, about a minute" >&2
-if [ ! -x "$python" ]; then
-  base=$(find_python)
-  "$base" -m venv "$folder"
-fi
+begin_own_env "${1:-$root/.venv-gguf}" "$pins" "about a minute"
 "$python" -m pip install -qq --disable-pip-version-check --no-input --no-deps --requirement "$pins"
 "$python" -I -c 'import xllamacpp'
 

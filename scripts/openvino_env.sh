@@ -5,20 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 pins=$root/scripts/openvino_requirements.txt
-folder=${1:-$root/.venv-openvino}
-PYTHON=${PYTHON:-$python}
-python=$folder/bin/python
-want=$(sha256sum "$pins" | cut -d' ' -f1)
-
-if [ -x "$python" ] && [ "$(cat "$folder/requirements.sha256" 2>/dev/null)" = "$want" ]; then
-  echo "$folder: up to date" >&2
-  exit 0
-fi
-echo "making $folder from $pins, about two minutes" >&2
-if [ ! -x "$python" ]; then
-  base=$(find_python)
-  "$base" -m venv "$folder"
-fi
+begin_own_env "${1:-$root/.venv-openvino}" "$pins" "about two minutes"
 # torch with all it needs on this machine (on a GPU machine that is CUDA), then the rest exactly as listed and nothing else.
 pip=("$python" -m pip install -qq --disable-pip-version-check --no-input)
 "${pip[@]}" --constraint "$pins" torch

@@ -180,6 +180,23 @@ def test_types_of_tensors(family, tmp_path):
         reading.check(tmp_path / "q8_0.gguf", weights.plan(folder, config, "q8_0"))
 
 
+@pytest.mark.parametrize("kind, step", [("f16", 2.0**-11), ("bf16", 2.0**-8)])
+def test_a_small_update_of_a_weight_on_the_grid_outlives_16_bits(kind, step):
+    """A tenth of a step above 0.5, which the nearest value would lose whole, is there on the mean; and equal bytes in pieces of any size."""
+    tensor = weights.Tensor("blk.0.ffn_up.weight", kind, (100, 320), np.zeros(0))
+    values = np.full((100, 320), 0.5 + step / 10, np.float32)
+    told = weights.rounded(values, tensor)
+    assert told.tobytes() == b"".join(weights.rounded(values[at : at + 7], tensor, 320 * at).tobytes() for at in range(0, 100, 7))
+    as_floats = (
+        told.view(np.float16).astype(np.float32) if kind == "f16" else (told.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    )
+    assert as_floats.mean() - 0.5 == pytest.approx(step / 10, rel=0.1)
+    plain = np.full((1, 32), 0.5, np.float32)
+    assert weights.rounded(plain, tensor).view(np.uint16).tolist() == [[0x3800 if kind == "f16" else 0x3F00] * 32], (
+        "a value on the grid stays"
+    )
+
+
 @helps("deploy/gguf/weights.py", "target.weight_type=bf16", "target=openvino_cpu")
 def test_values_beyond_16_bits_and_unknown_tensors_are_refused(family, tmp_path):
     tensor = weights.Tensor("blk.0.ffn_up.weight", "f16", (1, 32), weights.safetensors_io.Entry("x", "F32", (1, 32), tmp_path))

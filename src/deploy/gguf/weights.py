@@ -1,6 +1,7 @@
 """A model folder's tensors as those of a GGUF: under llama.cpp's names, in its layout, quantized piece by piece as they stream from the shards.
 
-Never more than a piece of a tensor is in memory. Rounding is the gguf package's, which is llama.cpp's reference.
+Never more than a piece of a tensor is in memory. Rounding is the gguf package's, which is llama.cpp's reference; to 16-bit floats it is the stochastic one of
+models/rounding.py, as the nearest would undo much of a small update of weights that lay on a 16-bit grid.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import numpy as np
 from src.core.errors import AGAIN, BadData, WrongKind
 from src.core.log import progress
 from src.deploy.gguf import families
-from src.models import safetensors_io
+from src.models import rounding, safetensors_io
 from src.models.safetensors_io import Entry
 
 PIECE = 1 << 22
@@ -115,15 +116,17 @@ def write(path: Path, arch: Any, describe: Callable[[Any], None], tensors: list[
     with open(path, "ab") as file:
         for tensor in progress(tensors, "tensors"):
             file.write(bytes(-file.tell() % ALIGNMENT))
-            begin = file.tell()
+            begin, done = file.tell(), 0
             for piece in pieces(tensor):
-                file.write(rounded(piece, tensor).tobytes())
+                file.write(rounded(piece, tensor, done).tobytes())
+                done += piece.size
             assert file.tell() - begin == tensor.nbytes
         file.write(bytes(-file.tell() % ALIGNMENT))
 
 
-def rounded(values: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """fp32 values as the tensor's type holds them. Raises BadData for those it cannot hold."""
+def rounded(values: np.ndarray, tensor: Tensor, start: int = 0) -> np.ndarray:
+    """fp32 values as the tensor's type holds them. start: position of the first in the tensor. Raises BadData for those it cannot hold."""
+    import torch
     from gguf import quants
 
     largest = float(np.abs(values).max(initial=0))
@@ -135,6 +138,9 @@ def rounded(values: np.ndarray, tensor: Tensor) -> np.ndarray:
             where=_where(tensor),
             fix="target.weight_type=bf16",
         )
+    if dtype := {"f16": torch.float16, "bf16": torch.bfloat16}.get(tensor.kind):
+        exact = torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        return rounding.narrow(exact, dtype, tensor.name, start=start).view(torch.int16).numpy()
     return quants.quantize(values, ggml_type(tensor.kind))
 
 
