@@ -67,7 +67,7 @@ MUTATIONS = {
         ("tests/test_artifact.py", "-k", "renames or aside"),
     ),
     "a field made Unkeyed": Mutation(
-        "src/settings/verbs.py",
+        "src/settings/training.py",
         "    rank: PositiveInt\n",
         "    rank: Annotated[PositiveInt, Unkeyed]\n",
         ("tests/test_config.py", "-k", "key"),
