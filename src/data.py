@@ -15,6 +15,7 @@ from src.core.log import progress, say, warn
 from src.core.room import Needs
 from src.models.folder import check_tokenizer, locate
 from src.records.conversations import Conversation, RecordLayout, Tally, read
+from src.records.held_out import SHARED, Doubles, EvaluationSets
 from src.records.sources import kinds, opened
 from src.records.sources.found import found
 from src.records.splits import SPLITS, Splits, times
@@ -23,16 +24,18 @@ from src.settings.verbs import DataVerb
 from src.sizing import host
 
 FILES_LISTED = 10
-HELD_OUT, NOT_DRAWN = "also in data.val", "not drawn, by data.weights"
+HELD_OUT, SHARES, NOT_DRAWN = "also in data.val", f"{SHARED} words in a row are also in data.unseen", "not drawn, by data.weights"
 
 
 def find(cfg: DataVerb, run: stage.Run) -> dict[str, Artifact]:
-    """The files of each path, by content; their roles are conversations, conversations 2, ... and val for a file of one's own."""
+    """The files of each path, by content; their roles are conversations, conversations 2, ..., val for a file of one's own, and unseen, unseen 2, ..."""
     inputs = {}
     for number, path in enumerate(cfg.data.paths, 1):
         inputs["conversations" if number == 1 else f"conversations {number}"] = _files(path, cfg.data, run)
     if isinstance(cfg.data.val, str):
         inputs["val"] = _files(cfg.data.val, cfg.data, run)
+    for number, path in enumerate(cfg.data.unseen, 1):
+        inputs["unseen" if number == 1 else f"unseen {number}"] = _files(path, cfg.data, run)
     return inputs
 
 
@@ -69,18 +72,25 @@ def data(cfg: DataVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     were dropped."""
     d, tally, held_out = cfg.data, Tally(), set()
     own_val = isinstance(d.val, str)
+    doubles = Doubles(d.dedupe) if d.dedupe != "none" else None
+    unseen = EvaluationSets(file for role in inputs if role.startswith("unseen") for file in _records(inputs[role]))
     splits = Splits(out, seed=d.split_seed, val=0 if isinstance(d.val, str) else d.val, calib=d.calib, exact=d.split == "exact")
     with open(out / "dropped.jsonl", "w", encoding="ascii") as tally.log:
         try:
             for conversation in _read(d, inputs["val"], tally) if own_val else ():
                 held_out.add(conversation.digest())
+                if doubles:
+                    doubles.of(conversation)
                 splits.write("val", conversation)
-            for role, weight in zip((role for role in inputs if role != "val"), d.weights or [1.0] * len(inputs)):
+            for role, weight in zip((role for role in inputs if role.startswith("conversations")), d.weights or [1.0] * len(inputs)):
                 for conversation in _read(d, inputs[role], tally):
-                    digest = conversation.digest()
-                    if digest in held_out:
+                    if conversation.digest() in held_out:
                         tally.set_aside(conversation, HELD_OUT)
-                    elif count := times(digest, weight, d.split_seed):
+                    elif shared := unseen.shared(conversation):
+                        tally.set_aside(conversation, SHARES, shared)
+                    elif doubles and (double := doubles.of(conversation)):
+                        tally.set_aside(conversation, *double)
+                    elif count := times(conversation.digest(), weight, d.split_seed):
                         splits.add(conversation, count)
                     else:
                         tally.set_aside(conversation, NOT_DRAWN)
@@ -103,7 +113,11 @@ def _read(d: Data, source: Artifact, tally: Tally) -> Iterator[Conversation]:
 
 def _ways_to_some(tally: Tally) -> list[str]:
     """What brings records back where all are gone."""
-    ways = {HELD_OUT: "data.val=0.05 holds out a share of data.path instead", NOT_DRAWN: "data.weights=null draws none out"}
+    ways = {
+        HELD_OUT: "data.val=0.05 holds out a share of data.path instead",
+        SHARES: "data.unseen=[] lets them in; dropped.jsonl names the words",
+        NOT_DRAWN: "data.weights=null draws none out",
+    }
     found = [*tally.fixes, *(way for reason, way in ways.items() if tally.dropped[reason])]
     return found + ["data.on_fault=error lists what is wrong"] * bool(tally.fault_count) or ["more records"]
 

@@ -130,3 +130,74 @@ def test_no_line_is_lost_where_many_are_moved(tmp_path):
     assert len(ids["val"]) == len(set(ids["val"])) == 30 and len(ids["calib"]) == 30
     assert Counter(ids["train"]) == {str(n): 1 + n % 3 for n in range(100) if str(n) not in {*ids["val"], *ids["calib"]}}
     assert not list(tmp_path.glob("*.partial"))
+
+
+# ---- what stands in it already, and what must stay unseen
+
+
+STORY = "the ferry to Vell leaves the old harbour at nine in the morning and comes back before the evening tide turns again"
+
+
+def test_what_says_again_what_an_earlier_record_says(made, call, tmp_path):
+    other = {"prompt": STORY, "completion": "at nine"}
+    rows = [*(pair(n) for n in range(20)), pair(3), other, other | {"completion": "at nine!"}, other | {"completion": "At ten."}]
+    share = ["data.val=0", "data.calib=0"]
+    found, said, manifest = made(rows, *share)
+    assert len(found["train"]) == 24 and "duplicate kept (1)" in said and "dedupe" not in manifest["settings"]["data"]
+    found, said, _ = made(rows, *share, "data.dedupe=exact")
+    assert len(found["train"]) == 23 and "dropped 1: a duplicate of an earlier record" in said and "duplicate kept" not in said
+    found, said, manifest = made(rows, *share, "data.dedupe=near")
+    assert len(found["train"]) == 21 and "dropped 2: a near-duplicate of an earlier record" in said
+    assert manifest["settings"]["data"]["dedupe"] == "near"
+    dropped = [json.loads(line) for line in (tmp_path / "outputs" / "default" / "data" / "dropped.jsonl").read_text().splitlines()]
+    assert [line["detail"] for line in dropped] == ["of chats.jsonl:4", "of chats.jsonl:22", "of chats.jsonl:22"]
+
+
+def test_a_near_duplicate_of_what_is_held_out_is_not_trained_on(made, tmp_path):
+    (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": STORY, "completion": "at nine"}))
+    rows = [*(pair(n) for n in range(9)), {"prompt": STORY, "completion": "At ten."}]
+    held = [f"data.val={tmp_path / 'held.jsonl'}", "data.calib=0"]
+    assert len(made(rows, *held)[0]["train"]) == 10
+    found, said, _ = made(rows, *held, "data.dedupe=near")
+    assert len(found["train"]) == 9 and found["val"] == [STORY] and "dropped 1: a near-duplicate" in said
+
+
+def test_calls_and_reasoning_tell_records_apart_and_a_shared_system_text_does_not_make_them_one(made):
+    def asked(city: str, days: int) -> dict:
+        call = {"name": "forecast", "arguments": {"city": city, "days": days, "units": "metric", "language": "en", "detail": "hourly"}}
+        turns = [{"role": "system", "content": STORY * 3}, {"role": "user", "content": "And there?"}]
+        return {"messages": [*turns, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}]}
+
+    rows = [asked("Oslo", 1), asked("Busan", 2), asked("Vell", 3), asked("Lima", 4)]
+    found, said, _ = made(rows, "data.val=0", "data.calib=0", "data.dedupe=near")
+    assert len(found["train"]) == 4 and "dropped" not in said
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "txt", "json"])
+def test_what_an_evaluation_set_asks_is_not_trained_on(made, call, tmp_path, kind):
+    exam = tmp_path / f"exam.{kind}"
+    exam.write_text({"csv": f"id,question\n1,{STORY}\n", "txt": STORY, "jsonl": "", "json": ""}[kind])
+    if kind.startswith("json"):
+        exam.write_text(json.dumps({"id": 7, "turns": [{"says": STORY}]} if kind == "jsonl" else [{"x": ["y", STORY]}]))
+    leaks = {"prompt": f"Tell me: if {STORY.upper()}, when is that?", "completion": "at nine"}
+    rows = [*(pair(n) for n in range(9)), leaks]
+    share = ["data.val=0", "data.calib=0"]
+    found, said, manifest = made(rows, *share, f"data.unseen=[{exam}]")
+    assert len(found["train"]) == 9 and "dropped 1: 13 words in a row are also in data.unseen" in said
+    assert [parent["role"] for parent in manifest["parents"]] == ["conversations", "unseen"]
+    [dropped] = (tmp_path / "outputs" / "default" / "data" / "dropped.jsonl").read_text().splitlines()
+    assert json.loads(dropped)["detail"] == "the ferry to vell leaves the old harbour at nine in the morning"
+    command = ["data", f"data.path={tmp_path / 'chats.jsonl'}", *share]
+    assert "made otherwise" in call(*command).stderr, "the set is an input like any other"
+    (tmp_path / "chats.jsonl").write_text(json.dumps(leaks))
+    refused(call(*command, "force=true", f"data.unseen=[{exam}]"), BadData, "no record is left", "data.unseen=[] lets them in")
+    assert call(*command, "force=true", "data.unseen=[]").returncode == 0
+
+
+def test_an_evaluation_set_that_cannot_be_read_whole_is_refused(made, call, tmp_path):
+    made([pair(n) for n in range(9)], "data.val=0", "data.calib=0")
+    command = ["data", f"data.path={tmp_path / 'chats.jsonl'}", "run=other"]
+    (tmp_path / "exam.jsonl").write_text('{"question": "a"}\n{"question": \n')
+    refused(call(*command, f"data.unseen=[{tmp_path / 'exam.jsonl'}]"), BadData, "evaluation set", "exam.jsonl line 2")
+    refused(call(*command, f"data.unseen=[{tmp_path / 'none.jsonl'}]"), MissingInput, "none.jsonl")
+    assert not (tmp_path / "outputs" / "other").exists()

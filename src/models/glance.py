@@ -16,6 +16,7 @@ from src.chat.rows import parts
 from src.chat.template import Unteachable
 from src.core.errors import BadData
 from src.core.log import mark, out, progress, say, shortened, table, warn
+from src.records.held_out import SHARED, SHORTEST, SIMILARITY, WORDS, said
 from src.records.near_duplicates import MinHashIndex, NgramOverlap
 from src.records.splits import SPLITS
 
@@ -23,9 +24,6 @@ LIMITS = (512, 1024, 2048, 4096, 8192)
 """lengths in tokens for which it is told what train.max_length would cut"""
 SHOWN, SHORT, LETTERS = 3, 700, 500
 """rows that are printed, characters of a part of one, and letters of a message by which its writing is told"""
-N, SIMILAR, SHARED = 3, 0.7, 13
-"""words in a feature, and the share of features from which two rows are nearly the same; words in a row that no two splits should share: as distill's
-recipes have them"""
 
 
 @dataclass
@@ -42,17 +40,16 @@ def tell(folder: Path, tokenizer: Any) -> None:
     notes: Counter[str] = Counter()
     letters: Counter[str] = Counter()
     splits = {name: Split() for name in SPLITS}
-    twice, near, index = Counter[str](), 0, MinHashIndex(n=N, permutations=128, similarity=SIMILAR)
+    twice, near, index = Counter[str](), 0, MinHashIndex(n=WORDS, permutations=128, similarity=SIMILARITY)
     seen: set[int] = set()
     shown = 0
     for name, row in progress(_rows(folder), "rows"):
         split = splits[name]
         split.turns.append(len(row["messages"]))
-        text = "\n".join(str(message.get("content") or "") for message in row["messages"])
         letters.update(_letters(row))
         if (digest := hash(json.dumps(row["messages"], sort_keys=True))) in seen:
             twice[name] += 1
-        elif index.near(text) is not None:
+        elif index.near("\n".join(said(row["messages"]))) is not None:
             near += 1
         seen.add(digest)
         try:
@@ -77,7 +74,7 @@ def tell(folder: Path, tokenizer: Any) -> None:
     out("writing: " + ", ".join(f"{script} {share:.1%}" for script, share in _scripts(letters)))
     held = _overlap(folder)
     out(
-        f"the same twice: {sum(twice.values())}; nearly the same ({SIMILAR:.0%} of {N} words in a row alike): {near}; train rows that share {SHARED} words in a row with val: {held}"
+        f"the same twice: {sum(twice.values())}; nearly the same ({SIMILARITY:.0%} of {WORDS} words in a row alike): {near}; train rows that share {SHARED} words in a row with val: {held}"
     )
     if notes:
         for line in unseen.report(notes, "preview"):
@@ -97,7 +94,7 @@ def writing(rows: Iterable[dict[str, Any]]) -> list[tuple[str, float]]:
 
 
 def _letters(row: dict[str, Any]) -> Iterator[str]:
-    return (letter for part in _said(row) for letter in itertools.islice(filter(str.isalpha, part), LETTERS))
+    return (letter for part in said(row["messages"]) for letter in itertools.islice(filter(str.isalpha, part), LETTERS))
 
 
 def _scripts(letters: Counter[str]) -> list[tuple[str, float]]:
@@ -152,9 +149,7 @@ def _print_limits(split: Split) -> None:
 
 def _overlap(folder: Path) -> int:
     """Rows of train that have so many words in a row with one of val, system texts aside, which all may share."""
-    held = NgramOverlap((text for name, row in _rows(folder) if name == "val" for text in _said(row)), n=SHARED, shortest=8)
-    return sum(any(held.shared(text) for text in _said(row)) for name, row in _rows(folder) if name == "train")
-
-
-def _said(row: dict[str, Any]) -> list[str]:
-    return [str(message.get("content") or "") for message in row["messages"] if message["role"] != "system"]
+    held = NgramOverlap(
+        (text for name, row in _rows(folder) if name == "val" for text in said(row["messages"])), n=SHARED, shortest=SHORTEST
+    )
+    return sum(any(held.shared(text) for text in said(row["messages"])) for name, row in _rows(folder) if name == "train")

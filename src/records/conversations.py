@@ -137,6 +137,7 @@ class Tally:
     log: TextIO | None = field(default=None, repr=False, compare=False)
     _seen: set[int] = field(default_factory=set, repr=False, compare=False)
     _last: RawRecord | None = field(default=None, repr=False, compare=False)
+    _last_noted: str = field(default="", repr=False, compare=False)
 
     def ordered(self, what: str) -> list[tuple[str, int]]:
         """The counts of dropped or notes, the most frequent first, equal ones by name."""
@@ -148,11 +149,13 @@ class Tally:
         counts = {"rows_in": self.rows_in, "rows_kept": self.kept, "dropped": dict(self.ordered("dropped"))}
         return counts | {"formats": dict(self.formats), "notes": dict(self.ordered("notes")), "sources": files}
 
-    def set_aside(self, conversation: Conversation, reason: str) -> None:
+    def set_aside(self, conversation: Conversation, reason: str, detail: str = "") -> None:
         """Count the conversation that was kept last as dropped after all."""
         self.kept -= 1
         self.files[-1].kept -= 1
-        self._drop(_where(self.files[-1].name, self._last) if self._last else "", conversation.id, reason)
+        if self._last_noted:
+            self.notes -= Counter([self._last_noted])
+        self._drop(_where(self.files[-1].name, self._last) if self._last else "", conversation.id, reason, detail)
 
     def _drop(self, where: str, id: str | None, reason: str, detail: str = "") -> None:
         self.dropped[reason] += 1
@@ -178,8 +181,9 @@ class Tally:
         self.files[-1].kept += 1
         # 64 bits of the digest do: this set is all that grows with the file.
         key = int(conversation.digest()[:16], 16)
-        if key in self._seen:
-            self.notes["duplicate kept"] += 1
+        self._last_noted = "duplicate kept" if key in self._seen else ""
+        if self._last_noted:
+            self.notes[self._last_noted] += 1
         self._seen.add(key)
 
     def _note(self, note: str) -> None:

@@ -43,6 +43,10 @@ class Data(Settings):
     """what roles are called beside the usual names, as "data.roles={agent:assistant,customer:user}" """
     weights: list[PositiveFloat] | None
     """for each path how often its records come into train: 2 twice, 0.5 a half of them, drawn by their hash; null: once"""
+    dedupe: Annotated[Literal["none", "exact", "near"], Field(exclude_if=lambda kind: kind == "none")]
+    """records that say again what an earlier one does: none counts them; exact drops them; near: also those of which 70 % of three words in a row are alike"""
+    unseen: Annotated[list[str], Field(exclude=True)]
+    """evaluation sets, each a file, folder or glob: records of data.path that share 13 words in a row with one are dropped; []: none"""
     subset: Annotated[str | None, Unkeyed]
     """subset (config) of a data set on the hub, or of a folder laid out like one; null: its default"""
     hub_split: Annotated[str, Unkeyed]

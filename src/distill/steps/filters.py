@@ -9,6 +9,7 @@ from src.core.log import warn
 from src.distill import filters
 from src.distill.pipeline import Record, Records, Work
 from src.distill.texts import part, text_of
+from src.records.held_out import strings_in
 from src.records.near_duplicates import CodeOverlap, MinHashIndex, NgramOverlap
 from src.settings.recipes import InLanguage, Length, NearDuplicates, Overlap, Refusal, Repetition
 
@@ -94,12 +95,4 @@ def evaluation_texts(path: Path) -> Iterator[str]:
     except (ValueError, RecursionError) as error:
         raise BadData(f"no evaluation set: {error}", where=str(path), fix="give JSON lines or plain text in UTF-8") from None
     for value in values:
-        yield from _strings(value)
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings(inner)
+        yield from strings_in(value)
