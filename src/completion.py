@@ -13,6 +13,8 @@ from src.core.errors import ConfigError
 from src.settings import verbs
 
 SHELLS = ("bash", "zsh")
+NAMED = ("recipe", "tracker")
+"""groups whose files name parts of their own, which no schema has"""
 # COMP_LINE is taken apart by hand, since bash takes = for the end of a word.
 SCRIPT = r"""
 _boardwalk() {
@@ -63,14 +65,13 @@ def script(shell: str) -> str:
 
 
 def settings(verb: str) -> dict[str, list[str]]:
-    """{setting or group: what it may be, empty where that is anything} of a verb, options of its groups included."""
-    schema, groups = schema_of(verb), compose.groups_of(verb)
-    keys = set(compose.leaves(compose.defaults(verb, [])))
+    """{setting or group: what it may be, empty where that is anything} of a verb, options of its groups included. By the schemas, as reading every file takes seconds."""
+    groups = compose.groups_of(verb)
+    found = leaves(schema_of(verb))
     for group in groups:
-        for option, tree in compose.options(group).items():
+        for option, tree in compose.options(group).items() if group in NAMED else ():
             place = f"{group}.{option}." if group == "tracker" else f"{group}."  # several trackers go together, each by its name
-            keys |= {place + key for key in compose.leaves(tree) if key != "tracker"}
-    found = {key: choices_of(schema, key) for key in keys}
+            found |= {place + key: found.get(place + key, []) for key in compose.leaves(tree) if key != "tracker"}
     return found | {group: sorted(options) for group, options in groups.items()}
 
 
@@ -79,29 +80,30 @@ def schema_of(verb: str) -> type[Any]:
     return found
 
 
-def choices_of(schema: Any, key: str) -> list[str]:
-    """The words that a setting's type allows: of a Literal, or of true and false."""
-    first, _, rest = key.partition(".")
-    words: set[str] = set()
-    for annotation in _members(schema):
-        field = getattr(annotation, "model_fields", {}).get(first)
-        if field is None:
-            continue
-        if rest:
-            words |= set(choices_of(field.annotation, rest))
-            continue
-        for member in _members(field.annotation):
-            if typing.get_origin(member) is Literal:
-                words |= {str(one) for one in typing.get_args(member)}
-            elif member is bool:
-                words |= {"true", "false"}
-    return sorted(words)
+def leaves(schema: type[Any], prefix: str = "") -> dict[str, list[str]]:
+    """{dotted setting: the words that its type allows, of a Literal or of true and false} of a schema and those in it."""
+    found: dict[str, list[str]] = {}
+    for name, field in schema.model_fields.items():
+        members = _members(field.annotation)
+        inside = [member for member in members if hasattr(member, "model_fields")]
+        for member in inside:
+            for key, words in leaves(member, f"{prefix}{name}.").items():
+                found[key] = sorted({*found.get(key, ()), *words})
+        if not inside:
+            found[prefix + name] = sorted({word for member in members for word in _words(member)})
+    return found
+
+
+def _words(member: Any) -> list[str]:
+    if typing.get_origin(member) is Literal:
+        return [str(one) for one in typing.get_args(member)]
+    return ["true", "false"] if member is bool else []
 
 
 def _members(annotation: Any) -> list[Any]:
     """An annotation taken apart: of unions and Annotated each member, of anything else itself."""
     parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) is Literal or not parts:
+    if typing.get_origin(annotation) in (Literal, dict) or not parts:
         return [annotation]
     return [member for part in parts for member in _members(part)]
 

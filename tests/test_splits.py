@@ -200,4 +200,4 @@ def test_an_evaluation_set_that_cannot_be_read_whole_is_refused(made, call, tmp_
     (tmp_path / "exam.jsonl").write_text('{"question": "a"}\n{"question": \n')
     refused(call(*command, f"data.unseen=[{tmp_path / 'exam.jsonl'}]"), BadData, "evaluation set", "exam.jsonl line 2")
     refused(call(*command, f"data.unseen=[{tmp_path / 'none.jsonl'}]"), MissingInput, "none.jsonl")
-    assert not (tmp_path / "outputs" / "other").exists()
+    assert not (tmp_path / "outputs" / "other" / "data").exists()

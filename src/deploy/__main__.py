@@ -15,7 +15,7 @@ from src.core.errors import ConfigError
 from src.core.room import Needs
 from src.deploy.vendor import BY_HAND, COMPILED, WORK
 from src.models import exact_sum, fidelity, gates, preview
-from src.models.folder import check_folder, trust_of
+from src.models.folder import check_folder, trust_of, weights_of
 from src.settings.verbs import DeployVerb
 from src.sizing import host
 from src.sizing.config_reader import read_shape
@@ -26,9 +26,10 @@ BUILDERS = {
     "mobilint": "src.deploy.mobilint",
     "openvino": "src.deploy.openvino",
     "gguf": "src.deploy.gguf",
+    "gguf_lora": "src.deploy.gguf.lora",
 }
 """kind of target -> the module that builds for it"""
-MADE_IN_NO_TIME = ("llama2c", "gguf")
+MADE_IN_NO_TIME = ("llama2c", "gguf", "gguf_lora")
 """kinds of target that a preview in their numbers would take longer than: they are made, and then measured"""
 
 
@@ -57,7 +58,8 @@ def builder(cfg: DeployVerb) -> Builder:
 
 def find(cfg: DeployVerb, run: stage.Run) -> dict[str, Artifact]:
     vendor = builder(cfg)
-    inputs = {"model": run.source(cfg.source, "merge", "finetune", "cpt", "pretrain", kinds=vendor.TAKES)}
+    whole = ("merge", "finetune", "cpt", "pretrain")
+    inputs = {"model": run.source(cfg.source, *(whole if "model" in vendor.TAKES else ("finetune", "cpt")), kinds=vendor.TAKES)}
     if vendor.wants_dataset(cfg.target):
         inputs["dataset"] = stage.data_sources(run, cfg.dataset)
     # Where the board takes bf16, the merge is on its grid already, and the compiler would round the exact sum to the nearest.
@@ -75,7 +77,7 @@ def name(cfg: DeployVerb, inputs: dict[str, Artifact]) -> str:
 
 def check(cfg: DeployVerb, inputs: dict[str, Artifact]) -> list[str]:
     refuse_unmeasured(cfg)
-    check_folder(inputs["model"].path, trust_remote_code=trust_of(inputs["model"]))
+    check_folder(weights_of(inputs["model"]), trust_remote_code=trust_of(inputs["model"]))
     out = Path(cfg.outputs) / cfg.run / f"{name(cfg, inputs)}.partial"
     return [
         f"{inputs['model'].path} for {cfg.target.name}",
@@ -105,7 +107,7 @@ def judge(cfg: DeployVerb, made: Artifact) -> None:
 
 
 def needs(cfg: DeployVerb, inputs: dict[str, Artifact]) -> Needs:
-    return host.deploy(read_shape(inputs["model"].path), cfg.target, exact=exact_sum.ROLES["adapter"] in inputs)
+    return host.deploy(read_shape(weights_of(inputs["model"])), cfg.target, exact=exact_sum.ROLES["adapter"] in inputs)
 
 
 def deploy(cfg: DeployVerb, inputs: dict[str, Artifact], out: Path) -> dict:

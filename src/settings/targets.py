@@ -209,7 +209,14 @@ class Openvino(Target):
         return self
 
 
-class Gguf(Target):
+class LlamaCpp(Target):
+    context_len: PositiveInt
+    """prompt and answer together in tokens, for run.sh and the Modelfile; the file itself has the model's own limit"""
+    environment: Annotated[str, Unkeyed]
+    """Python environment with llama.cpp in it, made by scripts/gguf_env.sh"""
+
+
+class Gguf(LlamaCpp):
     kind: Literal["gguf"]
     """a file for llama.cpp, Ollama and all else that reads GGUF, on any CPU or GPU"""
     weight_type: Literal[
@@ -219,10 +226,13 @@ class Gguf(Target):
     """type of the weights, as llama.cpp calls it; those with a k, and iq4_xs, take its own quantizer"""
     rows: NonNegativeInt
     """conversations of the calib split, at most, for the importance matrix that its quantizer weighs errors by; 0: none"""
-    context_len: PositiveInt
-    """prompt and answer together in tokens, for run.sh and the Modelfile; the file itself has the model's own limit"""
-    environment: Annotated[str, Unkeyed]
-    """Python environment with llama.cpp in it, made by scripts/gguf_env.sh"""
 
 
-AnyTarget = Annotated[Llama2c | Axera | Mobilint | Openvino | Gguf, Field(discriminator="kind")]
+class GgufLora(LlamaCpp):
+    kind: Literal["gguf_lora"]
+    """an adapter for a base that llama.cpp or Ollama has as a GGUF already"""
+    weight_type: Literal["f32", "f16", "bf16"]
+    """type of the adapter's matrices, as llama.cpp calls it"""
+
+
+AnyTarget = Annotated[Llama2c | Axera | Mobilint | Openvino | Gguf | GgufLora, Field(discriminator="kind")]

@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any, get_args
 
 from src.core.log import size
-from src.settings.targets import Axera, Board, Gguf, Llama2c, Mobilint, Openvino, Target
+from src.settings.targets import Axera, Board, Gguf, GgufLora, Llama2c, LlamaCpp, Mobilint, Openvino, Target
 from src.sizing import takes
 from src.sizing.shape import Matrix, ModelShape
 
@@ -119,7 +119,7 @@ def _llama2c(shape: ModelShape, target: Llama2c) -> Format:
     return Format(target.format, lambda m: width, outer, 4, outer, False, False, longest, longest - 1, 1)
 
 
-def _gguf(shape: ModelShape, target: Gguf) -> Format:
+def _gguf(shape: ModelShape, target: Gguf | GgufLora) -> Format:
     """llama.cpp's blocks of 32 or 256 weights with their scales. Below 8 bits the output layer, which may be the embedding table, has more; an _m gives values
     and the MLP's way out more bits in half of the layers. A 16-bit KV cache."""
     kind, by_quantizer = target.weight_type, takes.by_llama_cpp(target)
@@ -156,6 +156,7 @@ FORMATS: dict[type[Target], Callable[[ModelShape, Any], Format]] = {
     Openvino: _openvino,
     Llama2c: _llama2c,
     Gguf: _gguf,
+    GgufLora: _gguf,
 }
 """each function takes the settings it stands under"""
 
@@ -363,7 +364,7 @@ def host_needs(shape: ModelShape, target: Target) -> tuple[int, int, list[str]]:
         )
     elif isinstance(target, Llama2c):
         ram, how = 4 * shape.params + GIB // 2, f"model in fp32 {size(4 * shape.params)} + {size(GIB // 2)}"
-    elif isinstance(target, Gguf):
+    elif isinstance(target, LlamaCpp):
         # Layer by layer in fp32 for the importance matrix and the proof; the quantizer holds a tensor, and maps the file it reads.
         ram, how = (
             GIB + 8 * max(shape.embedding, *(layer.params for layer in shape.stack)),
@@ -376,7 +377,7 @@ def host_needs(shape: ModelShape, target: Target) -> tuple[int, int, list[str]]:
         ram = tool + 2 * stored + 4 * shape.embedding
         how = f"tool {size(tool)} + model as it is stored twice {size(2 * stored)} + embedding in fp32 {size(4 * shape.embedding)}"
     disk = round(1.1 * bundle)
-    if isinstance(target, Openvino) or (isinstance(target, Gguf) and takes.by_llama_cpp(target)):
+    if isinstance(target, Openvino) or (isinstance(target, LlamaCpp) and takes.by_llama_cpp(target)):
         disk += stored
     if isinstance(target, Mobilint):
         # Calibration files; embedding.pt and the raw table it is made from.

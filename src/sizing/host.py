@@ -19,7 +19,7 @@ from typing import NamedTuple
 from src.core.room import Needs
 from src.settings.evaluations import Evaluation
 from src.settings.quantizers import Calibration
-from src.settings.targets import Gguf, Llama2c, Openvino, Target
+from src.settings.targets import Llama2c, LlamaCpp, Openvino, Target
 from src.settings.training import AdapterTuner, Deepspeed, FullTuner, PlanTrain, TrainLoop, Tuner
 from src.sizing import budget
 from src.sizing.shape import Layer, ModelShape
@@ -389,7 +389,7 @@ def deploy(shape: ModelShape, target: Target, *, exact: bool = False) -> Needs:
     """
     start = replace(shape, dtype="float32") if exact else shape
     own = {"libraries": SERVER + PROOF, "tokenizer": tokenizer(shape)}
-    if isinstance(target, Gguf):
+    if isinstance(target, LlamaCpp):
         disk = float(budget.host_needs(start, target)[1])
         model = budget.format_of(shape, target)
         mapped = budget.layer_bytes(shape, model) + budget.embedding_bytes(shape, model) + budget.head_bytes(shape, model)

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, NoReturn
 
 from src.core.errors import AGAIN, BadData, ConfigError, WrongKind
-from src.settings.targets import Axera, Gguf, Llama2c, Mobilint, Openvino, Target
+from src.settings.targets import Axera, Llama2c, LlamaCpp, Mobilint, Openvino, Target
 from src.sizing.config_reader import shape_of
 from src.sizing.shape import ModelShape
 
@@ -63,7 +63,7 @@ def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
     """The shape of a model that the target takes. Raises what `deploy` would: WrongKind for a model it does not take, ConfigError for settings that
     do not go with it, BadData for a config.json that is no model's."""
     shape = shape_of(config, where)
-    if shape.quantization and isinstance(target, Mobilint | Openvino | Gguf):
+    if shape.quantization and isinstance(target, Mobilint | Openvino | LlamaCpp):
         raise WrongKind(
             f"target={target.name} takes a model, not a quantized one ({shape.quantization.method})",
             where=where,
@@ -78,7 +78,7 @@ def check(config: dict[str, Any], target: Target, *, where: str) -> ModelShape:
         openvino(shape, target, where=where)
     elif isinstance(target, Llama2c):
         llama2c(config, target.format, where=where)
-    elif isinstance(target, Gguf):
+    elif isinstance(target, LlamaCpp):
         gguf(config, shape, where=where)
     return shape
 
@@ -336,7 +336,7 @@ def gguf(config: dict[str, Any], shape: ModelShape, *, where: str) -> None:
         refuse("leaves rotary positions out in every fourth layer of smollm3; this model in others")
 
 
-def by_llama_cpp(target: Gguf) -> bool:
+def by_llama_cpp(target: Any) -> bool:
     """Whether llama.cpp's own quantizer makes this type of weights; all others the gguf package makes."""
     return "_k" in target.weight_type or target.weight_type.startswith("iq")
 

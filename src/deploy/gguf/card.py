@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from src.settings.targets import Gguf
+from src.settings.targets import Gguf, GgufLora
 from src.sizing.shape import ModelShape
 
 RUN = """#!/bin/sh
@@ -29,6 +29,39 @@ for {context_len}.
 | contract.json | conversations and their token ids, equal in training, template and {file} |
 | manifest.json | where it came from, every file's hash, what was proven |
 """
+
+RUN_ADAPTER = """#!/bin/sh
+# sh run.sh BASE.gguf [PORT]: an OpenAI-compatible server for the base with this adapter on it, with a page to chat in at its address.
+# It takes llama.cpp's llama-server (brew install llama.cpp, or github.com/ggml-org/llama.cpp/releases).
+here=$(cd "$(dirname "$0")" && pwd)
+exec llama-server --model "$1" --lora "$here/{file}" --jinja{template} --ctx-size {context_len} --host 127.0.0.1 --port "${{2:-8080}}"
+"""
+README_ADAPTER = """# A LoRA adapter as GGUF
+
+For {base} ({family}), whose own GGUF it goes beside: any that keeps the weights well, f16 best, since it was proven on the weights it was trained on.
+`python -m src.deploy source=FOLDER target=gguf target.weight_type=f16` makes one from the base's folder.
+
+    sh run.sh BASE.gguf                         # llama.cpp's server, at http://127.0.0.1:8080
+    llama-cli -m BASE.gguf --lora {file} --jinja
+    ollama create my_model -f Modelfile         # with BASE.gguf here, and its name in the Modelfile
+
+| file | what it is |
+|---|---|
+| {file} | A and B of each matrix |
+{template}| Modelfile | base and adapter for Ollama |
+| contract.json | conversations and their token ids, equal in training, template and the base's GGUF |
+| manifest.json | where it came from, every file's hash, what was proven |
+"""
+TEMPLATE = ' --chat-template-file "$here/chat_template.jinja"'
+TEMPLATE_ROW = "| chat_template.jinja | the template it was trained with, which run.sh gives the server in place of the base's |\n"
+
+
+def write_adapter(out: Path, file: str, shape: ModelShape, target: GgufLora, base: str, *, with_template: bool) -> None:
+    """run.sh and README.md beside a LoRA's file. base: the name of the model it is for."""
+    template = TEMPLATE * with_template
+    (out / "run.sh").write_text(RUN_ADAPTER.format(file=file, template=template, context_len=target.context_len), "utf-8")
+    row = TEMPLATE_ROW * with_template
+    (out / "README.md").write_text(README_ADAPTER.format(file=file, base=base, family=shape.model_type, template=row), "utf-8")
 
 
 def write(out: Path, file: str, shape: ModelShape, target: Gguf, weights: str, notes: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 Stands alone: that environment has nothing of this project. xllamacpp brings llama.cpp, whose C functions are called as llama-cpp-py-sync declares them from
 its headers; a library that quantizes is the latter's own, or lies in the environment's folder `quantizer`. The question is
-{"do": name, "file": GGUF, "threads": int, ...}:
+{"do": name, "file": GGUF, "adapter": GGUF of a LoRA or null, "threads": int, ...}:
 
 encode: {"texts": [str], "ids": [int]} -> {"ids": [[int]], "ends": [int]}: token ids of texts with control tokens in them, and which of `ids` end an answer.
 observe: {"rows": [{"ids": [int], "keep": [int], "targets": [int], "top_k_ids": [[int]]}]} -> {"rows": [{"losses": [nats], "log_probs": [[nats]],
@@ -27,9 +27,9 @@ lib = ffi.dlopen(xllamacpp.xllamacpp.__file__)
 
 
 class Model:
-    """A GGUF as llama.cpp holds it. context: tokens that it can be asked about at once; 0: its vocabulary alone."""
+    """A GGUF as llama.cpp holds it. context: tokens that it can be asked about at once; 0: its vocabulary alone. adapter: a LoRA's file, or None."""
 
-    def __init__(self, file: str, context: int, threads: int):
+    def __init__(self, file: str, context: int, threads: int, adapter: str | None = None):
         settings = lib.llama_model_default_params()
         settings.vocab_only = not context
         self.model = lib.llama_model_load_from_file(file.encode(), settings)
@@ -47,6 +47,13 @@ class Model:
             if self.context == ffi.NULL:
                 raise SystemExit(f"llama.cpp makes no context of {context} tokens for {file}")
             self.batch = lib.llama_batch_init(how.n_batch, 0, 1)
+            if adapter:
+                self.adapter = lib.llama_adapter_lora_init(self.model, adapter.encode())
+                if self.adapter == ffi.NULL:
+                    raise SystemExit(f"llama.cpp does not load {adapter} beside {file}; what it said stands above")
+                given = ffi.new("struct llama_adapter_lora *[]", [self.adapter])
+                if code := lib.llama_set_adapters_lora(self.context, given, 1, ffi.new("float[]", [1.0])):
+                    raise SystemExit(f"llama.cpp does not take the adapter ({code})")
 
     def encode(self, text: str) -> list:
         data = text.encode()
@@ -82,7 +89,7 @@ def encode(question: dict) -> dict:
 
 def observe(question: dict) -> dict:
     rows = question["rows"]
-    model, found = Model(question["file"], max(len(row["ids"]) for row in rows), question["threads"]), []
+    model, found = Model(question["file"], max(len(row["ids"]) for row in rows), question["threads"], question["adapter"]), []
     for row in rows:
         model.clear()
         model.take(row["ids"], 0, row["keep"])
@@ -101,7 +108,7 @@ def observe(question: dict) -> dict:
 def answer(question: dict) -> dict:
     start = time.perf_counter()
     room = max(map(len, question["prompts"])) + question["tokens"]
-    model = Model(question["file"], room, question["threads"])
+    model = Model(question["file"], room, question["threads"], question["adapter"])
     load, answers, prefills, speeds = time.perf_counter() - start, [], [], []
     for prompt in question["prompts"]:
         model.clear()

@@ -30,8 +30,26 @@ def describe(writer: Any, stored: Artifact, config: Any, vocab: Vocabulary, weig
     """Put it all into a gguf.GGUFWriter. stored: the model as its manifest has it; config: transformers'; weight_type: of the file that is written."""
     import gguf
 
-    base = base_of(stored)
     writer.add_type(gguf.GGUFType.MODEL)
+    _came_from(writer, stored, vocab, weight_type)
+    families.describe(writer, config, len(vocab.tokens))
+    vocabulary.describe(vocab, writer)
+
+
+def describe_adapter(writer: Any, adapter: Artifact, vocab: Vocabulary, alpha: float, weight_type: str) -> None:
+    """The same of a LoRA's file, which has neither sizes nor a tokenizer. alpha: what llama.cpp divides by each rank."""
+    import gguf
+
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    _came_from(writer, adapter, vocab, weight_type)
+
+
+def _came_from(writer: Any, stored: Artifact, vocab: Vocabulary, weight_type: str) -> None:
+    import gguf
+
+    base = base_of(stored)
     writer.add_name(title(base or stored.path, vocab))
     if stored.manifest:
         writer.add_string(KEY, stored.key)
@@ -47,8 +65,6 @@ def describe(writer: Any, stored: Artifact, config: Any, vocab: Vocabulary, weig
     writer.add_quantized_by("Boardwalk")
     writer.add_file_type(file_type(weight_type))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    families.describe(writer, config, len(vocab.tokens))
-    vocabulary.describe(vocab, writer)
 
 
 def base_of(stored: Artifact) -> Path | None:

@@ -40,13 +40,15 @@ def _literal(text: str) -> str:
     return text.replace("{{", '{{ "{{" }}')
 
 
-def modelfile(file: str, pieces: ChatPieces | None, why: str, vocab: Vocabulary, stops: Iterable[int], model: Path, context: int) -> str:
-    """The Modelfile. pieces: of the chat template; None: it has none, and `why`. stops: ids that end an answer."""
+def modelfile(
+    file: str, pieces: ChatPieces | None, why: str, vocab: Vocabulary, stops: Iterable[int], model: Path, context: int, adapter: str = ""
+) -> str:
+    """The Modelfile. adapter: a LoRA's file beside the model's. pieces: of the chat template; None: it has none, and `why`. stops: ids that end an answer."""
     bos = vocab.tokens[vocab.special["bos"]] if vocab.add_bos else ""
     made = template(pieces, bos) if pieces else ""
     if '"""' in made:
         made, why = "", "it holds three quotation marks in a row"
-    lines = [f"FROM ./{file}", *(f"# {line}" for line in notes(pieces, why if not made else ""))]
+    lines = [f"FROM ./{file}", *[f"ADAPTER ./{adapter}"] * bool(adapter), *(f"# {line}" for line in notes(pieces, why if not made else ""))]
     if made:
         lines.append(f'TEMPLATE """{made}"""')
     lines.append(f"PARAMETER num_ctx {context}")

@@ -18,8 +18,9 @@ from src.deploy.gguf import reading, vocabulary
 from src.deploy.gguf.vocabulary import Vocabulary
 from src.deploy.gguf.weights import Tensor
 from src.models import fidelity, seen
+from src.models.folder import weights_of
 from src.models.generation import stop_ids
-from src.settings.targets import Gguf
+from src.settings.targets import Gguf, GgufLora
 
 TOKENS = 64
 # KL in nats and share of likeliest tokens that a type of weights keeps to, beside what other rows would explain; fewest bits last. They are there to find
@@ -57,13 +58,21 @@ def prove_ids(tokenizer: Any, vocab: Vocabulary, model: Path, out: Path, ask: As
 
 
 def prove(
-    start: Artifact, out: Path, tokenizer: Any, target: Gguf, ask: Ask | None, dataset: Path | None, file: Path, plan: list[Tensor]
+    start: Artifact,
+    out: Path,
+    tokenizer: Any,
+    target: Gguf | GgufLora,
+    ask: Ask | None,
+    dataset: Path | None,
+    file: Path,
+    plan: list[Tensor],
 ) -> dict:
     """llama.cpp's greedy answers, and what was lost on held-out rows, against transformers in fp32, layer by layer. ask: as above; without it no answers."""
-    held = fidelity.held_out(dataset, tokenizer, start.path)
+    folder = weights_of(start)
+    held = fidelity.held_out(dataset, tokenizer, folder)
     if ask is None:
         return _read_back(start, held, target, file, plan)
-    limit = read_json(start.path / "config.json").get("max_position_embeddings") or target.context_len
+    limit = read_json(folder / "config.json").get("max_position_embeddings") or target.context_len
     asked = answers.prompts(out, tokenizer, min(target.context_len, limit) - TOKENS)
     if not asked:
         raise ProofFailed(f"no prompt leaves room for an answer of {TOKENS} tokens in {limit}", where=str(out))
@@ -76,7 +85,7 @@ def prove(
     return metrics | lost(before[made:], held, ask, target)
 
 
-def lost(before: seen.Seen, rows: list[encoding.Encoded], ask: Ask, target: Gguf) -> dict:
+def lost(before: seen.Seen, rows: list[encoding.Encoded], ask: Ask, target: Gguf | GgufLora) -> dict:
     """What the file, as llama.cpp computes it here, says at held-out rows, against `before`; see fidelity."""
     if not rows:
         return {}
@@ -84,7 +93,7 @@ def lost(before: seen.Seen, rows: list[encoding.Encoded], ask: Ask, target: Gguf
     return judge(fidelity.compare(before, answers.seen_of(before, told), len(rows)), target)
 
 
-def _read_back(start: Artifact, rows: list[encoding.Encoded], target: Gguf, file: Path, plan: list[Tensor]) -> dict:
+def _read_back(start: Artifact, rows: list[encoding.Encoded], target: Gguf | GgufLora, file: Path, plan: list[Tensor]) -> dict:
     """The same of the file's weights, dequantized by the gguf package and computed with by transformers, a layer at a time."""
     warn(
         f"llama.cpp is not in {target.environment}, so it has not run this file: ids are proven by the file's own metadata and weights as the gguf package "
@@ -102,7 +111,7 @@ def _read_back(start: Artifact, rows: list[encoding.Encoded], target: Gguf, file
     return judge(fidelity.compare(before, after, len(rows)), target)
 
 
-def judge(change: fidelity.Change, target: Gguf) -> dict:
+def judge(change: fidelity.Change, target: Gguf | GgufLora) -> dict:
     """Says what was lost; returns it as metrics. Raises ProofFailed where it is more than this type of weights loses."""
     kl, agreement = limits(target.weight_type)
     waver = 2 * (change.agreement * (1 - change.agreement) / change.tokens) ** 0.5
@@ -121,7 +130,7 @@ def limits(weight_type: str) -> tuple[float, float]:
     return next(found for types, found in LIMITS.items() if weight_type in types)
 
 
-def wider(target: Gguf) -> list[str]:
+def wider(target: Gguf | GgufLora) -> list[str]:
     """Types of weights that lose less, the next first."""
     order = list(LIMITS)
     at = next(i for i, types in enumerate(order) if target.weight_type in types)

@@ -31,7 +31,8 @@ F16_MAX = 65504.0
 class Tensor:
     """A tensor of the file. name: llama.cpp's. kind: its type, as settings call it. shape: (rows, columns), or (values,).
 
-    source: where its values are stored, or they themselves. head: rows of a head whose halves are interleaved, 0: as stored. plus: added to each value.
+    source: where its values are stored, or they themselves. head: rows of a head whose halves are interleaved, 0: as stored. plus: added to each value;
+    times: what each is multiplied by.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Tensor:
     source: Entry | np.ndarray
     head: int = 0
     plus: float = 0.0
+    times: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -165,6 +167,8 @@ def pieces(tensor: Tensor) -> Iterator[np.ndarray]:
             values = values.reshape(-1, 2, tensor.head // 2, width).swapaxes(1, 2)
         if tensor.plus:
             values = values + np.float32(tensor.plus)
+        if tensor.times != 1:
+            values = values * np.float32(tensor.times)
         yield values.reshape((-1, width) if len(tensor.shape) > 1 else -1)
 
 
