@@ -96,7 +96,7 @@ def local(finished, tmp_path_factory):
     return json.loads((folder / "report.json").read_text()), [json.loads(line) for line in open(folder / "answers.jsonl")]
 
 
-@pytest.mark.parametrize("echo", ["ids", "text", "next"])
+@pytest.mark.parametrize("echo", ["ids", "text", "next", "next_pieces"])
 def test_all_figures_are_those_of_the_local_model(echo, measure, server, local, monkeypatch):
     server.behaviour.echo = echo
     monkeypatch.setattr(served, "FEW", 1)  # so that the likeliest next token alone is not enough
@@ -207,6 +207,7 @@ def test_shares_of_equal_tokens():
         ("no", "Only no echo is supported"),
         ("ignored", "it gives none of a prompt's tokens; it gives none of the next token's by id"),
         ("next_bos", "tokens where "),
+        ("next_biased", "it counts the bias in"),
         ("shifted", "token 2 is"),
         ("other", "token 1 is"),
     ],
@@ -481,7 +482,7 @@ def test_lists_of_anything_else(models, measure, server):
 def test_log_probabilities_of_anything_else(logprobs, server, monkeypatch):
     monkeypatch.setattr(server, "echoed", lambda ids: logprobs)
     server.behaviour.echo = "ids"
-    for ask in (lambda: client(server).echo("m", [5] * 30), lambda: client(server).following("m", [5] * 30, 4)):
+    for ask in (lambda: client(server).echo("m", [5] * 30), lambda: client(server).following("m", [5] * 30, 4, whole=7)):
         try:
             ask()
         except NoAnswer:

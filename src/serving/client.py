@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import io
 import json
+import math
 import socket
 import ssl
 import threading
@@ -200,20 +201,30 @@ class Client:
             values = [None if v is None else float(v) for v in values]
         return Echo(names[: len(ids)], values[: len(ids)], best[: len(ids)])
 
-    def following(self, model: str, ids: list[int], count: int) -> dict[int, float]:
+    def following(self, model: str, ids: list[int], count: int, *, whole: int) -> dict[int, float]:
         """{token id: log-probability} of the `count` likeliest tokens after these, as llama.cpp's server gives them; raises NoAnswer where there are none.
 
+        whole: id of a token whose text is whole characters. llama.cpp tells nothing of a token that is a piece of one, as it waits for the rest; asked again with a
+        bias that makes `whole` come, it tells the same log-probabilities, which are those before biases. A server that counts the bias in is refused.
         The server must have read as many tokens as it was given: one that puts a token of its own first is refused.
         """
-        with self._asked("POST", "/completions", _completion(model, ids) | {"logprobs": count}) as (response, *_):
+        likeliest = self._following(model, ids, {"logprobs": count})
+        if not likeliest:
+            likeliest = self._following(model, ids, {"logprobs": count, "logit_bias": {str(whole): 100}})
+            if likeliest.get(whole, -math.inf) > math.log(0.5):
+                raise NoAnswer("of a piece of a character it tells nothing, and with a bias it counts the bias in", where=self.url)
+        if not likeliest:
+            raise NoAnswer("it gives none of the next token's by id", where=self.url)
+        return likeliest
+
+    def _following(self, model: str, ids: list[int], more: dict) -> dict[int, float]:
+        with self._asked("POST", "/completions", _completion(model, ids) | more) as (response, *_):
             given = self._json(self._read(response))
         with self._shaped(given):
             found = (given["choices"][0].get("logprobs") or {}).get("content") or []
             likeliest = {entry["id"]: float(entry["logprob"]) for entry in (found[0]["top_logprobs"] if found else []) if "id" in entry}
             read = tokens_used(given.get("usage"))[0]
-        if not likeliest:
-            raise NoAnswer("it gives none of the next token's by id", where=self.url)
-        if read != len(ids):
+        if likeliest and read != len(ids):
             raise NoAnswer(f"it read {read} tokens where {len(ids)} were given", where=self.url)
         return likeliest
 

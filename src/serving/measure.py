@@ -305,11 +305,11 @@ def by_echo(client: Client, model: str, row, tokenizer) -> list[tuple[float, str
 
 def one_at_a_time(client: Client, model: str, row, tokenizer) -> list[tuple[float, str]]:
     """The same by a request for each place (llama.cpp): of the likeliest few next tokens, or of all where the wanted one is not among them."""
-    found = []
+    found, whole = [], tokenizer("a", add_special_tokens=False).input_ids[-1]
     for k in places(row):
-        token, next_tokens = row.input_ids[k], client.following(model, row.input_ids[:k], FEW)
+        token, next_tokens = row.input_ids[k], client.following(model, row.input_ids[:k], FEW, whole=whole)
         if token not in next_tokens:
-            next_tokens = client.following(model, row.input_ids[:k], ALL)
+            next_tokens = client.following(model, row.input_ids[:k], ALL, whole=whole)
         best = max(next_tokens, key=next_tokens.__getitem__)
         found.append(_sound(next_tokens.get(token), f"token_id:{best}", k, client))
     return found

@@ -44,7 +44,8 @@ class Behaviour:
     """sent in place of the first event, or of the JSON reply"""
     echo: str = "no"
     """no: HTTP 400; ignored: none in the reply; ids, text: as given; shifted: each name one place late; other: another tokenizer's; next: of the
-    next token only, by id, as llama.cpp's server has it; next_bos: the same with a token put before the prompt"""
+    next token only, by id, as llama.cpp's server has it; next_bos: the same with a token put before the prompt; next_pieces: nothing of a third
+    of the tokens, as llama.cpp of a piece of a character, unless a bias makes another come; next_biased: the same, the bias counted in"""
     calls: tuple = ()
     """pieces of tool calls, as in a stream's `tool_calls`, in place of the answer's text"""
     lists_models: bool = True
@@ -201,13 +202,20 @@ class Handler(BaseHTTPRequestHandler):
         if how == "no":
             return self.send(400, b'{"error": {"message": "Only no echo is supported"}}')
         reply = {"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}
-        if how in ("next", "next_bos"):
+        if how.startswith("next"):
             with torch.no_grad():
                 table = self.server.model(torch.tensor([body["prompt"]])).logits[0, -1].double().log_softmax(-1)
+            biases = {int(id): bias for id, bias in body.get("logit_bias", {}).items()}
+            if how == "next_biased":
+                for id, bias in biases.items():
+                    table[id] += bias
+                table = table.log_softmax(-1)
             best = table.topk(min(body["logprobs"], len(table)))
             top = [{"id": i, "token": "", "logprob": v} for v, i in zip(best.values.tolist(), best.indices.tolist())]
             reply["choices"][0]["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
             reply["usage"] = {"prompt_tokens": len(body["prompt"]) + (how == "next_bos")}
+            if how in ("next_pieces", "next_biased") and not biases and best.indices[0] % 3 == 0:  # as llama.cpp has it of a piece of a character
+                reply["choices"][0]["logprobs"] = None
         elif how != "ignored":
             reply["choices"][0]["logprobs"] = self.server.echoed(body["prompt"])
         self.reply(reply)
