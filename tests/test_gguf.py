@@ -68,7 +68,15 @@ FAMILIES = {
 
 
 def target(**changes) -> Gguf:
-    usual = {"name": "gguf", "kind": "gguf", "weight_type": "q8_0", "rows": 0, "context_len": 256, "environment": "nowhere"}
+    usual = {
+        "name": "gguf",
+        "kind": "gguf",
+        "weight_type": "q8_0",
+        "rows": 0,
+        "context_len": 256,
+        "kv_cache": "f16",
+        "environment": "nowhere",
+    }
     return Gguf.model_validate(usual | changes)
 
 

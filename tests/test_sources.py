@@ -778,6 +778,7 @@ def test_each_command_of_the_page_on_data_works(hub_cache, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     several(Path(), ("chats.jsonl", JSONL), ("chats.csv", CSV), ("held_out.jsonl", lines(ROWS[:2])), ("folder/a.jsonl", JSONL))
     several(Path(), ("chats.jsonl.zst", zstd(JSONL)), ("odd.csv", b"Frage,Antwort\n?,!\n"))
+    several(Path(), ("exam.jsonl", lines([{"question": "Who?", "answer": "She."}])), ("questions.csv", b"question\nWhere?\n"))
     dialog = [{"speaker": "customer", "said": "?"}, {"speaker": "agent", "said": "!"}]
     (tmp_path / "odd.jsonl").write_text(json.dumps({"dialog": dialog}))
     write_parquet(tmp_path / "chats.parquet", ROWS)

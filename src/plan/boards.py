@@ -34,7 +34,7 @@ def board_answer(shape: ModelShape, cfg: PlanVerb) -> Answer:
     lines = [
         f"{target.name} ({target.kind}): weights {form.name}, context {form.context:,}, prompt {form.prompt:,} in chunks of {form.chunk}",
         *weight_lines(shape, cfg),
-        f"KV cache = {form.kv} B x {shape.kv_values:,} values x {form.context:,} tokens = {size(kv_cache_bytes(shape, form, form.context))} for one sequence",
+        f"KV cache = {form.kv:.4g} B x {shape.kv_values:,} values x {form.context:,} tokens = {size(kv_cache_bytes(shape, form, form.context))} for one sequence",
         *fit.lines,
         *length_lines(fit, form, target.name),
         *speed_lines(shape, form, board, form.context, form.prompt),

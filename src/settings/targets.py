@@ -212,6 +212,8 @@ class Openvino(Target):
 class LlamaCpp(Target):
     context_len: PositiveInt
     """prompt and answer together in tokens, for run.sh and the Modelfile; the file itself has the model's own limit"""
+    kv_cache: Annotated[Literal["f16", "q8_0"], Field(exclude_if=lambda kind: kind == "f16")]
+    """type of keys and values in llama.cpp's cache, for run.sh and the proof; q8_0 takes about half of the memory. The file is the same"""
     environment: Annotated[str, Unkeyed]
     """Python environment with llama.cpp in it, made by scripts/gguf_env.sh"""
 

@@ -51,7 +51,7 @@ class Format:
     name: str
     weight: Callable[[Matrix], float]
     head: float
-    kv: int
+    kv: float
     embedding: float
     static: bool
     apart: bool
@@ -104,10 +104,14 @@ def _mobilint(shape: ModelShape, target: Mobilint) -> Format:
 
 
 def _openvino(shape: ModelShape, target: Openvino) -> Format:
-    """Embedding and output layer stay in int8 where the rest is int4, as optimum-intel's exporter does; a 16-bit KV cache is assumed."""
+    """Embedding and output layer stay in int8 where the rest is int4, as optimum-intel's exporter does. A CPU keeps keys and values in
+    8 bits with an fp32 scale and zero point for each token and head; for an NPU 16 bits are assumed."""
     width = quantized(4, takes.openvino_group(shape, target)[0]) if target.weight_type == "int4" else 1.0
     static = target.device == "NPU"
-    return Format(target.weight_type, lambda m: width, 1.0, 2, 1.0, static, False, target.context_len, target.prompt_len, target.prompt_len)
+    kv = 2.0 if static else 1 + 8 / shape.head_dim
+    return Format(
+        target.weight_type, lambda m: width, 1.0, kv, 1.0, static, False, target.context_len, target.prompt_len, target.prompt_len
+    )
 
 
 def _llama2c(shape: ModelShape, target: Llama2c) -> Format:
@@ -121,7 +125,7 @@ def _llama2c(shape: ModelShape, target: Llama2c) -> Format:
 
 def _gguf(shape: ModelShape, target: Gguf | GgufLora) -> Format:
     """llama.cpp's blocks of 32 or 256 weights with their scales. Below 8 bits the output layer, which may be the embedding table, has more; an _m gives values
-    and the MLP's way out more bits in half of the layers. A 16-bit KV cache."""
+    and the MLP's way out more bits in half of the layers."""
     kind, by_quantizer = target.weight_type, takes.by_llama_cpp(target)
     usual, more = GGUF_BYTES[kind]
 
@@ -135,7 +139,8 @@ def _gguf(shape: ModelShape, target: Gguf | GgufLora) -> Format:
     head = max(whole(usual, shape.hidden), whole(GGUF_BYTES["q6_k" if by_quantizer else "q8_0"][0], shape.hidden))
     table = head if shape.tied else whole(usual, shape.hidden)
     context = min(target.context_len, shape.max_positions or LONGEST)
-    return Format(kind, width, head, 2, table, False, False, context, context - 1, 512)
+    kv = GGUF_BYTES[target.kv_cache][0]
+    return Format(kind, width, head, kv, table, False, False, context, context - 1, 512)
 
 
 Q2, Q3, IQ4, Q4, Q5, Q6 = (size / 256 for size in (84, 110, 136, 144, 176, 210))

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from src.core import compose
 from src.core.errors import ConfigError, WrongKind
-from src.settings.targets import AnyTarget, Axera, Llama2c, Mobilint, Openvino, Target
+from src.settings.targets import AnyTarget, Axera, Gguf, Llama2c, Mobilint, Openvino, Target
 from src.sizing import takes
 from src.sizing.budget import axera_weights
 from src.sizing.shape import ModelShape
@@ -223,11 +223,41 @@ def _llama2c(shape: ModelShape, target: Llama2c) -> Numerics:
     )
 
 
+GGUF_BLOCKS: dict[str, Values] = {
+    **{"f32": FP32, "f16": FP16, "bf16": BF16, "q8_0": Integers(8, 32, "symmetric", "fp16")},
+    **{"q5_0": Integers(5, 32, "signed", "fp16"), "q4_0": Integers(4, 32, "signed", "fp16")},
+}
+"""llama.cpp's types of weights, of those whose blocks are integers and a scale (ggml-quants.c: quantize_row_q8_0_ref, q5_0, q4_0)"""
+
+
+def _gguf(shape: ModelShape, target: Gguf) -> Numerics:
+    """As llama.cpp computes on a CPU: what a matrix of integers multiplies is rounded to q8_0, all else fp32; below 8 bits the output layer is q8_0."""
+    weights, eight = GGUF_BLOCKS[target.weight_type], GGUF_BLOCKS["q8_0"]
+    in_blocks = isinstance(weights, Integers)
+    if odd := takes.undivided(shape, 32) if in_blocks else []:
+        raise WrongKind(f"blocks of 32 do not divide the model's rows of {', '.join(map(str, odd))}", fix=f"numerics={target.name}_f16")
+    head = eight if in_blocks else weights
+    return Numerics(
+        name=f"{target.name}_{target.weight_type}" + (f"_kv_{target.kv_cache}" if target.kv_cache != "f16" else ""),
+        target=target,
+        weights=weights,
+        apart={},
+        embedding=head if shape.tied else weights,
+        head=head,
+        hidden=FP32,
+        inputs=eight if in_blocks else FP32,
+        kv=GGUF_BLOCKS[target.kv_cache],
+        logits=FP32,
+        assumed=(),
+    )
+
+
 KINDS: dict[type[Target], Callable[[ModelShape, Any], Numerics]] = {
     Axera: _axera,
     Mobilint: _mobilint,
     Openvino: _openvino,
     Llama2c: _llama2c,
+    Gguf: _gguf,
 }
 """each function takes the settings it stands under"""
 
@@ -242,7 +272,12 @@ def named() -> dict[str, Target]:
     for target in map(read, compose.options("target").values()):
         setting = "format" if isinstance(target, Llama2c) else "weight_type"
         types = get_args(type(target).model_fields[setting].annotation) if type(target) in KINDS else ()
+        if isinstance(target, Gguf):
+            types = tuple(GGUF_BLOCKS)
         found |= {f"{target.name}_{each}": target.model_copy(update={setting: each}) for each in types if each != "auto"}
+        if isinstance(target, Gguf):
+            eight = {"kv_cache": "q8_0"}
+            found |= {f"{target.name}_{each}_kv_q8_0": target.model_copy(update={setting: each, **eight}) for each in types}
     return found
 
 

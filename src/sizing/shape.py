@@ -130,11 +130,11 @@ class ModelShape:
         """Layers that keep a KV cache of their own."""
         return sum(layer.kv_values > 0 for layer in self.stack)
 
-    def kv_bytes_per_token(self, width: int = 2) -> int:
+    def kv_bytes_per_token(self, width: float = 2) -> int:
         """Bytes of KV cache per token while no sliding window is full; width: bytes per value."""
-        return width * self.kv_values
+        return round(width * self.kv_values)
 
-    def kv_bytes(self, context: int, width: int = 2, *, windows: bool = True) -> int:
+    def kv_bytes(self, context: int, width: float = 2, *, windows: bool = True) -> int:
         """Bytes of KV cache and recurrent state of one sequence of `context` tokens; width: bytes per value.
 
         windows: a layer with a sliding window keeps no more than the window; False where all of the context is allotted in every layer.
@@ -143,4 +143,4 @@ class ModelShape:
         def kept(layer: Layer) -> int:
             return context if layer.window is None or not windows else min(context, layer.window)
 
-        return width * sum(layer.kv_values * kept(layer) + layer.state for layer in self.stack)
+        return round(width * sum(layer.kv_values * kept(layer) + layer.state for layer in self.stack))

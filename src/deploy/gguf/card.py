@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from src.settings.targets import Gguf, GgufLora
+from src.settings.targets import Gguf, GgufLora, LlamaCpp
 from src.sizing.shape import ModelShape
 
 RUN = """#!/bin/sh
 # sh run.sh [PORT]: an OpenAI-compatible server for this model on this machine, with a page to chat in at its address.
 # It takes llama.cpp's llama-server (brew install llama.cpp, or github.com/ggml-org/llama.cpp/releases).
 here=$(cd "$(dirname "$0")" && pwd)
-exec llama-server --model "$here/{file}" --jinja --ctx-size {context_len} --host 127.0.0.1 --port "${{1:-8080}}"
+exec llama-server --model "$here/{file}" --jinja --ctx-size {context_len}{cache} --host 127.0.0.1 --port "${{1:-8080}}"
 """
 README = """# A language model as GGUF
 
@@ -34,7 +34,7 @@ RUN_ADAPTER = """#!/bin/sh
 # sh run.sh BASE.gguf [PORT]: an OpenAI-compatible server for the base with this adapter on it, with a page to chat in at its address.
 # It takes llama.cpp's llama-server (brew install llama.cpp, or github.com/ggml-org/llama.cpp/releases).
 here=$(cd "$(dirname "$0")" && pwd)
-exec llama-server --model "$1" --lora "$here/{file}" --jinja{template} --ctx-size {context_len} --host 127.0.0.1 --port "${{2:-8080}}"
+exec llama-server --model "$1" --lora "$here/{file}" --jinja{template} --ctx-size {context_len}{cache} --host 127.0.0.1 --port "${{2:-8080}}"
 """
 README_ADAPTER = """# A LoRA adapter as GGUF
 
@@ -56,17 +56,24 @@ TEMPLATE = ' --chat-template-file "$here/chat_template.jinja"'
 TEMPLATE_ROW = "| chat_template.jinja | the template it was trained with, which run.sh gives the server in place of the base's |\n"
 
 
+def _cache(target: LlamaCpp) -> str:
+    kind = target.kv_cache
+    return f" --cache-type-k {kind} --cache-type-v {kind} --flash-attn on" if kind != "f16" else ""
+
+
 def write_adapter(out: Path, file: str, shape: ModelShape, target: GgufLora, base: str, *, with_template: bool) -> None:
     """run.sh and README.md beside a LoRA's file. base: the name of the model it is for."""
     template = TEMPLATE * with_template
-    (out / "run.sh").write_text(RUN_ADAPTER.format(file=file, template=template, context_len=target.context_len), "utf-8")
+    (out / "run.sh").write_text(
+        RUN_ADAPTER.format(file=file, template=template, context_len=target.context_len, cache=_cache(target)), "utf-8"
+    )
     row = TEMPLATE_ROW * with_template
     (out / "README.md").write_text(README_ADAPTER.format(file=file, base=base, family=shape.model_type, template=row), "utf-8")
 
 
 def write(out: Path, file: str, shape: ModelShape, target: Gguf, weights: str, notes: list[str]) -> None:
     """run.sh and README.md for a bundle in the folder `out`. notes: what a user should know, a sentence each."""
-    (out / "run.sh").write_text(RUN.format(file=file, context_len=target.context_len), "utf-8")
+    (out / "run.sh").write_text(RUN.format(file=file, context_len=target.context_len, cache=_cache(target)), "utf-8")
     (out / "README.md").write_text(
         README.format(
             file=file,

@@ -2,7 +2,7 @@
 
 Stands alone: that environment has nothing of this project. xllamacpp brings llama.cpp, whose C functions are called as llama-cpp-py-sync declares them from
 its headers; a library that quantizes is the latter's own, or lies in the environment's folder `quantizer`. The question is
-{"do": name, "file": GGUF, "adapter": GGUF of a LoRA or null, "threads": int, ...}:
+{"do": name, "file": GGUF, "adapter": GGUF of a LoRA or null, "kv_cache": "f16" or "q8_0", "threads": int, ...}:
 
 encode: {"texts": [str], "ids": [int]} -> {"ids": [[int]], "ends": [int]}: token ids of texts with control tokens in them, and which of `ids` end an answer.
 observe: {"rows": [{"ids": [int], "keep": [int], "targets": [int], "top_k_ids": [[int]]}]} -> {"rows": [{"losses": [nats], "log_probs": [[nats]],
@@ -27,9 +27,10 @@ lib = ffi.dlopen(xllamacpp.xllamacpp.__file__)
 
 
 class Model:
-    """A GGUF as llama.cpp holds it. context: tokens that it can be asked about at once; 0: its vocabulary alone. adapter: a LoRA's file, or None."""
+    """A question's GGUF as llama.cpp holds it. context: tokens that it can be asked about at once; 0: its vocabulary alone."""
 
-    def __init__(self, file: str, context: int, threads: int, adapter: str | None = None):
+    def __init__(self, question: dict, context: int):
+        file, threads, adapter = question["file"], question["threads"], question["adapter"]
         settings = lib.llama_model_default_params()
         settings.vocab_only = not context
         self.model = lib.llama_model_load_from_file(file.encode(), settings)
@@ -43,6 +44,9 @@ class Model:
                 raise SystemExit("this library of llama.cpp and what is declared of it do not belong together")
             how.n_ctx = how.n_batch = max(context, 64)
             how.n_threads = how.n_threads_batch = threads
+            if question["kv_cache"] != "f16":
+                how.type_k = how.type_v = getattr(lib, f"GGML_TYPE_{question['kv_cache'].upper()}")
+                how.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED  # without which values stay in f16
             self.context = lib.llama_init_from_model(self.model, how)
             if self.context == ffi.NULL:
                 raise SystemExit(f"llama.cpp makes no context of {context} tokens for {file}")
@@ -82,14 +86,14 @@ class Model:
 
 
 def encode(question: dict) -> dict:
-    model = Model(question["file"], 0, 1)
+    model = Model(question, 0)
     ids = [model.encode(text) for text in question["texts"]]
     return {"ids": ids, "ends": [id for id in question["ids"] if lib.llama_vocab_is_eog(model.vocab, id)]}
 
 
 def observe(question: dict) -> dict:
     rows = question["rows"]
-    model, found = Model(question["file"], max(len(row["ids"]) for row in rows), question["threads"], question["adapter"]), []
+    model, found = Model(question, max(len(row["ids"]) for row in rows)), []
     for row in rows:
         model.clear()
         model.take(row["ids"], 0, row["keep"])
@@ -108,7 +112,7 @@ def observe(question: dict) -> dict:
 def answer(question: dict) -> dict:
     start = time.perf_counter()
     room = max(map(len, question["prompts"])) + question["tokens"]
-    model = Model(question["file"], room, question["threads"], question["adapter"])
+    model = Model(question, room)
     load, answers, prefills, speeds = time.perf_counter() - start, [], [], []
     for prompt in question["prompts"]:
         model.clear()

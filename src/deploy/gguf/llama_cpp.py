@@ -41,5 +41,10 @@ def questioner(target: LlamaCpp, work: Path, file: Path, adapter: Path | None = 
     """ask(do, **what) -> the answer of inside.py about a GGUF, with an adapter's beside it."""
     # Its threads wait by spinning, so more of them than there is room for cost time instead of saving it.
     threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-    about = {"file": str(file.absolute()), "adapter": str(adapter.absolute()) if adapter else None, "threads": threads}
+    about = {
+        "file": str(file.absolute()),
+        "adapter": str(adapter.absolute()) if adapter else None,
+        "kv_cache": target.kv_cache,
+        "threads": threads,
+    }
     return answers.questioner(interpreter(target.environment), INSIDE, work, "llama.cpp", READ, **about)
