@@ -145,6 +145,7 @@ def test_names_without_the_way_to_them():
     assert descent.hub_id(Path("/x/models--gpt2/snapshots/abc")) == "gpt2"
 
 
+@pytest.mark.slow
 def test_the_python_in_a_card_runs(finished):
     """As it stands, with the folder's path in place of PATH; of an adapter, its base's in place of BASE."""
     for name in ("merge", "finetune"):

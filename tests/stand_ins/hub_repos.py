@@ -32,8 +32,8 @@ class HubOfRepos(BaseHTTPRequestHandler):
     repos: dict[tuple[str, str], Repo]
     large: dict[str, bytes]
     asked: list[str]
-    breaks: list[str]
-    """beginnings of requests that are answered once by HTTP 400 each, as a hub in trouble does"""
+    breaks: dict[str, int]
+    """beginning of a request -> the HTTP status that it is answered by, once"""
 
     def log_message(self, *_) -> None:
         pass
@@ -43,8 +43,7 @@ class HubOfRepos(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.asked.append(f"{self.command} {path}")
         if trouble := next((one for one in self.breaks if f"{self.command} {path}".startswith(one)), None):
-            self.breaks.remove(trouble)
-            return self.send(500, {"error": "out of order"})
+            return self.send(self.breaks.pop(trouble), {"error": "out of order", "errors": [{"message": "out of order"}]})
         if path.startswith("/large/"):  # its address is the permission
             self.large[path.removeprefix("/large/")] = body
             return self.send(200, {})
@@ -93,9 +92,9 @@ class HubOfRepos(BaseHTTPRequestHandler):
             return self.send(403, {"error": f"You don't have the rights to create a model under the namespace {id.split('/')[0]}"})
         key = (asked.get("type") or "model", id)
         if key in self.repos:
-            return self.send(409, {"error": "You already created this repo", "url": f"http://hub/{id}"})
+            return self.send(409, {"error": "You already created this repo", "url": f"http://{self.headers['Host']}/{id}"})
         self.repos[key] = Repo(private=bool(asked.get("private")) or asked.get("visibility") == "private")
-        return self.send(200, {"url": f"http://hub/{id}", "name": id, "id": id})
+        return self.send(200, {"url": f"http://{self.headers['Host']}/{id}", "name": id, "id": id})
 
     def announced(self, repo: Repo, file: dict) -> dict:
         there = repo.files.get(file["path"])
@@ -106,7 +105,8 @@ class HubOfRepos(BaseHTTPRequestHandler):
     def batch(self, objects: list[dict]) -> None:
         host = self.headers["Host"]
         new = [
-            one | ({} if one["oid"] in self.large else {"actions": {"upload": {"href": f"http://{host}/large/{one['oid']}"}}}) for one in objects
+            one | ({} if one["oid"] in self.large else {"actions": {"upload": {"href": f"http://{host}/large/{one['oid']}"}}})
+            for one in objects
         ]
         self.send(200, {"transfer": "basic", "objects": new})
 
@@ -126,7 +126,7 @@ class HubOfRepos(BaseHTTPRequestHandler):
         repo.files = files
         repo.commits.append(lines[0]["value"]["summary"])
         oid = sha_of(repo)
-        return self.send(200, {"commitUrl": f"http://hub/{kind}s/{id}/commit/{oid}", "commitOid": oid})
+        return self.send(200, {"commitUrl": f"http://{self.headers['Host']}/{kind}s/{id}/commit/{oid}", "commitOid": oid})
 
     def resolve(self, repo: Repo, name: str) -> None:
         if name not in repo.files:
@@ -155,7 +155,7 @@ def sha_of(repo: Repo) -> str:
 
 def serve() -> tuple[str, type[HubOfRepos], ThreadingHTTPServer]:
     """The address of a hub in this process, what it holds, and the server, to be shut down."""
-    handler = type("Handler", (HubOfRepos,), {"repos": {}, "large": {}, "asked": [], "breaks": []})
+    handler = type("Handler", (HubOfRepos,), {"repos": {}, "large": {}, "asked": [], "breaks": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}", handler, server
