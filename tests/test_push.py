@@ -52,6 +52,7 @@ def test_every_byte_arrives(hub, call, road, name, kind, tmp_path):
     back = artifact.open_artifact(tmp_path / "back")
     assert not artifact.verify(back) and back.key == sealed.key, "sealed there as here"
     assert str(tmp_path) not in repo.files["manifest.json"].decode()
+    assert call("lineage", tmp_path / "back", "--verify").returncode == 0
 
 
 def test_the_same_again_sends_nothing_new_and_another_takes_the_place_of_the_first(hub, call, road):
@@ -101,6 +102,28 @@ def test_nothing_private_goes_where_everyone_sees_it(hub, call, road):
     assert call(*command, "id=people/other").returncode == 0 and hub.repos["model", "people/other"].private
     kept = call(*command, "id=people/other", "private=false")
     assert kept.returncode == 0 and "it stays so" in kept.stderr and hub.repos["model", "people/other"].private
+
+
+def test_the_card_of_a_base_on_the_hub_is_fetched_for_its_licence_and_an_adapter_names_that_base(hub, tmp_path):
+    from stand_ins.hub_repos import Repo
+
+    from src.core import card
+    from src.models import adapter_files, folder
+
+    hub.repos["model", "people/base"] = Repo(False, {"README.md": b"---\nlicense: mit\n---\nA base.\n"})
+    base = tmp_path / "cache" / "models--people--base" / "snapshots" / ("c" * 40)
+    base.mkdir(parents=True)
+    folder._fetch_card("people/base", base)
+    assert card.licence_of(base) == {"license": "mit"} and not list(base.iterdir())
+    asked = len(hub.asked)
+    folder._fetch_card("people/base", base)
+    assert len(hub.asked) == asked, "once"
+    other = tmp_path / "cache" / "models--people--none" / "snapshots" / ("c" * 40)
+    folder._fetch_card("people/none", other)
+    assert card.licence_of(other) == {}, "no such card is no fault"
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    adapter_files.tidy(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "people/base"
 
 
 # ---- private data
@@ -153,6 +176,12 @@ def test_a_file_taken_out_of_a_private_dataset_is_private_too(hub, call, road):
     refused(call("push", road / "again" / "data", "id=people/thing"), Withheld, "marked private")
     shutil.rmtree(road / "mine")
     refused(call("push", road / "again" / "data", "id=people/thing"), Withheld, "marked private")
+
+
+def test_another_program_s_manifest_is_none_of_ours(hub, call, road):
+    (road / "inputs" / "manifest.json").write_text('{"name": "a web page", "private": true}')
+    walk(road, "mine")
+    assert call("push", road / "mine" / "merge", "id=people/thing").returncode == 0
 
 
 @pytest.mark.parametrize("argv", [["answer", "prompts.path=x"], ["distill", "teacher.model=m"], ["cpt", "text=x"], ["pretrain", "text=x"]])
@@ -276,16 +305,23 @@ def test_a_token_without_the_right(hub, call, road, monkeypatch):
 
 
 @helps("push.py", "unset HF_HUB_OFFLINE", "HF_ENDPOINT names another hub")
-def test_a_hub_that_is_not_reached(hub, cli, road, monkeypatch):
-    """In processes of their own, where HF_ENDPOINT and HF_HUB_OFFLINE are read."""
+def test_a_hub_that_is_not_reached(hub, call, cli, road, monkeypatch):
     from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
 
-    here = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    address = constants.ENDPOINT
     command = ["push", road / "a" / "deploy-llama2c", "id=people/thing"]
-    refused(cli(*command, env=here | {"HF_HUB_OFFLINE": "1"}), NoAnswer, "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
-    refused(cli(*command, env=here | {"HF_ENDPOINT": "http://127.0.0.1:9"}), NoAnswer, "was not reached", "HF_ENDPOINT")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        close_session()
+        refused(call(*command), NoAnswer, "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
+    close_session()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        refused(call(*command), NoAnswer, "was not reached", "HF_ENDPOINT")
     assert not hub.asked
-    assert cli(*command, env=here).returncode == 0 and ("model", "people/thing") in hub.repos
+    done = cli(*command, env={"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"})
+    assert done.returncode == 0 and ("model", "people/thing") in hub.repos, "by the environment alone"
 
 
 def test_a_head_that_the_hub_does_not_take(hub, call, road):

@@ -327,8 +327,9 @@ def _private_in(a: Artifact, found: dict[str, str], seen: set[Path]) -> None:
         return
     seen.add(place)
     if a.manifest is None:
-        if inside := next((folder for folder in (place, *place.parents) if is_finished(folder)), None):
-            _private_in(open_artifact(inside), found, seen)
+        for folder in filter(is_finished, (place, *place.parents)):
+            with contextlib.suppress(Tampered):  # another program's manifest.json
+                _private_in(open_artifact(folder), found, seen)
         return
     records = {**a.manifest["ancestors"], a.key: a.manifest}
     places = {parent["key"]: parent["path"] for record in records.values() for parent in record["parents"]} | {a.key: str(a.path)}
@@ -339,7 +340,7 @@ def _private_in(a: Artifact, found: dict[str, str], seen: set[Path]) -> None:
         path = a.path_of(parent)
         if is_finished(path):
             _private_in(open_artifact(path), found, seen)
-        elif "files" in parent and path.exists():
+        elif "files" in parent:
             _private_in(Artifact(path, parent["kind"], parent["key"], None, parent["files"]), found, seen)
 
 

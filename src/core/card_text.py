@@ -82,7 +82,10 @@ def of(out: Path, descent: Descent, flat: dict[str, Any], metrics: dict[str, Any
     if rows := list(_measured(stage, metrics)):
         parts += ["## What was measured", _table("figure", rows)]
     if kind != "dataset":
-        parts += ["## What it learnt from", f"{names}, on top of its base." if names else "Nothing here: its weights are the base's."]
+        parts += [
+            "## What it learnt from",
+            f"{names}{', on top of its base' * bool(descent.base())}." if names else "Nothing here: its weights are the base's.",
+        ]
     return "\n\n".join(parts)
 
 
@@ -139,7 +142,7 @@ def _use(out: Path, descent: Descent, flat: dict[str, Any]) -> Iterator[str]:
     asked = {"prompt": '[{"role": "user", "content": "Hello!"}]', "end": '[-1]["content"]'} if chats else {"prompt": '"Once"', "end": ""}
     if kind == "dataset":
         yield DATASET
-        yield "With Boardwalk:"
+        yield "With Boardwalk, where `PATH` is a folder:"
         yield "    python -m src.finetune source=PATH"
         return
     if kind == "adapter" and "/" in base:
@@ -159,7 +162,7 @@ def _use(out: Path, descent: Descent, flat: dict[str, Any]) -> Iterator[str]:
     elif kind == "model":
         yield PIPELINE.format(**asked)
     if chats or kind == "bundle":
-        yield "With Boardwalk:"
+        yield "With Boardwalk, where `PATH` is a folder:"
         yield "    python -m src.chat PATH" + " base=BASE" * (kind == "adapter" and "/" not in base)
 
 
