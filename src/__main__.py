@@ -8,7 +8,7 @@ from src import __version__
 
 VERBS = (
     *("pipeline", "data", "distill", "pretrain", "cpt", "finetune", "merge", "quantize", "evaluate", "deploy"),
-    *("chat", "serve", "answer", "plan", "report", "runs", "summary", "lineage", "aux_files", "doctor", "completion"),
+    *("chat", "serve", "answer", "push", "plan", "report", "runs", "summary", "lineage", "aux_files", "doctor", "completion"),
 )
 
 if "--version" in sys.argv:

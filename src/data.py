@@ -163,7 +163,17 @@ def preview(cfg: DataVerb, run: stage.Run) -> int | None:
 
 
 STAGE = stage.Stage(
-    verb="data", version=2, schema=DataVerb, kind="dataset", find=find, check=check, needs=needs, instead=preview, run=data, doc=__doc__
+    verb="data",
+    version=2,
+    schema=DataVerb,
+    kind="dataset",
+    find=find,
+    check=check,
+    needs=needs,
+    instead=preview,
+    run=data,
+    doc=__doc__,
+    private=lambda cfg: cfg.data.private,
 )
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from src.core import artifact, stage
 from src.core.artifact import Artifact
 from src.core.errors import ConfigError, MissingInput, Tampered
-from src.core.files import hash_files
+from src.core.files import flatten, hash_files
 from src.core.log import out, size
 
 
@@ -60,7 +60,7 @@ def show(a: Artifact, indent: str, seen: set[str], faults: list[str], verify: bo
     )
     if again:
         return
-    for key, value in stage.flatten(m["settings"]).items():
+    for key, value in flatten(m["settings"]).items():
         out(f"{indent}  . {key} = {value}")
     if verify:
         faults += [f"{a.path}/{fault}" for fault in artifact.verify(a)]
@@ -90,7 +90,7 @@ def follow(ancestors: dict[str, dict], parent: dict, path: Path, indent: str, se
             f"{indent}{record['stage']} -> {record['kind']}  {state}  key {parent['key'][:12]}"
             + ("; told from the manifest" if not verify else "; its files cannot be verified")
         )
-        for key, value in stage.flatten(record["settings"]).items():
+        for key, value in flatten(record["settings"]).items():
             out(f"{indent}  . {key} = {value}")
         for grand in record["parents"]:
             follow(ancestors, grand, Path(os.path.normpath(path.parent / grand["path"])), indent + "    ", seen, faults, verify)

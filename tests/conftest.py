@@ -35,7 +35,7 @@ SHARED = ROOT.parent / "shared" / "data"
 CHAT = ROOT / "assets" / "tiny-chat"
 VERBS = (
     *("pipeline", "data", "distill", "pretrain", "cpt", "finetune", "merge", "quantize", "evaluate", "deploy"),
-    *("chat", "serve", "answer", "plan", "report", "runs", "summary", "lineage", "aux_files", "doctor", "completion"),
+    *("chat", "serve", "answer", "push", "plan", "report", "runs", "summary", "lineage", "aux_files", "doctor", "completion"),
 )
 FEW = ["data.val=0.2", "data.calib=0.2"]
 

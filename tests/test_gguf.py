@@ -11,6 +11,7 @@ import pytest
 from conftest import CHAT, ROOT, helps, refused, save, typed, ways
 from makers import KINDS, tokenizer_folder
 
+from src.core import card
 from src.core.errors import BadData, MissingInput, ProofFailed, ToolFailed, Unfinished, WrongKind
 from src.deploy import contract
 from src.deploy.byte_level import symbol_bytes
@@ -434,9 +435,9 @@ def test_a_bundle_without_llama_cpp_is_proven_by_what_the_file_holds_and_says_so
 
 
 def test_a_licence_is_the_model_card_s(tmp_path):
-    assert metadata.licence_of(tmp_path) is None
+    assert card.licence_of(tmp_path) == {}
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a]\n---\n# A model\n")
-    assert metadata.licence_of(tmp_path) == "apache-2.0"
+    assert card.licence_of(tmp_path) == {"license": "apache-2.0"}
     assert metadata.named(Path("/x/models--Qwen--Qwen2.5-0.5B/snapshots/abc")) == ("Qwen", "Qwen2.5-0.5B")
 
 

@@ -69,7 +69,8 @@ def test_it_learns_and_is_proven_to_be_what_was_trained(made, outputs):
     ):
         assert words in said, words
     assert {f.name for f in made.path.iterdir()} == {
-        *("config.json", "generation_config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        *("README.md", "config.json", "generation_config.json", "manifest.json"),
+        *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     }, "no start, no checkpoint, no template"
     assert [sample["prompt"] for sample in metrics["samples"]] and len(metrics["curve"]) == 12
 

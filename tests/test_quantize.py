@@ -169,7 +169,7 @@ def test_the_config_says_what_was_asked_for(made):
 
 def test_its_files_are_the_source_s_or_its_own_and_name_no_temporary_folder(made, here):
     _, made = made
-    assert set(made.files) == {"model.safetensors", "config.json", "quantize_config.json", *TOKENIZER}
+    assert set(made.files) == {"README.md", "model.safetensors", "config.json", "quantize_config.json", *TOKENIZER}
     for name in TOKENIZER:
         assert (made.path / name).read_bytes() == (here / "model" / name).read_bytes()
     for name in made.files:

@@ -13,7 +13,7 @@ import pytest
 from conftest import CHAT, FEW, fake_adapter, fake_merge, helps, in_process, refused, save, ways, worked, write_model
 
 from src import data
-from src.core import artifact, stage
+from src.core import artifact, files, stage
 from src.core.errors import (
     BadData,
     Busy,
@@ -118,7 +118,7 @@ def test_other_ranks_work_and_never_build(tmp_path, finished, monkeypatch, capsy
 
 
 def test_flattened_settings():
-    assert stage.flatten({"a": {"b": 1, "c": {}}, "d": [1, "é"]}) == {"a.b": 1, "a.c": "{}", "d": '[1, "é"]'}
+    assert files.flatten({"a": {"b": 1, "c": {}}, "d": [1, "é"]}) == {"a.b": 1, "a.c": "{}", "d": '[1, "é"]'}
 
 
 # ---- finished before

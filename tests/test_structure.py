@@ -149,6 +149,7 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
         "evaluate": [f"source={a / 'merge'}", f"dataset={a / 'data'}"],
         "deploy": [f"source={a / 'merge'}"],
         "chat": [a / "merge"],
+        "push": [a / "merge", "id=people/name"],
         "serve": [a / "merge"],
         "answer": [f"source={a / 'merge'}", f"prompts.path={finished / 'inputs' / 'chats.json'}"],
         "plan": [
@@ -174,7 +175,7 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
     assert not (tmp_path / "outputs" / "new").exists()
     if verb == "plan":
         assert not (tmp_path / "plan.png").exists()
-    if verb not in ("plan", "summary", "lineage", "aux_files", "pipeline", "report", "runs", "doctor", "completion", "chat", "serve"):
+    if verb not in ("plan", "summary", "lineage", "aux_files", "pipeline", "report", "runs", "doctor", "completion", "chat", "serve", "push"):
         assert f"{verb}: would make {tmp_path / 'outputs' / 'new'}" in done.stderr
 
 

@@ -26,6 +26,7 @@ FOREIGN = {
 """names of other programs' settings, and of functions' arguments in messages about a fault of ours"""
 CODE = (
     "completion.py",
+    "core/card_text.py",
     "deploy/mobilint/compile.py",
     "deploy/axera/runtime.py",
     "deploy/mobilint/job.py",

@@ -18,6 +18,7 @@
       NoMemory        15   what was asked for does not fit in memory
       BudgetSpent     16   what a teacher may cost is spent; all answers are kept
       GateFailed      17   a report does not keep to a gate's limit; it is kept
+      Withheld        18   what was to be shared is private, or holds what is
 
 `Stopped` (distill/dispatch.py) is a UserError that no one sees. Anything else that escapes a stage is a bug: it keeps its traceback and Python's exit
 code 1.
@@ -176,6 +177,13 @@ class GateFailed(UserError):
 
     exit_code = 17
     title = "gate failed"
+
+
+class Withheld(UserError):
+    """What was to be shared is marked private, or was made from what is, or holds a key or a path of this machine; nothing was sent."""
+
+    exit_code = 18
+    title = "not shared"
 
 
 @contextlib.contextmanager

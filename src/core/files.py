@@ -88,6 +88,17 @@ class HashCache:
                 write_json(self.path, hashes)
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are leaves, spelled as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    return flat
+
+
 def spelled(value: object) -> str:
     """JSON as this project writes it to files: one space deep, a newline at the end."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

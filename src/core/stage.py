@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from src.core import artifact, compose, room, tracking
+from src.core import artifact, card, compose, room, tracking
 from src.core.artifact import Artifact
 from src.core.errors import NO_SPACE, BadData, ConfigError, GateFailed, MissingInput, Moved, NoRoom, UserError, WrongKind
-from src.core.files import HashCache
+from src.core.files import HashCache, flatten
 from src.core.log import duration, rank, say, size, tell, warn
 from src.core.processes import Interrupted, end_with_parent, interrupted_by_signals
 from src.core.watch import watched
@@ -150,6 +150,7 @@ class Stage(Generic[V]):
         same key; without it partial folders are cleared.
     guards(partial) -> whether that work is so costly that one of another key is not cleared unless forced; as `resumes` unless given.
     judge(cfg, made): raises where a finished artifact does not keep to what the settings demand of it. It is kept, and judged again by each call.
+    private(cfg) -> whether what it reads is marked private, which push then refuses to share, with all that is made from it.
     early(cfg, run) -> the inputs that no other stage makes, checked before those are there; for launchers (--settings-only).
     """
 
@@ -169,6 +170,7 @@ class Stage(Generic[V]):
     resumes: Callable[[Path], bool] | None = None
     guards: Callable[[Path], bool] | None = None
     judge: Callable[[V, Artifact], None] | None = None
+    private: Callable[[V], bool] | None = None
     early: Callable[[V, Run], Inputs] | None = None
 
 
@@ -349,6 +351,8 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     inputs, path, settings, key, name = found.inputs, found.path, found.settings, found.key, found.path.name
     if found.done:
         say(f"{name}: up to date, skipped (same settings, same parents; key {key[:12]})")
+        if stage.private:
+            _mark(found.done, stage.private(cfg), run)
         return _judged(stage, cfg, found.done)
     plan = plan_of(stage, cfg, inputs, path)
     if cfg.dry_run:
@@ -372,13 +376,43 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
             metrics = stage.run(cfg, inputs, out)
         seconds = time.monotonic() - start
         kind = stage.kind(cfg, inputs) if callable(stage.kind) else stage.kind
+        card.write(out, stage.verb, kind, key, settings, inputs, metrics)
         artifact.seal(
-            out, stage=stage.verb, kind=kind, version=stage.version, settings=settings, inputs=inputs, metrics=metrics, seconds=seconds
+            out,
+            stage=stage.verb,
+            kind=kind,
+            version=stage.version,
+            settings=settings,
+            inputs=inputs,
+            metrics=metrics,
+            seconds=seconds,
+            private=_is_private(stage, cfg, inputs),
         )
     done = artifact.open_artifact(path)
     tracking.finished(getattr(cfg, "tracker", {}), done, cfg.run, settings)
     say(f"{name}: done in {duration(seconds)}, {size(sum(f['size'] for f in done.files.values()))} in {path}")
     return _judged(stage, cfg, done)
+
+
+def _is_private(stage: Stage[V], cfg: V, inputs: Inputs) -> bool:
+    """Whether what is made bears the mark itself: by its settings, or since it reads a file out of an artifact that does."""
+    return bool(stage.private and stage.private(cfg)) or any(artifact.private_in(a) for a in inputs.values() if a.manifest is None)
+
+
+def _mark(done: Artifact, wanted: bool, run: Run) -> None:
+    """Give a finished artifact, and its like in every other run, the mark of what is private; say where one has it that the settings do not ask for."""
+    assert done.manifest is not None
+    if not wanted and done.manifest.get("private"):
+        say(f"{done.path} stays marked private; force=true makes it anew without the mark")
+    for path in sorted(run.folder.parent.glob(f"*/{done.path.name}")) if wanted else ():
+        if (
+            artifact.is_finished(path)
+            and (same := artifact.open_artifact(path)).key == done.key
+            and not (same.manifest or {}).get("private")
+        ):
+            say(f"{path}: {'would be ' * run.dry}marked private; nothing is made anew")
+            if not run.dry:
+                artifact.mark_private(same)
 
 
 def _judged(stage: Stage[V], cfg: V, made: Artifact) -> int:
@@ -459,14 +493,3 @@ def moved(old: Artifact, stage: Stage[V], settings: dict[str, Any], inputs: Inpu
 
 def _name(path: object, key: str) -> str:
     return f"{path} ({key[:12]})"
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists are leaves, spelled as JSON."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
-    return flat

@@ -84,14 +84,8 @@ def write(
     records: dict[str, int],
     totals: dict[str, Total],
 ) -> None:
-    """The card: recipe, teachers with their licence and terms, counts by step, cost, seeds and hashes."""
+    """The card's text: recipe, teachers with their licence and terms, counts by step, cost, seeds and hashes."""
     lines = [
-        "---",
-        f"pretty_name: {json.dumps('Distilled by ' + cfg.recipe.name)}",
-        "tags: [synthetic, distillation]",
-        *([f"license_name: {json.dumps(cfg.teacher.licence, ensure_ascii=False)}"] if cfg.teacher.licence else []),
-        "---",
-        "",
         f"# Distilled by the recipe `{cfg.recipe.name}`",
         "",
         "Made by Boardwalk (`python -m src.distill`). Its answers were written by a model, not by people; `samples.html` shows some of them.",

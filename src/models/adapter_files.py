@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+from src.core import descent
 from src.core.errors import ProofFailed
 from src.models import safetensors_io
 
@@ -43,11 +44,14 @@ def as_plain_lora(folder: Path, initial: dict) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """peft writes names of layers in the order of a set, which differs between runs, and the weights for the owner's eyes only."""
+    """peft writes names of layers in the order of a set, which differs between runs, the weights for the owner's eyes only, and a base of the hub by where
+    it lies in the cache of this machine."""
     config = folder / "adapter_config.json"
     content = json.loads(config.read_text())
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         content[key] = content.get(key) and sorted(content[key])
+    base = content.get("base_model_name_or_path")
+    content["base_model_name_or_path"] = (base and descent.hub_id(Path(base))) or base
     config.write_text(json.dumps(content, indent=2) + "\n")
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from src.core import card
 from src.core.artifact import Artifact
 from src.core.errors import AGAIN, BadData, MissingInput, WrongKind
 from src.core.files import read_json
@@ -33,9 +34,21 @@ def locate(path: str, revision: str | None = None, *, download: bool = True, all
         from huggingface_hub import snapshot_download
 
         wanted = [*WANTED, *(["*.bin"] if allow_pickle else [])]
-        return snapshot_download(path, revision=revision, allow_patterns=wanted, local_files_only=not download)
+        folder = snapshot_download(path, revision=revision, allow_patterns=wanted, local_files_only=not download)
+        if download:
+            _fetch_card(path, Path(folder))
+        return folder
 
     return Path(_from_hub(path, download, get))
+
+
+def _fetch_card(id: str, folder: Path) -> None:
+    """Download a model's card, which says its licence, beside its files; where it has none, or the hub is not reached, the licence stays unknown."""
+    from huggingface_hub import hf_hub_download
+
+    if not (folder / card.NAME).is_file() and not (kept := card.aside(folder)).is_file():
+        with contextlib.suppress(OSError):
+            hf_hub_download(id, card.NAME, revision=folder.name, local_dir=kept.parent)
 
 
 def locate_config(path: str, revision: str | None = None, *, download: bool = True) -> Path:

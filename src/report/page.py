@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 from src import __version__
 from src.core import compose
 from src.core.artifact import Artifact
+from src.core.files import flatten
 from src.core.log import duration, shown, size
-from src.core.stage import flatten
 from src.models import bootstrap, glance
 from src.report import plots
 from src.report import run as runs

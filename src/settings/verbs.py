@@ -112,6 +112,8 @@ class TextVerb(TrainingVerb):
     """text to learn: a file, folder, glob or hub id of .txt, or of records with a column `text`; tinystories: that set, from the hub"""
     separator: Annotated[str, Field(min_length=1)]
     """what parts the documents of a .txt: auto (<|endoftext|> where the file has it, else the file is one), blank_line, file, or the words themselves"""
+    private: Annotated[bool, Unkeyed]
+    """true: push shares nothing that is made from the text; marks what is finished, too, and makes nothing anew"""
     val: Fraction
     """share of documents held out for validation"""
     split_seed: int
@@ -279,6 +281,8 @@ class Budget(Settings):
 class Prompts(Settings):
     path: Annotated[str | None, Unkeyed]
     """file of prompts or conversations (JSON, JSON Lines or lines of text), or folder of text to ask about; null: none, for recipes that draw their own"""
+    private: Annotated[bool, Unkeyed]
+    """true: push shares nothing that is made from them; marks what is finished, too, and makes nothing anew"""
     count: PositiveInt | None
     """rows to read at most; null: all"""
     on_fault: Literal["error", "drop"]
@@ -295,6 +299,15 @@ class PipelineVerb(Verb):
 class ReportVerb(Verb):
     rows: PositiveInt
     """conversations of the training split whose lengths are drawn"""
+
+
+class PushVerb(Verb):
+    source: str
+    """finished artifact: a dataset, adapter, model, quantized model or bundle"""
+    id: str
+    """name on the hub, as people/name"""
+    private: bool
+    """true: only you and who you let in see it; false: everyone does"""
 
 
 class DoctorVerb(Verb):

@@ -4,8 +4,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from src.core import card, descent
 from src.core.artifact import Artifact
 from src.deploy.gguf import families, vocabulary
 from src.deploy.gguf.vocabulary import PHI3, Vocabulary
@@ -60,7 +59,7 @@ def _came_from(writer: Any, stored: Artifact, vocab: Vocabulary, weight_type: st
         if owner:
             writer.add_base_model_organization(0, owner)
             writer.add_base_model_repo_url(0, f"https://huggingface.co/{owner}/{name}")
-    if licence := licence_of(base or stored.path):
+    if licence := card.licence_of(base or stored.path).get("license"):
         writer.add_license(licence)
     writer.add_quantized_by("Boardwalk")
     writer.add_file_type(file_type(weight_type))
@@ -75,11 +74,8 @@ def base_of(stored: Artifact) -> Path | None:
 
 def named(folder: Path) -> tuple[str, str]:
     """(owner, name) of a model's folder; the owner is known where the hub's cache holds it."""
-    for part in folder.parts:
-        if part.startswith("models--") and part.count("--") == 2:
-            _, owner, name = part.split("--")
-            return owner, name
-    return "", folder.name
+    owner, _, name = descent.name_of(folder).rpartition("/")
+    return owner, name
 
 
 def title(folder: Path, vocab: Vocabulary) -> str:
@@ -91,15 +87,3 @@ def title(folder: Path, vocab: Vocabulary) -> str:
     return name.replace("-", " ").replace("hi3", "hi 3") if phi else name
 
 
-def licence_of(folder: Path) -> str | None:
-    """What the model card of a folder says in its head, if it has one."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    _, _, rest = card.read_text("utf-8", errors="replace").partition("---\n")
-    try:
-        head = yaml.safe_load(rest.partition("\n---")[0])
-    except yaml.YAMLError:
-        return None
-    found = head.get("license") if isinstance(head, dict) else None
-    return found if isinstance(found, str) else None
