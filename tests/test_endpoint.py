@@ -198,6 +198,17 @@ def test_shares_of_equal_tokens():
     assert served.likeness([row("x") | {"error": "e"}], [row("x")], letters) == {}
 
 
+def test_a_server_that_keeps_reasoning_apart_is_compared_by_what_is_said(capsys):
+    """llama.cpp's takes a Qwen3's empty <think> off."""
+    letters = type("T", (), {"__call__": lambda self, text, **_: type("E", (), {"input_ids": [ord(c) for c in text]})})()
+    row = lambda text: {"answer": text, "ended": True}
+    local = [row("<think>\n\n</think>\n\nJuly 20, 1969."), row("<think>\nhm\n</think>\n\nNo.")]
+    found = served.likeness([row("July 20, 1969."), row("Yes.")], local, letters)
+    assert found["same_answers"] == 0.5 and "compared by what is said behind it" in capsys.readouterr().err
+    assert served.likeness(local, local, letters)["same_answers"] == 1.0 and not capsys.readouterr().err
+    assert served.likeness([row("No.")], [row("Yes.")], letters)["same_answers"] == 0.0 and not capsys.readouterr().err
+
+
 # ---- what a server cannot do
 
 

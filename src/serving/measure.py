@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from src.chat.encoding import IGNORE, render
+from src.chat.template import said_apart
 from src.core.errors import ConfigError, NoAnswer
 from src.core.log import progress, say, warn
 from src.models.generation import leading
@@ -188,12 +189,27 @@ def speed(rows: list[dict], tokenizer=None) -> dict:
 
 
 def likeness(rows: list[dict], local: list[dict], tokenizer) -> dict:
-    """Shares over the prompts answered: of answers equal to the local model's, and, on average, of tokens up to the first that differs (of the longer)."""
+    """Shares over the prompts answered: of answers equal to the local model's, and, on average, of tokens up to the first that differs (of the longer).
+
+    A server that keeps reasoning apart (llama.cpp's, of Qwen3's even where it is empty) is compared by what is said behind it.
+    """
     pairs = [(a, b) for a, b in zip(rows, local) if "error" not in a]
-    lengths = [leading(tokenizer, a["answer"], b["answer"]) for a, b in pairs]
+    texts = [(a["answer"], b["answer"]) for a, b in pairs]
+    apart = [(_said(theirs), _said(ours)) for theirs, ours in texts]
+    if any(theirs.strip() == said[0] and ours.strip() != said[1] for (theirs, ours), said in zip(texts, apart)):
+        say(
+            "endpoint: its answers are without the reasoning that the local model's begin with; they are compared by what is said behind it"
+        )
+        texts = apart
+    lengths = [leading(tokenizer, theirs, ours) for theirs, ours in texts]
     shares = [same / max(longer, 1) for same, longer in lengths]
-    same = sum(a["answer"] == b["answer"] and a["ended"] == b["ended"] for a, b in pairs)
+    same = sum(theirs == ours and a["ended"] == b["ended"] for (theirs, ours), (a, b) in zip(texts, pairs))
     return {"same_answers": same / len(pairs), "same_leading_tokens": sum(shares) / len(pairs)} if pairs else {}
+
+
+def _said(answer: str) -> str:
+    """What an answer says behind its reasoning; all of one without."""
+    return said_apart(answer)[0].strip()
 
 
 def in_words(metrics: dict) -> str:

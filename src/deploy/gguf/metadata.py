@@ -85,5 +85,3 @@ def title(folder: Path, vocab: Vocabulary) -> str:
     if vocab.strips:
         return name if phi else f"{name} {PHI3}"
     return name.replace("-", " ").replace("hi3", "hi 3") if phi else name
-
-
