@@ -96,7 +96,7 @@ def local(finished, tmp_path_factory):
     return json.loads((folder / "report.json").read_text()), [json.loads(line) for line in open(folder / "answers.jsonl")]
 
 
-@pytest.mark.parametrize("echo", ["ids", "text", "next", "next_pieces"])
+@pytest.mark.parametrize("echo", ["ids", "text", "next", "next_pieces", "next_deaf"])
 def test_all_figures_are_those_of_the_local_model(echo, measure, server, local, monkeypatch):
     server.behaviour.echo = echo
     monkeypatch.setattr(served, "FEW", 1)  # so that the likeliest next token alone is not enough
@@ -113,6 +113,8 @@ def test_all_figures_are_those_of_the_local_model(echo, measure, server, local, 
     assert (found["same_answers"], found["same_leading_tokens"], found["prompts_same_length"]) == (1.0, 1.0, 1.0)
     assert found["expected"] == found["parent_expected"] == sum(a["ended"] for a in answers) > 0
     assert found["served"]["id"] == "tiny-chat"
+    listed = [body["logprobs"] for path, _, body in server.requests if path.endswith("/completions") and "logprobs" in body]
+    assert echo not in ("next", "next_pieces") or max(listed) == 1, "a whole vocabulary is listed where nothing else tells"
 
 
 def test_the_openings_of_the_validation_split_are_asked(measure, server, finished):

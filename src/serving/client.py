@@ -31,6 +31,8 @@ FORMS: tuple[dict, ...] = (
 )
 DOES_NOT_KNOW = (400, 415, 422, 501)
 """statuses that a server gives to settings it does not take"""
+BIAS = 100
+"""what makes a token come, whatever the others are: the largest that OpenAI's logit_bias may be"""
 LARGEST = 1 << 26
 """bytes of one reply at most"""
 WHOLE = 10
@@ -208,25 +210,35 @@ class Client:
         bias that makes `whole` come, it tells the same log-probabilities, which are those before biases. A server that counts the bias in is refused.
         The server must have read as many tokens as it was given: one that puts a token of its own first is refused.
         """
-        likeliest = self._following(model, ids, {"logprobs": count})
+        _, likeliest = self._next(model, ids, {"logprobs": count})
         if not likeliest:
-            likeliest = self._following(model, ids, {"logprobs": count, "logit_bias": {str(whole): 100}})
+            _, likeliest = self._next(model, ids, {"logprobs": count, "logit_bias": {str(whole): BIAS}})
             if likeliest.get(whole, -math.inf) > math.log(0.5):
                 raise NoAnswer("of a piece of a character it tells nothing, and with a bias it counts the bias in", where=self.url)
         if not likeliest:
             raise NoAnswer("it gives none of the next token's by id", where=self.url)
         return likeliest
 
-    def _following(self, model: str, ids: list[int], more: dict) -> dict[int, float]:
+    def one_following(self, model: str, ids: list[int], token: int) -> float | None:
+        """The log-probability of one token after these, by a bias that makes it come: the server tells it as it was before the bias. None where it does not.
+
+        For a token that is not among the likeliest: to list a whole vocabulary takes llama.cpp's server seconds.
+        """
+        made, _ = self._next(model, ids, {"logprobs": 1, "logit_bias": {str(token): BIAS}})
+        return made[1] if made and made[0] == token else None
+
+    def _next(self, model: str, ids: list[int], more: dict) -> tuple[tuple[int, float] | None, dict[int, float]]:
+        """((id, log-probability) of the token that came, {id: log-probability} of the likeliest); None and empty where it tells neither."""
         with self._asked("POST", "/completions", _completion(model, ids) | more) as (response, *_):
             given = self._json(self._read(response))
         with self._shaped(given):
             found = (given["choices"][0].get("logprobs") or {}).get("content") or []
             likeliest = {entry["id"]: float(entry["logprob"]) for entry in (found[0]["top_logprobs"] if found else []) if "id" in entry}
+            made = (found[0]["id"], float(found[0]["logprob"])) if likeliest and {"id", "logprob"} <= found[0].keys() else None
             read = tokens_used(given.get("usage"))[0]
         if likeliest and read != len(ids):
             raise NoAnswer(f"it read {read} tokens where {len(ids)} were given", where=self.url)
-        return likeliest
+        return made, likeliest
 
     def close(self) -> None:
         """End every request under way, from whichever thread."""

@@ -28,6 +28,8 @@ FOR_ALL = (*range(300, 400), 401, 403, 404, *BUSY)
 """statuses that concern every request, not the one prompt they came for"""
 FEW, ALL = 20, 1 << 18
 """next tokens asked for: those that hold nearly every wanted one, and more than any vocabulary has"""
+NOISE = 1e-3
+"""nats that two requests for one log-probability may differ by"""
 DESCRIBED = 4000
 """bytes that a report keeps of the server's description of its model"""
 
@@ -320,14 +322,18 @@ def by_echo(client: Client, model: str, row, tokenizer) -> list[tuple[float, str
 
 
 def one_at_a_time(client: Client, model: str, row, tokenizer) -> list[tuple[float, str]]:
-    """The same by a request for each place (llama.cpp): of the likeliest few next tokens, or of all where the wanted one is not among them."""
+    """The same by a request for each place (llama.cpp): of the likeliest few next tokens, of the wanted one alone where it is not among them, or else of all."""
     found, whole = [], tokenizer("a", add_special_tokens=False).input_ids[-1]
     for k in places(row):
         token, next_tokens = row.input_ids[k], client.following(model, row.input_ids[:k], FEW, whole=whole)
-        if token not in next_tokens:
+        value, least = next_tokens.get(token), min(next_tokens.values())
+        if value is None:
+            value = client.one_following(model, row.input_ids[:k], token)
+        if value is None or (token not in next_tokens and value > least + NOISE):  # not told, or with the bias in it
             next_tokens = client.following(model, row.input_ids[:k], ALL, whole=whole)
+            value = next_tokens.get(token)
         best = max(next_tokens, key=next_tokens.__getitem__)
-        found.append(_sound(next_tokens.get(token), f"token_id:{best}", k, client))
+        found.append(_sound(value, f"token_id:{best}", k, client))
     return found
 
 

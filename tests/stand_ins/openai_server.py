@@ -45,7 +45,7 @@ class Behaviour:
     echo: str = "no"
     """no: HTTP 400; ignored: none in the reply; ids, text: as given; shifted: each name one place late; other: another tokenizer's; next: of the
     next token only, by id, as llama.cpp's server has it; next_bos: the same with a token put before the prompt; next_pieces: nothing of a third
-    of the tokens, as llama.cpp of a piece of a character, unless a bias makes another come; next_biased: the same, the bias counted in"""
+    of the tokens, as llama.cpp of a piece of a character, unless a bias makes another come; next_biased: the same, the bias counted in; next_deaf: no bias makes any come"""
     calls: tuple = ()
     """pieces of tool calls, as in a stream's `tool_calls`, in place of the answer's text"""
     lists_models: bool = True
@@ -205,16 +205,19 @@ class Handler(BaseHTTPRequestHandler):
         if how.startswith("next"):
             with torch.no_grad():
                 table = self.server.model(torch.tensor([body["prompt"]])).logits[0, -1].double().log_softmax(-1)
-            biases = {int(id): bias for id, bias in body.get("logit_bias", {}).items()}
-            if how == "next_biased":
-                for id, bias in biases.items():
-                    table[id] += bias
-                table = table.log_softmax(-1)
+            biases = {} if how == "next_deaf" else {int(id): bias for id, bias in body.get("logit_bias", {}).items()}
+            biased = table.clone()
+            for id, bias in biases.items():
+                biased[id] += bias
+            table = biased.log_softmax(-1) if how == "next_biased" else table
+            made = biased.argmax().item()
             best = table.topk(min(body["logprobs"], len(table)))
             top = [{"id": i, "token": "", "logprob": v} for v, i in zip(best.values.tolist(), best.indices.tolist())]
-            reply["choices"][0]["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
+            reply["choices"][0]["logprobs"] = {"content": [{"id": made, "token": "", "logprob": table[made].item(), "top_logprobs": top}]}
             reply["usage"] = {"prompt_tokens": len(body["prompt"]) + (how == "next_bos")}
-            if how in ("next_pieces", "next_biased") and not biases and best.indices[0] % 3 == 0:  # as llama.cpp has it of a piece of a character
+            if (
+                how in ("next_pieces", "next_biased") and not biases and best.indices[0] % 3 == 0
+            ):  # as llama.cpp has it of a piece of a character
                 reply["choices"][0]["logprobs"] = None
         elif how != "ignored":
             reply["choices"][0]["logprobs"] = self.server.echoed(body["prompt"])
