@@ -35,7 +35,9 @@ LESS = {
     "evaluate": FEWER,
     "pipeline": [*(f"finetune.{setting}" for setting in SMALL), *(f"evaluate.{setting}" for setting in FEWER), "dry_run=true"],
 }
-"""what makes a verb quick where the default test types it; each stage of a pipeline is typed by itself in another tutorial, or below"""
+"""what makes a verb quick where the default test types it; each stage of a pipeline is typed by itself in another tutorial"""
+PLANNED = r"endpoint\.url=|target\.python=|src\.evaluate run=mine$"
+"""commands that the default test plans only: they ask a board, compile, or measure all that there is"""
 
 
 def commands(page: Path) -> list[str]:
@@ -70,7 +72,7 @@ class Reader:
                 ["bash", "-c", line], cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
             )
         verb = words[2].removeprefix("src.")
-        less = ["dry_run=true"] if "endpoint.url=" in line else LESS.get(verb, [])
+        less = [*LESS.get(verb, []), *(["dry_run=true"] if re.search(PLANNED, line) else [])]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             patch.setenv("CFLAGS", "-O0")  # the C program compiles six times as fast
@@ -132,6 +134,14 @@ def walk(reader: Reader, name: str, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != FIRST])
 def test_every_command_of_a_tutorial_runs(reader, name, monkeypatch):
     walk(reader, name, monkeypatch)
+
+
+@pytest.mark.parametrize("page", sorted(TUTORIALS.rglob("*.md")), ids=lambda page: str(page.relative_to(TUTORIALS)))
+def test_a_block_is_typed_or_shown_not_both(page):
+    """One who copies a block gets commands alone."""
+    for block in re.findall(r"(?:^(?:    .*)?\n)+", page.read_text(encoding="utf-8"), re.M):
+        lines = [line for line in block.splitlines() if line.strip()]
+        assert len({bool(re.match(TYPED, line)) for line in lines}) < 2, block
 
 
 @pytest.mark.slow
