@@ -271,7 +271,8 @@ def test_the_pages_ask_nothing_of_the_network_and_fit_a_phone(site, tmp_path):
                 for width in (1200, 400):
                     for dark in (False, True):
                         await page.shape(width, 800, dark=dark)
-                        assert await page.run("document.documentElement.scrollWidth") <= width, (name, width)
+                        await page.until(f"document.documentElement.scrollWidth <= {width}", 5)
+                        await page.until(f"document.body.dataset.mdColorScheme === '{'slate' if dark else 'default'}'", 5)
             assert not page.problems
 
     try:
@@ -288,7 +289,7 @@ def test_the_pages_ask_nothing_of_the_network_and_fit_a_phone(site, tmp_path):
 def test_a_page_opened_from_disk_is_searched(site, tmp_path, word):
     async def work() -> None:
         async with opened(f"file://{site}/index.html", tmp_path / "profile") as page:
-            await page.until("typeof __index === 'object' && document.querySelector('#__search')")
+            await page.until("typeof __index === 'object'")
             await page.run("document.querySelector('#__search').click()")
             typed = f"const field = document.querySelector('[data-md-component=search-query]'); field.value = {json.dumps(word)};"
             await page.run(f"{{ {typed} field.dispatchEvent(new Event('input')); field.dispatchEvent(new Event('keyup')) }}")

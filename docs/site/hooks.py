@@ -13,6 +13,9 @@ PAGES = {"README.md": "index.md", "README.ko.md": "index.ko.md", "README.zh.md":
 PLAIN = {"LICENSE": "LICENSE.txt", "Dockerfile": "Dockerfile.txt"}
 """files of the project's root that pages link to, and what a browser shows as text"""
 
+BLOCK = re.compile(r"(?<=\n\n)(?:    .*\n)+")
+TYPED = re.compile(r"    (?:bash|python|echo|cp|scp|ssh|sh|pip|vllm|cd|make|ollama|outputs/\S+|\./\S+) ")
+
 
 def by_verb(text: str) -> dict[str, str]:
     """{verb: its page} of docs/settings.md; "" is what stands before the first verb."""
@@ -48,7 +51,14 @@ def on_page_markdown(markdown: str, page, **_) -> str:
         rows = "\n".join(f"| [{verb}](settings/{verb}.md) | {meaning} |" for verb, meaning in verbs)
         markdown = f"{by_verb(markdown)['']}\n## Of each verb\n\n| verb | |\n|---|---|\n{rows}\n"
     source = next((file for file, made in PAGES.items() if made == here), f"docs/{here}")
+    markdown = BLOCK.sub(shell, markdown)
     return re.sub(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)", lambda link: linked(link[1], source, here), markdown)
+
+
+def shell(block: re.Match) -> str:
+    """A block of lines that a person types, fenced as such, so that long ones wrap; output is left as it is, in columns."""
+    lines = block[0].splitlines()
+    return "```sh\n" + "\n".join(line[4:] for line in lines) + "\n```\n" if all(map(TYPED.match, lines)) else block[0]
 
 
 def linked(link: str, source: str, here: str) -> str:
