@@ -8,7 +8,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = {"README.md": "index.md", "README.ko.md": "index.ko.md", "README.zh.md": "index.zh.md"} | {n: n for n in ("CHANGELOG.md", "CONTRIBUTING.md")}
+PAGES = {"README.md": "index.md", "README.ko.md": "index.ko.md", "README.zh.md": "index.zh.md"} | {
+    n: n for n in ("CHANGELOG.md", "CONTRIBUTING.md")
+}
 """files of the project's root, and the pages that they are"""
 PLAIN = {"LICENSE": "LICENSE.txt", "Dockerfile": "Dockerfile.txt"}
 """files of the project's root that pages link to, and what a browser shows as text"""
