@@ -94,13 +94,8 @@ def reader(tmp_path_factory, proofs_in_this_process, one_thread) -> Reader:
 def test_the_first_tutorial_ends_with_an_answer_of_the_bundle(reader):
     run = next(line for line in commands(TUTORIALS / f"{FIRST}.md") if line.startswith("outputs/"))
     assert reader.types(run).stdout.strip()
-    assert {path.name for path in (reader.folder / "outputs" / "mine").iterdir()} >= {
-        "data",
-        "finetune",
-        "merge",
-        "quantize",
-        "evaluate-merge",
-    }
+    made = {path.name for path in (reader.folder / "outputs" / "mine").iterdir()}
+    assert made >= {"data", "finetune", "merge", "quantize", "deploy-llama2c-quantize"}
 
 
 def compilers(folder: Path, patch: pytest.MonkeyPatch) -> None:
