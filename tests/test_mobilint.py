@@ -137,7 +137,7 @@ def test_each_generation_gives_a_whole_verified_bundle(version, weight_type, chi
 
 
 def test_a_second_run_skips(road, python, call):
-    settings = [*SETTINGS, f"target.python={python('1.1.2')}"]
+    settings = [*SETTINGS, f"target.python={os.path.relpath(python('1.1.2'), ROOT)}"]  # from the user's folder, not from the job's
     assert call("deploy", *settings).returncode == 0
     again = call("deploy", *settings)
     assert again.returncode == 0 and "up to date" in again.stderr

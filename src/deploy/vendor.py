@@ -74,7 +74,7 @@ def run(
     with open(log, "wb") as file, terminated_as_interrupt():
         file.write(f"$ {shlex.join(argv)}\n".encode())
         tool = subprocess.Popen(
-            argv,
+            [os.path.abspath(argv[0]) if "/" in argv[0] else argv[0], *argv[1:]],  # a path is from where the user is, not from cwd
             cwd=cwd,
             env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
