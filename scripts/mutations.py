@@ -86,8 +86,8 @@ MUTATIONS = {
     ),
     "KV formula halved": Mutation(
         "src/sizing/shape.py",
-        "return width * sum(layer.kv_values * kept(layer)",
-        "return width // 2 * sum(layer.kv_values * kept(layer)",
+        "return round(width * sum(layer.kv_values * kept(layer)",
+        "return round(width / 2 * sum(layer.kv_values * kept(layer)",
         ("tests/test_shape.py",),
     ),
 }
