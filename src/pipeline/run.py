@@ -22,7 +22,7 @@ from src.pipeline import recipe
 from src.pipeline.recipe import Step
 from src.settings.training import FullTuner
 from src.settings.verbs import PipelineVerb
-from src.sizing import host, road
+from src.sizing import host, road, takes
 from src.sizing.config_reader import read_config, shape_of
 from src.sizing.shape import ModelShape
 from src.training import launch
@@ -56,13 +56,15 @@ def plan(cfg: PipelineVerb, steps: Sequence[Step], faults: Sequence[str] = ()) -
     shared = [*named(cfg), *([f"room={cfg.room}"] if cfg.room != "check" else [])]
     settings = recipe.composed(steps, shared, faults)
     where = stage.Run(Path(cfg.outputs) / cfg.run, dry=cfg.dry_run)
-    shape, tuner = start_of(settings, dry=cfg.dry_run)
+    start = start_of(settings, dry=cfg.dry_run)
     found: list[Leg] = []
     waits = ""
     for step, own in zip(steps, settings, strict=True):
         with named_as(step.verb):
             state = look(step.verb, own, where, waits, force=cfg.force)
-        needed = state.needs or (estimate(step.verb, own, shape, tuner) if not state.done else None)
+            if start and not state.done and step.verb == "deploy":
+                takes.check(start.config, own.target, where=start.where)
+        needed = state.needs or (estimate(step.verb, own, start) if start and not state.done else None)
         argv = (*step.overrides, *shared, *(["force=true"] if state.again and not own.force else []))
         found.append(
             Leg(step.verb, argv, state.done, state.why, state.again, needed, "" if state.done else before(Path(cfg.outputs), step.verb))
@@ -126,25 +128,33 @@ def together(what: stage.Stage[Any], new: Sequence[tuple[Any, stage.Ahead]]) -> 
     return replace(max(each, key=lambda n: n.memory), disk=sum(n.disk for n in each)) if each else None
 
 
-def start_of(settings: Sequence[Any], *, dry: bool) -> tuple[ModelShape | None, Any]:
-    """(the shape of the model the road begins with, its tuner); None for what is not told by the settings, or cannot be read."""
+@dataclass(frozen=True)
+class Start:
+    """The model that a road begins with: its config.json, where that is, its shape; and the road's tuner."""
+
+    config: dict[str, Any]
+    where: str
+    shape: ModelShape
+    tuner: Any
+
+
+def start_of(settings: Sequence[Any], *, dry: bool) -> Start | None:
+    """What the road begins with; None where the settings do not tell, or it cannot be read."""
     for own in settings:
         if model := getattr(own, "model", None):
             try:
                 config, file = read_config(locate_config(model.path, model.revision, download=not dry))
-                return shape_of(config, str(file)), getattr(own, "tuner", None)
+                return Start(config, str(file), shape_of(config, str(file)), getattr(own, "tuner", None))
             except (BadData, WrongKind):
                 break
-    return None, None
+    return None
 
 
-def estimate(verb: str, own: Any, shape: ModelShape | None, tuner: Any) -> Needs | None:
+def estimate(verb: str, own: Any, start: Start) -> Needs | None:
     """What a stage takes whose inputs are not there yet."""
-    if shape is None:
-        return None
-    gpus, exact = launch.gpu_count(), tuner is not None and not isinstance(tuner, FullTuner) and not shape.quantization
-    processes = launch.per_node(own.launch) if hasattr(own, "launch") else 1
-    return road.needs(verb, own, shape, host.Conversations(float("inf"), LENGTH), exact=exact, processes=processes, gpus=gpus)
+    exact = start.tuner is not None and not isinstance(start.tuner, FullTuner) and not start.shape.quantization
+    processes, gpus = launch.per_node(own.launch) if hasattr(own, "launch") else 1, launch.gpu_count()
+    return road.needs(verb, own, start.shape, host.Conversations(float("inf"), LENGTH), exact=exact, processes=processes, gpus=gpus)
 
 
 LENGTH = 512
