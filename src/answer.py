@@ -204,7 +204,7 @@ STAGE = stage.Stage(
     needs=needs,
     run=answer,
     doc=__doc__,
-    private=lambda cfg: cfg.prompts.private,
+    private=("prompts.private", lambda cfg: cfg.prompts.private),
     resumes=lambda partial: (file := partial / ANSWERS).is_file() and file.stat().st_size > 0,
 )
 

@@ -55,7 +55,7 @@ STAGE = stage.Stage(
     around=around,
     run=cpt,
     doc=__doc__,
-    private=lambda cfg: cfg.private,
+    private=("private", lambda cfg: cfg.private),
     judge=saving.judge,
     resumes=saving.begun,
 )

@@ -23,7 +23,7 @@ from src.settings.data import Data
 from src.settings.verbs import DataVerb
 from src.sizing import host
 
-FILES_LISTED = 10
+EXAMPLE, FILES_LISTED = "assets/conversations.json", 10
 HELD_OUT, SHARES, NOT_DRAWN = "also in data.val", f"{SHARED} words in a row are also in data.unseen", "not drawn, by data.weights"
 
 
@@ -40,6 +40,8 @@ def find(cfg: DataVerb, run: stage.Run) -> dict[str, Artifact]:
 
 
 def _files(path: str, d: Data, run: stage.Run) -> Artifact:
+    if path == EXAMPLE:
+        say(f"data: {EXAMPLE} is an example of the project's own; data.path=YOURS reads yours")
     there = found(path, subset=d.subset, split=d.hub_split, revision=d.revision, download=not run.dry)
     if there.revision:
         say(f"data: {path} is read as of {there.revision}")
@@ -173,7 +175,7 @@ STAGE = stage.Stage(
     instead=preview,
     run=data,
     doc=__doc__,
-    private=lambda cfg: cfg.data.private,
+    private=("data.private", lambda cfg: cfg.data.private),
 )
 
 if __name__ == "__main__":

@@ -80,7 +80,10 @@ def refuse_private(found: Artifact) -> None:
         raise Withheld(
             "it was made from what is marked private:\n" + "\n".join(f"  {where}" for where in private.values()),
             where=str(found.path),
-            fix="make it from data that may be shared",
+            fix=[
+                "make it from data that may be shared",
+                "where the mark is a mistake: data.private=false force=true, with the command that made the dataset",
+            ],
         )
 
 

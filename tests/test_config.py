@@ -383,3 +383,24 @@ def test_which_settings_are_outside_the_key():
         if name in schema.model_fields and (schema.model_fields[name].exclude or schema.model_fields[name].exclude_if)
     }
     assert sorted(found) == OUTSIDE_THE_KEY
+
+
+@pytest.mark.parametrize(
+    "typed, path",
+    [
+        ("질문.csv", "질문.csv"),
+        ("/home/나/내 대화.json", "/home/나/내 대화.json"),
+        ("한국어/파일=1.json", "한국어/파일=1.json"),
+        ("[质问.csv,b é.csv]", ["质问.csv", "b é.csv"]),
+        ("'질문, 답.csv'", "질문, 답.csv"),
+    ],
+)
+def test_letters_of_any_script_need_no_quotes(typed, path):
+    """Hydra's grammar knows those of ASCII alone."""
+    assert composed("data", f"data.path={typed}").data.path == path
+
+
+def test_names_of_columns_in_any_script():
+    assert composed("data", "data.columns={prompt:질문,response:답변}").data.columns == {"prompt": "질문", "response": "답변"}
+    with pytest.raises(ConfigError, match="질문"):
+        composed("data", "data.path={질문")

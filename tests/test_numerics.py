@@ -166,6 +166,14 @@ def test_keys_and_values_are_rounded_and_nothing_else_with_them(model):
     assert 0 == kl[0] < kl[1] < kl[2] / 4
 
 
+@helps("sizing/numerics.py", "numerics={}_f16")
+def test_blocks_that_do_not_divide_a_row_are_refused(tmp_path):
+    folder = write_model(tmp_path / "odd", intermediate_size=200)
+    with pytest.raises(WrongKind, match="blocks of 32 do not divide the model's rows of 200") as refusal:
+        how(folder, "gguf_q8_0")
+    assert how(folder, refusal.value.fix[0].partition("=")[2]).name == "gguf_f16"
+
+
 def test_a_cache_in_8_bits_loses_little_and_takes_half(model):
     shape, named = read_shape(model), numerics.named()
     exact, eight = (lost(model, how(model, name), ROWS) for name in ("gguf_f32", "gguf_f32_kv_q8_0"))

@@ -140,7 +140,11 @@ def walk(outputs, run: str, *more: str) -> None:
     worked("merge", fake_merge, *common)
 
 
-@helps("push.py", "make it from data that may be shared")
+@helps(
+    "push.py",
+    "make it from data that may be shared",
+    "where the mark is a mistake: data.private=false force=true, with the command that made the dataset",
+)
 def test_what_was_made_from_private_data_stays_here(hub, call, road, tmp_path):
     walk(road, "mine", "data.private=true")
     for name in ("data", "finetune", "merge"):
@@ -166,7 +170,11 @@ def test_a_mark_makes_nothing_anew_and_reaches_what_was_made_before(hub, call, r
         refused(call("push", road / run / "merge", "id=people/thing"), Withheld, "marked private", f"{run}/data")
     assert "up to date" in call("merge", "run=a", "dry_run=true").stderr, "the road stands as it was"
     assert "stays marked private" in call("data", *again).stderr
-    assert call("data", *again, "force=true").returncode == 0
+    done = call("data", *again, "force=true")
+    assert done.returncode == 0 and "stays marked private; data.private=false makes it without the mark" in done.stderr
+    refused(call("push", road / "a" / "merge", "id=people/thing"), Withheld, "marked private", "a/data")
+    done = call("data", *again, "data.private=false", "force=true")
+    assert done.returncode == 0 and "is so no more (data.private=false)" in done.stderr
     assert call("push", road / "a" / "merge", "id=people/thing").returncode == 0, "no mark was carried on while there was one"
 
 
@@ -193,7 +201,8 @@ def test_every_verb_that_reads_from_outside_can_mark(argv):
     verb, given = argv
     module = importlib.import_module(f"src.{verb}" if verb != "distill" else "src.distill.__main__")
     setting = "private=true" if verb in ("cpt", "pretrain") else "prompts.private=true"
-    assert not module.STAGE.private(composed(verb, given)) and module.STAGE.private(composed(verb, given, setting))
+    name, asked = module.STAGE.private
+    assert asked(composed(verb, given)) is None and asked(composed(verb, given, setting)) is True and name == setting.partition("=")[0]
 
 
 # ---- what else is refused

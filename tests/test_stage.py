@@ -221,7 +221,7 @@ def test_settings_alone_can_be_checked(call, road):
 # ---- inputs that are not there
 
 
-@helps("core/stage.py", "python -m src.{} {}")
+@helps("core/stage.py", "python -m src.{} {}", "python -m src.data {} data.path=YOURS")
 def test_the_command_that_a_missing_input_names_leads_to_it(call, road, tmp_path):
     """Each names the one before it, down to one that needs nothing; then each of them goes through."""
     usual = {"finetune": ["launch.nproc_per_node=1", f"model.path={road / 'inputs' / 'base'}"]}
@@ -229,12 +229,13 @@ def test_the_command_that_a_missing_input_names_leads_to_it(call, road, tmp_path
     while done.returncode == MissingInput.exit_code:
         verb, *argv = ways(done)[0].removeprefix("python -m src.").split()
         steps.append(verb)
-        assert argv == ["run=b", f"outputs={road}"]
+        assert argv == ["run=b", f"outputs={road}", *["data.path=YOURS"] * (verb == "data")]
+        argv = [word.replace("YOURS", str(road / "inputs" / "chats.json")) for word in argv]
         done = call(verb, *argv, *usual.get(verb, []), "dry_run=true")
     assert steps == ["quantize", "merge", "finetune", "data"] and done.returncode == 0
     assert call("data", *argv).returncode == 0
-    worked("finetune", fake_adapter, *argv, *usual["finetune"])
-    worked("merge", fake_merge, *argv)
+    worked("finetune", fake_adapter, *argv[:2], *usual["finetune"])
+    worked("merge", fake_merge, *argv[:2])
     assert call("quantize", "run=b", "dry_run=true").returncode == 0
 
 

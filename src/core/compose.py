@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import functools
 import itertools
@@ -18,6 +19,7 @@ from src import ROOT
 from src.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
@@ -229,7 +231,7 @@ def _parse(overrides: list[str], *, sweeping: bool = False) -> tuple[list[Overri
             faults.append(f"'{text}': not UTF-8 text, which a manifest could not name; give the file another name, or a link to it")
             continue
         try:
-            override = parser.parse_override(text)
+            override = _override(parser, text)
         except _hydra_error():
             if text.startswith("-"):
                 faults.append(f"'{text}': flags belong to the launchers in finetune/; settings are key=value, such as model.path=FOLDER")
@@ -241,6 +243,23 @@ def _parse(overrides: list[str], *, sweeping: bool = False) -> tuple[list[Overri
         else:
             parsed.append(override)
     return parsed, faults
+
+
+_PARTS = re.compile(r"(?<=[\[{,:])[^\[\]{}()',:]*[^\x00-\x7f][^\[\]{}()',:]*")
+"""what holds other letters than those of ASCII in a list or mapping, without quotes"""
+
+
+def _override(parser: OverridesParser, text: str) -> Override:
+    """Hydra's reading of a setting. Its grammar knows no letters but those of ASCII outside of quotes: what has others is quoted for it."""
+    try:
+        return parser.parse_override(text)
+    except _hydra_error():
+        key, _, value = text.partition("=")
+        if value.isascii() or "'" in value or '"' in value:
+            raise
+        whole = not value.startswith(("[", "{")) and "," not in value
+        quoted = f"'{value}'" if whole else _PARTS.sub(lambda part: f"'{part[0].strip()}'", value)
+        return dataclasses.replace(parser.parse_override(f"{key}={quoted}"), input_line=text)
 
 
 def verbs() -> list[str]:
@@ -318,7 +337,7 @@ def _fault(error: Mapping[str, Any], tree: dict[str, Any]) -> tuple[str, str]:
     """(setting as typed, what is wrong with it): one pydantic error in the words of a command line."""
     key = _typed(error["loc"], tree)
     if key == "run" and error["type"] == "string_pattern_mismatch":
-        return f"run={error['input']}: ", "a run's name is letters, digits, '.', '_' and '-', and begins with a letter or digit"
+        return f"run={error['input']}: ", "a run's name is a to z, A to Z, digits, '.', '_' and '-', and begins with a letter or digit"
     if error["type"] == "extra_forbidden":
         return "", f"unknown setting '{key}'"
     message = re.sub(

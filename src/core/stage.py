@@ -3,6 +3,7 @@
 A stage is a function `run(cfg, inputs, out) -> metrics`. It does not parse, choose folders, write manifests or know who runs next.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -60,10 +61,11 @@ class Run:
         others = (
             sorted(p.name for p in self.folder.parent.glob("*") if artifact.is_finished(p / name)) if self.folder.parent.is_dir() else []
         )
+        make = f"python -m src.data {self.overrides} data.path=YOURS" if verb == "data" else f"python -m src.{verb} {self.overrides}"
         raise MissingInput(
             f"run '{self.name}' has no finished '{name}'",
             where=str(self.folder / name),
-            fix=[f"python -m src.{verb} {self.overrides}"] + [f"run={other} has one" for other in others[:3]],
+            fix=[make, *(f"run={other} has one" for other in others[:3])],
         )
 
     @property
@@ -150,7 +152,8 @@ class Stage(Generic[V]):
         same key; without it partial folders are cleared.
     guards(partial) -> whether that work is so costly that one of another key is not cleared unless forced; as `resumes` unless given.
     judge(cfg, made): raises where a finished artifact does not keep to what the settings demand of it. It is kept, and judged again by each call.
-    private(cfg) -> whether what it reads is marked private, which push then refuses to share, with all that is made from it.
+    private: the setting that marks what it reads as private, which push then refuses to share, with all that is made from it: its name, and what reads it:
+        true, false (which takes a mark away) or None (as it is).
     early(cfg, run) -> the inputs that no other stage makes, checked before those are there; for launchers (--settings-only).
     """
 
@@ -170,7 +173,7 @@ class Stage(Generic[V]):
     resumes: Callable[[Path], bool] | None = None
     guards: Callable[[Path], bool] | None = None
     judge: Callable[[V, Artifact], None] | None = None
-    private: Callable[[V], bool] | None = None
+    private: tuple[str, Callable[[V], bool | None]] | None = None
     early: Callable[[V, Run], Inputs] | None = None
 
 
@@ -352,7 +355,8 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     if found.done:
         say(f"{name}: up to date, skipped (same settings, same parents; key {key[:12]})")
         if stage.private:
-            _mark(found.done, stage.private(cfg), run)
+            name, asked = stage.private
+            _mark(found.done, name, asked(cfg), run)
         return _judged(stage, cfg, found.done)
     plan = plan_of(stage, cfg, inputs, path)
     if cfg.dry_run:
@@ -369,6 +373,7 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     if rank() != 0:
         stage.run(cfg, inputs, path.with_name(f"{name}.partial"))
         return 0
+    private = _is_private(stage, cfg, inputs, path)
     draft = {"version": stage.version, "settings": settings, "parents": artifact.parent_records(inputs, path.parent)}
     with artifact.building(path, key, resumes=stage.resumes, draft=draft, force=cfg.force) as out:
         start = time.monotonic()
@@ -386,7 +391,7 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
             inputs=inputs,
             metrics=metrics,
             seconds=seconds,
-            private=_is_private(stage, cfg, inputs),
+            private=private,
         )
     done = artifact.open_artifact(path)
     tracking.finished(getattr(cfg, "tracker", {}), done, cfg.run, settings)
@@ -394,16 +399,29 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     return _judged(stage, cfg, done)
 
 
-def _is_private(stage: Stage[V], cfg: V, inputs: Inputs) -> bool:
-    """Whether what is made bears the mark itself: by its settings, or since it reads a file out of an artifact that does."""
-    return bool(stage.private and stage.private(cfg)) or any(artifact.private_in(a) for a in inputs.values() if a.manifest is None)
+def _is_private(stage: Stage[V], cfg: V, inputs: Inputs, path: Path) -> bool:
+    """Whether what is made at `path` bears the mark itself: by its settings, since it reads a file out of an artifact that does, or, where they do not say, as what
+    it replaces does. What becomes of a mark is said."""
+    if any(artifact.private_in(a) for a in inputs.values() if a.manifest is None):
+        return True
+    if not stage.private:
+        return False
+    name, asked = stage.private
+    wanted, marked = asked(cfg), False
+    with contextlib.suppress(UserError):  # a damaged one tells nothing
+        marked = artifact.is_finished(path) and bool((artifact.open_artifact(path).manifest or {}).get("private"))
+    if marked and wanted is None:
+        say(f"{path} stays marked private; {name}=false makes it without the mark")
+    if marked and wanted is False:
+        warn(f"{path} was marked private and is so no more ({name}=false); what carries the mark from it has to be made again")
+    return marked if wanted is None else wanted
 
 
-def _mark(done: Artifact, wanted: bool, run: Run) -> None:
+def _mark(done: Artifact, setting: str, wanted: bool | None, run: Run) -> None:
     """Give a finished artifact, and its like in every other run, the mark of what is private; say where one has it that the settings do not ask for."""
     assert done.manifest is not None
     if not wanted and done.manifest.get("private"):
-        say(f"{done.path} stays marked private; force=true makes it anew without the mark")
+        say(f"{done.path} stays marked private; {setting}=false force=true makes it anew without the mark")
     for path in sorted(run.folder.parent.glob(f"*/{done.path.name}")) if wanted else ():
         if (
             artifact.is_finished(path)

@@ -94,7 +94,7 @@ STAGE = stage.Stage(
     around=around,
     run=distill,
     doc=__doc__,
-    private=lambda cfg: cfg.prompts.private,
+    private=("prompts.private", lambda cfg: cfg.prompts.private),
 )
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ class Data(Settings):
     """records that say again what an earlier one does: none counts them; exact drops them; near: also those of which 70 % of three words in a row are alike"""
     unseen: Annotated[list[str], Field(exclude=True)]
     """evaluation sets, each a file, folder or glob: records of data.path that share 13 words in a row with one are dropped; []: none"""
-    private: Annotated[bool, Unkeyed]
-    """true: push shares neither the dataset nor what is made from it; marks one that is finished, too, and makes nothing anew"""
+    private: Annotated[bool | None, Unkeyed]
+    """true: push shares neither the dataset nor what is made from it; marks one that is finished, too, and makes nothing anew; false takes a mark away; null: as it is"""
     subset: Annotated[str | None, Unkeyed]
     """subset (config) of a data set on the hub, or of a folder laid out like one; null: its default"""
     hub_split: Annotated[str, Unkeyed]

@@ -112,8 +112,8 @@ class TextVerb(TrainingVerb):
     """text to learn: a file, folder, glob or hub id of .txt, or of records with a column `text`; tinystories: that set, from the hub"""
     separator: Annotated[str, Field(min_length=1)]
     """what parts the documents of a .txt: auto (<|endoftext|> where the file has it, else the file is one), blank_line, file, or the words themselves"""
-    private: Annotated[bool, Unkeyed]
-    """true: push shares nothing that is made from the text; marks what is finished, too, and makes nothing anew"""
+    private: Annotated[bool | None, Unkeyed]
+    """true: push shares nothing that is made from the text; marks what is finished, too, and makes nothing anew; false takes a mark away; null: as it is"""
     val: Fraction
     """share of documents held out for validation"""
     split_seed: int
@@ -281,8 +281,8 @@ class Budget(Settings):
 class Prompts(Settings):
     path: Annotated[str | None, Unkeyed]
     """file of prompts or conversations (JSON, JSON Lines or lines of text), or folder of text to ask about; null: none, for recipes that draw their own"""
-    private: Annotated[bool, Unkeyed]
-    """true: push shares nothing that is made from them; marks what is finished, too, and makes nothing anew"""
+    private: Annotated[bool | None, Unkeyed]
+    """true: push shares nothing that is made from them; marks what is finished, too, and makes nothing anew; false takes a mark away; null: as it is"""
     count: PositiveInt | None
     """rows to read at most; null: all"""
     on_fault: Literal["error", "drop"]
