@@ -196,8 +196,8 @@ def what_is_checked(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
                 *(["evaluation.prompts=null asks the data's own"] * bool(cfg.evaluation.prompts)),
             ],
         )
-    why = f": not half of {len(references)} prompts have one in the data that could be" if wanted == "auto" and references else ""
-    return f"checks no answers{why}"
+    few = f"fewer than half of {len(references)} prompts have an answer in the data that can be (a number, a choice, JSON, a call)"
+    return "does not score answers" + (f": {few}" if wanted == "auto" and references else "")
 
 
 def to_check(cfg: EvaluateVerb, inputs: dict[str, Artifact], records: list[dict]) -> tuple[checks.Check | None, list[checks.Reference]]:

@@ -251,7 +251,7 @@ def test_a_check_that_nothing_is_made_for(measured):
     refused(done, ConfigError, "none of the 0 prompts has an answer in the data to check by evaluation.check=choice")
     assert ways(done) == ["evaluation.check=auto takes what there is", "evaluation.prompts=null asks the data's own"]
     done, report = measured("evaluation.prompts=[Hi]", *typed(ways(done)[0]))
-    assert done.returncode == 0 and "checks no answers" in done.stderr and "task" not in report
+    assert done.returncode == 0 and "does not score answers" in done.stderr and "task" not in report
     done, report = measured("evaluation.check=number", *typed("evaluation.prompts=null"), "force=true")
     assert done.returncode == 0 and report["task_check"] == "number" and "parent_task" not in report
     assert "number: " in done.stderr

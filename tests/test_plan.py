@@ -775,8 +775,10 @@ def test_a_hub_id_is_found_as_finetune_finds_it(call, tmp_path, monkeypatch):
     assert done.returncode == 0 and done.stdout.startswith("does NOT fit ax650: 9.9 GB"), done.stderr
     table = call("plan", "model=Qwen/Qwen2.5-7B-Instruct", "gpu=[rtx4090,t4]", "dry_run=true").stdout
     assert table.splitlines()[2].startswith("Qwen2.5-7B-Instruct  rtx4090, lora")
-    refused(call("plan", "model=Qwen/nothing", "dry_run=true"), MissingInput, "the hub did not give a model of that name")
-    refused(call("plan", "model=Qwen/Qwen2.5-7B-Instruct", "revision=v9", "dry_run=true"), MissingInput, "the hub did not give")
+    done = call("plan", "model=Qwen/nothing", "dry_run=true")
+    refused(done, MissingInput, "no model of that name was downloaded before", "hf download Qwen/nothing")
+    assert "local_files_only" not in done.stderr
+    refused(call("plan", "model=Qwen/Qwen2.5-7B-Instruct", "revision=v9", "dry_run=true"), MissingInput, "was downloaded before")
     refused(call("plan", "model=a/b/c"), MissingInput, "hub id")
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter").mkdir()

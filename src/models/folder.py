@@ -74,21 +74,16 @@ def _from_hub(path: str, download: bool, get: Callable[[], str]) -> str:
 
     if not download:
         say(f"looks for {path} among the models downloaded before, since a dry run downloads nothing")
-    with _user_fault(
-        (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError),
-        f"no folder '{path}' here, and the hub did not give a model of that name",
-        path,
-        [f"hf download {path} fetches it, or says why it cannot", "give the folder of a model on this machine"],
-    ):
-        return get()
-
-
-@contextlib.contextmanager
-def _user_fault(errors, what: str, where: str, fix: list[str]):
+    ways = [f"hf download {path} fetches it, or says why it cannot", "give the folder of a model on this machine"]
     try:
-        yield
-    except errors as error:
-        raise MissingInput(f"{what}: {str(error).strip().splitlines()[0]}", where=where, fix=fix) from error
+        return get()
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not download:  # what the library says then is about its own arguments
+            raise MissingInput(f"no folder '{path}' here, and no model of that name was downloaded before", where=path, fix=ways) from error
+        said = str(error).strip().splitlines()[0]
+        raise MissingInput(
+            f"no folder '{path}' here, and the hub did not give a model of that name: {said}", where=path, fix=ways
+        ) from error
 
 
 def check_folder(path: Path, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> dict:
