@@ -141,6 +141,7 @@ def test_the_rate_follows_a_cosine_after_its_warm_up(tuned):
 def test_the_adapter_folder_is_complete_and_plain(tuned):
     base, adapter = tuned
     names = (
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "generation_config.json",

@@ -30,6 +30,12 @@ def loaded_by(code: str, *argv) -> tuple[subprocess.CompletedProcess, float]:
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.fixture(scope="module")
+def libraries() -> float:
+    """Processor seconds that what every verb composes and validates with takes to import, on this machine and now: a start-up is held against it."""
+    return loaded_by("import hydra, omegaconf, pydantic")[1]
+
+
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
@@ -125,18 +131,18 @@ def test_what_a_plan_needs_comes_without_torch():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_is_fast_and_says_every_setting(verb):
+def test_help_is_fast_and_says_every_setting(verb, libraries):
     done, seconds = loaded_by(WATCH, verb, "--help")
     print(f"{verb} --help: {seconds:.2f} s")
     assert done.returncode == 0 and "LOADED []" in done.stdout, done.stdout + done.stderr
-    assert seconds < 3
+    assert seconds < 10 * libraries
     assert f"python -m src.{verb}" in done.stdout
     if verb not in ("lineage", "completion"):
         assert "dry_run=false" in done.stdout and "???" not in done.stdout.replace("=???", "")
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
+def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path, libraries):
     a = finished / "a"
     argv = {
         "data": [f"data.path={finished / 'inputs' / 'chats.json'}", *FEW],
@@ -167,15 +173,32 @@ def test_a_plan_is_fast_and_makes_nothing(verb, finished, tmp_path):
         "completion": ["bash"],
         "lineage": [a / "deploy-llama2c"],
     }[verb]
-    common = [] if verb in ("lineage", "completion") else ["dry_run=true", *([] if verb in ("summary", "report", "runs") else ["run=new", f"outputs={tmp_path / 'outputs'}"])]
+    common = (
+        []
+        if verb in ("lineage", "completion")
+        else ["dry_run=true", *([] if verb in ("summary", "report", "runs") else ["run=new", f"outputs={tmp_path / 'outputs'}"])]
+    )
     done, seconds = loaded_by(WATCH, verb, *argv, *common)
     print(f"{verb} dry_run: {seconds:.2f} s")
     assert done.returncode == 0 and "LOADED []" in done.stdout, done.stdout + done.stderr
-    assert seconds < 3
+    assert seconds < 10 * libraries
     assert not (tmp_path / "outputs" / "new").exists()
     if verb == "plan":
         assert not (tmp_path / "plan.png").exists()
-    if verb not in ("plan", "summary", "lineage", "aux_files", "pipeline", "report", "runs", "doctor", "completion", "chat", "serve", "push"):
+    if verb not in (
+        "plan",
+        "summary",
+        "lineage",
+        "aux_files",
+        "pipeline",
+        "report",
+        "runs",
+        "doctor",
+        "completion",
+        "chat",
+        "serve",
+        "push",
+    ):
         assert f"{verb}: would make {tmp_path / 'outputs' / 'new'}" in done.stderr
 
 

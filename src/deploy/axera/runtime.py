@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from src import ROOT
+from src.core import card
 from src.core.files import hash_files, read_json
 from src.deploy.axera.compile import LAYER
 from src.deploy.vendor import whole
@@ -121,9 +122,10 @@ def write_server(out: Path) -> ModuleType:
 
 
 def write_sums(out: Path) -> None:
-    """SHA256SUMS, for a board without Python: sha256sum -c SHA256SUMS."""
+    """SHA256SUMS, for a board without Python: sha256sum -c SHA256SUMS. README.md is not in it: it gets its head when the bundle is sealed."""
     with whole(out / SUMS) as partial:
-        partial.write_text("".join(f"{entry['sha256']}  {name}\n" for name, entry in hash_files(out).items() if name != partial.name))
+        sums = {name: entry["sha256"] for name, entry in hash_files(out).items() if name not in (partial.name, card.NAME)}
+        partial.write_text("".join(f"{sum}  {name}\n" for name, sum in sums.items()))
 
 
 def expected_names(family: str, target: Axera, layers: int) -> tuple[list[str], str]:
