@@ -15,7 +15,7 @@ from src.core.log import progress, say, warn
 from src.core.room import Needs
 from src.models.folder import check_tokenizer, locate
 from src.records.conversations import Conversation, RecordLayout, Tally, read
-from src.records.held_out import SHARED, Doubles, EvaluationSets
+from src.records.held_out import SHARED, Doubles, EvaluationSets, strings
 from src.records.sources import kinds, opened
 from src.records.sources.found import found
 from src.records.splits import SPLITS, Splits, times
@@ -75,7 +75,8 @@ def data(cfg: DataVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     d, tally, held_out = cfg.data, Tally(), set()
     own_val = isinstance(d.val, str)
     doubles = Doubles(d.dedupe) if d.dedupe != "none" else None
-    unseen = EvaluationSets(file for role in inputs if role.startswith("unseen") for file in _records(inputs[role]))
+    sets = (file for role in inputs if role.startswith("unseen") for file in _records(inputs[role]))
+    unseen = EvaluationSets(text for file in sets for text in strings(file))
     splits = Splits(out, seed=d.split_seed, val=0 if isinstance(d.val, str) else d.val, calib=d.calib, exact=d.split == "exact")
     with open(out / "dropped.jsonl", "w", encoding="ascii") as tally.log:
         try:

@@ -245,7 +245,7 @@ def _parse(overrides: list[str], *, sweeping: bool = False) -> tuple[list[Overri
     return parsed, faults
 
 
-_PARTS = re.compile(r"(?<=[\[{,:])[^\[\]{}()',:]*[^\x00-\x7f][^\[\]{}()',:]*")
+_PARTS = re.compile(r"(?:^|(?<=[\[{,:]))[^\[\]{}()',:]*[^\x00-\x7f][^\[\]{}()',:]*")
 """what holds other letters than those of ASCII in a list or mapping, without quotes"""
 
 

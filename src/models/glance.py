@@ -16,8 +16,8 @@ from src.chat.rows import parts
 from src.chat.template import Unteachable
 from src.core.errors import BadData
 from src.core.log import mark, out, progress, say, shortened, table, warn
-from src.records.held_out import SHARED, SHORTEST, SIMILARITY, WORDS, said
-from src.records.near_duplicates import MinHashIndex, NgramOverlap
+from src.records.conversations import Conversation
+from src.records.held_out import NEAR, SAME, SHARED, SIMILARITY, WORDS, Doubles, EvaluationSets, said
 from src.records.splits import SPLITS
 
 LIMITS = (512, 1024, 2048, 4096, 8192)
@@ -40,18 +40,13 @@ def tell(folder: Path, tokenizer: Any) -> None:
     notes: Counter[str] = Counter()
     letters: Counter[str] = Counter()
     splits = {name: Split() for name in SPLITS}
-    twice, near, index = Counter[str](), 0, MinHashIndex(n=WORDS, permutations=128, similarity=SIMILARITY)
-    seen: set[int] = set()
-    shown = 0
+    doubles, again, shown = Doubles("near"), Counter[str](), 0
     for name, row in progress(_rows(folder), "rows"):
         split = splits[name]
         split.turns.append(len(row["messages"]))
         letters.update(_letters(row))
-        if (digest := hash(json.dumps(row["messages"], sort_keys=True))) in seen:
-            twice[name] += 1
-        elif index.near("\n".join(said(row["messages"]))) is not None:
-            near += 1
-        seen.add(digest)
+        if double := doubles.of(_record(row)):
+            again[double[0]] += 1
         try:
             taught = encoding.teach(tokenizer, row["messages"], row.get("tools"))
         except Unteachable:
@@ -74,7 +69,7 @@ def tell(folder: Path, tokenizer: Any) -> None:
     out("writing: " + ", ".join(f"{script} {share:.1%}" for script, share in _scripts(letters)))
     held = _overlap(folder)
     out(
-        f"the same twice: {sum(twice.values())}; nearly the same ({SIMILARITY:.0%} of {WORDS} words in a row alike): {near}; train rows that share {SHARED} words in a row with val: {held}"
+        f"the same twice: {again[SAME]}; nearly the same ({SIMILARITY:.0%} of {WORDS} words in a row alike): {again[NEAR]}; train rows that share {SHARED} words in a row with val: {held}"
     )
     if notes:
         for line in unseen.report(notes, "preview"):
@@ -148,8 +143,11 @@ def _print_limits(split: Split) -> None:
 
 
 def _overlap(folder: Path) -> int:
-    """Rows of train that have so many words in a row with one of val, system texts aside, which all may share."""
-    held = NgramOverlap(
-        (text for name, row in _rows(folder) if name == "val" for text in said(row["messages"])), n=SHARED, shortest=SHORTEST
-    )
-    return sum(any(held.shared(text) for text in said(row["messages"])) for name, row in _rows(folder) if name == "train")
+    """Rows of train that have so many words in a row with one of val."""
+    held = EvaluationSets(text for name, row in _rows(folder) if name == "val" for text in said(row["messages"]))
+    return sum(held.shared(_record(row)) is not None for name, row in _rows(folder) if name == "train")
+
+
+def _record(row: dict[str, Any]) -> Conversation:
+    tools = row.get("tools")
+    return Conversation(row["id"], tuple(row["messages"]), tuple(tools) if tools is not None else None)

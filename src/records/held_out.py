@@ -19,6 +19,7 @@ WORDS, SIMILARITY = 3, 0.7
 SHARED, SHORTEST = 13, 8
 """words in a row that no record shares with an evaluation set: GPT-3's (Brown et al. 2020, arXiv:2005.14165); a text of fewer counts whole from SHORTEST on"""
 QUOTED = 200
+SAME, NEAR = "a duplicate of an earlier record", "a near-duplicate of an earlier record"
 
 
 def said(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -46,20 +47,20 @@ class Doubles:
         """(reason, the earlier record's id) of a record; None, and it is remembered, where it says something new."""
         key = int(record.digest()[:16], 16)
         if key in self._same:
-            return "a duplicate of an earlier record", f"of {self._same[key]}"
+            return SAME, f"of {self._same[key]}"
         if self._index:
             if (number := self._index.near("\n".join(said(record.messages)))) is not None:
-                return "a near-duplicate of an earlier record", f"of {self._indexed[number]}"
+                return NEAR, f"of {self._indexed[number]}"
             self._indexed.append(record.id)
         self._same[key] = record.id
         return None
 
 
 class EvaluationSets:
-    """Text that no record may share with evaluation sets, files of any kind that records come in, every string of which counts."""
+    """Texts of evaluation sets, of which no record may share so many words in a row."""
 
-    def __init__(self, files: Iterable[kinds.File]):
-        self._known = NgramOverlap((text for file in files for text in strings(file)), n=SHARED, shortest=SHORTEST)
+    def __init__(self, texts: Iterable[str]):
+        self._known = NgramOverlap(texts, n=SHARED, shortest=SHORTEST)
 
     def shared(self, record: Conversation) -> str | None:
         """The first words in a row that a conversation shares with one of them; None where it shares none."""
