@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from src import ROOT
-from src.core import artifact, card, compose, stage
+from src.core import artifact, card, compose, private, stage
 from src.core.artifact import MANIFEST, REMADE, Artifact
 from src.core.card import HUB_NAME
 from src.core.descent import name_of
@@ -76,9 +76,9 @@ def find(path: Path) -> Artifact:
 
 def refuse_private(found: Artifact) -> None:
     """Raises Withheld where it is marked private, or something that it was made from."""
-    if private := artifact.private_in(found):
+    if marks := private.marked(found):
         raise Withheld(
-            "it was made from what is marked private:\n" + "\n".join(f"  {where}" for where in private.values()),
+            "it was made from what is marked private:\n" + "\n".join(f"  {where}" for where in marks.values()),
             where=str(found.path),
             fix=[
                 "make it from data that may be shared",

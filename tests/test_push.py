@@ -9,7 +9,7 @@ from conftest import FEW, fake_adapter, fake_merge, helps, refused, typed, ways,
 
 from src import data as data_verb
 from src import push
-from src.core import artifact
+from src.core import artifact, private
 from src.core.errors import ConfigError, MissingInput, NoAnswer, Tampered, Withheld, WrongKind
 
 
@@ -161,7 +161,7 @@ def test_a_mark_makes_nothing_anew_and_reaches_what_was_made_before(hub, call, r
     shutil.copytree(road / "a", road / "linked")
     again = ["run=a", *FEW, f"data.path={road / 'inputs' / 'chats.json'}"]
     done = call("data", *again, "data.private=true", "dry_run=true")
-    assert "would be marked private" in done.stderr and not artifact.private_in(artifact.open_artifact(road / "a" / "data"))
+    assert "would be marked private" in done.stderr and not private.marked(artifact.open_artifact(road / "a" / "data"))
     done = call("data", *again, "data.private=true")
     assert done.returncode == 0 and "up to date" in done.stderr and "marked private; nothing is made anew" in done.stderr
     assert {name: artifact.open_artifact(road / "a" / name).key for name in keys} == keys

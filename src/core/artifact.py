@@ -252,7 +252,7 @@ def seal(
 ) -> None:
     """Write manifest.json, the last file of an artifact, into the folder `out`.
 
-    private: whether it is marked private, see `private_in`. Raises ProofFailed where a figure of `metrics` is no number: what was measured makes no sense, and JSON has no word for it.
+    private: whether it is marked private, see private.py. Raises ProofFailed where a figure of `metrics` is no number: what was measured makes no sense, and JSON has no word for it.
     """
     if odd := next(_not_numbers(metrics), None):
         raise ProofFailed(
@@ -309,47 +309,6 @@ def parent_records(inputs: dict[str, Artifact], folder: Path) -> list[dict[str, 
         | ({"files": a.files} if a.manifest is None else {})
         for role, a in inputs.items()
     ]
-
-
-def private_in(a: Artifact) -> dict[str, str]:
-    """{key: where} of all that is marked private among this artifact and what it was made from.
-
-    Marks stand outside of keys, so that marking makes nothing anew. A manifest carries those that its ancestors had when it was written; those that an
-    ancestor got since are read where it still is. An outside file that lies in an artifact is of that artifact.
-    """
-    found: dict[str, str] = {}
-    _private_in(a, found, set())
-    return found
-
-
-def _private_in(a: Artifact, found: dict[str, str], seen: set[Path]) -> None:
-    if (place := a.path.resolve()) in seen:
-        return
-    seen.add(place)
-    if a.manifest is None:
-        for folder in filter(is_finished, (place, *place.parents)):
-            with contextlib.suppress(Tampered):  # another program's manifest.json
-                _private_in(open_artifact(folder), found, seen)
-        return
-    records = {**a.manifest["ancestors"], a.key: a.manifest}
-    places = {parent["key"]: parent["path"] for record in records.values() for parent in record["parents"]} | {a.key: str(a.path)}
-    for key, record in records.items():
-        if record.get("private"):
-            found[key] = f"{record['stage']} {places[key]}, key {key[:12]}"
-    for parent in a.manifest["parents"]:
-        path = a.path_of(parent)
-        if is_finished(path):
-            _private_in(open_artifact(path), found, seen)
-        elif "files" in parent:
-            _private_in(Artifact(path, parent["kind"], parent["key"], None, parent["files"]), found, seen)
-
-
-def mark_private(a: Artifact) -> None:
-    """Mark a finished artifact private: its manifest is written anew, and nothing else; its key stays."""
-    assert a.manifest is not None, "an outside input has no manifest to hold a mark"
-    manifest = {**a.manifest, "private": True}
-    manifest["seal"] = seal_of(manifest)
-    write_json(a.path / MANIFEST, manifest)
 
 
 def _relative(path: Path, start: Path) -> str:

@@ -3,7 +3,6 @@
 A stage is a function `run(cfg, inputs, out) -> metrics`. It does not parse, choose folders, write manifests or know who runs next.
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from src.core import artifact, card, compose, room, tracking
+from src.core import artifact, card, compose, private, room, tracking
 from src.core.artifact import Artifact
 from src.core.errors import NO_SPACE, BadData, ConfigError, GateFailed, MissingInput, Moved, NoRoom, UserError, WrongKind
 from src.core.files import HashCache, flatten
@@ -355,8 +354,8 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     if found.done:
         say(f"{name}: up to date, skipped (same settings, same parents; key {key[:12]})")
         if stage.private:
-            name, asked = stage.private
-            _mark(found.done, name, asked(cfg), run)
+            setting, asked = stage.private
+            private.settle(found.done, setting, asked(cfg), run.folder.parent, dry=run.dry)
         return _judged(stage, cfg, found.done)
     plan = plan_of(stage, cfg, inputs, path)
     if cfg.dry_run:
@@ -373,7 +372,8 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
     if rank() != 0:
         stage.run(cfg, inputs, path.with_name(f"{name}.partial"))
         return 0
-    private = _is_private(stage, cfg, inputs, path)
+    setting, asked = stage.private or ("", lambda _: None)
+    marked = private.is_to_be(path, inputs.values(), setting, asked(cfg))
     draft = {"version": stage.version, "settings": settings, "parents": artifact.parent_records(inputs, path.parent)}
     with artifact.building(path, key, resumes=stage.resumes, draft=draft, force=cfg.force) as out:
         start = time.monotonic()
@@ -391,46 +391,12 @@ def _one(stage: Stage[V], cfg: V, run: Run, argv: list[str]) -> int:
             inputs=inputs,
             metrics=metrics,
             seconds=seconds,
-            private=private,
+            private=marked,
         )
     done = artifact.open_artifact(path)
     tracking.finished(getattr(cfg, "tracker", {}), done, cfg.run, settings)
     say(f"{name}: done in {duration(seconds)}, {size(sum(f['size'] for f in done.files.values()))} in {path}")
     return _judged(stage, cfg, done)
-
-
-def _is_private(stage: Stage[V], cfg: V, inputs: Inputs, path: Path) -> bool:
-    """Whether what is made at `path` bears the mark itself: by its settings, since it reads a file out of an artifact that does, or, where they do not say, as what
-    it replaces does. What becomes of a mark is said."""
-    if any(artifact.private_in(a) for a in inputs.values() if a.manifest is None):
-        return True
-    if not stage.private:
-        return False
-    name, asked = stage.private
-    wanted, marked = asked(cfg), False
-    with contextlib.suppress(UserError):  # a damaged one tells nothing
-        marked = artifact.is_finished(path) and bool((artifact.open_artifact(path).manifest or {}).get("private"))
-    if marked and wanted is None:
-        say(f"{path} stays marked private; {name}=false makes it without the mark")
-    if marked and wanted is False:
-        warn(f"{path} was marked private and is so no more ({name}=false); what carries the mark from it has to be made again")
-    return marked if wanted is None else wanted
-
-
-def _mark(done: Artifact, setting: str, wanted: bool | None, run: Run) -> None:
-    """Give a finished artifact, and its like in every other run, the mark of what is private; say where one has it that the settings do not ask for."""
-    assert done.manifest is not None
-    if not wanted and done.manifest.get("private"):
-        say(f"{done.path} stays marked private; {setting}=false force=true makes it anew without the mark")
-    for path in sorted(run.folder.parent.glob(f"*/{done.path.name}")) if wanted else ():
-        if (
-            artifact.is_finished(path)
-            and (same := artifact.open_artifact(path)).key == done.key
-            and not (same.manifest or {}).get("private")
-        ):
-            say(f"{path}: {'would be ' * run.dry}marked private; nothing is made anew")
-            if not run.dry:
-                artifact.mark_private(same)
 
 
 def _judged(stage: Stage[V], cfg: V, made: Artifact) -> int:
