@@ -1,6 +1,7 @@
 """llama.cpp on the weights of a Hugging Face Llama, for benchmarks/llama2c.py, in an environment of its own (pip install xllamacpp gguf safetensors numpy).
 
-llama_cpp.py gguf FOLDER F32|Q8_0|Q4_0 FILE writes the model; llama_cpp.py run FILE TOKENS THREADS [PROMPT] has it write so many tokens, after a prompt of so many.
+llama_cpp.py gguf FOLDER F32|Q8_0|Q4_0 FILE writes the model; llama_cpp.py run FILE TOKENS THREADS [PROMPT] has it write so many tokens, after a prompt of so many, and prints
+its own figures.
 """
 
 import json
@@ -62,7 +63,8 @@ def run(path: Path, tokens: int, threads: int, prompt: int = 1) -> None:
     answer = server.handle_completions(wanted)
     answer = answer if isinstance(answer, dict) else json.loads(answer)
     timings = answer.get("timings") or {}
-    print(json.dumps({"tokens": timings.get("predicted_n"), "prompt": timings.get("prompt_n")}), flush=True)
+    told = {"tokens": "predicted_n", "prompt": "prompt_n", "tokens_per_second": "predicted_per_second", "prompt_tokens_per_second": "prompt_per_second"}
+    print(json.dumps({name: timings.get(theirs) for name, theirs in told.items()}), flush=True)
 
 
 if __name__ == "__main__":

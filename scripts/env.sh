@@ -51,6 +51,19 @@ unlocked() {
   fi
 }
 
+# Says of pip's lines how far it is, on a line of its own that is written over on a terminal. $1: packages that it will take, about.
+progress_of_pip() {
+  local line count=0 end='\n' every=25 clear=
+  [ -t 2 ] && end='\r' every=1 clear='\033[K'
+  while IFS= read -r line; do
+    case $line in
+      Collecting\ *) count=$((count + 1)) && [ $((count % every)) != 0 ] || printf "  fetching %d of about %d: %s$clear$end" "$count" "$1" "$(cut -d' ' -f2 <<<"$line")" >&2 ;;
+      Installing\ collected*) printf "  installing %d packages$clear$end" "$count" >&2 ;;
+      Successfully\ installed*) printf "  installed %d packages$clear\n" "$count" >&2 ;;
+    esac
+  done
+}
+
 make_env() {
   local want base lock why from stamp=$root/.venv/requirements.sha256
   want=$(cd "$root" && cat requirements.txt requirements.lock requirements.cpu.lock requirements.cuda.lock | sha256sum | cut -d' ' -f1)
@@ -67,7 +80,8 @@ make_env() {
     # A lock is whole: left to resolve, pip takes a newer release than the one locked for a package with extras, and stops.
     from=(--require-hashes --no-deps -r "$root/requirements.lock" -r "$root/$lock")
   fi
-  "$python" -m pip install -qq --disable-pip-version-check --no-input "${from[@]}" || return 7
+  (set -o pipefail && "$python" -m pip install --disable-pip-version-check --no-input "${from[@]}" |
+    progress_of_pip "$(pins "$root/requirements.lock" "$root/$lock" | wc -l)") || return 7
   echo "$want" >"$stamp"
 }
 
