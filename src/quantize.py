@@ -147,7 +147,9 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
             where=str(source),
         )
     bits = mixture(cfg, found[0], rows.chats, scratch)
-    losses = quantizing.quantize(found[0], rows.ids, settings_of(cfg, bits), scratch / "layers")
+    how = settings_of(cfg, bits)
+    head = how(found[0].own_head) if bits and found[0].own_head in bits else None
+    losses = quantizing.quantize(found[0], rows.ids, how, scratch / "layers", head)
     del found
     give_back_memory()  # of the Hessians, before the source is asked
     quantized_folder.write(source, scratch / "layers", out)
@@ -178,7 +180,7 @@ def mixture(cfg: QuantizeVerb, model, chats: list[encoding.Encoded], scratch: Pa
         hidden.mkdir()
         tokens, rows = SENSITIVE
         some = fidelity.within(chats[:: max(1, len(chats) // rows)][:rows], cfg.calibration.max_length, tokens)
-        parts = sensitivity.measure(model, some, q.widths, q.group_size, hidden)
+        parts = sensitivity.measure(model, some, q.widths, q.group_size, hidden, head=with_head(q, model))
         write_json(file, sensitivity.bits_of(parts, q.bits_per_weight, q.group_size))
         told = sorted(parts, key=lambda part: -part.kl[4])
         say(
@@ -188,6 +190,17 @@ def mixture(cfg: QuantizeVerb, model, chats: list[encoding.Encoded], scratch: Pa
     bits = read_json(file)
     say(f"quantize: {sum(width == 8 for width in bits.values())} of {len(bits)} matrices are int8")
     return bits
+
+
+def with_head(q: MixedQuantizer, model) -> bool:
+    """Whether the output layer is quantized too."""
+    if not q.output_layer:
+        return False
+    rows, pack = model.model.get_output_embeddings().weight.shape[0], budget.filling(min(q.widths))
+    why = "it is the embedding too" if model.own_head is None else f"int4 packs by {pack}, and it has {rows:,} rows" if rows % pack else ""
+    if why:
+        say(f"quantize: the output layer stays as it is stored: {why}")
+    return not why
 
 
 def settings_of(cfg: QuantizeVerb, bits: dict[str, int] | None):
@@ -259,7 +272,7 @@ def better_than(q: AnyQuantizer) -> list[str]:
 
 def needs(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> Needs:
     split = host.conversations(inputs["dataset"].path / "calib.jsonl")
-    return host.quantize(read_shape(inputs["model"].path), cfg.calibration, split, exact=exact_sum.ROLES["adapter"] in inputs)
+    return host.quantize(read_shape(inputs["model"].path), cfg.quantizer, cfg.calibration, split, exact=exact_sum.ROLES["adapter"] in inputs)
 
 
 STAGE = stage.Stage(

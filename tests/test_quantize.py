@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import go, helps
+from conftest import go, helps, untied
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -438,6 +438,36 @@ def test_what_it_loses_is_between_that_of_its_two_widths(mixed, here):
         kl[name] = artifact.open_artifact(here / f"of-{name}" / "quantize").metrics["kl"]
     print(kl)
     assert kl["gptq_int8"] < kl["mixed"] < kl["gptq_int4"] < kl["gptq_int3"] < kl["rtn_int3"]
+
+
+def test_an_output_layer_of_its_own_gets_its_bits_and_gptqmodel_reads_it(here):
+    source = untied(TINY, here / "untied")
+    argv = [f"outputs={here}", f"source={source}", f"dataset={here / 'q' / 'data'}", "calibration.rows=16", "quantizer=mixed", "quantizer.group_size=32"]
+    assert go(quantize, *argv, "run=head", "quantizer.bits_per_weight=4.7") == 0
+    made = artifact.open_artifact(here / "head" / "quantize")
+    stored = [each for each in gptq.matrices(safetensors_io.entries(made.path)).values() if isinstance(each, gptq.Stored)]
+    weights = sum(each.shape[0] * each.shape[1] for each in stored)
+    assert "lm_head.weight" in {each.name for each in stored}
+    assert sum(each.shape[0] * each.shape[1] * bits_with_scale(each.form.bits, 32) for each in stored) <= 4.7 * weights
+    assert json.loads((made.path / "config.json").read_text())["quantization_config"]["lm_head"] is True
+    theirs, ours = loading.load_with_kernels(made.path, torch.float32), loading.load_any(made, dtype="held")[0]
+    assert hasattr(theirs.lm_head, "qweight")
+    ids = torch.tensor([ROWS[0].input_ids])
+    with torch.no_grad():
+        one, other = (model(ids).logits.float() for model in (theirs, ours))
+    assert (one - other).norm() < 0.02 * other.norm() and apart_from_kernels(made) < 5e-3
+
+
+def test_an_output_layer_that_cannot_be_quantized_stays_and_that_is_said(here, capsys):
+    q = compose("quantize", ["quantizer=mixed"], QuantizeVerb).quantizer
+    model = by_layer.need(artifact.open_any(mixed_source(here)))
+    capsys.readouterr()
+    assert not quantize.with_head(q, model) and "stays as it is stored: it is the embedding too" in capsys.readouterr().err
+    odd = by_layer.need(artifact.open_any(untied(TINY, here / "odd")))
+    assert quantize.with_head(q, odd) and not capsys.readouterr().err
+    odd.model.get_output_embeddings().weight = torch.nn.Parameter(torch.empty(1001, 8))
+    assert not quantize.with_head(q, odd) and "int4 packs by 8, and it has 1,001 rows" in capsys.readouterr().err
+    assert not quantize.with_head(q.model_copy(update={"output_layer": False}), odd) and not capsys.readouterr().err
 
 
 @helps("models/fidelity.py", "{} if you accept it")

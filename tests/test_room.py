@@ -11,9 +11,11 @@ from conftest import CHAT, FEW, ROOT, helps, in_process, refused, typed, ways
 from test_structure import loaded_by
 
 from src.core import memory, room
+from src.core.compose import compose
 from src.core.errors import NoMemory, NoRoom, WrongKind
 from src.core.room import Needs, Room
 from src.settings.quantizers import Calibration
+from src.settings.verbs import QuantizeVerb
 from src.sizing import host
 from src.sizing.config_reader import read_shape
 
@@ -191,7 +193,7 @@ def test_each_way_out_that_is_printed_is_one(verb, given, call, command, machine
 
 def test_a_disk_too_small_for_the_exact_sum():
     needs = host.quantize(
-        read_shape(CHAT), Calibration(rows=64, max_length=512, seed=0, text=None, text_share=0.25), host.Conversations(64, 100), exact=True
+        read_shape(CHAT), compose("quantize", [], QuantizeVerb).quantizer, Calibration(rows=64, max_length=512, seed=0, text=None, text_share=0.25), host.Conversations(64, 100), exact=True
     )
     with pytest.raises(NoRoom) as error:
         room.check(needs, Room(GB, 0, int(needs.disk) - 1, ROOT))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import go
+from conftest import go, untied
 
 from src import data
 from src.chat import encoding
@@ -32,8 +32,8 @@ def rows(tmp_path_factory):
     return [row for _, row in rows_of(records, tokenizer, "rows")]
 
 
-def rounded_alone(found, part: Part, bits: int, rows, before) -> float:
-    stored = safetensors_io.entries(TINY)
+def rounded_alone(found, part: Part, bits: int, rows, before, source: Path = TINY) -> float:
+    stored = safetensors_io.entries(source)
 
     def tensor(name: str) -> torch.Tensor:
         weight = safetensors_io.load_wide(stored[name])
@@ -62,6 +62,17 @@ def test_what_a_part_loses_is_told_from_one_pass_back(rows, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_layer_of_its_own_is_a_part_too(rows, tmp_path):
+    start = artifact.open_any(untied(TINY, tmp_path / "untied"))
+    before = seen.observe(seen.by_layer(by_layer.need(start), "before"), rows)
+    (tmp_path / "hidden").mkdir()
+    *_, part = sensitivity.measure(by_layer.need(start), rows, (4, 8), 32, tmp_path / "hidden", head=True)
+    assert part.names == ("lm_head",) and part.weights == safetensors_io.entries(TINY)["model.embed_tokens.weight"].size // 4
+    found = rounded_alone(by_layer.need(start), part, 4, rows, before, start.path)
+    print(part.kl, found)
+    assert abs(np.log2(part.kl[4] / found)) < 1 and part.kl[8] < part.kl[4] / 30
+
+
 def test_the_parts_that_gain_most_for_their_size_are_wider_as_far_as_the_size_goes():
     parts = [Part((f"l.{i}.a", f"l.{i}.b"), 100 * (i + 1), {4: kl, 8: kl / 200}) for i, kl in enumerate((1.0, 8.0, 3.0, 0.1))]
     for size in (4.2, 4.5, 5.5, 7, 9):
@@ -75,7 +86,7 @@ def test_the_parts_that_gain_most_for_their_size_are_wider_as_far_as_the_size_go
 def test_rules_name_the_wide_matrices_and_what_vllm_fuses_them_into():
     import re
 
-    bits = {f"model.layers.{n}.self_attn.{m}_proj": 8 if n in (1, 11) else 4 for n in (0, 1, 11) for m in "qkvo"}
+    bits = {f"model.layers.{n}.self_attn.{m}_proj": 8 if n in (1, 11) else 4 for n in (0, 1, 11) for m in "qkvo"} | {"lm_head": 8}
     found = rules(bits)
 
     def width(name: str) -> int:

@@ -133,6 +133,12 @@ class ByLayer:
         """(name in the folder, without ".weight"; module) of a layer's modules that have a weight."""
         return [(p.full.removesuffix(".weight"), p.module) for p in self.places.tensors[number] if p.name == "weight"]
 
+    @property
+    def own_head(self) -> str | None:
+        """Name in the folder, without ".weight", of an output layer that is not the embedding too; None where it is."""
+        tables, heads = ([place.full for place in self.places.tensors.get(what, ()) if place.name == "weight"] for what in ("embedding", "head"))
+        return heads[0].removesuffix(".weight") if heads and heads != tables else None
+
     def take(self, tensor: Callable[[str], torch.Tensor]) -> None:
         """From here on every weight is what `tensor` gives for its name in the folder, read anew each time; those held all along are replaced once."""
         tensors = {
@@ -207,6 +213,20 @@ class ByLayer:
 
         with self._layers_as(give):
             return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
+
+    def into_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output layer is given of the last layer's hidden states, (tokens, width): fp32 of the same shape."""
+        found: list[torch.Tensor] = []
+
+        def note(module, given) -> None:
+            found.append(given[0][0])
+            raise Reached
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(note)
+        with contextlib.suppress(Reached):
+            self.logits(hidden)
+        hook.remove()
+        return found[0]
 
     def run(self, rows: list[list[int]], what: str) -> list[torch.Tensor]:
         """The last layer's hidden states of each row of token ids, fp32 (tokens, width). what: told with the progress."""

@@ -118,6 +118,15 @@ class Quantized:
     weight: torch.Tensor
     loss: float
 
+    def without_weight(self) -> "Quantized":
+        return Quantized(self.tensors, torch.empty(0), self.loss)
+
+    @classmethod
+    def joined(cls, parts: list["Quantized"]) -> "Quantized":
+        """Of outputs that were quantized apart, with one order of inputs; their weight is left out."""
+        tensors = {name: torch.cat([part.tensors[name] for part in parts], dim=1) for name in ("qweight", "scales", "qzeros")}
+        return cls(tensors | {"g_idx": parts[0].tensors["g_idx"]}, torch.empty(0), sum(part.loss for part in parts))
+
     def part(self, begin: int, end: int, bits: int) -> dict[str, torch.Tensor]:
         """The tensors of some of the outputs, which are whole words."""
         cut = {"qweight": (begin, end), "scales": (begin, end), "qzeros": (begin * bits // 32, end * bits // 32)}
@@ -278,4 +287,9 @@ def widen(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _widened(values, scales, g_idx, half: int) -> torch.Tensor:
-    return (values.float() - half).mul_(scales.float()[g_idx.long()]).T.contiguous()
+    """fp32 (out, in), some of the outputs at a time."""
+    wide, group = torch.empty(values.shape[::-1], device=values.device), g_idx.long()
+    for at in range(0, len(wide), ROWS):
+        some = slice(at, at + ROWS)
+        wide[some] = (values[:, some].float() - half).mul_(scales[:, some].float()[group]).T
+    return wide

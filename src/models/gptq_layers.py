@@ -62,16 +62,7 @@ def _quantize_group(
     """The same of matrices that share an input; uses their Hessian up."""
     names = {module: name for name, module in model.names(number)}
     own = how(names[group[0]])
-    hessian.close()
-    if not hessian.tokens:
-        warn(f"no calibration row reaches {names[group[0]]}: its weights are rounded to the nearest")
-        hessian.sum.fill_diagonal_(1)
-    ever = hessian.sum.diagonal() != 0
-    try:
-        order = hessian.order(own)
-        factor = hessian.factor(order, own.damp)
-    except gptq.NotPositive:
-        raise ProofFailed(f"what comes into {names[group[0]]} on the calibration rows is no number, or nothing that GPTQ can use") from None
+    order, factor, ever = _factored(names[group[0]], hessian, own)
     made = gptq.quantize(torch.cat([outputs_first(module) for module in group]), order, factor, ever, own)
     tensors: dict[str, torch.Tensor] = {}
     at = 0
@@ -81,6 +72,34 @@ def _quantize_group(
         outputs_first(module).copy_(made.weight[at : at + outputs])
         at += outputs
     return tensors, made.loss / max(hessian.tokens, 1)
+
+
+def quantize_head(model: ByLayer, passes: list[Pass], own: gptq.Settings) -> tuple[dict[str, torch.Tensor], float]:
+    """({name: tensor} of the output layer, its loss per token). The output layer has to be held, and the passes to be through the last layer."""
+    assert (name := model.own_head) is not None
+    weight = model.model.get_output_embeddings().weight.data
+    hessian = gptq.Hessian(weight.shape[1], model.device)
+    for each in passes:
+        hessian.add(model.into_head(flat(each.hidden, each)))
+    order, factor, ever = _factored(name, hessian, own)
+    # Some of the outputs at a time: a vocabulary's fp32 weights would be more than a layer's.
+    parts = [gptq.quantize(some.float(), order, factor, ever, own).without_weight() for some in weight.split(gptq.ROWS)]
+    made = gptq.Quantized.joined(parts)
+    return {f"{name}.{suffix}": t for suffix, t in made.part(0, len(weight), own.bits).items()}, made.loss / max(hessian.tokens, 1)
+
+
+def _factored(name: str, hessian: gptq.Hessian, own: gptq.Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(order, factor, which inputs were ever not zero) of what came into the matrix `name`; uses the Hessian up."""
+    hessian.close()
+    if not hessian.tokens:
+        warn(f"no calibration row reaches {name}: its weights are rounded to the nearest")
+        hessian.sum.fill_diagonal_(1)
+    ever = hessian.sum.diagonal() != 0
+    try:
+        order = hessian.order(own)
+        return order, hessian.factor(order, own.damp), ever
+    except gptq.NotPositive:
+        raise ProofFailed(f"what comes into {name} on the calibration rows is no number, or nothing that GPTQ can use") from None
 
 
 def _add_inputs(model: ByLayer, number: int, module: nn.Module, each: Pass, hessian: gptq.Hessian) -> None:

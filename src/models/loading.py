@@ -65,7 +65,7 @@ def load_model(
         dtype = held.dtype_of(path)
     if gptq:
         prepare_gptq()
-    if gptq and config["quantization_config"].get("dynamic"):  # widths that transformers does not know
+    if gptq and beyond_transformers(config["quantization_config"]):
         with using("the model", path), silenced():
             model = load_with_kernels(path, dtype, "cuda" if device_map else "cpu")
         check_special_ids(path, model)
@@ -101,12 +101,11 @@ def load_model(
 
 
 def load_with_kernels(path: Path, dtype, device: str = "cpu"):
-    """A quantized folder with its own kernels: by transformers, or, where GPTQ gave it more than one width, which transformers does not know, by
-    gptqmodel."""
+    """A quantized folder with its own kernels: by transformers, or by gptqmodel."""
     quantized = read_json(path / "config.json")["quantization_config"]
     if quantized["quant_method"] in ("gptq", "awq"):
         prepare_gptq()
-    if not quantized.get("dynamic"):
+    if not beyond_transformers(quantized):
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(
@@ -124,6 +123,11 @@ def load_with_kernels(path: Path, dtype, device: str = "cpu"):
             return model.float() if wide else model
         finally:
             tempfile.tempdir = before
+
+
+def beyond_transformers(block: dict) -> bool:
+    """Whether a folder that GPTQ made has what transformers does not read: more than one width, or an output layer that is quantized too."""
+    return bool(block.get("dynamic") or block.get("lm_head"))
 
 
 MISMATCH = "take config.json and weights of one and the same model, with its names for the tensors"

@@ -43,11 +43,12 @@ OTHER = 0.1
 """share of a layer's weights that may be in no linear layer"""
 
 
-def quantize(model: ByLayer, rows: list[list[int]], how: How, folder: Path) -> list[float]:
+def quantize(model: ByLayer, rows: list[list[int]], how: How, folder: Path, head: gptq.Settings | None = None) -> list[float]:
     """Quantize every linear layer inside the model's layers; the tensors of layer N go into layer-N.safetensors in `folder`.
 
-    rows: token ids to calibrate on, which rounding to the nearest needs none of. Returns the loss of each group of matrices, per token. Raises WrongKind
-    for layers that are mostly something else, ProofFailed where the rows' activations are no numbers.
+    rows: token ids to calibrate on, which rounding to the nearest needs none of. head: how an output layer of its own is quantized, into
+    layer-head.safetensors; None: it is not. Returns the loss of each group of matrices, per token. Raises WrongKind for layers that are mostly something
+    else, ProofFailed where the rows' activations are no numbers.
     """
     folder.mkdir(exist_ok=True)
     with model.held("embedding"):
@@ -59,11 +60,24 @@ def quantize(model: ByLayer, rows: list[list[int]], how: How, folder: Path) -> l
             left = passes
             if not file.is_file():
                 tensors, found, left = _quantize_layer(model, number, passes, how)
-                save_file(tensors, partial := file.with_suffix(".partial"), {"losses": " ".join(map(repr, found))})
-                partial.rename(file)
+                _keep(tensors, found, file)
             losses += _take(model, number, file)
             model.through(number, left)
-    return losses
+    if head and not (file := folder / "layer-head.safetensors").is_file():
+        with model.held("head"), torch.no_grad():
+            tensors, loss = gptq_layers.quantize_head(model, passes, head)
+        _keep(tensors, [loss], file)
+    return losses + (_losses(file) if head else [])
+
+
+def _keep(tensors: dict[str, torch.Tensor], losses: list[float], file: Path) -> None:
+    save_file(tensors, partial := file.with_suffix(".partial"), {"losses": " ".join(map(repr, losses))})
+    partial.rename(file)
+
+
+def _losses(file: Path) -> list[float]:
+    with safetensors_io.opened(file) as stored:
+        return [float(text) for text in stored.metadata()["losses"].split()]
 
 
 def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: How) -> tuple[dict[str, torch.Tensor], list[float], list[Pass]]:
@@ -95,8 +109,7 @@ def _take(model: ByLayer, number: int, file: Path) -> list[float]:
         if found := stored.get(place.full):
             into = outputs_first(place.module) if place.name == "weight" else place.module.get_parameter(place.name)
             into.data.copy_(safetensors_io.load(found) if isinstance(found, safetensors_io.Entry) else found())
-    with safetensors_io.opened(file) as stored:
-        return [float(text) for text in stored.metadata()["losses"].split()]
+    return _losses(file)
 
 
 def _is_of(name: str, layer: nn.Module) -> bool:
@@ -163,6 +176,10 @@ def compare(model: ByLayer, start: Path, source: Path, layers: Path, out: Path, 
                     _hold_alike(name, matrix.form.round(weight).weight, outputs_first(module), out)
                 elif module in inputs:
                     _hold(name, _scaled(weight, name, scaled), outputs_first(module), inputs[module], matrix.form, out)
+    if (name := model.own_head) and isinstance(matrix := made.get(f"{name}.weight"), packed.Packed):
+        with model.held("head"):
+            weight, rounded = safetensors_io.load(exact[f"{name}.weight"]), model.model.get_output_embeddings().weight.data
+            _hold(name, weight, rounded, model.into_head(flat(each.hidden, each)), matrix.form, out)
 
 
 def _as_made(name: str, source: dict, scaled: dict, found: safetensors_io.Entry) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,11 +211,14 @@ def _hold(
     name: str, weight: torch.Tensor, rounded: torch.Tensor, inputs: torch.Tensor, form: gptq.Nearest | awq.Settings, out: Path
 ) -> None:
     """Raises ProofFailed where outputs are further from what they were on `inputs`, (tokens, in), than rounding to the nearest takes them."""
-    nearest = form.round(weight).weight
-    moved, explained = ((inputs @ (each - weight).T).norm(dim=0) for each in (rounded, nearest))
+    found = []
+    for was, became in zip(weight.split(gptq.ROWS), rounded.split(gptq.ROWS)):
+        was = was.float()
+        found.append(torch.stack([(inputs @ each.T).norm(dim=0) for each in (became - was, form.round(was).weight - was, was)]))
+    moved, explained, said = torch.cat(found, dim=1)
     whole = float(moved.norm() / explained.norm())
     times = moved / explained.clamp_(min=explained.mean() / 10)
-    times[moved < (inputs @ weight.T).norm(dim=0) / 2] = 0
+    times[moved < said / 2] = 0
     if not (whole <= OUTLIER and float(times.max()) <= OUTLIER_OUTPUT):
         what, far = (name, whole) if not whole <= OUTLIER else (f"output {int(times.argmax())} of {name}", float(times.max()))
         raise ProofFailed(
@@ -245,8 +265,15 @@ def check_first_layer(start: Artifact, out: Path, scratch: Path) -> None:
             there = theirs.get_submodule(f"{model.places.name}.0")(each.hidden, *args, **kwargs)
         with model.held(0):
             here = model.call(0, each)
-    there = there[0] if isinstance(there, tuple) else there
-    error = float((here - there).norm() / (here - each.hidden).norm())
+        there = there[0] if isinstance(there, tuple) else there
+        error = float((here - there).norm() / (here - each.hidden).norm())
+        if block.get("lm_head"):
+            given = model.into_head(here[0])
+            with model.held("head"):
+                ours = given @ model.model.get_output_embeddings().weight[:VOCABULARY].T
+            with silenced():
+                said = theirs.get_submodule(model.own_head)(given)
+            error = max(error, float((ours - said).norm() / ours.norm()))
     if not error < (5e-2 if block.get("load_in_8bit") else 2e-2):  # int8 kernels round what comes in too
         raise ProofFailed(f"its kernels make of the first layer something else than it holds: {error:.1%} of what it adds", where=str(out))
 
@@ -263,9 +290,15 @@ def write_first_layer(model: ByLayer, out: Path, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="0").save_pretrained(folder)
     later = re.compile(rf"(^|\.){re.escape(model.places.name.rpartition('.')[2])}\.[1-9]\d*\.")
     ends = {place.full for what in ("embedding", "head") for place in model.places.tensors.get(what, ())}
-    kept = {}
-    for name, entry in safetensors_io.entries(out).items():
-        if not later.search(name):
-            table = any(name == end or end.endswith(f".{name}") for end in ends)
-            kept[name] = replace(entry, shape=(VOCABULARY, *entry.shape[1:])) if table else entry
-    safetensors_io.write(folder, list(kept.values()), kept.__getitem__, safetensors_io.parse_size("5GB"))
+    kept, cut, stored = {}, {}, safetensors_io.entries(out)
+    for name, entry in stored.items():
+        module, _, suffix = name.rpartition(".")
+        if later.search(name):
+            continue
+        if any(name == end or end.endswith(f".{name}") for end in ends):
+            entry = replace(entry, shape=(VOCABULARY, *entry.shape[1:]))
+        elif f"{module}.weight" in ends and suffix in ("qweight", "scales", "qzeros"):  # outputs last, of zero points several to a word
+            columns = VOCABULARY * entry.shape[1] // stored[f"{module}.scales"].shape[1]
+            entry, cut[name] = replace(entry, shape=(entry.shape[0], columns)), safetensors_io.load(entry)[:, :columns].contiguous()
+        kept[name] = entry
+    safetensors_io.write(folder, list(kept.values()), lambda name: cut.get(name, kept[name]), safetensors_io.parse_size("5GB"))

@@ -27,7 +27,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Part:
-    """Matrices of a layer that have one input, so that engines that fuse them find one width. names: in the folder, without ".weight". kl: nats a trained
+    """Matrices of a layer that have one input, so that engines that fuse them find one width; or the output layer. names: in the folder, without ".weight". kl: nats a trained
     token by bits."""
 
     names: tuple[str, ...]
@@ -35,8 +35,9 @@ class Part:
     kl: dict[int, float]
 
 
-def measure(model: ByLayer, rows: list[Encoded], widths: tuple[int, ...], group: int, scratch: Path) -> list[Part]:
-    """Of every part inside the model's layers, rounded to the nearest in each of the widths. scratch: an empty folder, for hidden states."""
+def measure(model: ByLayer, rows: list[Encoded], widths: tuple[int, ...], group: int, scratch: Path, *, head: bool = False) -> list[Part]:
+    """Of every part inside the model's layers, rounded to the nearest in each of the widths; with `head` also of an output layer of its own, the last part.
+    scratch: an empty folder, for hidden states."""
     groups = list(model.batches([row.input_ids for row in rows]))
     with model.held("embedding"):
         passes = [model.start([rows[i].input_ids for i in each]) for each in groups]
@@ -45,10 +46,14 @@ def measure(model: ByLayer, rows: list[Encoded], widths: tuple[int, ...], group:
         with model.held(number):
             model.through(number, passes)
     random = torch.Generator(model.device).manual_seed(SEED)
-    with model.held("head"):
-        back = [_score(model, each, [rows[i] for i in some], random) for each, some in zip(passes, groups)]
     tokens = sum(len(seen.kept(row)) for row in rows)
     parts: list[Part] = []
+    with model.held("head"):
+        moves = _Moves(model, widths, group) if head else None
+        back = [_score(model, each, [rows[i] for i in some], random, moves) for each, some in zip(passes, groups)]
+        if moves:
+            parts = [moves.part(tokens)]
+        del moves
     for number in progress(range(len(model.layers) - 1, -1, -1), "sensitivity, backward"):
         before = load_file(_file(scratch, number))
         for i, each in enumerate(passes):
@@ -63,8 +68,42 @@ def _file(scratch: Path, number: int) -> Path:
     return scratch / f"hidden-{number:05d}.safetensors"
 
 
-def _score(model: ByLayer, each: Pass, rows: list[Encoded], random: torch.Generator) -> torch.Tensor:
+class _Moves:
+    """What rounding the output layer, which is held, changes of log p(y)."""
+
+    def __init__(self, model: ByLayer, widths: tuple[int, ...], group: int):
+        self.model, self.head = model, model.model.get_output_embeddings()
+        self.changes = {bits: _change(self.head.weight.data, bits, group) for bits in widths}
+        self.row: dict[int, float] = dict.fromkeys(widths, 0.0)
+        self.squares: dict[int, float] = dict.fromkeys(widths, 0.0)
+
+    def hook(self):
+        """To be removed once the logits' gradients are there."""
+
+        def note(module, given, output):
+            inputs = given[0].detach().reshape(-1, given[0].shape[-1])
+
+            def add(gradient: torch.Tensor) -> None:
+                for bits, change in self.changes.items():
+                    self.row[bits] += float((held.product_t(inputs, change) * gradient.reshape(-1, len(change))).sum())
+
+            output.register_hook(add)
+
+        return self.head.register_forward_hook(note)
+
+    def end_row(self) -> None:
+        for bits, moved in self.row.items():
+            self.squares[bits] += moved**2
+        self.row = dict.fromkeys(self.row, 0.0)
+
+    def part(self, tokens: int) -> Part:
+        assert (name := self.model.own_head) is not None
+        return Part((name,), self.head.weight.numel(), {bits: square / 2 / tokens for bits, square in self.squares.items()})
+
+
+def _score(model: ByLayer, each: Pass, rows: list[Encoded], random: torch.Generator, moves: _Moves | None) -> torch.Tensor:
     """Gradient of log p(y) of answers drawn from the model, for the last hidden states: fp32 (rows, longest, width)."""
+    hook = moves.hook() if moves else None
     found = torch.zeros_like(each.hidden)
     for number, row in enumerate(rows):
         at = torch.tensor(seen.kept(row), device=model.device)
@@ -75,6 +114,10 @@ def _score(model: ByLayer, each: Pass, rows: list[Encoded], random: torch.Genera
             log_probs.gather(1, drawn).sum().backward()
             assert hidden.grad is not None
             found[number, some] = hidden.grad
+        if moves:
+            moves.end_row()
+    if hook:
+        hook.remove()
     return found
 
 
@@ -127,7 +170,10 @@ def _of_layer(
 
 def _change(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     """What rounding to the nearest changes, bf16 (out, in)."""
-    return (gptq.nearest(weight, gptq.Nearest(bits, group)).weight - weight).bfloat16()
+    change, how = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device), gptq.Nearest(bits, group)
+    for into, some in zip(change.split(gptq.ROWS), weight.split(gptq.ROWS)):
+        into.copy_(how.round(some.float()).weight - some)
+    return change
 
 
 def bits_of(parts: list[Part], bits_per_weight: float, group: int) -> dict[str, int]:

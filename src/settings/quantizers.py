@@ -38,7 +38,9 @@ class MixedQuantizer(GptqSettings):
     kind: Literal["mixed"]
     """GPTQ in 4 bits, and in 8 where the model would otherwise lose most, by the KL that each part alone costs on calibration rows"""
     bits_per_weight: Annotated[float, Field(gt=4, le=9)]
-    """of the matrices inside layers, scales and zero points counted: 4.16 is int4 in groups of 128, 8.19 int8"""
+    """of the matrices inside layers and of the output layer, scales and zero points counted: 4.16 is int4 in groups of 128, 8.19 int8"""
+    output_layer: bool
+    """the output layer too, where it is not the embedding; false: it stays as it is stored"""
 
     @property
     def widths(self) -> tuple[int, ...]:

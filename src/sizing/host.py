@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from src.core.room import Needs
 from src.settings.evaluations import Evaluation
-from src.settings.quantizers import Calibration
+from src.settings.quantizers import AnyQuantizer, Calibration, MixedQuantizer
 from src.settings.targets import Llama2c, LlamaCpp, Openvino, Target
 from src.settings.training import AdapterTuner, Deepspeed, FullTuner, PlanTrain, TrainLoop, Tuner
 from src.sizing import budget
@@ -354,14 +354,16 @@ def preview(shape: ModelShape, evaluation: Evaluation, split: Conversations) -> 
     return Needs({"libraries": EVALUATE + PICTURE, "tokenizer": tokenizer(shape), **walk, "rounding": 32 << 20}, 10 * MB)
 
 
-def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, *, exact: bool = False) -> Needs:
-    """A layer in fp32, the calibration rows' hidden states, and of the matrices that share an input one group at a time; then the proof.
+def quantize(shape: ModelShape, how: AnyQuantizer, calibration: Calibration, split: Conversations, *, exact: bool = False) -> Needs:
+    """A layer in fp32, the calibration rows' hidden states, and of the matrices that share an input one group at a time; an output layer of its own as it is
+    stored, and what 4 and 8 bits change of it; then the proof.
 
     A group takes two copies of its Hessian, which is sorted and factored, or beside the factor its weights four times: as they are, and as the
     integers, scales and sums that they become; passes wait within the layer (models/gptq_layers.py). exact: the sum of adapter and base is written in fp32 first.
     """
     result = 0.6 * shape.matrix_params + stored(shape) * (1 - shape.matrix_params / shape.params)
     sum_bytes = stored(replace(shape, dtype="float32")) if exact else 0
+    with_head = isinstance(how, MixedQuantizer) and how.output_layer
     own = {"this process": PYTHON, "libraries": SERVER + PROOF, "tokenizer": tokenizer(shape)}
     layer = max(shape.stack, key=lambda layer: layer.params)
     groups = [list(group) for _, group in groupby(layer.matrices, key=lambda m: SHARED.get(m.name, m.name))]
@@ -375,7 +377,8 @@ def quantize(shape: ModelShape, calibration: Calibration, split: Conversations, 
         waiting = {"passes that wait within a layer": min(WAITING, 4 * tokens * (3 * shape.hidden + widest))}
         work = {**own, "layer in fp32": 4 * layer.params, "Hessians and weights of one input": group, **hidden, **waiting}
         start = {**own, "embedding": stored_width(source) * shape.embedding, **hidden}
-        return Needs(largest(work, start, {"this process": PYTHON, **proof(source)}), exact * sum_bytes + 2 * result)
+        head = {**start, "output layer, and what it becomes": (stored_width(source) + 4) * shape.head if with_head else 0}
+        return Needs(largest(work, start, head, {"this process": PYTHON, **proof(source)}), exact * sum_bytes + 2 * result)
 
     fewer = {f"calibration.rows={n}": of(n, exact=exact) for n in (128, 64, 32) if n < calibration.rows}
     as_stored = {"weights=stored": of(calibration.rows, exact=False)} if exact else {}

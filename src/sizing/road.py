@@ -23,7 +23,7 @@ def needs(
         case "merge":
             return host.merge(shape)
         case "quantize":
-            return host.quantize(shape, cfg.calibration, chats, exact=exact)
+            return host.quantize(shape, cfg.quantizer, cfg.calibration, chats, exact=exact)
         case "evaluate":
             return host.evaluate([shape], cfg.evaluation, chats)
         case "deploy":

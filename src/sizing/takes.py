@@ -145,6 +145,7 @@ def gptq_block(config: dict[str, Any], *, where: str) -> dict[str, Any] | None:
     reasons += ["not symmetric"] if method == "gptq" and symmetric is not True else []
     reasons += ["columns quantized out of order (desc_act)"] if method == "gptq" and ordered else []
     reasons += ["matrices of more than one width"] if block.get("dynamic") else []
+    reasons += ["its output layer is quantized too"] if block.get("lm_head") else []
     reasons += ["its format is gptq_v2"] if block.get("checkpoint_format") == "gptq_v2" else []
     if reasons:
         raise WrongKind(
