@@ -85,7 +85,9 @@ def main(given: argparse.Namespace) -> None:
         limit, answer, prompt = map(statistics.median, zip(*found))
         share = statistics.median(speed / most for most, speed, _ in found)
         name = f"{model.parent.name}/{model.name}"
-        print(f"{name:<44} {model.stat().st_size / 1e6:6,.0f} MB  limit {limit:8,.1f}  {answer:8,.1f} tokens/s ({share:4.0%})  prompt {prompt:8,.1f}")
+        print(
+            f"{name:<44} {model.stat().st_size / 1e6:6,.0f} MB  limit {limit:8,.1f}  {answer:8,.1f} tokens/s ({share:4.0%})  prompt {prompt:8,.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,12 @@ def run(path: Path, tokens: int, threads: int, prompt: int = 1) -> None:
     answer = server.handle_completions(wanted)
     answer = answer if isinstance(answer, dict) else json.loads(answer)
     timings = answer.get("timings") or {}
-    told = {"tokens": "predicted_n", "prompt": "prompt_n", "tokens_per_second": "predicted_per_second", "prompt_tokens_per_second": "prompt_per_second"}
+    told = {
+        "tokens": "predicted_n",
+        "prompt": "prompt_n",
+        "tokens_per_second": "predicted_per_second",
+        "prompt_tokens_per_second": "prompt_per_second",
+    }
     print(json.dumps({name: timings.get(theirs) for name, theirs in told.items()}), flush=True)
 
 

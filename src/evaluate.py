@@ -56,7 +56,7 @@ def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
 
 def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     if cfg.numerics:
-        return preview.find(cfg, run)
+        return preview.find(cfg, run) | beside(cfg, run)
     if cfg.endpoint.url:
         return find_for_endpoint(cfg, run)
     model = run.source(cfg.source, kinds=KINDS)
@@ -153,6 +153,12 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
             raise ConfigError("a model is not asked lm-eval's tasks in a board's numbers", fix="evaluation.tasks=null")
         tasks.check(cfg.evaluation.tasks)
     if cfg.numerics:
+        for setting, value in (("evaluation.general", cfg.evaluation.general), ("parent", cfg.parent)):
+            if value is not None:
+                raise ConfigError(
+                    f"in a board's numbers a model is held to itself as it is, on conversations: {setting} is of no use",
+                    fix=f"{setting}=null",
+                )
         return preview.check(cfg, inputs)
     refuse_unmeasured(cfg, inputs)
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
@@ -178,13 +184,17 @@ def refuse_unmeasured(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> None:
         raise ConfigError("what a model forgot is told by the one it was made from, and none is known", fix=gates.PARENT)
     measured = {"kl", "agreement", "perplexity_ratio"} if "parent" in inputs else set()
     measured |= {"general_loss_difference"} if e.general else set()
-    measured |= {"task_difference"} if measured and "task_drop" in limits and to_check(cfg, inputs, validation(cfg, inputs))[0] else set()
+    measured |= (
+        {"task_difference"}
+        if measured and "task_drop" in limits and checks.to_check(cfg.evaluation, inputs, validation(cfg, inputs))[0]
+        else set()
+    )
     gates.refuse_unmeasured(cfg.gate, measured)
 
 
 def what_is_checked(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
     """What of the answers will be checked, in a line."""
-    check, references = to_check(cfg, inputs, validation(cfg, inputs))
+    check, references = checks.to_check(cfg.evaluation, inputs, validation(cfg, inputs))
     if check:
         return f"checks {check.words}, which {sum(map(check.fits, references))} of {len(references)} prompts have in the data's own answer"
     wanted = cfg.evaluation.check
@@ -200,15 +210,9 @@ def what_is_checked(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
     return "does not score answers" + (f": {few}" if wanted == "auto" and references else "")
 
 
-def to_check(cfg: EvaluateVerb, inputs: dict[str, Artifact], records: list[dict]) -> tuple[checks.Check | None, list[checks.Reference]]:
-    """What of the answers is checked, if anything, and by which of the data's own; prompts of the user's have none."""
-    references = [] if cfg.evaluation.prompts is not None else checks.openings(records, cfg.evaluation.samples)
-    return checks.choose(cfg.evaluation.check, references, inputs["json_schema"].path if "json_schema" in inputs else None), references
-
-
 def check_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artifact], parent: str) -> list[str]:
     """What would be asked; nothing is sent before the work begins."""
-    count, at_once = len(asked(cfg, validation(cfg, inputs))), cfg.endpoint.concurrency
+    count, at_once = len(checks.asked(cfg.evaluation, validation(cfg, inputs))), cfg.endpoint.concurrency
     return [
         f"{client.url}, {cfg.endpoint.model or 'the one model it serves'}, {client.server.with_key}{parent}",
         f"asks {count} prompts, greedily, for up to {cfg.evaluation.max_new_tokens} tokens each, {at_once} at a time; then for log-probabilities",
@@ -229,7 +233,7 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         with as_served_today():
             return evaluate_endpoint(cfg, client, inputs, out)
     records = validation(cfg, inputs)
-    prompts = asked(cfg, records)
+    prompts = checks.asked(cfg.evaluation, records)
     tokenizer = tokenizer_of(inputs["model"])
     encoding.ensure_chat(tokenizer)
     rows = {"": evaluation.encode_named(records, tokenizer, cfg.evaluation.max_length)}
@@ -251,7 +255,7 @@ def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
         role: (tasks.Local(one, tokenizer, cfg.evaluation.batch_size), inputs[role].key) for role, one in measured.items()
     }
     told, of_tasks = ask_tasks(cfg, inputs["model"], tokenizer, asked_of)
-    metrics |= checked | told | comparison.report([*parts, *of_answers, *of_tasks]) | expected(cfg, answers)
+    metrics |= checked | told | comparison.report([*parts, *of_answers, *of_tasks]) | checks.expected(cfg.evaluation, answers)
     write(out, metrics, answers, (line for some in compared.values() for line in some.lines()))
     show(metrics, answers, ("before", "after") if inputs["model"].stage == "finetune" else ("parent", "answer"))
     return metrics
@@ -262,7 +266,7 @@ def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artif
     nothing else, then the local model."""
     model, description = measure.choose(client, cfg.endpoint.model)
     records = validation(cfg, inputs)
-    prompts, many = asked(cfg, records), cfg.endpoint.concurrency
+    prompts, many = checks.asked(cfg.evaluation, records), cfg.endpoint.concurrency
     rows = measure.ask(client, model, prompts, out, max_tokens=cfg.evaluation.max_new_tokens, workers=many, anew=cfg.force)
     metrics: dict[str, Any] = {"served": description}
     answers, told, tokenizer = {"model": rows}, Told(), None
@@ -273,9 +277,9 @@ def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artif
         metrics |= measure.speed(rows, tokenizer) | measure.compare_prompts(rows, tokenizer, prompts)
         local = evaluation.Measured(parent, "parent", len(tokenizer))
         told = score_endpoint(cfg, client, model, inputs, records, tokenizer, local)
-        answers["parent"] = evaluation.answer(local, tokenizer, prompts, cfg.evaluation, encoding.turn_end(tokenizer))
+        answers["parent"] = evaluation.answer(local.model, tokenizer, prompts, cfg.evaluation, encoding.turn_end(tokenizer))
         metrics |= measure.likeness(rows, answers["parent"], tokenizer) | told.metrics
-    check, references = to_check(cfg, inputs, records)
+    check, references = checks.to_check(cfg.evaluation, inputs, records)
     checked, right = checks.score(check, references, answers, tokenizer) if check else ({}, {"model": []})
     of_answers = [("", comparison.of_task(right))] if right["model"] else []
     of_tasks: list[tuple[str, comparison.Figures]] = []
@@ -287,7 +291,11 @@ def evaluate_endpoint(cfg: EvaluateVerb, client: Client, inputs: dict[str, Artif
         }
         of_documents, of_tasks = ask_tasks(cfg, parent, tokenizer, both)
         metrics |= of_documents
-    metrics |= (checked if of_answers else {}) | comparison.report([*told.parts, *of_answers, *of_tasks]) | expected(cfg, answers)
+    metrics |= (
+        (checked if of_answers else {})
+        | comparison.report([*told.parts, *of_answers, *of_tasks])
+        | checks.expected(cfg.evaluation, answers)
+    )
     write(out, metrics, answers, told.lines)
     (out / measure.RECEIVED).unlink()
     show(metrics, answers, ("parent", "board"))
@@ -336,7 +344,7 @@ def score_endpoint(
 
 
 def validation(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[dict]:
-    return [json.loads(line) for line in open(inputs["dataset"].path / "val.jsonl", encoding="utf-8")][: cfg.evaluation.rows]
+    return evaluation.validation(inputs["dataset"], cfg.evaluation)
 
 
 def general(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Iterator[Conversation]:
@@ -349,13 +357,6 @@ def general(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Iterator[Conversa
         say(f"general: left out {count}: {reason}")
 
 
-def asked(cfg: EvaluateVerb, records: list[dict]) -> list[tuple[list[dict], list | None]]:
-    """Prompts as (messages, tools): the ones given, else the openings of the first validation records."""
-    if cfg.evaluation.prompts is not None:
-        return [([{"role": "user", "content": text}], None) for text in cfg.evaluation.prompts]
-    return [(each.messages, each.tools) for each in checks.openings(records, cfg.evaluation.samples)]
-
-
 def check_answers(
     cfg: EvaluateVerb, inputs: dict[str, Artifact], records: list[dict], answers: dict[str, list[dict]], tokenizer
 ) -> tuple[dict, list[tuple[str, comparison.Figures]]]:
@@ -363,7 +364,7 @@ def check_answers(
     figures = []
     if answers.get("parent"):
         figures.append(("", comparison.of_answers(answers["model"], answers["parent"], tokenizer)))
-    check, references = to_check(cfg, inputs, records)
+    check, references = checks.to_check(cfg.evaluation, inputs, records)
     checked, right = checks.score(check, references, answers, tokenizer) if check else ({}, {"model": []})
     if not right["model"]:
         return {}, figures
@@ -387,16 +388,6 @@ def ask_tasks(
         by_role[role] = tasks.run(e.tasks, asked_one, tokenizer, longest, e.rows, cache)
         devices.give_back_memory()
     return tasks.compare(by_role)
-
-
-def expected(cfg: EvaluateVerb, answers: dict[str, list[dict]]) -> dict:
-    """How many answers of each role match evaluation.expect and end their turn, marked in their rows; nothing where none is expected."""
-    if cfg.evaluation.expect is None:
-        return {}
-    for row in (row for rows in answers.values() for row in rows):
-        text = f"{row['prompt']}\n{row['answer']}"
-        row["as_expected"] = row["ended"] and re.fullmatch(cfg.evaluation.expect, text, re.DOTALL) is not None
-    return {("" if role == "model" else "parent_") + "expected": sum(row["as_expected"] for row in rows) for role, rows in answers.items()}
 
 
 def write(out: Path, metrics: dict, answers: dict, rows: Iterable[dict] = ()) -> None:

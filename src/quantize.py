@@ -272,7 +272,9 @@ def better_than(q: AnyQuantizer) -> list[str]:
 
 def needs(cfg: QuantizeVerb, inputs: dict[str, Artifact]) -> Needs:
     split = host.conversations(inputs["dataset"].path / "calib.jsonl")
-    return host.quantize(read_shape(inputs["model"].path), cfg.quantizer, cfg.calibration, split, exact=exact_sum.ROLES["adapter"] in inputs)
+    return host.quantize(
+        read_shape(inputs["model"].path), cfg.quantizer, cfg.calibration, split, exact=exact_sum.ROLES["adapter"] in inputs
+    )
 
 
 STAGE = stage.Stage(

@@ -52,6 +52,7 @@ def untied(source: Path, folder: Path) -> Path:
     save_torch(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test has several threads, one that waits leaves the core to others
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

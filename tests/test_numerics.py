@@ -1,6 +1,7 @@
 """The numbers that boards compute in: each format against the code that makes or reads it elsewhere, and a model taken with them before it is compiled."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import CHAT, ROOT, go, helps, refused, typed, ways, write_model
 from test_by_layer import ROWS, on_disk
 
 from src import evaluate, quantize
+from src.chat.encoding import IGNORE, Encoded
 from src.chat.rows import rows_of
 from src.core import artifact, compose
 from src.core.errors import ConfigError, GateFailed, Unfinished, WrongKind
@@ -21,7 +23,7 @@ from src.deploy import __main__ as deploy
 from src.deploy import embedding
 from src.deploy.llama2c import proof
 from src.models import by_layer, fidelity, on_board, preview, seen
-from src.models.generation import stop_ids
+from src.models.generation import GREEDY, stop_ids
 from src.models.llama2c_file import Form, reader_of
 from src.models.llama2c_file import read_shape as read_llama2c
 from src.models.llama2c_file import write_model as write_llama2c
@@ -45,7 +47,7 @@ def how(folder: Path, name: str) -> numerics.Numerics:
 
 
 def lost(folder: Path, kind: numerics.Numerics, rows=ROWS) -> fidelity.Change:
-    return preview.previews(artifact.open_any(folder), [kind], rows)[0].change
+    return preview.previews(artifact.open_any(folder), [kind], rows)[0][0].change
 
 
 # ---- the formats
@@ -201,9 +203,33 @@ class OneLayer(numerics.Numerics):
 
 def test_the_layer_to_blame_is_found(model):
     exact = how(model, "llama2c_fp32_v0")
-    one = preview.previews(artifact.open_any(model), [OneLayer(**vars(exact))], ROWS)[0]
+    one = preview.previews(artifact.open_any(model), [OneLayer(**vars(exact))], ROWS)[0][0]
     assert one.worst == 1 and one.layers[0]["error"] == 0 and one.layers[0]["cosine"] == pytest.approx(1)
     assert one.layers[1]["error"] == pytest.approx(one.layers[1]["error_so_far"], rel=1e-5) and one.layers[1]["error"] > 0.01
+
+
+def generated(walk: by_layer.ByLayer, ids: list[int], count: int) -> list[int]:
+    with walk.whole() as whole, torch.no_grad():
+        return whole.generate(torch.tensor([ids]), **GREEDY, max_new_tokens=count, eos_token_id=None, pad_token_id=0)[
+            0, len(ids) :
+        ].tolist()
+
+
+@pytest.mark.parametrize("name", ["ax650_s8", "gguf_q4_0_kv_q8_0"])
+def test_an_answer_goes_on_from_keys_and_values_that_were_rounded(name):
+    """Token by token it is what a pass over the whole of it says at each place, and the model is afterwards what it was."""
+    walk, tokenizer = by_layer.need(artifact.open_any(CHAT)), load_tokenizer(CHAT)
+    kind = replace(how(CHAT, name), kv=Integers(3, 32, scale="fp16"))  # coarse, so that it tells
+    told = 0
+    for animal in ("duck", "cat", "cow", "dog", "lion"):
+        ids = tokenizer(f"<|im_start|>user\nWhat does a {animal} say?<|im_end|>\n<|im_start|>assistant\n").input_ids
+        with on_board.computing(walk, kind):
+            said = generated(walk, ids, 8)
+            row = Encoded(ids + said, [IGNORE] * len(ids) + said)
+            assert seen.observe(seen.by_layer(walk, "it"), [row]).likeliest.tolist() == said
+        told += generated(walk, ids, 8) != said
+    assert told, "keys and values as they are give the same answers, so this does not tell"
+    assert all(p.is_meta for places in walk.places.tensors.values() for p in (place.module._parameters[place.name] for place in places))
 
 
 # ---- held to what is real
@@ -223,6 +249,9 @@ def test_its_greedy_text_is_the_c_program_s(tmp_path, format):
     with on_board.computing(walk, how(folder, f"llama2c_{format}")):
         told = seen.observe(seen.by_layer(walk, "on board"), [text.row for text in texts])
     assert len(said) > 200 and np.array_equal(told.likeliest, said)
+    for text in texts:
+        with on_board.computing(walk, how(folder, f"llama2c_{format}")):
+            assert generated(walk, text.ids[: text.begin], len(text.ids) - text.begin) == text.ids[text.begin :]
     assert made["greedy_agreement"] < 1, "fp32 says something else, so this tells"
 
 
@@ -333,11 +362,12 @@ def test_its_kl_is_that_of_llama_cpp_on_the_file(real, eighty, call, tmp_path, n
 
 @pytest.fixture(scope="module")
 def argv(eighty, tmp_path_factory) -> list[str]:
-    return [f"outputs={tmp_path_factory.mktemp('previews')}", "run=p", f"dataset={eighty}", "evaluation.rows=4"]
+    few = ["evaluation.rows=4", "evaluation.samples=3", "evaluation.max_new_tokens=24"]
+    return [f"outputs={tmp_path_factory.mktemp('previews')}", "run=p", f"dataset={eighty}", *few]
 
 
 def test_all_types_of_a_target_are_put_in_order(argv, capsys):
-    assert go(evaluate, *argv, f"source={CHAT}", "numerics=all", "target=ax650") == 0
+    assert go(evaluate, *argv, f"source={CHAT}", "numerics=all", "target=ax650", "evaluation.expect='(.|\\n)*'") == 0
     told = capsys.readouterr()
     folder = Path(argv[0].partition("=")[2]) / "p" / "evaluate-tiny-chat-numerics"
     report = json.loads((folder / "report.json").read_text())
@@ -352,6 +382,29 @@ def test_all_types_of_a_target_are_put_in_order(argv, capsys):
     assert (folder / "size_kl.png").read_bytes().startswith(b"\x89PNG")
     metrics = artifact.open_artifact(folder).metrics
     assert metrics["numerics"]["ax650_s4"]["kl"] == s4["kl"] and metrics["rows"] == 4
+    said = [json.loads(line) for line in open(folder / "answers.jsonl", encoding="utf-8")]
+    assert [row["by"] for row in said[::3]] == ["as it is", *names] and len(said) == 21
+    assert re.search("as it is: [1-3] of 3 as expected", told.err)
+    assert told.out.splitlines()[0].split()[-4:] == ["as", "expected", "same", "answers"]
+    for one in report["numerics"]:
+        same = [row["answer"] == plain["answer"] for row, plain in zip((r for r in said if r["by"] == one["name"]), said)]
+        assert one["answers"]["same_answers"] == pytest.approx(sum(same) / 3)
+
+
+@helps("evaluate.py", "{}=null")
+def test_answers_in_a_board_s_numbers_are_checked_and_can_be_limited(eighty, tmp_path, capsys):
+    argv = [f"outputs={tmp_path}", "run=p", f"source={CHAT}", f"dataset={eighty}", "numerics=ax650_s8"]
+    for given, way in ((f"evaluation.general={CHAT}", "evaluation.general=null"), (f"parent={CHAT}", "parent=null")):
+        assert go(evaluate, *argv, given, "dry_run=true") == ConfigError.exit_code and f"fix:   {way}" in capsys.readouterr().err
+        assert go(evaluate, *argv, way, "dry_run=true") == 0
+    assert go(evaluate, *argv, "gate.task_drop=0.1", "evaluation.check=none", "dry_run=true") == ConfigError.exit_code
+    few = ["evaluation.rows=8", "evaluation.samples=8", "evaluation.max_new_tokens=24", "evaluation.check=number"]
+    assert go(evaluate, *argv, *few, "gate.task_drop=0.5") == 0
+    told = capsys.readouterr()
+    report = json.loads((tmp_path / "p" / "evaluate-tiny-chat-ax650_s8" / "report.json").read_text())
+    assert report["task_check"] == "number" and 0 < report["task_prompts"] < 8 and report["parent_task"] == 1
+    assert "answers right" in told.out and f"as it is: 100% of {report['task_prompts']} answers right" in told.err
+    assert "evaluate: keeps gate.task_drop=0.5" in told.err
 
 
 @helps("sizing/numerics.py", "{}={}")

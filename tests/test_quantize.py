@@ -442,7 +442,14 @@ def test_what_it_loses_is_between_that_of_its_two_widths(mixed, here):
 
 def test_an_output_layer_of_its_own_gets_its_bits_and_gptqmodel_reads_it(here):
     source = untied(TINY, here / "untied")
-    argv = [f"outputs={here}", f"source={source}", f"dataset={here / 'q' / 'data'}", "calibration.rows=16", "quantizer=mixed", "quantizer.group_size=32"]
+    argv = [
+        f"outputs={here}",
+        f"source={source}",
+        f"dataset={here / 'q' / 'data'}",
+        "calibration.rows=16",
+        "quantizer=mixed",
+        "quantizer.group_size=32",
+    ]
     assert go(quantize, *argv, "run=head", "quantizer.bits_per_weight=4.7") == 0
     made = artifact.open_artifact(here / "head" / "quantize")
     stored = [each for each in gptq.matrices(safetensors_io.entries(made.path)).values() if isinstance(each, gptq.Stored)]

@@ -50,10 +50,10 @@ def tokenizer():
 @pytest.mark.parametrize("template", ENDLESS, ids=range(len(ENDLESS)))
 def test_an_endless_template_is_refused_at_once(template, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    start = time.monotonic()
+    start = time.process_time()  # on whatever machine: without bounds each would take hours
     with pytest.raises(BadData, match="the chat template refuses this conversation"):
         encoding.render(tokenizer, TALK)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 30
 
 
 def test_long_conversations_are_rendered_as_without_bounds(tokenizer, monkeypatch):

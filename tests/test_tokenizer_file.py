@@ -115,7 +115,7 @@ def test_published_tokenizers_are_taken_in_no_time(folder):
     tokenizer = load_tokenizer(folder)
     begun = time.process_time()
     tokenizer_file.check(tokenizer, folder)
-    assert time.process_time() - begun < 0.3
+    assert time.process_time() - begun < 3
 
 
 def test_a_space_that_is_put_before_a_text_is_no_other_make(tmp_path):

@@ -145,10 +145,10 @@ HUGE = [
 @pytest.mark.parametrize("key, value, words", HUGE)
 def test_a_size_beyond_the_weights_is_refused_before_anything_is_made_of_it(model, key, value, words):
     configure(model, **{key: value})
-    start = time.monotonic()
+    start = time.process_time()  # on whatever machine: made, it would take hours
     with pytest.raises(BadData, match=words):
         load_model(model)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 30
 
 
 @pytest.mark.parametrize("where", [{"num_hidden_layers": 10**9}, {"text_config": {"num_layers": 10**9}}])

@@ -129,6 +129,15 @@ class ByLayer:
                     self._spare[tuple(meta.shape)].append(place.module._parameters[place.name].data)
                 place.module._parameters[place.name] = meta
 
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The model with all of its weights in memory within the block, in fp32, as transformers' own."""
+        with contextlib.ExitStack() as stack:
+            for what in self.places.tensors:
+                stack.enter_context(self.held(what))
+            yield self.model
+        self._spare.clear()
+
     def names(self, number: int) -> list[tuple[str, torch.nn.Module]]:
         """(name in the folder, without ".weight"; module) of a layer's modules that have a weight."""
         return [(p.full.removesuffix(".weight"), p.module) for p in self.places.tensors[number] if p.name == "weight"]
@@ -136,7 +145,9 @@ class ByLayer:
     @property
     def own_head(self) -> str | None:
         """Name in the folder, without ".weight", of an output layer that is not the embedding too; None where it is."""
-        tables, heads = ([place.full for place in self.places.tensors.get(what, ()) if place.name == "weight"] for what in ("embedding", "head"))
+        tables, heads = (
+            [place.full for place in self.places.tensors.get(what, ()) if place.name == "weight"] for what in ("embedding", "head")
+        )
         return heads[0].removesuffix(".weight") if heads and heads != tables else None
 
     def take(self, tensor: Callable[[str], torch.Tensor]) -> None:

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 from src.chat import encoding
 from src.chat.template import THINKING, Unteachable
+from src.core.artifact import Artifact
 from src.core.errors import BadData, using
 from src.core.files import read_json
 from src.core.log import warn
 from src.records import turns
 from src.records.json_stream import Decoder, Malformed
+from src.settings.evaluations import Evaluation
 
 _NUMBER = (
     r"(?:(?<![\w)])[-−])?(?:(?<![A-Za-z_\d])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][+-]?\d+)?(?:/0*[1-9]\d*)?"
@@ -149,6 +151,23 @@ def openings(records: Iterable[dict], most: int) -> list[Reference]:
     return list(found.values())
 
 
+def asked(settings: Evaluation, records: list[dict]) -> list[tuple[list[dict], list | None]]:
+    """Prompts as (messages, tools): the ones given, else the openings of the first validation records."""
+    if settings.prompts is not None:
+        return [([{"role": "user", "content": text}], None) for text in settings.prompts]
+    return [(each.messages, each.tools) for each in openings(records, settings.samples)]
+
+
+def expected(settings: Evaluation, answers: dict[str, list[dict]]) -> dict[str, int]:
+    """How many answers of each role match evaluation.expect and end their turn, marked in their rows; nothing where none is expected."""
+    if settings.expect is None:
+        return {}
+    for row in (row for rows in answers.values() for row in rows):
+        text = f"{row['prompt']}\n{row['answer']}"
+        row["as_expected"] = row["ended"] and re.fullmatch(settings.expect, text, re.DOTALL) is not None
+    return {("" if role == "model" else "parent_") + "expected": sum(row["as_expected"] for row in rows) for role, rows in answers.items()}
+
+
 @dataclass(frozen=True)
 class Check:
     """name: the setting's value; words: what is looked at. fits(reference): whether it can be checked; tells(reference): whether its form says that it is meant to
@@ -195,6 +214,12 @@ def of_schema(file: Path) -> Check:
 
     always = lambda reference: not reference.calls
     return Check("schema", f"JSON that follows {file.name}", always, always, right)
+
+
+def to_check(settings: Evaluation, inputs: dict[str, Artifact], records: list[dict]) -> tuple[Check | None, list[Reference]]:
+    """What of the answers is checked, if anything, and by which of the data's own; prompts of the user's have none."""
+    references = [] if settings.prompts is not None else openings(records, settings.samples)
+    return choose(settings.check, references, inputs["json_schema"].path if "json_schema" in inputs else None), references
 
 
 def choose(wanted: str, references: list[Reference], schema: Path | None) -> Check | None:

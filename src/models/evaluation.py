@@ -1,5 +1,6 @@
 """What is measured of a model on this machine: the loss over validation rows, token by token, and greedy answers."""
 
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -123,7 +124,7 @@ def read(
             end = begin + sum(len(seen.kept(row)) for _, row in some)
             said[name][role], begin = found[begin:end], end
         devices.give_back_memory()
-        answers[role] = answer(one, tokenizer, prompts, settings, eos_id)
+        answers[role] = answer(one.model, tokenizer, prompts, settings, eos_id) if prompts else []
         del one
         devices.give_back_memory()
     return said, {role: answers[role] for role in ("model", "parent") if role in answers}
@@ -169,12 +170,18 @@ def figures_of(found: Seen, rows: list[encoding.Encoded], eos_id: int) -> dict:
     }
 
 
-def answer(measured: Measured, tokenizer, prompts: list, evaluation: Evaluation, eos_id: int) -> list[dict]:
+def validation(dataset: Artifact, settings: Evaluation) -> list[dict]:
+    """The records of the validation split, as many as are used."""
+    with open(dataset.path / "val.jsonl", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines][: settings.rows]
+
+
+def answer(model: Any, tokenizer, prompts: list, evaluation: Evaluation, eos_id: int) -> list[dict]:
     """A row for each (messages, tools): prompt, greedy answer, and whether its turn was ended."""
     found = []
     for begin in range(0, len(prompts), evaluation.batch_size):
         some = prompts[begin : begin + evaluation.batch_size]
         batch, tools = [messages for messages, _ in some], [offered for _, offered in some]
-        texts = generation.greedy(measured.model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, eos_id=eos_id, tools=tools)
+        texts = generation.greedy(model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, eos_id=eos_id, tools=tools)
         found += [{"prompt": p[-1]["content"], "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
     return found

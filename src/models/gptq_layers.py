@@ -76,7 +76,8 @@ def _quantize_group(
 
 def quantize_head(model: ByLayer, passes: list[Pass], own: gptq.Settings) -> tuple[dict[str, torch.Tensor], float]:
     """({name: tensor} of the output layer, its loss per token). The output layer has to be held, and the passes to be through the last layer."""
-    assert (name := model.own_head) is not None
+    name = model.own_head
+    assert name is not None
     weight = model.model.get_output_embeddings().weight.data
     hessian = gptq.Hessian(weight.shape[1], model.device)
     for each in passes:

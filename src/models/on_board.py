@@ -132,6 +132,8 @@ def computing(model: ByLayer, how: Numerics) -> Iterator["Keeps"]:
 
     def keep(module, args, kwargs):
         at = list(inspect.signature(type(module).forward).parameters).index(CACHE) - 1
+        there = args[at] if len(args) > at else kwargs.get(CACHE)
+        keeps.cache = there.cache if isinstance(there, Keeps) else there  # one that a pass has noted
         return ((*args[:at], keeps, *args[at + 1 :]), kwargs) if len(args) > at else (args, {**kwargs, CACHE: keeps})
 
     last = model.model.get_output_embeddings()
@@ -152,14 +154,19 @@ def computing(model: ByLayer, how: Numerics) -> Iterator["Keeps"]:
 
 
 class Keeps:
-    """Stands where a KV cache does: what is kept of a pass's keys and values, (..., head dimension), is what its attention sees. used: whether any were."""
+    """Stands where a KV cache does, before the one that there is, if any: what is kept of a pass's keys and values, (..., head dimension), is what its attention
+    sees. used: whether any were."""
 
     def __init__(self, values: Values):
-        self.values, self.used = values, False
+        self.values, self.used, self.cache = values, False, None
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         self.used = True
-        return rounded(keys, self.values), rounded(values, self.values)
+        keys, values = rounded(keys, self.values), rounded(values, self.values)
+        return (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["cache"], name)
 
 
 def layers(model: ByLayer, how: Numerics, rows: list[list[int]]) -> list[dict[str, float]]:

@@ -17,7 +17,7 @@ from src.core.files import write_json
 from src.core.log import out as print_out
 from src.core.log import say, size, table
 from src.core.room import Needs
-from src.models import evaluation, fidelity, gates, seen
+from src.models import checks, comparison, evaluation, fidelity, gates, seen
 from src.models.loading import tokenizer_of
 from src.settings.evaluations import Gate
 from src.settings.targets import Target
@@ -30,17 +30,20 @@ from src.sizing.shape import ModelShape
 KINDS = {"model", "quantized"}
 GATED = ("kl", "agreement", "perplexity_ratio")
 """what gates can limit of one kind of numbers"""
+Ask = Callable[[Any], list[dict]]
+"""what gives a model's answers"""
 UNKEPT = "Keys and values are not rounded: this family's attention hands them to no cache."
 
 
 @dataclass(frozen=True)
 class Preview:
-    """change: from the model as it is. layers: see on_board.layers. kept: whether keys and values were rounded."""
+    """change: from the model as it is. layers: see on_board.layers. kept: whether keys and values were rounded. answers: see evaluation.answer."""
 
     how: Numerics
     change: fidelity.Change
     layers: list[dict[str, float]]
     kept: bool
+    answers: list[dict]
 
     @property
     def assumed(self) -> tuple[str, ...]:
@@ -52,8 +55,11 @@ class Preview:
         return max(range(len(self.layers)), key=lambda number: self.layers[number]["error"])
 
 
-def previews(model: Artifact, kinds: list[Numerics], rows: list[encoding.Encoded], *, layers: bool = True) -> list[Preview]:
-    """Memory is that of a layer in fp32. Raises WrongKind for a model that cannot be taken so.
+def previews(
+    model: Artifact, kinds: list[Numerics], rows: list[encoding.Encoded], *, layers: bool = True, ask: Ask | None = None
+) -> tuple[list[Preview], list[dict]]:
+    """(the model in each of the kinds, its answers as it is). Memory is that of a layer in fp32, and of all of them where there is something to `ask`. Raises
+    WrongKind for a model that cannot be taken so.
 
     layers: False saves two of the three times that each layer is read for a kind of numbers.
     """
@@ -65,18 +71,31 @@ def previews(model: Artifact, kinds: list[Numerics], rows: list[encoding.Encoded
             where=str(model.path),
         )
     walk, _ = loaded
-    before = seen.observe(seen.by_layer(walk, "as it is"), rows)
+    before, plain = seen.observe(seen.by_layer(walk, "as it is"), rows), _answers(walk, ask, model.path)
     found: list[Preview] = []
     for how in kinds:
         same = next((one for one in found if one.how.words() == how.words()), None)
         if same:
-            found.append(replace(same, how=how))
+            found.append(replace(same, how=how, answers=[dict(row) for row in same.answers]))
             continue
         with on_board.computing(walk, how) as keeps:
             after = seen.observe(seen.by_layer(walk, how.name), rows, before.top_k_ids)
+            answers = _answers(walk, ask, model.path)
         off = on_board.layers(walk, how, [row.input_ids for row in rows]) if layers else []
-        found.append(Preview(how, fidelity.compare(before, after, len(rows)), off, keeps.used))
-    return found
+        found.append(Preview(how, fidelity.compare(before, after, len(rows)), off, keeps.used, answers))
+    return found, plain
+
+
+def _answers(walk, ask: Ask | None, folder: Path) -> list[dict]:
+    """What is answered with all of the weights in memory."""
+    if not ask:
+        return []
+    from transformers import GenerationConfig
+
+    with walk.whole() as model:
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return ask(model)
 
 
 def before_compile(model: Artifact, target: Target, dataset: Path | None, count: int, gate: Gate) -> dict[str, float]:
@@ -106,7 +125,7 @@ def _tried(model: Artifact, target: Target, dataset: Path | None, count: int) ->
         how = numerics.of(read_shape(model.path), target)
         if not (rows := fidelity.held_out(dataset, tokenizer_of(model), model.path)[:count]):
             return {}
-        change = previews(model, [how], rows, layers=False)[0].change
+        change = previews(model, [how], rows, layers=False)[0][0].change
     except UserError as error:
         say(f"not tried in the numbers of {target.name}: {error.what}")
         return {}
@@ -188,8 +207,11 @@ def kinds_of(cfg: EvaluateVerb, model: Path) -> tuple[list[Numerics], list[str]]
 
 def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
     kinds, left = kinds_of(cfg, inputs["model"].path)
-    gates.refuse_unmeasured(cfg.gate, GATED if len(kinds) == 1 else ())
-    return [f"{inputs['model'].path} in the numbers of {', '.join(how.name for how in kinds)}", *left]
+    records = evaluation.validation(inputs["dataset"], cfg.evaluation)
+    checked, _ = checks.to_check(cfg.evaluation, inputs, records)
+    gates.refuse_unmeasured(cfg.gate, () if len(kinds) > 1 else (*GATED, "task_difference") if checked else GATED)
+    asks = f"asks {len(checks.asked(cfg.evaluation, records))} prompts in each" + (f", and checks {checked.words}" if checked else "")
+    return [f"{inputs['model'].path} in the numbers of {', '.join(how.name for how in kinds)}", asks, *left]
 
 
 def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
@@ -202,25 +224,34 @@ def report(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     shape, (kinds, _) = read_shape(model.path), kinds_of(cfg, model.path)
     tokenizer = tokenizer_of(model)
     encoding.ensure_chat(tokenizer)
-    with open(inputs["dataset"].path / "val.jsonl", encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines][: cfg.evaluation.rows]
+    records = evaluation.validation(inputs["dataset"], cfg.evaluation)
     rows = evaluation.encode_all(records, tokenizer, cfg.evaluation.max_length)
-    found = sorted(previews(model, kinds, rows), key=lambda one: one.change.kl)
-    told = [figures(one, shape) for one in found]
+    prompts, eos_id = checks.asked(cfg.evaluation, records), encoding.turn_end(tokenizer)
+    ask = lambda one: evaluation.answer(one, tokenizer, prompts, cfg.evaluation, eos_id)
+    found, plain = previews(model, kinds, rows, ask=ask if prompts else None)
+    found.sort(key=lambda one: one.change.kl)
+    told = [figures(one, shape) | of_answers(cfg, inputs, records, one.answers, plain, tokenizer) for one in found]
     whole = found[0].change
     metrics: dict[str, Any] = {"loss": whole.before, "rows": whole.rows, "tokens": whole.tokens}
     if len(found) == 1:
-        metrics |= _gated(whole) | {"intervals": dict.fromkeys(GATED)}
+        metrics |= told[0]["answers"] | _gated(whole)
+        metrics["intervals"] = metrics.get("intervals", {}) | dict.fromkeys(GATED)
     details = [
         {**row, "formats": one.how.words(), "assumed": one.assumed, "layers": one.layers, "worst_layer": one.worst}
         for row, one in zip(told, found)
     ]
     write_json(out / "report.json", {**metrics, "numerics": details})
+    if plain:
+        by = {"as it is": plain} | {one.how.name: one.answers for one in found}
+        lines = (json.dumps({"by": name, **row}, ensure_ascii=False) + "\n" for name, some in by.items() for row in some)
+        (out / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
     if len(found) > 1:
         chart.draw_choices(
             [(row["name"], row["weights"], row["kl"]) for row in told], f"{model.path.name}: size and loss", out / "size_kl.png"
         )
     print_out(show(told))
+    if plain:
+        say(_of_plain(told[0]["answers"]) + "; answers.jsonl has the answers of each")
     for one in found:
         layer = one.layers[one.worst]
         say(
@@ -231,9 +262,40 @@ def report(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     return {**metrics, "numerics": {row.pop("name"): row for row in told}}
 
 
+def of_answers(cfg: EvaluateVerb, inputs: dict[str, Artifact], records: list[dict], mine: list[dict], plain: list[dict], tokenizer) -> dict:
+    """{"answers": figures of the answers in a kind of numbers against those of the model as it is}."""
+    if not plain:
+        return {"answers": {}}
+    answers = {"model": mine, "parent": plain}
+    check, references = checks.to_check(cfg.evaluation, inputs, records)
+    checked, right = checks.score(check, references, answers, tokenizer) if check else ({}, {"model": []})
+    parts = [("", comparison.of_answers(mine, plain, tokenizer)), *([("", comparison.of_task(right))] if right["model"] else [])]
+    return {
+        "answers": {
+            "prompts": len(mine),
+            **(checked if right["model"] else {}),
+            **checks.expected(cfg.evaluation, answers),
+            **comparison.report(parts),
+        }
+    }
+
+
+def _of_plain(answers: dict) -> str:
+    """How well the model as it is answers."""
+    told = [f"{answers['parent_task']:.0%} of {answers['task_prompts']} answers right"] if "task" in answers else []
+    told += [f"{answers['parent_expected']} of {answers['prompts']} as expected"] if "expected" in answers else []
+    return "as it is: " + (", ".join(told) or f"{answers['prompts']} answers, not checked")
+
+
 def show(told: list[dict[str, Any]]) -> str:
     """The table, ordered by KL."""
     known: Callable[[Any, str], str] = lambda value, form: "?" if value is None else format(value, form)
+    columns: dict[str, tuple[str, Callable[[dict], str]]] = {
+        "task": ("answers right", lambda one: f"{one['task']:.0%}"),
+        "expected": ("as expected", lambda one: f"{one['expected']} of {one['prompts']}"),
+        "same_answers": ("same answers", lambda one: f"{one['same_answers']:.0%}"),
+    }
+    of_answers = dict(column for name, column in columns.items() if name in told[0]["answers"])
     rows = [
         [
             row["name"],
@@ -243,7 +305,9 @@ def show(told: list[dict[str, Any]]) -> str:
             f"{row['kl']:.5f} ± {row['kl_waver']:.5f}",
             f"{row['agreement']:.1%}",
             f"{row['loss']:.4f}",
+            *(form(row["answers"]) for form in of_answers.values()),
         ]
         for row in told
     ]
-    return table(["numerics", "weights", "on board", "tokens/s", "KL", "same likeliest", "loss"], rows, right=(1, 2, 3, 4, 5, 6))
+    head = ["numerics", "weights", "on board", "tokens/s", "KL", "same likeliest", "loss", *of_answers]
+    return table(head, rows, right=range(1, len(head)))

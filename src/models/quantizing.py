@@ -176,10 +176,10 @@ def compare(model: ByLayer, start: Path, source: Path, layers: Path, out: Path, 
                     _hold_alike(name, matrix.form.round(weight).weight, outputs_first(module), out)
                 elif module in inputs:
                     _hold(name, _scaled(weight, name, scaled), outputs_first(module), inputs[module], matrix.form, out)
-    if (name := model.own_head) and isinstance(matrix := made.get(f"{name}.weight"), packed.Packed):
+    if (head := model.own_head) and isinstance(matrix := made.get(f"{head}.weight"), packed.Packed):
         with model.held("head"):
-            weight, rounded = safetensors_io.load(exact[f"{name}.weight"]), model.model.get_output_embeddings().weight.data
-            _hold(name, weight, rounded, model.into_head(flat(each.hidden, each)), matrix.form, out)
+            weight, rounded = safetensors_io.load(exact[f"{head}.weight"]), model.model.get_output_embeddings().weight.data
+            _hold(head, weight, rounded, model.into_head(flat(each.hidden, each)), matrix.form, out)
 
 
 def _as_made(name: str, source: dict, scaled: dict, found: safetensors_io.Entry) -> tuple[torch.Tensor, torch.Tensor]:

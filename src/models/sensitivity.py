@@ -97,7 +97,8 @@ class _Moves:
         self.row = dict.fromkeys(self.row, 0.0)
 
     def part(self, tokens: int) -> Part:
-        assert (name := self.model.own_head) is not None
+        name = self.model.own_head
+        assert name is not None
         return Part((name,), self.head.weight.numel(), {bits: square / 2 / tokens for bits, square in self.squares.items()})
 
 

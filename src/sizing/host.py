@@ -349,9 +349,18 @@ def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversati
 
 
 def preview(shape: ModelShape, evaluation: Evaluation, split: Conversations) -> Needs:
-    """A model layer by layer in a board's numbers, which its embedding and output layer are rounded to in fp32."""
-    walk = by_layer(replace(shape, dtype="float32"), split.tokens(evaluation.rows, evaluation.max_length))
-    return Needs({"libraries": EVALUATE + PICTURE, "tokenizer": tokenizer(shape), **walk, "rounding": 32 << 20}, 10 * MB)
+    """A model layer by layer in a board's numbers, which its embedding and output layer are rounded to in fp32; for its answers all of it."""
+    own = {"libraries": EVALUATE + PICTURE, "tokenizer": tokenizer(shape), "rounding": 32 << 20}
+    wide = replace(shape, dtype="float32")
+    walk = {**own, **by_layer(wide, split.tokens(evaluation.rows, evaluation.max_length))}
+    if not (answers := evaluation.samples if evaluation.prompts is None else len(evaluation.prompts)):
+        return Needs(walk, 10 * MB)
+    together, prompt = min(evaluation.batch_size, answers), min(split.length, evaluation.max_length)
+    cache = together * shape.kv_bytes(round(prompt) + evaluation.max_new_tokens, 4)
+    inside = 4 * together * prompt * max(map(_widest, shape.stack))
+    whole = {"weights in fp32, for answers": stored(wide) + 4 * shape.embedding * shape.tied, "keys and values": cache, "a pass": inside}
+    fewer = {"evaluation.samples=0": Needs(walk, 10 * MB)} if evaluation.prompts is None else {}
+    return Needs(largest(walk, {**own, **whole}), 10 * MB, ways=[fewer])
 
 
 def quantize(shape: ModelShape, how: AnyQuantizer, calibration: Calibration, split: Conversations, *, exact: bool = False) -> Needs:
