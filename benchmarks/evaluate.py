@@ -1,11 +1,12 @@
-"""The loss pass of an evaluation against plain transformers: python benchmarks/evaluate.py [ROUNDS]
+"""The loss pass of an evaluation against plain transformers, and against lm-eval where that is installed: python benchmarks/evaluate.py [ROUNDS]
 
 Random Llamas on disk, and rows of conversations (the embedded ones, and ones of 512 tokens of which a quarter is an answer). In turn, in one process: what lm-eval's and most
 scripts' loops do, a row at a time, logits of every token, the loss and the likeliest token of the answers; and the pass of `python -m src.evaluate`, the
-same figures and the 64 likeliest tokens with their log-probabilities. The model is loaded beforehand in the first, and read from disk in the second. Prints tokens of the rows per
-CPU second, their ratio round by round, and how far the losses are apart.
+same figures and the 64 likeliest tokens with their log-probabilities; and lm-eval's own model class at its batches of 1 and of 16, asked for each answer of a row. The model is read from disk
+in ours, and loaded beforehand in the others. Prints tokens of the rows per CPU second, ratios round by round, and how far the losses are apart.
 """
 
+import importlib.util
 import json
 import resource
 import shutil
@@ -70,32 +71,57 @@ def plainly(model, rows: list) -> float:
     return float(torch.cat(losses).mean())
 
 
+def by_lm_eval(lm, rows: list) -> float:
+    """The mean loss of the rows' answers, each asked for with all that stands before it."""
+    from itertools import groupby
+
+    requests = []
+    for row in rows:
+        for answers, pairs in groupby(range(len(row.labels)), key=lambda i: row.labels[i] >= 0):
+            at = list(pairs)
+            if answers:
+                requests.append((("", ""), row.input_ids[: at[0]], row.input_ids[at[0] : at[-1] + 1]))
+    said = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    return -sum(log_prob for log_prob, _ in said) / sum(len(request[2]) for request in requests)
+
+
 def main() -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from src.core.artifact import open_any
     from src.models import evaluation, seen
 
     chosen = {"conversations": rows_of_chats(), "512 tokens": long_rows()}
-    print(f"{'':30} {'plain':>9} {'ours':>9} {'ratio':>7}   tokens per CPU second")
+    peers = ["plain"]
+    if importlib.util.find_spec("lm_eval"):
+        from lm_eval.models.huggingface import HFLM
+
+        peers += ["lm-eval by 1", "by 16"]
+    print(f"{'tokens per CPU second':30} {'ours':>9}" + "".join(f" {name:>13} {'ratio':>7}" for name in peers))
     for name, shape in SHAPES.items():
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), shape)
-            plain, ours = AutoModelForCausalLM.from_pretrained(folder), open_any(Path(folder))
+            plain, ours = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval(), open_any(Path(folder))
+            ask = {"plain": lambda rows, plain=plain: plainly(plain, rows)}
+            for batch, peer in zip((1, 16), peers[1:]):
+                lm = HFLM(plain, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch, device="cpu")
+                ask[peer] = lambda rows, lm=lm: by_lm_eval(lm, rows)
             seen.observe(evaluation.Measured(ours, "model").reader, long_rows()[:1])  # imports
             for kind, rows in chosen.items():
-                tokens, speeds, apart = sum(len(row.input_ids) for row in rows), [], 0.0
+                tokens, seconds, apart = sum(len(row.input_ids) for row in rows), [], 0.0
                 for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS):
-                    marks = [cpu_seconds()]
-                    loss = plainly(plain, rows)
-                    marks.append(cpu_seconds())
-                    found = seen.observe(evaluation.Measured(ours, "model").reader, rows)
-                    marks.append(cpu_seconds())
-                    speeds.append((tokens / (marks[1] - marks[0]), tokens / (marks[2] - marks[1])))
-                    apart = max(apart, abs(float(found.losses.mean()) - loss))
-                one, other = (statistics.median(speed[i] for speed in speeds) for i in (0, 1))
-                ratio = statistics.median(b / a for a, b in speeds)
-                print(f"{name + ', ' + kind:30} {one:9,.0f} {other:9,.0f} {ratio:7.2f}   losses within {apart:.0e}", flush=True)
+                    begun = cpu_seconds()
+                    loss = float(seen.observe(evaluation.Measured(ours, "model").reader, rows).losses.mean())
+                    took = [cpu_seconds() - begun]
+                    for peer in peers:
+                        begun = cpu_seconds()
+                        apart = max(apart, abs(ask[peer](rows) - loss))
+                        took.append(cpu_seconds() - begun)
+                    seconds.append(took)
+                own, *others = (tokens / statistics.median(column) for column in zip(*seconds))
+                ratios = [statistics.median(took[i] / took[0] for took in seconds) for i in range(1, len(peers) + 1)]
+                told = "".join(f" {speed:13,.0f} {ratio:7.2f}" for speed, ratio in zip(others, ratios))
+                print(f"{name + ', ' + kind:30} {own:9,.0f}{told}   losses within {apart:.0e}", flush=True)
 
 
 if __name__ == "__main__":

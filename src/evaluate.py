@@ -23,7 +23,7 @@ from src.core.artifact import Artifact, outside
 from src.core.errors import ConfigError, MissingInput, UserError, WrongKind
 from src.core.log import say
 from src.core.room import Needs
-from src.models import checks, comparison, devices, evaluation, gates, preview, seen, tasks
+from src.models import checks, comparison, devices, evaluation, gates, numerics_report, seen, tasks
 from src.models.folder import base_of, weights_of
 from src.models.loading import tokenizer_of
 from src.records import conversations
@@ -56,7 +56,7 @@ def each(cfg: EvaluateVerb, run: stage.Run) -> Iterator[EvaluateVerb]:
 
 def find(cfg: EvaluateVerb, run: stage.Run) -> dict[str, Artifact]:
     if cfg.numerics:
-        return preview.find(cfg, run) | beside(cfg, run)
+        return numerics_report.find(cfg, run) | beside(cfg, run)
     if cfg.endpoint.url:
         return find_for_endpoint(cfg, run)
     model = run.source(cfg.source, kinds=KINDS)
@@ -129,7 +129,7 @@ def name(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> str:
         host = re.sub(r"[^A-Za-z0-9._-]+", "-", parts.hostname or "")
         return f"evaluate-{host}-{parts.port or (443 if parts.scheme == 'https' else 80)}"
     folder = re.sub(r"[^A-Za-z0-9._-]+", "-", inputs["model"].path.resolve().name)
-    return f"evaluate-{folder}" + (preview.name(cfg) if cfg.numerics else "")
+    return f"evaluate-{folder}" + (numerics_report.name(cfg) if cfg.numerics else "")
 
 
 def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
@@ -159,7 +159,7 @@ def check(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> list[str]:
                     f"in a board's numbers a model is held to itself as it is, on conversations: {setting} is of no use",
                     fix=f"{setting}=null",
                 )
-        return preview.check(cfg, inputs)
+        return numerics_report.check(cfg, inputs)
     refuse_unmeasured(cfg, inputs)
     parent = f", against {inputs['parent'].path}" if "parent" in inputs else ", no parent to compare with"
     if client := connect(cfg):
@@ -228,7 +228,7 @@ def connect(cfg: EvaluateVerb) -> Client | None:
 def evaluate(cfg: EvaluateVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Writes report.json, rows.jsonl and answers.jsonl."""
     if cfg.numerics:
-        return preview.report(cfg, inputs, out)
+        return numerics_report.report(cfg, inputs, out)
     if client := connect(cfg):
         with as_served_today():
             return evaluate_endpoint(cfg, client, inputs, out)
@@ -435,7 +435,7 @@ def judge(cfg: EvaluateVerb, made: Artifact) -> None:
 
 def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
     if cfg.numerics:
-        return preview.needs(cfg, inputs)
+        return numerics_report.needs(cfg, inputs)
     models = [read_shape(weights_of(inputs[role])) for role in ("model", "parent") if role in inputs]
     other = sum(file["size"] for file in inputs["general"].files.values()) if "general" in inputs else 0
     return host.evaluate(models, cfg.evaluation, host.conversations(inputs["dataset"].path / "val.jsonl"), other)
