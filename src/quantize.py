@@ -135,6 +135,7 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
 
     source, data = inputs["model"].path.resolve(), inputs["dataset"].path
     tokenizer = load_tokenizer(source, trust_remote_code=trust_of(inputs["model"]))
+    ids = complete.ids_of(tokenizer)  # before it is given a template that the folder lacks
     text = inputs["text"].path if "text" in inputs else None
     rows = calibration.read(cfg.calibration, data / "calib.jsonl", text, tokenizer) if calibrates(cfg) else calibration.Rows([], [])
     scratch = out / "scratch"
@@ -165,7 +166,7 @@ def make(cfg: QuantizeVerb, inputs: dict[str, Artifact], out: Path) -> Made:
     figures = {"calibration_rows": len(rows.ids), "calibration_tokens": rows.tokens, "module_loss": sum(losses) / len(losses)}
     if bits:
         figures["matrices_in_8_bits"] = sum(width == 8 for width in bits.values())
-    return Made(start, figures, asked, before, bool(held), complete.ids_of(tokenizer), bits)
+    return Made(start, figures, asked, before, bool(held), ids, bits)
 
 
 def mixture(cfg: QuantizeVerb, model, chats: list[encoding.Encoded], scratch: Path) -> dict[str, int] | None:

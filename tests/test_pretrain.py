@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import CHAT, ROOT, begun, go, helps, in_process, refused, to_its_end
 from safetensors.numpy import load_file
 
-from src import cpt, finetune, merge, pretrain
+from src import cpt, data, evaluate, finetune, merge, pretrain, quantize
 from src.core import artifact
 from src.core.errors import BadData, ConfigError, Moved, ProofFailed
 from src.models.loading import load_model, load_tokenizer
@@ -49,6 +50,30 @@ def made(outputs) -> artifact.Artifact:
 
 
 # ---- a model from nothing
+
+
+def test_a_model_of_text_is_quantized_and_measured_on_text_as_it_stands(made, outputs, tmp_path):
+    """It has no template, so what is learnt of a text is the text: its tokens are those that its tokenizer gives, all of which count."""
+    text = outputs.parent / "lines.txt"
+    text.write_text(
+        "\n".join(
+            turn["value"]
+            for chat in json.loads((ROOT / "assets" / "conversations.json").read_text())[:60]
+            for turn in chat["conversations"]
+        )
+    )
+    assert go(data, f"outputs={tmp_path}", "run=t", f"data.path={text}", "data.val=0.2", "data.calib=0.3") == 0
+    argv = [f"outputs={tmp_path}", "run=t", f"source={made.path}"]
+    assert go(quantize, *argv, "quantizer=gptq_int8", "quantizer.group_size=-1") == 0 and go(evaluate, *argv) == 0
+    assert artifact.open_artifact(tmp_path / "t" / "quantize").metrics["agreement"] > 0.97
+    tokenizer, model = load_tokenizer(made.path), load_model(made.path, dtype="float32").eval()
+    losses = []
+    for line in open(tmp_path / "t" / "data" / "val.jsonl"):
+        ids = torch.tensor([tokenizer(json.loads(line)["messages"][0]["content"]).input_ids])
+        with torch.no_grad():
+            losses.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    told = json.loads((tmp_path / "t" / "evaluate-pretrain" / "report.json").read_text())
+    assert told["tokens"] == len(torch.cat(losses)) and told["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-4)
 
 
 def test_it_learns_and_is_proven_to_be_what_was_trained(made, outputs):

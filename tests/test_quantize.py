@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import go, helps, untied
+from conftest import go, helps, make_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -441,7 +441,7 @@ def test_what_it_loses_is_between_that_of_its_two_widths(mixed, here):
 
 
 def test_an_output_layer_of_its_own_gets_its_bits_and_gptqmodel_reads_it(here):
-    source = untied(TINY, here / "untied")
+    source = make_base(here / "untied", tied=False, blank=False)
     argv = [
         f"outputs={here}",
         f"source={source}",
@@ -470,7 +470,7 @@ def test_an_output_layer_that_cannot_be_quantized_stays_and_that_is_said(here, c
     model = by_layer.need(artifact.open_any(mixed_source(here)))
     capsys.readouterr()
     assert not quantize.with_head(q, model) and "stays as it is stored: it is the embedding too" in capsys.readouterr().err
-    odd = by_layer.need(artifact.open_any(untied(TINY, here / "odd")))
+    odd = by_layer.need(artifact.open_any(make_base(here / "odd", tied=False, blank=False)))
     assert quantize.with_head(q, odd) and not capsys.readouterr().err
     odd.model.get_output_embeddings().weight = torch.nn.Parameter(torch.empty(1001, 8))
     assert not quantize.with_head(q, odd) and "int4 packs by 8, and it has 1,001 rows" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import go, untied
+from conftest import go, make_base
 
 from src import data
 from src.chat import encoding
@@ -63,7 +63,7 @@ def test_what_a_part_loses_is_told_from_one_pass_back(rows, tmp_path):
 
 
 def test_an_output_layer_of_its_own_is_a_part_too(rows, tmp_path):
-    start = artifact.open_any(untied(TINY, tmp_path / "untied"))
+    start = artifact.open_any(make_base(tmp_path / "untied", tied=False, blank=False))
     before = seen.observe(seen.by_layer(by_layer.need(start), "before"), rows)
     (tmp_path / "hidden").mkdir()
     *_, part = sensitivity.measure(by_layer.need(start), rows, (4, 8), 32, tmp_path / "hidden", head=True)

@@ -32,6 +32,8 @@ IGNORE = -100
 QWEN_SYSTEM = "You are a helpful assistant."
 EMPTY_BLOCK = re.compile("^(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}" for a, b in THINKING) + r")\s*")
 """reasoning without a word in it"""
+LETTERS = 100
+"""of a text for each token that is looked at: no more of one are read"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def ensure_chat(tokenizer) -> list[str]:
     if tokenizer.chat_template:
         added = []
     else:
+        tokenizer.of_plain_text = True
         missing = [token for token in (START, END) if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
         starts_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         tokenizer.add_special_tokens({"extra_special_tokens": [START, END]} if missing else {})
@@ -90,6 +93,18 @@ def ensure_chat(tokenizer) -> list[str]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return added
+
+
+def text_alone(messages: Sequence[dict], tools: Sequence | None) -> str | None:
+    """What a record of plain text says: one turn of the assistant's, with nothing before it; None of a conversation."""
+    (*before, last) = messages
+    return last["content"] if not before and tools is None and last.keys() == {"role", "content"} and last["role"] == "assistant" else None
+
+
+def of_text(text: str, tokenizer, longest: int | None = None) -> Encoded:
+    """Text as it stands, without a template, of which every token counts; `longest` tokens of it at most."""
+    ids = tokenizer(text if longest is None else text[: LETTERS * longest]).input_ids[:longest]
+    return Encoded(ids, ids)
 
 
 def set_up(tokenizer, *, text: str | None, keywords: dict, reasoning: str, today: str) -> list[str]:

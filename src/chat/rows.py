@@ -12,13 +12,17 @@ from src.core.log import warn
 
 def rows_of(records: Iterable[dict], tokenizer, what: str) -> Iterator[tuple[dict, encoding.Encoded]]:
     """Each record of a split with its row. A record that teaches nothing is left out; behind the last that is asked for that is said, with what else
-    is not taught.
+    is not taught. Plain text is a row as it stands for a model that has no template of its own.
 
     what: "calibration", in front of what is said. Raises BadData, naming the record, where a text holds a control token.
     """
     notes: Counter[str] = Counter()
     try:
         for record in records:
+            text = encoding.text_alone(record["messages"], record.get("tools")) if hasattr(tokenizer, "of_plain_text") else None
+            if text is not None:
+                yield record, encoding.of_text(text, tokenizer)
+                continue
             try:
                 taught = encoding.teach(tokenizer, record["messages"], record.get("tools"))
             except Unteachable:

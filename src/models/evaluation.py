@@ -21,9 +21,6 @@ from src.settings.evaluations import Evaluation
 from src.sizing.config_reader import read_shape
 from src.sizing.shape import ModelShape
 
-LETTERS = 100
-"""of a text for each token that is looked at: no more of one are read"""
-
 
 class Measured:
     """A model being measured on this machine. On a CPU it computes in fp32: its loss a layer at a time, its answers from the dtype that is stored."""
@@ -84,13 +81,8 @@ def encode_general(conversations: Iterable[Conversation], tokenizer, max_length:
     """
     chats, rows = [], []
     for one in progress(conversations, "reading general"):
-        if (
-            one.tools is None
-            and [message.keys() for message in one.messages] == [{"role", "content"}]
-            and one.messages[0]["role"] == "assistant"
-        ):
-            ids = tokenizer(one.messages[0]["content"][: LETTERS * max_length]).input_ids[:max_length]
-            rows.append((one.id, encoding.Encoded(ids, ids)))
+        if (text := encoding.text_alone(one.messages, one.tools)) is not None:
+            rows.append((one.id, encoding.of_text(text, tokenizer, max_length)))
         else:
             chats.append({"id": one.id, "messages": one.messages, "tools": one.tools})
     rows += [(record["id"], row) for record, row in rows_of(chats, tokenizer, "general")]
