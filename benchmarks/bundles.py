@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import struct
 import subprocess
@@ -22,12 +23,12 @@ PROMPT = "Once upon a time, in a village by the sea, there lived an old fisherma
 PROMPT_TOKENS = 128
 
 
-def run_ours(model: Path, tokens: int, threads: int) -> tuple[float, float]:
+def run_ours(model: Path, tokens: int, threads: int, program: Path) -> tuple[float, float]:
     """Tokens per second of (an answer, a prompt)."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     figures = []
     for prompt, wanted in ((PROMPT, tokens), (" ".join([PROMPT] * (PROMPT_TOKENS // 20)), 1)):
-        argv = [model.parent / "run", model, "-t", "0", "-n", str(wanted + 20), "-i", prompt]
+        argv = [program, model, "-t", "0", "-n", str(wanted + 20), "-i", prompt]
         said = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment).stderr
         found = re.search(r"prompt: \d+ tokens, ([\d.]+) tok/s; answer: (\d+) tokens, ([\d.]+)", said)
         if not found or int(found[2]) < wanted // 2:
@@ -75,11 +76,15 @@ def main(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
         reader = Path(place) / "bandwidth"
         subprocess.run(["cc", "-O3", "-march=native", "-fopenmp", ROOT / "benchmarks" / "bandwidth.c", "-o", reader], check=True)
+        program = Path(place) / "run"
+        for name in ("run.c", "Makefile"):
+            shutil.copy(ROOT / "assets" / "llama2c" / name, place)
+        subprocess.run(["make", "-s", "-C", place, *(["omp"] if given.threads > 1 else ["run"])], check=True)
         for _ in range(given.rounds):
             for model in models:
                 limit = bandwidth(reader, model, given.threads) / bytes_a_token(model)
                 ours = model.suffix == ".bin"
-                speeds = (run_ours if ours else run_llama_cpp)(model, given.tokens, given.threads, *(() if ours else (given.llamacpp,)))
+                speeds = (run_ours if ours else run_llama_cpp)(model, given.tokens, given.threads, program if ours else given.llamacpp)
                 rounds[model].append((limit, *speeds))
     for model, found in rounds.items():
         limit, answer, prompt = map(statistics.median, zip(*found))
