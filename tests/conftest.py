@@ -30,7 +30,6 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from safetensors.torch import save_file as save_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -44,12 +43,14 @@ FEW = ["data.val=0.2", "data.calib=0.2"]
 
 def untied(source: Path, folder: Path) -> Path:
     """A model with an output layer of its own, which is what its embedding is."""
+    from safetensors.torch import save_file as save_tensors
+
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
     with safe_open(source / "model.safetensors", "pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    save_torch(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
