@@ -42,7 +42,9 @@ FEW = ["data.val=0.2", "data.calib=0.2"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test has several threads, one that waits leaves the core to others
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+# Where it is set, each process that a test starts compiles src anew, a fifth of its start, and pytest every test file.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 LONGEST = (
     "test_finetune.py",
@@ -104,6 +106,22 @@ def nothing_old_is_collected():
     """The code under test collects garbage to give back memory, a third of a second each time where torch's modules are looked at, too."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def each_program_is_compiled_once(tmp_path_factory):
+    """The C compiler on PATH is tests/compiler/cc, whose programs all processes of this run of pytest share."""
+    if not (real := shutil.which("cc")):
+        yield
+        return
+    here = tmp_path_factory.getbasetemp()
+    kept = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "made-by-cc"
+    kept.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REAL_CC", real)
+        patch.setenv("MADE_BY_CC", str(kept))
+        patch.setenv("PATH", str(ROOT / "tests" / "compiler"), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -370,9 +388,7 @@ def eighty(tmp_path_factory) -> Path:
 def ready_processes():
     """A multiprocessing context whose processes are their own, and begin with the libraries of training there, which takes seconds otherwise."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "transformers.trainer", "peft", "gptqmodel", "deepspeed", "src.training.session", "src.finetune", "src.pretrain"]
-    )
+    context.set_forkserver_preload(["tests.ready"])
     return context
 
 

@@ -252,3 +252,11 @@ def test_the_dockerfile_copies_what_is_there_and_no_environment():
 def test_the_page_of_settings_is_what_the_schemas_say():
     page = runpy.run_path(str(ROOT / "scripts" / "settings_pages.py"))["page"]()
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == page, "python scripts/settings_pages.py makes it anew"
+
+
+def test_one_thread_is_asked_for_before_torch_reads_it():
+    """torch takes OMP_NUM_THREADS as it is when it is imported; with more threads than cores a training step here takes four times the CPU, or more."""
+    code = "import sys, conftest; early = 'torch' in sys.modules; import torch; print(early, torch.get_num_threads())"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", env=kept, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False 1\n", done.stdout + done.stderr
