@@ -64,7 +64,8 @@ def test_a_model_of_text_is_quantized_and_measured_on_text_as_it_stands(made, ou
     )
     assert go(data, f"outputs={tmp_path}", "run=t", f"data.path={text}", "data.val=0.2", "data.calib=0.3") == 0
     argv = [f"outputs={tmp_path}", "run=t", f"source={made.path}"]
-    assert go(quantize, *argv, "quantizer=gptq_int8", "quantizer.group_size=-1") == 0 and go(evaluate, *argv) == 0
+    assert go(quantize, *argv, "quantizer=gptq_int8", "quantizer.group_size=-1") == 0
+    assert go(evaluate, *argv, "evaluation.prompts=['Ahoy! The','What']", "evaluation.max_new_tokens=8") == 0
     assert artifact.open_artifact(tmp_path / "t" / "quantize").metrics["agreement"] > 0.97
     tokenizer, model = load_tokenizer(made.path), load_model(made.path, dtype="float32").eval()
     losses = []
@@ -72,6 +73,10 @@ def test_a_model_of_text_is_quantized_and_measured_on_text_as_it_stands(made, ou
         ids = torch.tensor([tokenizer(json.loads(line)["messages"][0]["content"]).input_ids])
         with torch.no_grad():
             losses.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    for line in open(tmp_path / "t" / "evaluate-pretrain" / "answers.jsonl"):
+        ids = tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids
+        said = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+        assert tokenizer.decode(said, skip_special_tokens=True) == json.loads(line)["answer"]
     told = json.loads((tmp_path / "t" / "evaluate-pretrain" / "report.json").read_text())
     assert told["tokens"] == len(torch.cat(losses)) and told["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-4)
 

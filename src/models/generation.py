@@ -41,12 +41,19 @@ def greedy(
     tools: list[list | None] | None = None,
     seconds: float | None = None,
 ) -> list[tuple[str, bool]]:
-    """Greedy answers to conversations, batched: (text, whether the turn was ended by the stop token). tools: of each conversation, if any.
+    """Greedy answers to conversations, batched: (text, whether the turn was ended by the stop token); a model of plain text, which has no template, goes on with
+    a first turn as it stands. tools: of each conversation, if any.
 
     seconds: after which they are cut off; None: never."""
     offered = tools or [None] * len(prompts)
-    ids = [tokenizer(render(tokenizer, p, t, prompt=True), add_special_tokens=False).input_ids for p, t in zip(prompts, offered)]
+    ids = [_prompt(tokenizer, messages, t) for messages, t in zip(prompts, offered)]
     return greedy_after(model, tokenizer, ids, max_new_tokens=max_new_tokens, eos_id=eos_id, seconds=seconds)
+
+
+def _prompt(tokenizer, messages: list[dict], tools: list | None) -> list[int]:
+    if hasattr(tokenizer, "of_plain_text") and [message["role"] for message in messages] == ["user"] and not tools:
+        return tokenizer(messages[0]["content"]).input_ids
+    return tokenizer(render(tokenizer, messages, tools, prompt=True), add_special_tokens=False).input_ids
 
 
 def greedy_after(
@@ -58,6 +65,7 @@ def greedy_after(
     ends, stops = ends_of(model, tokenizer, eos_id)
     longest = max(map(len, ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_id
+    pad = pad if pad < vocabulary_rows(model) else 0  # of a template that the model was given just now; it is masked
     room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     with torch.no_grad():
         out = model.generate(
