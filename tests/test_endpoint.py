@@ -150,7 +150,7 @@ def test_system_turn_and_tools_go_along(finished):
         | {"endpoint": {"url": None, "model": None, "timeout": 1, "concurrency": 1}}
         | {"gate": dict.fromkeys(("kl", "top1", "perplexity_ratio", "task_drop", "forgetting"))}
     )
-    assert evaluate.asked(cfg, [{"messages": messages, "tools": tools}]) == [(messages[:2], tools)]
+    assert checks.asked(cfg.evaluation, [{"messages": messages, "tools": tools}]) == [(messages[:2], tools)]
     assert "endpoint" not in cfg.model_dump(), "an evaluation without an endpoint has the settings it always had"
 
 

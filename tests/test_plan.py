@@ -10,7 +10,7 @@ import published
 import pytest
 from conftest import ROOT, helps, refused, ways
 from published import MODELS, rates, target
-from test_structure import WATCH, loaded_by
+from test_structure import loaded_by
 
 from src.core import compose
 from src.core.errors import BadData, ConfigError, MissingInput, NoRoom, WrongKind
@@ -199,6 +199,15 @@ def test_a_fit_says_its_sum():
     assert fit.fits is True and fit.needed == sum(fit.parts.values()) and fit.available == 6 * 2**30
     assert fit.host_parts == {"embedding": 151936 * 896 * 2}
     assert fit.lines[0].startswith("memory = layers ") and "fits in 6.4 GB" in fit.lines[1]
+
+
+# Prints what was loaded after the verb has ended, however it ended.
+WATCH = """
+import atexit, runpy, sys
+atexit.register(lambda: print("LOADED", [m for m in ("torch", "transformers") if m in sys.modules]))
+sys.argv = sys.argv[1:]
+runpy.run_module(f"src.{sys.argv[0]}", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_what_is_too_large_is_said():

@@ -12,7 +12,7 @@ from src.core.compose import CONFIGS
 from src.core.log import size, table
 from src.core.room import Needs
 from src.settings.evaluations import Evaluation
-from src.settings.quantizers import Calibration
+from src.settings.quantizers import Calibration, GptqQuantizer
 from src.settings.targets import Axera, Mobilint
 from src.settings.training import FullTuner
 from src.settings.verbs import PlanVerb
@@ -25,7 +25,8 @@ def stages(shape: ModelShape, cfg: PlanVerb) -> Iterator[tuple[str, Needs]]:
     """(stage, what it takes) from conversations to a bundle, each with its own defaults where the plan has no such setting."""
     gpus = launch.gpu_count()
     adapter = not isinstance(cfg.tuner, FullTuner) and not shape.quantization
-    quantize = SimpleNamespace(calibration=Calibration(**defaults("quantize")["calibration"]))
+    quantizer = GptqQuantizer(**defaults("quantizer/gptq_int4"))
+    quantize = SimpleNamespace(quantizer=quantizer, calibration=Calibration(**defaults("quantize")["calibration"]))
     evaluate = SimpleNamespace(evaluation=Evaluation(**defaults("evaluate")["evaluation"]))
     names: dict[str, Any] = {"data": cfg, f"finetune, {cfg.tuner.kind}": cfg} | ({"merge": cfg} if adapter else {})
     names |= {} if shape.quantization else {"quantize": quantize}
