@@ -80,7 +80,7 @@ make_env() {
     # A lock is whole: left to resolve, pip takes a newer release than the one locked for a package with extras, and stops.
     from=(--require-hashes --no-deps -r "$root/requirements.lock" -r "$root/$lock")
   fi
-  (set -o pipefail && "$python" -m pip install --disable-pip-version-check --no-input "${from[@]}" |
+  (set -o pipefail && "$python" -m pip install --disable-pip-version-check --no-input "${from[@]}" 2> >(grep -v '^WARNING: ' >&2) |
     progress_of_pip "$(pins "$root/requirements.lock" "$root/$lock" | wc -l)") || return 7
   echo "$want" >"$stamp"
 }

@@ -443,7 +443,7 @@ def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
 
 STAGE = stage.Stage(
     verb="evaluate",
-    version=3,
+    version=4,
     schema=EvaluateVerb,
     kind="report",
     find=find,

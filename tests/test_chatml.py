@@ -8,7 +8,9 @@ from conftest import NO_SHARED, SHARED, each_kind, helps
 from makers import KINDS, tokenizer_folder
 
 from src.chat import encoding
+from src.chat.rows import rows_of
 from src.core.errors import BadData, WrongKind
+from src.models import generation
 from src.models.loading import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,6 +200,22 @@ def test_a_tokenizer_without_chatml_is_given_it(name):
     assert tokenizer("").input_ids == [bos]
     assert encoded.input_ids[:2] == [bos, start] and encoded.input_ids.count(bos) == 1
     assert encoding.ensure_chat(tokenizer) == [], "a second call finds nothing to add"
+
+
+def test_text_stands_as_it_is_for_a_model_that_knows_no_template_and_is_a_turn_once_it_is_to_learn_one():
+    record = {"id": "1", "messages": [{"role": "assistant", "content": "A cat sat."}]}
+    asked = [{"role": "user", "content": "A cat"}]
+    (base, learns) = (load_tokenizer(tokenizer_folder("made-plain")) for _ in range(2))
+    text, prompt = base("A cat sat.").input_ids, base("A cat").input_ids
+    encoding.ensure_chat(base)
+    encoding.set_up(learns, text=None, keywords={}, reasoning="template", today="2026-01-01")
+    assert [row.input_ids for _, row in rows_of([record], base, "it")] == [text] and generation.prompt_of(base, asked, None) == prompt
+    ((_, row),) = rows_of([record], learns, "it")
+    assert row.input_ids != text and learns.eos_token_id in row.input_ids
+    assert (
+        generation.prompt_of(learns, asked, None)
+        == learns(encoding.render(learns, asked, None, prompt=True), add_special_tokens=False).input_ids
+    )
 
 
 def test_chatml_on_a_tokenizer_that_adds_no_bos_begins_with_the_first_turn():

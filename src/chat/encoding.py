@@ -78,7 +78,8 @@ class TrainedTurn:
 def ensure_chat(tokenizer) -> list[str]:
     """Give a tokenizer without a chat template ChatML: the template, its two tokens where missing, and a padding token.
 
-    Returns the tokens added, in id order. A tokenizer that has a template keeps it. Turn end becomes the eos token, as serving tools expect.
+    Returns the tokens added, in id order. A tokenizer that has a template keeps it; one that has none is marked `of_plain_text`, for its model has seen no
+    template. Turn end becomes the eos token, as serving tools expect.
     """
     if tokenizer.chat_template:
         added = []
@@ -116,6 +117,7 @@ def set_up(tokenizer, *, text: str | None, keywords: dict, reasoning: str, today
     if text:
         tokenizer.chat_template = None if text == "chatml" else text
     added = ensure_chat(tokenizer)
+    vars(tokenizer).pop("of_plain_text", None)  # from here on conversations are what it is taught
     tokenizer.chat_template = template.with_defaults(str(tokenizer.chat_template), keywords)
     settings = {"reasoning": reasoning, "today": today}
     tokenizer.init_kwargs[template.SETTINGS] = {name: value for name, value in settings.items() if value != template.USUAL[name]}

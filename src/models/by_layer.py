@@ -30,8 +30,6 @@ TOGETHER = 1024
 HIDDEN = 256 << 20
 """bytes of hidden states held at once, fp32; more rows go in several rounds, each of which reads the model again"""
 PROBE = list(range(8))
-INSIDE = re.compile(r"\.\d+\.")
-"""in the name of a tensor that belongs to one of a model's layers"""
 LOGITS = 32 << 20
 """bytes of logits made at a time, fp32"""
 
@@ -346,7 +344,7 @@ def load(artifact: Artifact, base: Path | None = None, tokens: int = 0, device: 
     tokenizer = loading.load_tokenizer(artifact.path if has_tokenizer(artifact.path) else base)
     grows = max(tokens, len(tokenizer)) > (read_json(base / "config.json").get("vocab_size") or 0)
     inside = all(
-        INSIDE.search(name) or name.endswith(".trainable_tokens_delta")
+        safetensors_io.INSIDE.search(name) or name.endswith(".trainable_tokens_delta")
         for name in safetensors_io.entries(artifact.path, "adapter_model*.safetensors")
     )
     if any(base.glob("*.bin")) or not (model := _on_disk(base, ends=inside and not grows)):

@@ -46,11 +46,12 @@ def greedy(
 
     seconds: after which they are cut off; None: never."""
     offered = tools or [None] * len(prompts)
-    ids = [_prompt(tokenizer, messages, t) for messages, t in zip(prompts, offered)]
+    ids = [prompt_of(tokenizer, messages, t) for messages, t in zip(prompts, offered)]
     return greedy_after(model, tokenizer, ids, max_new_tokens=max_new_tokens, eos_id=eos_id, seconds=seconds)
 
 
-def _prompt(tokenizer, messages: list[dict], tools: list | None) -> list[int]:
+def prompt_of(tokenizer, messages: list[dict], tools: list | None) -> list[int]:
+    """Token ids that an answer goes on from."""
     if hasattr(tokenizer, "of_plain_text") and [message["role"] for message in messages] == ["user"] and not tools:
         return tokenizer(messages[0]["content"]).input_ids
     return tokenizer(render(tokenizer, messages, tools, prompt=True), add_special_tokens=False).input_ids

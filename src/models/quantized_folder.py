@@ -10,8 +10,6 @@ from src.models import safetensors_io
 from src.models.safetensors_io import Entry
 from src.settings.quantizers import AnyQuantizer, AwqQuantizer, BnbQuantizer, RtnQuantizer
 
-INSIDE = re.compile(r"\.\d+\.")
-"""in the name of a matrix that belongs to a layer"""
 FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 """what vLLM calls the matrix that it makes of this one and others of one input"""
 
@@ -54,7 +52,7 @@ def complete_config(q: AnyQuantizer, bits: dict[str, int] | None, source: Path, 
         "group_size": q.group_size,
         "desc_act": not isinstance(q, RtnQuantizer) and q.act_order,
         "sym": True,
-        "lm_head": any(not INSIDE.search(name) for name in bits or ()),
+        "lm_head": any(not safetensors_io.INSIDE.search(name) for name in bits or ()),
         **({} if isinstance(q, RtnQuantizer) else {"damp_percent": q.damp}),
         **({"dynamic": rules(bits)} if bits else {}),
         "pack_dtype": "int32",
@@ -83,7 +81,7 @@ def rules(bits: dict[str, int]) -> dict[str, dict[str, int]]:
     layers: dict[tuple[str, str], list[str]] = defaultdict(list)
     found = {}
     for name, width in bits.items():
-        if width == 8 and not INSIDE.search(name):  # the output layer
+        if width == 8 and not safetensors_io.INSIDE.search(name):  # the output layer
             found[f"+:{re.escape(name)}$"] = {"bits": 8}
         elif width == 8:
             before, number, after = re.split(r"\.(\d+)\.", name, maxsplit=1)

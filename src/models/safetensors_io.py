@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ TORCH = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+INSIDE = re.compile(r"\.\d+\.")
+"""in the name of a tensor that belongs to one of a model's layers"""
 WORKERS = 4
 """tensors made and written at a time, at most one for each of torch's threads; a tensor alone uses several threads poorly"""
 PIECE = 1 << 18
