@@ -16,7 +16,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHAT, ROOT, helps, in_process, refused
+from conftest import CHAT, ROOT, hear_ctrl_c, helps, in_process, refused
 from stand_ins.openai_server import Behaviour, Server
 
 from src.core.compose import compose
@@ -227,6 +227,7 @@ class Typed:
         self.seen, self._from = "", 0
         self.process, self.terminal = pty.fork()
         if not self.process:
+            hear_ctrl_c()
             environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
             parrot = str(ROOT / "tests" / "stand_ins" / "parrot.py")
             os.execve(sys.executable, [sys.executable, parrot, *map(str, argv)], environment | {"TERM": "xterm", "NO_COLOR": "1"})
