@@ -123,7 +123,7 @@ def test_answers_are_the_greedy_ones_one_prompt_at_a_time(reports, here):
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=[1023, 1021], pad_token_id=1021
             )[0, ids.shape[1] :]
-        assert row["prompt"] == opening[-1]["content"]
+        assert row["prompt"] == opening[-1]["content"] and row.get("before", []) == opening[:-1]
         assert row["answer"] == tokenizer.decode(out, skip_special_tokens=True)
         assert row["ended"] == (1023 in out.tolist())
 

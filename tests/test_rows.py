@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from src import data, finetune
 from src.models import token_rows
+from src.models.held import hold_one
 
 pytestmark = pytest.mark.usefixtures("proofs_in_this_process")
 IDS = [5, 9, 30]
@@ -53,6 +54,32 @@ def test_folding_gives_a_plain_model_of_the_same_function(model):
     assert set(folded) == names
     plain.load_state_dict(folded)
     torch.testing.assert_close(logits(plain), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["held", "fp32"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_rows_beside_a_frozen_output_layer_are_the_layer_with_these_rows(dtype, bias):
+    """The bias among it, which a folded layer has at these tokens too, and every gradient; and no logits are copied on the way back."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 32, bias=bias).to(dtype).requires_grad_(False)
+    whole = torch.nn.Linear(16, 32, bias=bias)
+    whole.load_state_dict(layer.state_dict())
+    hold_one(layer)
+    if bias:
+        layer.bias.data = layer.bias.data.float()
+    split = token_rows.WithRows(layer, torch.nn.Parameter(torch.randn(3, 16)), torch.tensor(IDS))
+    whole.weight.data[IDS] = split.rows.data
+    x, wanted = torch.randn(7, 16), torch.randn(7, 32)
+    found, known = [], []
+    for model, into in ((split, found), (whole, known)):
+        given = x.clone().requires_grad_()
+        out = model(given)
+        (out * wanted).sum().backward()
+        into += [out.detach(), given.grad, model.rows.grad if model is split else whole.weight.grad[IDS]]
+        if model is split:
+            assert "IndexAdd" in type(out.grad_fn).__name__
+    for one, other in zip(found, known):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Training is right whatever its layout: packed or padded, in one pass or many, with the loss in chunks or from the logits, resumed or not."""
 
 import contextlib
+import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.chat import encoding
-from src.training import attention, batches, layout
+from src.training import attention, batches, choices, layout
 from src.training.batches import BatchPlan, Steps, micro_batch
 from src.training.examples import Example
 from src.training.head import HeadLoss, Targets
@@ -204,6 +206,35 @@ def test_in_evaluation_each_token_s_loss_and_hit_are_those_of_the_logits(model, 
         logits = plain(**layout.inputs_of(batch, "cpu")).logits[batch["keep"]]
     assert torch.allclose(ours[:, 0], torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="none"), atol=1e-5)
     assert torch.equal(ours[:, 1].bool(), logits.argmax(-1) == batch["targets"])
+
+
+def test_the_logits_of_a_chunk_are_gone_before_the_next_are_made(model, monkeypatch):
+    monkeypatch.setattr("src.training.head.ON_CPU", 512 * 4 * 2)
+    plain, batch = model("qwen2"), micro_batch(ROWS, [0, 2], 0, packed=False)
+    head, made, together = HeadLoss(plain, chunked=True), [], []
+
+    def logits(hidden, layer=head.logits):
+        together.append(sum(one() is not None for one in made))
+        out = layer(hidden)
+        made.append(weakref.ref(out))
+        return out
+
+    head.logits = logits
+    step_of(plain, [batch], head)
+    assert len(together) > 2 and not any(together)
+
+
+def test_memory_is_given_back_on_the_way_through_a_pass_that_keeps_its_activations(model, monkeypatch):
+    calls: list[int] = []
+    monkeypatch.setattr(choices, "trim", lambda: calls.append(1))
+    monkeypatch.setattr(choices, "TRIMS", 2)
+    plain, batch = copy.deepcopy(model("llama")), micro_batch(ROWS, [0, 2], 0, packed=False)
+    choices.trim_on_the_way(plain)
+    with torch.no_grad():
+        plain(**layout.inputs_of(batch, "cpu"))
+    assert not calls
+    plain(**layout.inputs_of(batch, "cpu"))
+    assert len(calls) == min(2, plain.config.num_hidden_layers)
 
 
 # ---- the plan of a run

@@ -158,6 +158,12 @@ def asked(settings: Evaluation, records: list[dict]) -> list[tuple[list[dict], l
     return [(each.messages, each.tools) for each in openings(records, settings.samples)]
 
 
+def asked_row(messages: list[dict]) -> dict:
+    """How an answer's row says what was asked: the last message, and under "before" the messages that stood before it, if any."""
+    *before, last = messages
+    return {"prompt": last["content"]} | ({"before": before} if before else {})
+
+
 def expected(settings: Evaluation, answers: dict[str, list[dict]]) -> dict[str, int]:
     """How many answers of each role match evaluation.expect and end their turn, marked in their rows; nothing where none is expected."""
     if settings.expect is None:

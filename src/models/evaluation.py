@@ -12,7 +12,7 @@ from src.chat.rows import rows_of
 from src.core.artifact import Artifact
 from src.core.errors import BadData, MissingInput, WrongKind
 from src.core.log import progress, warn
-from src.models import devices, generation, seen
+from src.models import checks, devices, generation, seen
 from src.models.folder import weights_of
 from src.models.loading import load_any
 from src.models.seen import Reader, Seen
@@ -169,11 +169,11 @@ def validation(dataset: Artifact, settings: Evaluation) -> list[dict]:
 
 
 def answer(model: Any, tokenizer, prompts: list, evaluation: Evaluation, eos_id: int) -> list[dict]:
-    """A row for each (messages, tools): prompt, greedy answer, and whether its turn was ended."""
+    """A row for each (messages, tools): what was asked, greedy answer, and whether its turn was ended."""
     found = []
     for begin in range(0, len(prompts), evaluation.batch_size):
         some = prompts[begin : begin + evaluation.batch_size]
         batch, tools = [messages for messages, _ in some], [offered for _, offered in some]
         texts = generation.greedy(model, tokenizer, batch, max_new_tokens=evaluation.max_new_tokens, eos_id=eos_id, tools=tools)
-        found += [{"prompt": p[-1]["content"], "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
+        found += [{**checks.asked_row(p), "answer": text, "ended": ended} for p, (text, ended) in zip(batch, texts)]
     return found

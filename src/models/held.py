@@ -95,7 +95,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         if not torch.is_autocast_enabled(x.device.type):
             weight = weight.to(x.dtype)
         return F.linear(x, weight.T if turned else weight, bias)
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, turned).view(*x.shape[:-1], -1)
+    out = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, turned)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)  # what is written into a view costs two copies of its gradient
 
 
 class _Linear(torch.autograd.Function):

@@ -7,6 +7,7 @@ such rows are parameters beside the matrix they belong to, in front of it while 
 import torch
 import torch.nn.functional as F
 
+from src.models.held import HeldLinear
 from src.models.vocabulary import whole
 from src.settings.training import Optimizer
 
@@ -28,7 +29,21 @@ class WithRows(torch.nn.Module):
         if isinstance(self.base, torch.nn.Embedding):
             hits = x.unsqueeze(-1) == self.index
             return torch.where(hits.any(-1, keepdim=True), F.embedding(hits.int().argmax(-1), self.rows).to(out.dtype), out)
-        return out.index_copy_(-1, self.index, F.linear(x, self.rows.to(x.dtype)).to(out.dtype))
+        return replaced(out, x, self.index, self.rows, self.base)
+
+
+def replaced(out: torch.Tensor, x: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    """Logits `out` (..., vocabulary) that an output layer made of x (..., width), as if its weight had `rows` (count, width) at the tokens `index`.
+
+    Beside a frozen matrix in fp32 what the rows change is added: a sum hands its gradient on as it is, where a copy takes two more of the size of
+    the logits.
+    """
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    bias: torch.Tensor | None = getattr(layer, "bias", None)
+    beside = type(layer) in (torch.nn.Linear, HeldLinear) and not weight.requires_grad and not hasattr(weight, "ds_id")
+    if beside and out.dtype == x.dtype == torch.float32:
+        return out.index_add_(-1, index, F.linear(x, rows.float() - weight[index].float()))
+    return out.index_copy_(-1, index, F.linear(x, rows.to(x.dtype), None if bias is None else bias[index].to(x.dtype)).to(out.dtype))
 
 
 def split_off(model, ids: list[int]) -> None:
@@ -142,7 +157,7 @@ def rows_beside_their_matrix() -> None:
                 scale = self._get_embed_scale()
                 out = torch.where(hits.any(-1, keepdim=True), new if scale is None else new * scale.to(new.dtype), out)
             else:
-                out = out.index_copy_(-1, index, F.linear(x, rows.to(x.dtype)).to(out.dtype))
+                out = replaced(out, x, index, rows, self.base_layer)
         return out
 
     if TrainableTokensLayer.forward_adapters.__module__ != __name__:

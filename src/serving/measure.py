@@ -17,6 +17,7 @@ from src.chat.encoding import IGNORE, render
 from src.chat.template import said_apart
 from src.core.errors import ConfigError, NoAnswer
 from src.core.log import progress, say, warn
+from src.models import checks
 from src.models.generation import leading
 from src.models.seen import Seen
 from src.serving.client import Client
@@ -84,7 +85,7 @@ def ask(client: Client, model: str, prompts: list[tuple], out: Path, *, max_toke
         if i in kept:
             return kept[i]
         messages, tools = prompts[i]
-        row = {"prompt": messages[-1]["content"], "answer": "", "ended": False}
+        row = {**checks.asked_row(messages), "answer": "", "ended": False}
         try:
             reply = client.chat(model, messages, tools, max_tokens=max_tokens)
         except Refused as error:

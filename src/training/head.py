@@ -177,6 +177,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 one.add_(other)
             total += loss
             at += len(h)
+            del logits, gradient, found, rest  # before the next chunk's are made
         ctx.save_for_backward(into_hidden, *into)
         return total
 

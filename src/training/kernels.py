@@ -1,12 +1,14 @@
 """What a model computes on a CPU beside its large products, in fewer passes over memory: adapters with their base layer, gated MLPs,
 norms, rotation.
 
-A pass over fresh memory costs a CPU more in page faults than in sums, so each kernel writes where it can over what it made itself, and keeps for
-the backward pass only what it cannot make again cheaply. They take the place of code they were written for, and of no other.
+A pass over fresh memory costs a CPU more in page faults than in sums, so each kernel writes where it can over what it made itself or into memory that
+it uses again, and keeps for the backward pass only what it cannot make again cheaply. They take the place of code they were written for, and of no other.
 """
 
 import inspect
+import math
 import sys
+import threading
 from functools import partial
 
 import numpy as np
@@ -80,8 +82,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, made_of, weight, bias, a, b, scale, p):
         ctx.scale, ctx.draw = scale / (1 - p), draw_of(p) if p else None
-        given = x if gate is None else swiglu(gate, x)
-        inner = (given if ctx.draw is None else given * keep_mask(given.shape, ctx.draw)) @ a.T
+        given = x if gate is None else swiglu(gate, x, out=scratch("product", x.shape))
+        inner = (given if ctx.draw is None else dropped(given, keep_mask(given.shape, ctx.draw))) @ a.T
         out = product_t(given, weight)
         if bias is not None:
             out += bias
@@ -91,11 +93,11 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         gate, inner, weight, a, b, *made_of = ctx.saved_tensors
-        x = normed(*made_of).view(-1, a.shape[1]) if len(made_of) > 1 else made_of[0]
-        given = x if gate is None else swiglu(gate, x)
+        x = made_of[0] if len(made_of) == 1 else normed(*made_of, out=scratch("normed", made_of[0].shape)).view(-1, a.shape[1])
+        given = x if gate is None else swiglu(gate, x, out=scratch("product", x.shape))
         kept = None if ctx.draw is None else keep_mask(given.shape, ctx.draw)
         into_inner = (gradient @ b).mul_(ctx.scale)
-        into_a = into_inner.T @ (given if kept is None else given * kept)
+        into_a = into_inner.T @ (given if kept is None else dropped(given, kept))
         into_b = (gradient.T @ inner).mul_(ctx.scale)
         into_x = into_gate = None
         if ctx.needs_input_grad[0]:
@@ -124,6 +126,26 @@ def keep_mask(shape, draw: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(octets).ge_(threshold)
 
 
+def dropped(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """x where a mask keeps it, else 0; valid until the next call."""
+    return torch.mul(x, kept, out=scratch("dropped", x.shape))
+
+
+_local = threading.local()
+
+
+def scratch(name: str, shape: torch.Size) -> torch.Tensor:
+    """fp32 memory of a shape for what a kernel needs for a moment, valid until the name is asked for again.
+
+    Allocated for each layer anew, it would leave holes between what the forward pass keeps.
+    """
+    buffer, count = getattr(_local, name, None), math.prod(shape)
+    if buffer is None or buffer.numel() < count:
+        buffer = torch.empty(count)
+        setattr(_local, name, buffer)
+    return buffer[:count].view(shape)
+
+
 # ---- gated MLPs
 
 
@@ -133,8 +155,8 @@ def swiglu_mlp(mlp, x: torch.Tensor) -> torch.Tensor:
     return lora_linear(down, up, gate=gate) if is_plain_lora(down) else down(_SwiGLU.apply(gate, up))
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate).mul_(up)
+def swiglu(gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    return (F.silu(gate) if out is None else torch.ops.aten.silu.out(gate, out=out)).mul_(up)
 
 
 def swiglu_gradients(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,8 +190,8 @@ def rms_norm(layer, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def normed(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (x * root).mul_(weight)
+def normed(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.mul(x, root, out=out).mul_(weight)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -61,6 +61,7 @@ def train(cfg: Trains, base: Artifact, out: Path, tokenizer, lesson: Lesson, sta
     model, rows, nf4 = prepare(cfg, base, tokenizer, device, precision, control=lesson.control, learns=lesson.learns_control)
     lora.describe(model, rows)
     choices.apply_kernels(model, cfg.train.kernels, partitioned=cfg.deepspeed.stage == 3)
+    choices.trim_on_the_way(model)
     chosen = choose_layout(cfg, model, train, out, precision)
     plan = BatchPlan(train.lengths, cfg.train.global_batch_size, world, chosen.capacity, chosen.packed, total, cfg.train.seed)
     head = HeadLoss(model, chunked=may_chunk(model, zero_stage=cfg.deepspeed.stage)) if chosen.fused else None

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from src.chat.encoding import Encoded
 from src.core.log import progress
 from src.models import adapter_files, lora, seen
-from src.models.devices import give_back_memory
+from src.models.devices import give_back_memory, trim
 from src.models.token_rows import folded
 from src.training.batches import BatchPlan, Rows, Steps, micro_batch
 from src.training.examples import Example
@@ -113,9 +113,12 @@ class ChatTrainer(Trainer):
         return total
 
     def tidy(self) -> None:
-        """Under ZeRO-3 on a CPU, give back what glibc keeps: there weights and gradients come and go between activations, and what is free lies scattered."""
-        if self.args.device.type == "cpu" and is_deepspeed_zero3_enabled():
-            give_back_memory()
+        """On a CPU, have glibc give back what is free: what a pass keeps lies scattered between what the last one freed, and comes on top of it.
+
+        Under ZeRO-3 weights and gradients come and go in between, and Python may hold some of them still.
+        """
+        if self.args.device.type == "cpu":
+            give_back_memory() if is_deepspeed_zero3_enabled() else trim()
 
     def loss_sum(self, model, batch: dict) -> torch.Tensor:
         """Sum of the losses of a micro-batch's trained tokens, fp32."""
