@@ -15,6 +15,8 @@ from src.settings.training import Optimizer
 class WithRows(torch.nn.Module):
     """An embedding or output layer whose rows `index` are computed from `rows` (count, width) instead of from its weight."""
 
+    index: torch.Tensor
+
     def __init__(self, base: torch.nn.Module, rows: torch.nn.Parameter, index: torch.Tensor):
         super().__init__()
         self.base, self.rows = base, rows
