@@ -22,7 +22,7 @@ from src.chat import encoding
 from src.core import artifact, log
 from src.core.compose import compose
 from src.core.errors import BadData, ConfigError, MissingInput, MissingTool, ProofFailed
-from src.models import by_layer, calibration, complete, fidelity, gptq, loading, packed, safetensors_io, seen, skeleton
+from src.models import bnb, by_layer, calibration, complete, fidelity, gptq, loading, packed, safetensors_io, seen, skeleton
 from src.models.loading import load_tokenizer
 from src.settings.verbs import FinetuneVerb, QuantizeVerb
 from src.sizing.budget import bits_with_scale
@@ -609,4 +609,33 @@ def test_layers_of_bitsandbytes_are_those_that_transformers_makes_itself(name, h
     )
     model, _ = loading.load_any(made, dtype="held")
     whole, layers = (seen.observe(read, ROWS) for read in (seen.whole(model, "whole"), seen.by_layer(by_layer.need(made), "layers")))
-    assert np.abs(whole.losses - layers.losses).max() < 2e-3
+    # What is rounded on its way parts for the last bit of a weight.
+    assert np.abs(whole.losses - layers.losses).mean() < {"bnb_nf4": 5e-4, "bnb_int8": 0.05}[name]
+    hooks = [
+        len(layer._forward_pre_hooks) for model in (model, by_layer.need(made).model) for layer in model.model.layers[0].mlp.children()
+    ]
+    assert hooks[:3] == hooks[4:7] == [name == "bnb_int8"] * 3
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+def test_int8_layers_take_what_bitsandbytes_kernels_take(threshold):
+    """The kernels round tokens too, but for columns with outliers; in training, on a CPU, they do not."""
+    import bitsandbytes
+
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64), 2 * torch.randn(1, 17, 64)
+    x[0, 3, 5], x[0, 8, 40] = 9, -7
+    theirs = bitsandbytes.nn.Linear8bitLt(64, 48, bias=False, has_fp16_weights=False, threshold=threshold)
+    theirs.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    theirs = theirs.to("cpu").eval()
+    said = theirs(x)
+    ours = torch.nn.Linear(64, 48, bias=False).requires_grad_(False)
+    ours.weight.data = theirs.state.CB * (theirs.state.SCB / 127)[:, None]
+    alone = ours(x)
+    bnb.round_inputs(
+        torch.nn.ModuleDict({"a": ours}), {"a": bnb.Stored("a.weight", {"weight": None, "SCB": None})}, {"llm_int8_threshold": threshold}
+    )
+    ours.eval()
+    assert (ours(x) - said).norm() < 1e-3 * said.norm() and (alone - said).norm() > 4e-3 * said.norm()
+    ours.train()
+    assert torch.equal(ours(x), alone)

@@ -1,5 +1,5 @@
 """Matrices as bitsandbytes stores them, made and read one at a time: NF4 (Dettmers et al. 2023, arXiv:2305.14314), 4 bits in blocks of 64 along a matrix's
-rows, and int8 by output (Dettmers et al. 2022, arXiv:2208.07339), whose kernels round activations too.
+rows, and int8 by output (Dettmers et al. 2022, arXiv:2208.07339), whose kernels round activations too: see `round_inputs`.
 """
 
 import json
@@ -83,3 +83,26 @@ def matrices(entries: dict) -> dict:
                 del found[each]
             found[stored.name] = stored
     return found
+
+
+def round_inputs(model: torch.nn.Module, entries: dict, config: dict) -> None:
+    """Have the layers whose matrices are int8 take what they are given as bitsandbytes' kernels do outside of training, which compute with int8 on both sides:
+    an evaluation of the weights alone would miss most of what is lost. config: the folder's quantization_config."""
+    threshold = config.get("llm_int8_threshold", 6.0)
+
+    def before(layer, given):
+        return None if layer.training else (rounded(given[0], threshold), *given[1:])
+
+    for entry in entries.values():
+        if isinstance(entry, Stored) and isinstance(entry.form, Int8):
+            model.get_submodule(entry.name.removesuffix(".weight")).register_forward_pre_hook(before)
+
+
+def rounded(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """x (..., tokens, in), by way of fp16, in int8 by token, its largest value 127, but for the columns in which a value of the row reaches the threshold: those
+    stay, and such values do not count as a token's largest (section 3 of the paper; 0: none stay). The kernels look for such columns in all rows they are
+    given at once; here each row is as it is alone."""
+    half = x.half().float()
+    outliers = half.abs() >= threshold if threshold else torch.zeros_like(x, dtype=torch.bool)
+    scale = half.masked_fill(outliers, 0).abs().amax(-1, keepdim=True).div_(127).clamp_(min=1e-30)
+    return torch.where(outliers.any(-2, keepdim=True), x, half.div_(scale).round_().mul_(scale))

@@ -21,7 +21,7 @@ from src.core.errors import BadData
 from src.core.files import read_json
 from src.core.log import progress
 from src.core.processes import import_quietly
-from src.models import adapter_files, held, loading, merging, packed, safetensors_io
+from src.models import adapter_files, bnb, held, loading, merging, packed, safetensors_io
 from src.models.folder import base_of, check_adapter_file, has_tokenizer, trust_of
 from src.models.vocabulary import grow_vocabulary, vocabulary_rows
 
@@ -401,6 +401,7 @@ def _on_disk(path: Path, *, ends: bool = True) -> Any:
                 loaded[empty] = torch.nn.Parameter(Place(module, own, name, at).load(None, narrow=False), requires_grad=False)
             module._parameters[own] = loaded[empty]
     skeleton.fill_buffers(model, entries)
+    bnb.round_inputs(model, entries, quantized or {})
     _hold_ends(tensors)
     model.places = Places(layers, list(model.get_submodule(layers)), dict(tensors))
     return model

@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from src.core.errors import BadData
-from src.models import held, packed, safetensors_io
+from src.models import bnb, held, packed, safetensors_io
 
 Stored = dict[str, safetensors_io.Entry | packed.Packed]
 
@@ -46,6 +46,7 @@ def widened(path: Path) -> Any:
     None where the folder's names, or its first matrix, are not as `packed` knows them. Raises BadData where another matrix is damaged.
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    quantized = config.quantization_config
     del config.quantization_config
     model, entries = build(config), packed.matrices(safetensors_io.entries(path))
     first = next((entry for entry in entries.values() if isinstance(entry, packed.Packed)), None)
@@ -65,6 +66,7 @@ def widened(path: Path) -> Any:
                 made[empty] = torch.nn.Parameter(wide, requires_grad=False)
             module._parameters[own] = made[empty]
     fill_buffers(model, entries)
+    bnb.round_inputs(model, entries, quantized)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
