@@ -443,7 +443,7 @@ def needs(cfg: EvaluateVerb, inputs: dict[str, Artifact]) -> Needs:
 
 STAGE = stage.Stage(
     verb="evaluate",
-    version=4,
+    version=5,
     schema=EvaluateVerb,
     kind="report",
     find=find,

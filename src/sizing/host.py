@@ -44,7 +44,7 @@ HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
 LIKELIEST = 64
 """seen's: tokens of a distribution that are kept"""
-LOGITS, KEPT = 64 << 20, 1.6
+LOGITS, KEPT = 64 << 20, 1.2
 """training's: bytes of fp32 logits in a chunk of the loss; what a pass holds at most over what it keeps, gradients and freed tensors that wait to be used
 again included"""
 BUSY = 512
@@ -247,7 +247,7 @@ class Training:
         return {
             **self.resident(),
             "kept activations": self.processes * kept * tokens,
-            "chunks of the loss": self.processes * 3 * min(LOGITS, 4 * tokens * self.shape.vocab),
+            "chunks of the loss": self.processes * 2 * min(LOGITS, 4 * tokens * self.shape.vocab),
         }
 
     def weights(self) -> float:
