@@ -337,10 +337,8 @@ def evaluate(models: list[ModelShape], evaluation: Evaluation, split: Conversati
             together, prompt = min(batch, answers), min(split.length, evaluation.max_length)
             cache = together * shape.kv_bytes(round(prompt) + evaluation.max_new_tokens, 4)
             inside = 4 * together * prompt * max(map(_widest, shape.stack))
-            left = stored_width(shape) * shape.embedding + 4 * max(
-                layer.params for layer in shape.stack
-            )  # of the loss: the last that was held
-            yield {**own, "weights as they are held": held(shape), "keys and values": cache, "a pass": inside, "left of the loss": left}
+            looked_up = 0 if shape.tied else stored_width(shape) * shape.embedding  # of which a few rows come off the disk
+            yield {**own, "weights as they are held": held(shape) - looked_up, "keys and values": cache, "a pass": inside}
 
     answers = evaluation.samples if evaluation.prompts is None else len(evaluation.prompts)
     fewer = {f"evaluation.batch_size={n}": of(n, answers=answers) for n in (4, 1) if n < evaluation.batch_size}

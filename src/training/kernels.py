@@ -6,7 +6,6 @@ it uses again, and keeps for the backward pass only what it cannot make again ch
 """
 
 import inspect
-import math
 import sys
 import threading
 from functools import partial
@@ -82,7 +81,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, made_of, weight, bias, a, b, scale, p):
         ctx.scale, ctx.draw = scale / (1 - p), draw_of(p) if p else None
-        given = x if gate is None else swiglu(gate, x, out=scratch("product", x.shape))
+        given = x if gate is None else swiglu(gate, x, out=scratch("product", x))
         inner = (given if ctx.draw is None else dropped(given, keep_mask(given.shape, ctx.draw))) @ a.T
         out = product_t(given, weight)
         if bias is not None:
@@ -93,8 +92,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         gate, inner, weight, a, b, *made_of = ctx.saved_tensors
-        x = made_of[0] if len(made_of) == 1 else normed(*made_of, out=scratch("normed", made_of[0].shape)).view(-1, a.shape[1])
-        given = x if gate is None else swiglu(gate, x, out=scratch("product", x.shape))
+        x = made_of[0] if len(made_of) == 1 else normed(*made_of, out=scratch("normed", made_of[0])).view(-1, a.shape[1])
+        given = x if gate is None else swiglu(gate, x, out=scratch("product", x))
         kept = None if ctx.draw is None else keep_mask(given.shape, ctx.draw)
         into_inner = (gradient @ b).mul_(ctx.scale)
         into_a = into_inner.T @ (given if kept is None else dropped(given, kept))
@@ -128,22 +127,22 @@ def keep_mask(shape, draw: tuple[int, int]) -> torch.Tensor:
 
 def dropped(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """x where a mask keeps it, else 0; valid until the next call."""
-    return torch.mul(x, kept, out=scratch("dropped", x.shape))
+    return torch.mul(x, kept, out=scratch("dropped", x))
 
 
 _local = threading.local()
 
 
-def scratch(name: str, shape: torch.Size) -> torch.Tensor:
-    """fp32 memory of a shape for what a kernel needs for a moment, valid until the name is asked for again.
+def scratch(name: str, like: torch.Tensor) -> torch.Tensor:
+    """Memory of a tensor's shape and dtype for what a kernel needs for a moment, valid until the name is asked for again.
 
     Allocated for each layer anew, it would leave holes between what the forward pass keeps.
     """
-    buffer, count = getattr(_local, name, None), math.prod(shape)
-    if buffer is None or buffer.numel() < count:
-        buffer = torch.empty(count)
+    buffer, count = getattr(_local, name, None), like.numel()
+    if buffer is None or buffer.numel() < count or buffer.dtype != like.dtype:
+        buffer = torch.empty(count, dtype=like.dtype)
         setattr(_local, name, buffer)
-    return buffer[:count].view(shape)
+    return buffer[:count].view(like.shape)
 
 
 # ---- gated MLPs
