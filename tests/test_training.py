@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import time
 import weakref
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.chat import encoding
+from src.models import devices
 from src.training import attention, batches, choices, layout
 from src.training.batches import BatchPlan, Steps, micro_batch
 from src.training.examples import Example
@@ -225,16 +227,21 @@ def test_the_logits_of_a_chunk_are_gone_before_the_next_are_made(model, monkeypa
 
 
 def test_memory_is_given_back_on_the_way_through_a_pass_that_keeps_its_activations(model, monkeypatch):
+    """But for a small part of the time."""
     calls: list[int] = []
-    monkeypatch.setattr(choices, "trim", lambda: calls.append(1))
-    monkeypatch.setattr(choices, "TRIMS", 2)
+    monkeypatch.setattr(devices, "trim", lambda: calls.append(1))
+    monkeypatch.setattr(devices, "_next_trim", 0.0)
     plain, batch = copy.deepcopy(model("llama")), micro_batch(ROWS, [0, 2], 0, packed=False)
     choices.trim_on_the_way(plain)
     with torch.no_grad():
         plain(**layout.inputs_of(batch, "cpu"))
     assert not calls
     plain(**layout.inputs_of(batch, "cpu"))
-    assert len(calls) == min(2, plain.config.num_hidden_layers)
+    assert len(calls) == plain.config.num_hidden_layers > 1
+    calls.clear()
+    monkeypatch.setattr(devices, "trim", lambda: time.sleep(calls.append(1) or 0.01))
+    plain(**layout.inputs_of(batch, "cpu"))
+    assert len(calls) == 1
 
 
 # ---- the plan of a run

@@ -1,7 +1,6 @@
 """What follows from the device: precision, optimizer, kernels; each choice is said."""
 
 import ctypes
-import math
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from src import ROOT
 from src.core.errors import ConfigError, MissingTool, using
 from src.core.files import read_json
 from src.core.log import say
-from src.models.devices import device, say_device, trim
+from src.models.devices import device, say_device, trim_sparingly
 from src.settings.verbs import TrainingVerb
 from src.training import kernels
 from src.training.deepspeed_config import AUTO, NO_FILE, deepspeed_json
@@ -25,8 +24,6 @@ from src.training.deepspeed_config import AUTO, NO_FILE, deepspeed_json
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's malloc.h"""
 GPUS = ROOT / "configs" / "gpu"
-TRIMS = 8
-"""times in a forward pass"""
 
 
 def start(cfg: TrainingVerb) -> tuple[str, str]:
@@ -56,17 +53,17 @@ def keep_freed_memory() -> None:
 
 
 def trim_on_the_way(model) -> None:
-    """On a CPU, have glibc give back what layers have freed, some times in each forward pass that keeps its activations.
+    """On a CPU, have glibc give back what layers have freed, on the way through a forward pass that keeps its activations.
 
     Small objects split the holes that freed tensors leave, so that the next tensor of that size takes fresh memory: a third more than a pass keeps
-    (SmolLM2-135M: 554 MB for 344). Page faults and calls cost 2 % of a pass.
+    (SmolLM2-135M: 554 MB for 344).
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     stacks = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
     if torch.cuda.is_available() or not (stack := next(stacks, None)):
         return
-    for layer in stack[:: math.ceil(count / TRIMS)]:
-        layer.register_forward_pre_hook(lambda layer, given: trim() if torch.is_grad_enabled() else None)
+    for layer in stack:
+        layer.register_forward_pre_hook(lambda layer, given: trim_sparingly() if torch.is_grad_enabled() else None)
 
 
 def init_distributed(deepspeed_stage: int) -> None:

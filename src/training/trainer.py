@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from src.chat.encoding import Encoded
 from src.core.log import progress
 from src.models import adapter_files, lora, seen
-from src.models.devices import give_back_memory, trim
+from src.models.devices import give_back_memory, trim_sparingly
 from src.models.token_rows import folded
 from src.training.batches import BatchPlan, Rows, Steps, micro_batch
 from src.training.examples import Example
@@ -118,7 +118,7 @@ class ChatTrainer(Trainer):
         Under ZeRO-3 weights and gradients come and go in between, and Python may hold some of them still.
         """
         if self.args.device.type == "cpu":
-            give_back_memory() if is_deepspeed_zero3_enabled() else trim()
+            give_back_memory() if is_deepspeed_zero3_enabled() else trim_sparingly()
 
     def loss_sum(self, model, batch: dict) -> torch.Tensor:
         """Sum of the losses of a micro-batch's trained tokens, fp32."""
