@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,6 +217,29 @@ def test_a_worker_that_begins_after_its_launcher_was_killed_ends_too():
     gone = psutil.wait_procs([worker], timeout=10)[0]
     launcher.communicate()
     assert gone == [worker]
+
+
+ASKS = """
+import os, time
+from src.core.processes import fresh
+fresh(time.sleep, 60)
+"""
+
+
+def test_what_works_for_a_process_ends_with_it():
+    """The process of a proof or of a quantization, and the server it is forked from, which Python keeps for as long as that lives."""
+    asking = psutil.Popen([sys.executable, "-c", ASKS], cwd=ROOT)
+    by_generation: list[list[psutil.Process]] = [[], []]
+    for _ in range(600):
+        by_generation = [asking.children(), [each for child in asking.children() for each in child.children()]]
+        if by_generation[1]:
+            break
+        time.sleep(0.1)
+    family = [*by_generation[0], *by_generation[1]]
+    assert by_generation[1], "the server has forked nothing"
+    asking.kill()
+    assert psutil.wait_procs(family, timeout=10)[1] == [], "nothing is left"
+    asking.wait()
 
 
 def test_a_worker_that_is_killed_is_named_by_its_rank(launched):

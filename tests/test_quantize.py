@@ -639,3 +639,10 @@ def test_int8_layers_take_what_bitsandbytes_kernels_take(threshold):
     assert (ours(x) - said).norm() < 1e-3 * said.norm() and (alone - said).norm() > 4e-3 * said.norm()
     ours.train()
     assert torch.equal(ours(x), alone)
+
+
+@pytest.mark.parametrize("threshold", ["6", None, -1, float("nan")])
+def test_a_threshold_that_is_none_is_refused(threshold):
+    stored = {"a": bnb.Stored("a.weight", {"weight": None, "SCB": None})}
+    with pytest.raises(BadData, match="llm_int8_threshold"):
+        bnb.round_inputs(torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)}), stored, {"llm_int8_threshold": threshold})

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -117,9 +119,8 @@ def _server() -> Any:
 
 def _answer(sender: Any, parent: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Send (True, the function's result), or (False, what it raised with its traceback in words)."""
-    end_with_parent(os.getppid())  # the server, which ends with the process that asked
-    if not lives(parent):
-        os._exit(1)
+    end_with_parent(os.getppid())  # the server, which lives on for as long as one of its processes does
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C ends is the process that asked, and it ends this one
     try:
         found = (True, function(*args))
@@ -130,6 +131,13 @@ def _answer(sender: Any, parent: int, function: Callable[..., Any], args: tuple[
             found = (False, error if _can_be_sent(error) else RuntimeError("".join(traceback.format_exception(error))))
     with contextlib.suppress(BrokenPipeError):  # who asked has ended, and ends us
         sender.send(found)
+
+
+def _end_with(process: int) -> None:
+    """Kill this process when another one has ended that is not its parent, however that ended: what it would go on with, the next run begins again."""
+    while lives(process):
+        time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _can_be_sent(error: Exception) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from src.core.errors import using
+from src.core.errors import BadData, using
 from src.core.processes import import_quietly
 from src.models import gptq, safetensors_io
 from src.models.matrix import Packed
@@ -87,21 +87,23 @@ def matrices(entries: dict) -> dict:
 
 def round_inputs(model: torch.nn.Module, entries: dict, config: dict) -> None:
     """Have the layers whose matrices are int8 take what they are given as bitsandbytes' kernels do outside of training, which compute with int8 on both sides:
-    an evaluation of the weights alone would miss most of what is lost. config: the folder's quantization_config."""
+    an evaluation of the weights alone would miss most of what is lost. config: the folder's quantization_config. Raises BadData where its threshold is none."""
+    names = [each.name for each in entries.values() if isinstance(each, Stored) and isinstance(each.form, Int8)]
     threshold = config.get("llm_int8_threshold", 6.0)
+    if names and not (isinstance(threshold, int | float) and threshold >= 0):
+        raise BadData(f"quantization_config.llm_int8_threshold is {threshold!r}, no number from 0 on", where="config.json")
 
     def before(layer, given):
         return None if layer.training else (rounded(given[0], threshold), *given[1:])
 
-    for entry in entries.values():
-        if isinstance(entry, Stored) and isinstance(entry.form, Int8):
-            model.get_submodule(entry.name.removesuffix(".weight")).register_forward_pre_hook(before)
+    for name in names:
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(before)
 
 
 def rounded(x: torch.Tensor, threshold: float) -> torch.Tensor:
     """x (..., tokens, in), by way of fp16, in int8 by token, its largest value 127, but for the columns in which a value of the row reaches the threshold: those
     stay, and such values do not count as a token's largest (section 3 of the paper; 0: none stay). The kernels look for such columns in all rows they are
-    given at once; here each row is as it is alone."""
+    given at once; here each row, with its padding, is taken as if it were alone."""
     half = x.half().float()
     outliers = half.abs() >= threshold if threshold else torch.zeros_like(x, dtype=torch.bool)
     scale = half.masked_fill(outliers, 0).abs().amax(-1, keepdim=True).div_(127).clamp_(min=1e-30)
