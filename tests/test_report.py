@@ -43,6 +43,9 @@ def reported(road):
         ]
         (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
         answers = [{"by": by, "prompt": f"Hi {HOSTILE}", "answer": f"{by} says hi"} for by in ("parent", "model")]
+        answers += [
+            {"by": "model", "prompt": "Hi", "before": [{"role": "system", "content": c}], "answer": c} for c in ("Be kind.", "Be brief.")
+        ]
         (out / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
         (out / "report.json").write_text("{}\n")
         return {"perplexity": 2.5, "loss": 0.9, "kl": 0.01, "intervals": {"perplexity": [2.0, 3.0], "kl": None}, "evidence": {}}
@@ -66,6 +69,12 @@ def test_a_page_tells_the_run_and_needs_nothing_but_itself(call, reported):
     assert "2.500" in told(text) and "2.000 to 3.000" in told(text)
     assert not re.findall(r"""(?:src|href)=["'](?!#)|@import|url\(""", told(text)), "nothing is fetched"
     assert len(text) < 1.5e6
+
+
+def test_one_prompt_after_other_messages_is_another(reported):
+    _, rows = run.answers(run.read(reported / "a"))
+    assert [row["prompt"] for row in rows[1:]] == ["system: Be kind.\nHi", "system: Be brief.\nHi"]
+    assert [list(row["by"].values()) for row in rows[1:]] == [["Be kind."], ["Be brief."]]
 
 
 def test_what_is_trained_is_marked(reported):

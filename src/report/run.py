@@ -134,9 +134,9 @@ def rows_of(report: Artifact) -> list[dict]:
 
 
 def answers(run: Finished) -> tuple[list[str], list[dict[str, Any]]]:
-    """(names of the models, what each answered to each prompt). The first model's parent stands before it."""
+    """(names of the models, what each answered to each prompt, with the messages that stood before it). The first model's parent stands before it."""
     names: list[str] = []
-    by_prompt: dict[tuple[str, str], dict[str, str]] = {}
+    by_prompt: dict[str, dict[str, str]] = {}
     for number, (form, report) in enumerate(evaluations(run)):
         file = report.path / "answers.jsonl"
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
@@ -146,9 +146,10 @@ def answers(run: Finished) -> tuple[list[str], list[dict[str, Any]]]:
             name = "before" if one.get("by") == "parent" else form
             if name not in names:
                 names.append(name)
-            by_prompt.setdefault((str(one["prompt"]), json.dumps(one.get("before"))), {})[name] = str(one.get("answer", ""))
+            before = (f"{message.get('role')}: {message.get('content')}" for message in one.get("before", ()))
+            by_prompt.setdefault("\n".join((*before, str(one["prompt"]))), {})[name] = str(one.get("answer", ""))
     names.sort(key=lambda name: name != "before")
-    return names, [{"prompt": prompt, "by": by} for (prompt, _), by in by_prompt.items()]
+    return names, [{"prompt": prompt, "by": by} for prompt, by in by_prompt.items()]
 
 
 # ---- how it is made again
