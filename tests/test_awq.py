@@ -35,17 +35,18 @@ def test_a_layer_says_the_same_once_its_inputs_are_scaled(kind, tmp_path, monkey
     """Before anything is rounded, else it is refused; then less of its outputs is lost than without scales and cuts."""
     _, found = on_disk(kind, tmp_path)
     taken: list[bool] = []
+    shares: list[float] = []
     down = awq_layers._scale_down
     monkeypatch.setattr(awq_layers, "_scale_down", lambda *given: taken.append(bool(maker := down(*given))) or maker)
     with found.held("embedding"):
         passes = [found.start(IDS)]
     with found.held(0), torch.no_grad():
-        tensors, losses = awq_layers.quantize_layer(found, 0, passes, awq.Settings(16))
-    assert sum(taken) == SCALED[kind]
+        tensors, losses = awq_layers.quantize_layer(found, 0, passes, awq.Settings(16), shares.append)
+    assert sum(taken) == SCALED[kind] and sum(shares) == pytest.approx(1) and len(shares) > 2
     monkeypatch.setattr(awq_layers, "POWERS", [0.0])
     monkeypatch.setattr(awq_layers, "CUTS", [1.0])
     with found.held(0), torch.no_grad():
-        _, plain = awq_layers.quantize_layer(found, 0, passes, awq.Settings(16))
+        _, plain = awq_layers.quantize_layer(found, 0, passes, awq.Settings(16), shares.append)
     assert any(name.endswith(".bias") for name in tensors) == (kind == "gpt2"), "what was scaled is written"
     assert sum(losses) < 0.97 * sum(plain) and all(torch.isfinite(t.float()).all() for t in tensors.values())
 

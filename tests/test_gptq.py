@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from src.core.errors import BadData
 from src.core.processes import import_quietly
-from src.models import gptq, safetensors_io
+from src.models import cholesky, gptq, safetensors_io
 
 import_quietly("gptqmodel")
 
@@ -149,6 +149,38 @@ def test_the_factor_is_that_of_the_damped_inverse_in_order(monkeypatch):
     assert torch.equal(factor, factor.triu()) and torch.allclose(
         factor.T @ factor @ ordered, torch.eye(256, dtype=torch.float64), atol=1e-3
     )
+
+
+@pytest.mark.parametrize("width", [64, 100, 256])
+def test_the_factor_of_an_inverse_takes_its_matrix_s_place(width, monkeypatch):
+    monkeypatch.setattr(cholesky, "BLOCK", 64)
+    tokens = torch.randn(500, width, dtype=torch.float64)
+    matrix = tokens.T @ tokens
+    meant = torch.linalg.cholesky(torch.linalg.inv(matrix), upper=True)
+    assert cholesky.factor_of_inverse(matrix) and torch.allclose(matrix, meant, atol=1e-9)
+
+
+@pytest.mark.parametrize("fault", [-1e6, math.nan, math.inf])
+@pytest.mark.parametrize("at", [3, 70, 199])
+def test_a_matrix_without_a_factor_stays_as_it_was(at, fault, monkeypatch):
+    monkeypatch.setattr(cholesky, "BLOCK", 64)
+    tokens = torch.randn(500, 200)
+    matrix = tokens.T @ tokens
+    matrix = (matrix + matrix.T) / 2
+    matrix[at, at] = fault
+    before = matrix.clone()
+    assert not cholesky.factor_of_inverse(matrix) and torch.equal(matrix.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_a_hessian_that_is_not_positive_is_damped_until_it_is(monkeypatch):
+    monkeypatch.setattr(cholesky, "BLOCK", 64)
+    hessian = gptq.Hessian(200)
+    hessian.sum.fill_diagonal_(1)
+    hessian.sum[20, 10] = hessian.sum[10, 20] = 1.03  # an eigenvalue of -0.03
+    damped = hessian.sum.double()
+    damped.diagonal().add_(0.04)
+    factor = hessian.factor(torch.arange(200), 0.02).double()
+    assert torch.allclose(factor.T @ factor @ damped, torch.eye(200, dtype=torch.float64), atol=1e-3)
 
 
 def test_a_hessian_that_is_no_number_is_refused():

@@ -129,6 +129,20 @@ def test_a_pipe_gets_plain_lines(lines):
     assert "  step 6  loss 1.2345  right 한국어 다섯 글자  3 min 05 s left" in done.stderr.splitlines()
 
 
+def test_shares_of_a_part_tell_the_time_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    with log.ticks(4, "layers") as tick:
+        for share in (0.1, 0.2, 0.7, 0.5, 0.5, 2):
+            now[0] += 60 * share
+            tick(share)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        f"  layers: {done} of 4, {left} left"
+        for done, left in ((0, "3 min 54 s"), (0, "3 min 42 s"), (1, "3 min 00 s"), (1, "2 min 30 s"), (2, "2 min 00 s"))
+    ]
+
+
 GONE = """
 import os, signal, sys, time
 from src.core import log

@@ -165,7 +165,7 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
 
 @contextlib.contextmanager
 def ticks(total: int | None, what: str, *, done: int = 0, lines: bool = True) -> Iterator[Callable[..., None]]:
-    """A function to call from any thread as a part of `total` is done, or with how many are.
+    """A function to call from any thread as a part of `total` is done, or with how many are, or what share of one is.
 
     Shows a bar with the time left on a terminal; elsewhere, with `lines`, a plain line after FIRST seconds and then EVERY so many. done: parts that are
     done already.
@@ -181,17 +181,18 @@ def ticks(total: int | None, what: str, *, done: int = 0, lines: bool = True) ->
 
 def _lines(total: int | None, what: str, begun_with: int) -> Callable[..., None]:
     start, lock = time.monotonic(), threading.Lock()
-    done, due = begun_with, start + FIRST
+    done, due = float(begun_with), start + FIRST
 
-    def tick(count: int = 1) -> None:
+    def tick(count: float = 1) -> None:
         nonlocal done, due
         with lock:
             done += count
-            if (now := time.monotonic()) < due or done == total:
+            whole = int(done + 1e-6)
+            if (now := time.monotonic()) < due or whole == total:
                 return
             due = now + EVERY
             left = f", {duration((now - start) / (done - begun_with) * max(total - done, 0))} left" if total else ""
-            say(f"  {what}: {done:,}{f' of {total:,}' if total else ''}{left}")
+            say(f"  {what}: {whole:,}{f' of {total:,}' if total else ''}{left}")
 
     return tick
 
@@ -206,15 +207,15 @@ def _bar(total: int | None, what: str, done: int) -> Iterator[Callable[..., None
     bars = _bars = _bars or _begin_bars()
     for task in bars.task_ids:
         bars.update(task, visible=False)
-    mine, lock, waiting, shown_at = bars.add_task(shown(what), total=total, completed=done), threading.Lock(), 0, 0.0
+    mine, lock, waiting, shown_at = bars.add_task(shown(what), total=total, completed=done), threading.Lock(), 0.0, 0.0
 
-    def tick(count: int = 1) -> None:
+    def tick(count: float = 1) -> None:
         nonlocal waiting, shown_at
         with lock:
             waiting += count
             if (now := time.monotonic()) - shown_at > 0.1:  # an update costs more than many a part
                 bars.update(mine, advance=waiting)
-                waiting, shown_at = 0, now
+                waiting, shown_at = 0.0, now
 
     try:
         yield tick

@@ -2,7 +2,7 @@
 each group's largest weights are cut where that rounds the others better.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,13 +24,19 @@ MAKERS = {"down_proj": "up_proj", "o_proj": "v_proj"}
 """matrices whose outputs are another's inputs, each times what does not depend on it"""
 
 
-def quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: Settings) -> tuple[dict[str, torch.Tensor], list[float]]:
+def quantize_layer(
+    model: ByLayer, number: int, passes: list[Pass], how: Settings, tick: Callable[[float], None]
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     """({name: tensor} of a layer's matrices of norms and biases that were scaled, and beside them by what their inputs and outputs were (awq.SCALED); the squared
-    error of each group's outputs a token). The layer has to be held; its weights change. Raises WrongKind for a layer in which more than those matrices depends on a norm."""
+    error of each group's outputs a token). The layer has to be held; its weights change.
+
+    tick: called with shares of the work. Raises WrongKind for a layer in which more than those matrices depends on a norm.
+    """
     names = {module: name for name, module in model.names(number)}
     groups = inputs_together(model, number, passes[0])
     seen = _inputs(model, number, passes, [group[0] for group in groups])
     before = model.call(number, passes[0])
+    twice = 2 * sum(module.weight.numel() for group in groups for module in group)  # scales are one half of the work, cuts the other
     tensors: dict[str, torch.Tensor] = {}
     losses = []
     for group in groups:
@@ -48,6 +54,7 @@ def quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: Setting
             if getattr(maker, "bias", None) is not None:
                 tensors[f"{names[maker]}.bias"] = maker.bias.data
         seen[group[0]] = (sizes, inputs)
+        tick(sum(module.weight.numel() for module in group) / twice)
     if not torch.allclose(model.call(number, passes[0]), before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         raise WrongKind(
             f"AWQ scales what comes into a matrix, and layer {number} uses that elsewhere too", fix="quantizer=gptq_int4 scales nothing"
@@ -63,6 +70,7 @@ def quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: Setting
             became = made_of(values, scales, zeros)
             loss += float((inputs @ (became - weight).T).square_().sum()) / len(inputs)
             tensors |= {f"{names[module]}.{suffix}": t for suffix, t in _packed(values, scales, zeros).items()}
+            tick(module.weight.numel() / twice)
         losses.append(loss)
     return {name: t.cpu().contiguous() for name, t in tensors.items()}, losses
 

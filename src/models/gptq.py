@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from src.models import safetensors_io
+from src.models.cholesky import factor_of_inverse
 from src.models.matrix import Packed
 from src.sizing.budget import filling
 
@@ -89,21 +90,19 @@ class Hessian:
         return (within + torch.arange(len(groups), device=groups.device)[:, None] * groups.shape[1])[among].flatten()
 
     def factor(self, order: torch.Tensor, damp: float) -> torch.Tensor:
-        """Upper Cholesky factor of the damped inverse in that order, fp32 (in, in); uses the sum up, and holds no more than two of its size. Raises
-        NotPositive."""
-        ordered = self.sum[order]
-        del self.sum
-        ordered = ordered[:, order]
-        diagonal = ordered.diagonal()
+        """Upper Cholesky factor of the damped inverse in that order, fp32 (in, in), in the sum's own memory. Raises NotPositive."""
+        strips = range(0, len(self.sum), STRIP)
+        for begin in strips:
+            self.sum[begin : begin + STRIP] = self.sum[begin : begin + STRIP, order]
+        for begin in strips:
+            self.sum[:, begin : begin + STRIP] = self.sum[order, begin : begin + STRIP]
+        diagonal = self.sum.diagonal()
         diagonal[diagonal == 0] = 1
         step = float(diagonal.mean())
         while damp < 1:
             diagonal.add_(damp * step)
-            lower, fault = torch.linalg.cholesky_ex(ordered)
-            if not fault and lower.diagonal().isfinite().all():  # what is no number comes down to it
-                del ordered, diagonal
-                inverse = torch.cholesky_inverse(lower, out=lower)
-                return torch.linalg.cholesky_ex(inverse, upper=True, out=(inverse, fault))[0]
+            if factor_of_inverse(self.sum):
+                return self.sum
             diagonal.sub_(damp * step)
             damp = max(2 * damp, 0.01)
         raise NotPositive

@@ -21,19 +21,20 @@ HELD = 512 << 20
 
 
 def quantize_layer(
-    model: ByLayer, number: int, passes: list[Pass], how: Callable[[str], gptq.Settings]
+    model: ByLayer, number: int, passes: list[Pass], how: Callable[[str], gptq.Settings], tick: Callable[[float], None]
 ) -> tuple[dict[str, torch.Tensor], list[float], list[Pass]]:
     """({name: tensor} of a layer's matrices; the loss of each group of them, per token; passes that have not gone on behind the layer). The layer has to be
     held; its weights change.
 
-    how: by a matrix's name. Raises ProofFailed where activations are no numbers.
+    how: by a matrix's name. tick: called with each group's share of the work. Raises ProofFailed where activations are no numbers.
     """
     groups, left = inputs_together(model, number, passes[0]), set[nn.Module]()
+    works = [_work(group) for group in groups]
     many = _together(model, number, passes)
     tensors: dict[str, torch.Tensor] = {}
     losses = []
     with waiting(model, number, passes[:many], [group[0] for group in groups], left) as waits:
-        for group in groups:
+        for group, work in zip(groups, works):
             hessian = gptq.Hessian(outputs_first(group[0]).shape[1], model.device)
             for at, each in enumerate(passes):
                 if at < many and (inputs := waits[at].at(group[0])) is not None:
@@ -44,9 +45,16 @@ def quantize_layer(
             tensors |= found
             losses.append(loss)
             left.add(group[0])
+            tick(work / sum(works))
         for each, one in zip(passes, waits):
             each.hidden = one.end()
     return tensors, losses, passes[many:]
+
+
+def _work(group: list[nn.Module]) -> int:
+    """About what a group of matrices takes beside the others of a layer: a factor of its width, and its outputs' rounding."""
+    width = outputs_first(group[0]).shape[1]
+    return width**2 * (width + 2 * sum(len(outputs_first(module)) for module in group))
 
 
 def _together(model: ByLayer, number: int, passes: list[Pass]) -> int:
@@ -63,15 +71,28 @@ def _quantize_group(
     names = {module: name for name, module in model.names(number)}
     own = how(names[group[0]])
     order, factor, ever = _factored(names[group[0]], hessian, own)
-    made = gptq.quantize(torch.cat([outputs_first(module) for module in group]), order, factor, ever, own)
     tensors: dict[str, torch.Tensor] = {}
-    at = 0
+    loss = 0.0
+    for some in _joined(group):
+        weights = [outputs_first(module) for module in some]
+        made = gptq.quantize(torch.cat(weights) if len(some) > 1 else weights[0], order, factor, ever, own)
+        loss += made.loss
+        ends = list(itertools.accumulate(map(len, weights)))
+        for module, weight, end in zip(some, weights, ends):
+            begin = end - len(weight)
+            tensors |= {f"{names[module]}.{suffix}": t for suffix, t in made.part(begin, end, own.bits).items()}
+            weight.copy_(made.weight[begin:end])
+    return tensors, loss / max(hessian.tokens, 1)
+
+
+def _joined(group: list[nn.Module]) -> list[list[nn.Module]]:
+    """The matrices of a group, those that are rounded together in one list: of few outputs all take as long as one."""
+    lists: list[list[nn.Module]] = [[]]
     for module in group:
-        outputs = len(outputs_first(module))
-        tensors |= {f"{names[module]}.{suffix}": t for suffix, t in made.part(at, at + outputs, own.bits).items()}
-        outputs_first(module).copy_(made.weight[at : at + outputs])
-        at += outputs
-    return tensors, made.loss / max(hessian.tokens, 1)
+        if lists[-1] and sum(len(outputs_first(each)) for each in (*lists[-1], module)) > gptq.ROWS:
+            lists.append([])
+        lists[-1].append(module)
+    return lists
 
 
 def quantize_head(model: ByLayer, passes: list[Pass], own: gptq.Settings) -> tuple[dict[str, torch.Tensor], float]:

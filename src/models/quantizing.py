@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from src.core.artifact import Artifact
 from src.core.errors import ProofFailed, WrongKind, using
 from src.core.files import read_json
-from src.core.log import progress
+from src.core.log import progress, ticks
 from src.core.processes import silenced
 from src.models import awq, awq_layers, bnb, by_layer, complete, gptq, gptq_layers, loading, packed, safetensors_io, seen
 from src.models.by_layer import ByLayer, Pass
@@ -54,15 +54,18 @@ def quantize(model: ByLayer, rows: list[list[int]], how: How, folder: Path, head
     with model.held("embedding"):
         passes = [model.start([rows[i] for i in group]) for group in model.batches(rows)] if rows else []
     losses: list[float] = []
-    for number in progress(range(len(model.layers)), "quantizing layers"):
-        file = folder / f"layer-{number:05d}.safetensors"
-        with model.held(number), torch.no_grad():
-            left = passes
-            if not file.is_file():
-                tensors, found, left = _quantize_layer(model, number, passes, how)
-                _keep(tensors, found, file)
-            losses += _take(model, number, file)
-            model.through(number, left)
+    with ticks(len(model.layers), "quantizing layers") as tick:
+        for number in range(len(model.layers)):
+            file = folder / f"layer-{number:05d}.safetensors"
+            with model.held(number), torch.no_grad():
+                left = passes
+                if file.is_file():
+                    tick()
+                else:
+                    tensors, found, left = _quantize_layer(model, number, passes, how, tick)
+                    _keep(tensors, found, file)
+                losses += _take(model, number, file)
+                model.through(number, left)
     if head and not (file := folder / "layer-head.safetensors").is_file():
         with model.held("head"), torch.no_grad():
             tensors, loss = gptq_layers.quantize_head(model, passes, head)
@@ -80,8 +83,10 @@ def _losses(file: Path) -> list[float]:
         return [float(text) for text in stored.metadata()["losses"].split()]
 
 
-def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: How) -> tuple[dict[str, torch.Tensor], list[float], list[Pass]]:
-    """(a layer's tensors, the losses of its groups, the passes that have not gone on behind it)."""
+def _quantize_layer(
+    model: ByLayer, number: int, passes: list[Pass], how: How, tick: Callable[[float], None]
+) -> tuple[dict[str, torch.Tensor], list[float], list[Pass]]:
+    """(a layer's tensors, the losses of its groups, the passes that have not gone on behind it). tick: called with shares of the layer, one in sum."""
     names = {module: name for name, module in model.names(number)}
     linear = linear_of(model, number)
     inside = sum(module.weight.numel() for module in linear)
@@ -94,12 +99,15 @@ def _quantize_layer(model: ByLayer, number: int, passes: list[Pass], how: How) -
             f"GPTQ quantizes linear layers, and {largest[1]} of layer {number} is none, with {largest[0] / (inside + largest[0]):.0%} of its weights",
         )
     if isinstance(how, awq.Settings):
-        return *awq_layers.quantize_layer(model, number, passes, how), passes
-    if not passes:
-        rounded = {names[module]: how(names[module]).round(outputs_first(module)) for module in linear}
-        tensors = {f"{name}.{suffix}": t.cpu() for name, made in rounded.items() for suffix, t in made.tensors.items()}
-        return tensors, [made.loss for made in rounded.values()], passes
-    return gptq_layers.quantize_layer(model, number, passes, how)
+        return *awq_layers.quantize_layer(model, number, passes, how, tick), passes
+    if passes:
+        return gptq_layers.quantize_layer(model, number, passes, how, tick)
+    rounded = {}
+    for module in linear:
+        rounded[names[module]] = how(names[module]).round(outputs_first(module))
+        tick(module.weight.numel() / inside)
+    tensors = {f"{name}.{suffix}": t.cpu() for name, made in rounded.items() for suffix, t in made.tensors.items()}
+    return tensors, [made.loss for made in rounded.values()], passes
 
 
 def _take(model: ByLayer, number: int, file: Path) -> list[float]:

@@ -22,7 +22,7 @@ from src.settings.quantizers import AnyQuantizer, Calibration, MixedQuantizer
 from src.settings.targets import Llama2c, LlamaCpp, Openvino, Target
 from src.settings.training import AdapterTuner, Deepspeed, FullTuner, PlanTrain, TrainLoop, Tuner
 from src.sizing import budget
-from src.sizing.shape import Layer, ModelShape
+from src.sizing.shape import Layer, Matrix, ModelShape
 
 MB = 1e6
 PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 280 * MB, 40 * MB, 400 * MB, 380 * MB
@@ -38,8 +38,8 @@ PIECE = 800
 """bytes of a tokenizer in memory for each token of its vocabulary"""
 TOGETHER, CHUNK, HIDDEN = 1024, 32 << 20, 256 << 20
 """by_layer's: tokens of a pass through a layer, bytes of logits made at a time, bytes of hidden states held at once"""
-WAITING = 512 << 20
-"""bytes that passes hold which wait within a layer, see models/gptq_layers.py"""
+WAITING, ROUNDED = 512 << 20, 4096
+"""bytes that passes hold which wait within a layer, see models/gptq_layers.py; outputs that GPTQ rounds together"""
 HELD_OUT = 4096
 """fidelity's: tokens of the conversations that a proof compares"""
 LIKELIEST = 64
@@ -365,8 +365,8 @@ def quantize(shape: ModelShape, how: AnyQuantizer, calibration: Calibration, spl
     """A layer in fp32, the calibration rows' hidden states, and of the matrices that share an input one group at a time; an output layer of its own as it is
     stored, and what 4 and 8 bits change of it; then the proof.
 
-    A group takes two copies of its Hessian, which is sorted and factored, or beside the factor its weights four times: as they are, and as the
-    integers, scales and sums that they become; passes wait within the layer (models/gptq_layers.py). exact: the sum of adapter and base is written in fp32 first.
+    A group takes its Hessian, sorted and factored in place, and beside it what one of its matrices becomes, as integers and as weights, with two copies of
+    the outputs that are rounded together; passes wait within the layer (models/gptq_layers.py). exact: the sum of adapter and base is written in fp32 first.
     """
     result = 0.6 * shape.matrix_params + stored(shape) * (1 - shape.matrix_params / shape.params)
     sum_bytes = stored(replace(shape, dtype="float32")) if exact else 0
@@ -374,7 +374,7 @@ def quantize(shape: ModelShape, how: AnyQuantizer, calibration: Calibration, spl
     own = {"this process": PYTHON, "libraries": SERVER + PROOF, "tokenizer": tokenizer(shape)}
     layer = max(shape.stack, key=lambda layer: layer.params)
     groups = [list(group) for _, group in groupby(layer.matrices, key=lambda m: SHARED.get(m.name, m.name))]
-    group = max(max(8 * g[0].columns ** 2, 4 * g[0].columns ** 2 + 16 * sum(m.size for m in g)) for g in groups)
+    group = max(_group(g) for g in groups)
 
     def of(rows: int, *, exact: bool) -> Needs:
         source = replace(shape, dtype="float32") if exact else shape
@@ -390,6 +390,12 @@ def quantize(shape: ModelShape, how: AnyQuantizer, calibration: Calibration, spl
     fewer = {f"calibration.rows={n}": of(n, exact=exact) for n in (128, 64, 32) if n < calibration.rows}
     as_stored = {"weights=stored": of(calibration.rows, exact=False)} if exact else {}
     return replace(of(calibration.rows, exact=exact), ways=[fewer, as_stored])
+
+
+def _group(matrices: list[Matrix]) -> int:
+    columns = matrices[0].columns
+    together = max(*(m.size for m in matrices), min(sum(m.size for m in matrices), ROUNDED * columns))
+    return 4 * columns**2 + 7 * together + 8 * columns * min(ROUNDED, together // columns)
 
 
 def deploy(shape: ModelShape, target: Target, *, exact: bool = False) -> Needs:
