@@ -142,11 +142,11 @@ def test_of_settings_of_one_kind_the_first_that_fits_is_a_way_out():
 
 
 def test_the_equations_have_the_stages_own_constants():
-    from src.models import by_layer, fidelity, gptq_layers
+    from src.models import by_layer, fidelity, gptq, gptq_layers
     from src.training import layout, rules
 
-    theirs = (by_layer.TOGETHER, by_layer.LOGITS, by_layer.HIDDEN, fidelity.TOKENS, rules.ON_CPU, layout.BUSY, gptq_layers.HELD)
-    assert theirs == (host.TOGETHER, host.CHUNK, host.HIDDEN, host.HELD_OUT, host.LOGITS, host.BUSY, host.WAITING)
+    theirs = (by_layer.TOGETHER, by_layer.LOGITS, by_layer.HIDDEN, fidelity.TOKENS, rules.ON_CPU, layout.BUSY, gptq_layers.HELD, gptq.ROWS)
+    assert theirs == (host.TOGETHER, host.CHUNK, host.HIDDEN, host.HELD_OUT, host.LOGITS, host.BUSY, host.WAITING, host.ROUNDED)
     assert yaml.safe_load((ROOT / "configs" / "tuner" / "lora.yaml").read_text())["rank"] == host.RANK
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import time
 import weakref
 
@@ -121,6 +122,33 @@ def test_nothing_leaks_between_packed_rows(model, name):
     changed[0, :begin] += 1
     changed[0, end:] -= 1
     assert torch.equal(packed(inputs_embeds=changed, **given, use_cache=False).logits[0, begin:end], logits[begin:end].detach())
+
+
+@pytest.mark.parametrize(("lengths", "window"), [([40], None), ([13, 1, 26], None), ([13, 27], 8)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_rows_on_a_cpu_are_sdpa_s_and_their_outputs_kept_once(lengths, window, heads, kv_heads):
+    def given() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        return [torch.randn(1, n, 40, 16, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
+
+    ours, theirs = given(), given()
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out, _ = attention.attention(None, *ours, None, scaling=0.25, sliding_window=window, cu_seq_lens_q=bounds)
+    expected = attention._by_rows(*theirs, lengths, 0.0, 0.25, window)
+    assert torch.equal(out, expected)
+    direction = torch.randn_like(out)
+    out.backward(direction)
+    expected.backward(direction)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs))
+    sums = 4 * 40 * heads
+    assert sum(kept.values()) == sum(t.nbytes for t in ours) + out.nbytes + sums
 
 
 def test_a_call_without_bounds_is_ordinary_attention(model):

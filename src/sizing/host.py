@@ -296,7 +296,7 @@ def kept_bytes(shape: ModelShape, rank: int, *, checkpointing: bool, fused: bool
 
     def of(layer: Layer) -> float:
         width, q, kv, middle = shape.hidden, shape.heads * shape.head_dim, layer.kv_values // 2, max(m.columns for m in layer.matrices)
-        kept = 4 * (2 * width + 3 * q + 2 * kv + 2 * middle) + 4 * rank * len(layer.matrices)
+        kept = 4 * (2 * width + 2 * q + 2 * kv + 2 * middle) + 4 * rank * len(layer.matrices)
         kept += 4 * (q + kv) * shape.qk_norm
         if not (rank and fused):
             kept += 4 * (2 * width + middle)

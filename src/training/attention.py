@@ -31,15 +31,67 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **other)
     if fused(query):
         return _fused(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    outs, lengths = [], cu_seq_lens_q.diff().tolist()
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
+    lengths = cu_seq_lens_q.diff().tolist()
+    if not query.is_cpu or dropout or value.shape[-1] != query.shape[-1]:
+        return _by_rows(query, key, value, lengths, dropout, scaling, sliding_window), None
+    return _Rows.apply(query, key, value, lengths, scaling, sliding_window), None
+
+
+def _by_rows(query, key, value, lengths, dropout, scaling, sliding_window):
+    outs = []
+    for q, k, v in _rows(lengths, query, key, value):
         window = _window(q.shape[2], sliding_window, q.device)
         outs.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=window, is_causal=window is None, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         )
-    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outs, dim=2).transpose(1, 2).contiguous()
+
+
+class _Rows(torch.autograd.Function):
+    """The same by the kernels that torch takes on a CPU. What each row gives is kept in the one tensor that is given on: torch would keep it a second time."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, lengths, scaling, sliding_window):
+        _, heads, tokens, width = query.shape
+        out = query.new_empty(1, tokens, heads, width)
+        ctx.how = lengths, scaling, sliding_window
+        sums = []
+        for part, q, k, v in _rows(lengths, out.transpose(1, 2), query, key, value):
+            mask = _bias(q, sliding_window)
+            given, log_sum = _ATEN(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling)
+            part.copy_(given)
+            sums.append(log_sum)
+        ctx.save_for_backward(query, key, value, out, *sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        lengths, scaling, sliding_window = ctx.how
+        query, key, value, out, *sums = ctx.saved_tensors
+        into = [torch.empty_like(x) for x in (query, key, value)]
+        rows = _rows(lengths, *into, gradient.transpose(1, 2), query, key, value, out.transpose(1, 2))
+        for log_sum, (*parts, g, q, k, v, o) in zip(sums, rows):
+            mask = _bias(q, sliding_window)
+            for part, found in zip(parts, _ATEN_BACKWARD(g, q, k, v, o, log_sum, 0.0, mask is None, attn_mask=mask, scale=scaling)):
+                part.copy_(found)
+        return *into, None, None, None
+
+
+_ATEN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATEN_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _rows(lengths: list[int], *tensors: torch.Tensor):
+    """Each row's part of tensors (1, heads, tokens, width)."""
+    return zip(*(x.split(lengths, dim=2) for x in tensors))
+
+
+def _bias(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:
+    """What a row's scores have added: a window's mask, in numbers; None where the kernel knows it by itself."""
+    window = _window(query.shape[2], sliding_window, query.device)
+    return None if window is None else torch.zeros_like(window, dtype=query.dtype).masked_fill_(~window, -torch.inf)
 
 
 def _window(length: int, sliding_window: int | None, device) -> torch.Tensor | None:
