@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import psutil
@@ -186,6 +187,8 @@ def road(model: Path, chats: list[str], place: Path) -> dict[str, list]:
             size,
             f"calibration.rows={ROWS}",
             f"calibration.max_length={LENGTH}",
+            "max_kl=5",  # what random weights lose says nothing of the quantizer
+            "min_agreement=0.01",
         ],
         "quantize, gptqmodel by 1": [__file__, "--gptqmodel", made / "merge", made / "data", place / "gptqmodel", 1],
         "quantize, gptqmodel by 16": [__file__, "--gptqmodel", made / "merge", made / "data", place / "gptqmodel", 16],
@@ -206,7 +209,7 @@ def speeds(place: Path) -> dict[str, float]:
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("size", choices=SHAPES)
-    words.add_argument("--only", nargs="*", default=[], help="stages to run, by the beginning of their names")
+    words.add_argument("--only", nargs="*", default=[], help="names of the stages to run, or patterns: 'quantize*' has the peers with it")
     words.add_argument("--model", type=Path)
     words.add_argument("--chats")
     words.add_argument("--place", type=Path, help="folder to work in and leave as it is; a temporary one without")
@@ -220,7 +223,7 @@ def main() -> None:
         chats = [f"data.path={asked.chats}"] * bool(asked.chats) + ["data.val=0.04", "data.calib=0.15"]
         print(f"{asked.size}: {weights / 1e9:.3f} GB of weights, {os.cpu_count()} cores")
         for name, argv in road(model, chats, place).items():
-            if asked.only and not name.startswith(tuple(asked.only)):
+            if asked.only and not any(fnmatch(name, pattern) for pattern in asked.only):
                 continue
             found = measured(argv, log := place / f"{name.replace(' ', '-')}.log")
             words = f"{found['cpu_s']:8.1f} CPU s  {found['peak'] / 1e6:8,.0f} MB  {found['peak'] / weights:5.2f} of the weights"
