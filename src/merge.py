@@ -69,7 +69,7 @@ class Trained:
 def merge(cfg: MergeVerb, inputs: dict[str, Artifact], out: Path) -> dict:
     """Each part in a process of its own, so that the second reads the result from disk alone, and neither holds what the other needs."""
     adapter, base = inputs["adapter"], inputs["model"].path
-    figures = processes.fresh(write, cfg, adapter, base, out)
+    figures = processes.fresh(write, cfg, adapter, base, out, waits=False)
     trained = processes.fresh(observe, adapter, base, out)
     return {**figures, **prove(cfg, adapter, out, trained)}
 

@@ -207,3 +207,15 @@ def test_importing_a_quantizer_leaves_the_hub_s_cache_where_it_is(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=given | {"HOME": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1].startswith(str(tmp_path))
+
+
+def test_who_does_not_wait_for_the_libraries_begins_without_them():
+    said = """
+from src.core import processes
+
+if __name__ == "__main__":
+    there = "'transformers' in __import__('sys').modules"
+    print(processes.fresh(eval, there, waits=False), processes.fresh(eval, there, waits=False), processes.fresh(eval, there))
+"""
+    done = subprocess.run([sys.executable, "-c", said], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "True"], done.stderr

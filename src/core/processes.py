@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from multiprocessing import forkserver
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,13 +87,23 @@ def lives(process: int) -> bool:
     return True
 
 
-def fresh(function: Callable[..., T], *args: Any) -> T:
+_serving = False
+
+
+def fresh(function: Callable[..., T], *args: Any, waits: bool = True) -> T:
     """The result of a module-level function run in a new process, offline, which shares nothing with this one but the disk.
 
-    It is forked from a server that has imported torch and transformers and done nothing else. Ends with this process, however that ends.
+    It is forked from a server that has imported torch and transformers and done nothing else. waits: for that import, which the first process begins;
+    without it that one imports for itself what it needs, meanwhile. Ends with this process, however that ends.
     """
+    global _serving
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = _server().Process(target=_answer, args=(sender, os.getpid(), function, args))
+    context = _server()
+    if not waits and not _serving:
+        forkserver.ensure_running()
+        context = multiprocessing.get_context("spawn")
+    _serving = True
+    process = context.Process(target=_answer, args=(sender, os.getpid(), function, args))
     try:
         process.start()
         sender.close()
