@@ -44,6 +44,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test has several 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Where it is set, each process that a test starts compiles src anew, a fifth of its start, and pytest every test file.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.pop("PYTHONUNBUFFERED", None)  # most people's output waits in a buffer
 sys.dont_write_bytecode = False
 
 LONGEST = (
@@ -246,7 +247,7 @@ def proofs_in_this_process():
     from src.core import processes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "fresh", lambda work, *args: work(*args))
+        patch.setattr(processes, "fresh", lambda work, *args, waits=True: work(*args))
         yield
 
 

@@ -93,9 +93,13 @@ def _coloured(text: str) -> str:
 
 def _write(text: str) -> None:
     """What cannot be said (stderr is closed, a full disk, a pipe without a reader) ends no work."""
-    with contextlib.suppress(*UNHEARD):
+    try:
         sys.stderr.write(text)
         sys.stderr.flush()
+    except UNHEARD:
+        # What its buffer still holds Python would try to say again at its end, and count as a failure (exit code 120).
+        with contextlib.suppress(*UNHEARD):
+            sys.stderr = open(sys.stderr.fileno(), "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def status(line: str) -> None:

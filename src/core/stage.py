@@ -209,6 +209,7 @@ def guarded(work: Callable[[], int]) -> int:
             check_environment()
             code = work()
             sys.stdout.flush()
+            tell("")  # what libraries said
             return code
     except KeyboardInterrupt as stop:
         if "BOARDWALK_WORKER" not in os.environ:  # else the process that started the workers says it

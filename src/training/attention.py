@@ -32,7 +32,8 @@ def attention(
     if fused(query):
         return _fused(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     lengths = cu_seq_lens_q.diff().tolist()
-    if not query.is_cpu or dropout or value.shape[-1] != query.shape[-1]:
+    alike = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1] and not torch.is_autocast_enabled("cpu")
+    if not (query.is_cpu and alike) or dropout:
         return _by_rows(query, key, value, lengths, dropout, scaling, sliding_window), None
     return _Rows.apply(query, key, value, lengths, scaling, sliding_window), None
 
