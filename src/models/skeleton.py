@@ -8,9 +8,11 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from src.core.errors import BadData
-from src.models import bnb, held, packed, safetensors_io
+from src.models import bnb, devices, held, packed, safetensors_io
 
 Stored = dict[str, safetensors_io.Entry | packed.Packed]
+TRIMMED = 16
+"""tensors after which freed memory is given back while a model is loaded: each time costs page faults"""
 
 
 def build(config: Any) -> Any:
@@ -61,10 +63,13 @@ def widened(path: Path) -> Any:
             if empty not in made:
                 entry = entries[stored[empty]]
                 wide = entry().half() if isinstance(entry, packed.Packed) else safetensors_io.load(entry)
+                if len(made) % TRIMMED == 0:  # the wide forms leave holes between what is kept, which the next ones do not fit
+                    devices.trim()
                 if type(module) not in held.KINDS or own != "weight":
                     wide = wide.float()
                 made[empty] = torch.nn.Parameter(wide, requires_grad=False)
             module._parameters[own] = made[empty]
+    devices.trim()
     fill_buffers(model, entries)
     bnb.round_inputs(model, entries, quantized)
     if (path / "generation_config.json").is_file():
