@@ -267,7 +267,7 @@ def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(numbe
     run = started(*argv)
     run.send_signal(number)
     said = run.communicate(timeout=60)[1]
-    assert run.returncode == 128 + number and "Traceback" not in said
+    assert run.returncode == 128 + number and "Traceback" not in said, said
     assert "stops after this step, with a checkpoint" in said and "interrupted; the same command goes on" in said
     (checkpoint,) = (tmp_path / "default" / "finetune.partial" / "checkpoints").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
