@@ -276,6 +276,31 @@ def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(numbe
     assert code == 0 and f"goes on from step {step}" in said and open_artifact(tmp_path / "default" / "finetune")
 
 
+ASKED_WHILE_IT_SPEAKS = """
+import os, signal, threading, time
+from src.core.log import say
+from src.training.checkpoints import Stop
+
+def ask():
+    for _ in range(300):
+        stop.number = 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.001)
+
+with Stop() as stop:
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while asking.is_alive():
+        say("step")
+"""
+
+
+def test_a_signal_in_the_middle_of_a_line_asks_as_any_other():
+    done = subprocess.run([sys.executable, "-c", ASKED_WHILE_IT_SPEAKS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stderr.count("stops after this step, with a checkpoint") > 100
+
+
 def test_a_checkpoint_is_made_each_so_many_minutes():
     state = checkpoints.Checkpoints(None, 1, 10, checkpoints.Stop())
     control, args = SimpleNamespace(should_save=False, should_training_stop=False), SimpleNamespace(device="cpu")

@@ -1,7 +1,7 @@
 """The Cholesky factor of a matrix's inverse, in the matrix's own memory.
 
-GPTQ needs the upper U with U^T U = H^-1. By the book that is three steps, each over the whole matrix: a factor of H, the inverse, a factor of the inverse. With H = R R^T,
-R upper, U is R^-1 itself: half as many operations, and no second matrix.
+GPTQ needs the upper U with U^T U = H^-1. By the book that is three steps, each over the whole matrix: a factor of H, the inverse, a factor of the
+inverse. With H = R R^T, R upper, U is R^-1 itself: half as many operations, and no second matrix.
 """
 
 import torch
@@ -41,9 +41,8 @@ def _factor(matrix: torch.Tensor, blocks: list[slice]) -> list[torch.Tensor] | N
         lower, fault = torch.linalg.cholesky_ex(column[at].flip(0, 1))
         if fault or not lower.diagonal().isfinite().all():  # what is no number comes down to it
             return None
-        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=matrix.dtype, device=matrix.device), upper=False).flip(
-            0, 1
-        )
+        ones = torch.eye(len(lower), dtype=matrix.dtype, device=matrix.device)
+        inverse = torch.linalg.solve_triangular(lower, ones, upper=False).flip(0, 1)
         matrix[: at.start, at] = column[: at.start] @ inverse.T
         inverses.append(inverse)
     return inverses[::-1]

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Self
@@ -66,7 +67,8 @@ class Stop:
         if self.number:
             raise Interrupted(number)
         self.number = number
-        say("stops after this step, with a checkpoint; asked again, at once")
+        # By another thread: this one may be saying something, and Python's buffer takes no words between those of one thread.
+        threading.Thread(target=say, args=("stops after this step, with a checkpoint; asked again, at once",)).start()
 
 
 class Checkpoints(TrainerCallback):
