@@ -11,8 +11,8 @@ from src.core.errors import BadData
 from src.models import bnb, devices, held, packed, safetensors_io
 
 Stored = dict[str, safetensors_io.Entry | packed.Packed]
-TRIMMED = 16
-"""tensors after which freed memory is given back while a model is loaded: each time costs page faults"""
+HOLES = 64 << 20
+"""bytes of fp32 forms after which what they leave is given back: between what is kept it does not fit the next"""
 
 
 def build(config: Any) -> Any:
@@ -56,6 +56,7 @@ def widened(path: Path) -> Any:
         return None
     stored = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False) if name in entries}
     made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    left = 0
     for module in model.modules():
         for own, empty in module._parameters.items():
             if empty is None:
@@ -63,8 +64,10 @@ def widened(path: Path) -> Any:
             if empty not in made:
                 entry = entries[stored[empty]]
                 wide = entry().half() if isinstance(entry, packed.Packed) else safetensors_io.load(entry)
-                if len(made) % TRIMMED == 0:  # the wide forms leave holes between what is kept, which the next ones do not fit
+                left += 4 * wide.numel() * isinstance(entry, packed.Packed)
+                if left > HOLES:
                     devices.trim()
+                    left = 0
                 if type(module) not in held.KINDS or own != "weight":
                     wide = wide.float()
                 made[empty] = torch.nn.Parameter(wide, requires_grad=False)
