@@ -1,5 +1,6 @@
 """Work in a process of its own, and libraries imported without their greetings."""
 
+import atexit
 import contextlib
 import ctypes
 import importlib
@@ -13,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +23,7 @@ from src.core.errors import MEMORY, NoMemory, UserError
 from src.core.log import tell
 
 T = TypeVar("T")
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 """linux/prctl.h"""
 
 
@@ -63,7 +65,8 @@ def interrupted_by_signals() -> Iterator[None]:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the one that started it ends, however it does (PR_SET_PDEATHSIG, Linux; prctl(2)).
+    """Have this process killed when the one that started it ends, however it does: by the kernel (PR_SET_PDEATHSIG, Linux; prctl(2)), or where a server
+    has forked this one for it by looking.
 
     parent: its process id, to see whether it has ended already.
     """
@@ -71,6 +74,8 @@ def end_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if not lives(parent):
         os._exit(1)
+    if os.getppid() != parent:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def lives(process: int) -> bool:
@@ -88,51 +93,93 @@ def lives(process: int) -> bool:
 
 
 _serving = False
+"""whether the server that `begin` has its processes forked from has been started"""
 
 
-def fresh(function: Callable[..., T], *args: Any, waits: bool = True) -> T:
-    """The result of a module-level function run in a new process, offline, which shares nothing with this one but the disk.
+def begin(work: Callable[..., object], *args: Any, waits: bool = True, name: str | None = None) -> BaseProcess:
+    """A new process that does `work`, a module-level function, with this one's environment, and ends with this one, however this one ends.
 
-    It is forked from a server that has imported torch and transformers and done nothing else. waits: for that import, which the first process begins;
-    without it that one imports for itself what it needs, meanwhile. Ends with this process, however that ends.
+    It is forked from a server that has imported torch and transformers and done nothing else, as are the processes that it begins itself. waits: for
+    that import, which the first process begins; without it that one imports for itself what it needs, meanwhile. name: by which `ps` and a traceback
+    show it. Raises NoMemory where the server was killed.
     """
     global _serving
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    context = _server()
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["src.models.ready"])
     if not waits and not _serving:
         forkserver.ensure_running()
         context = multiprocessing.get_context("spawn")
     _serving = True
-    process = context.Process(target=_answer, args=(sender, os.getpid(), function, args))
+    process: BaseProcess = context.Process(target=_begun, args=(os.getpid(), dict(os.environ), name, work, args), name=name)
     try:
         process.start()
+    except (EOFError, ConnectionError):
+        raise _killed() from None
+    return process
+
+
+def fresh(function: Callable[..., T], *args: Any, waits: bool = True) -> T:
+    """The result of a module-level function run in a new process, offline, which shares nothing with this one but the disk. waits: see `begin`."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = begin(_answer, sender, function, args, waits=waits)
+    try:
         sender.close()
         done, value = receiver.recv()
-    except (EOFError, ConnectionError):  # of the process, or of the server before it had forked it
-        raise NoMemory("a process of this stage was killed, most likely for lack of memory", fix=MEMORY) from None
+    except (EOFError, ConnectionError):
+        raise _killed() from None
     finally:
-        if process.pid:
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
     if not done:
         raise value
     found: T = value
     return found
 
 
-def _server() -> Any:
-    """The context of processes that begin with the libraries of models/ready.py."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["src.models.ready"])
-    return context
+def _killed() -> NoMemory:
+    return NoMemory("a process of this stage was killed, most likely for lack of memory", fix=MEMORY)
 
 
-def _answer(sender: Any, parent: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _begun(parent: int, environment: dict[str, str], name: str | None, work: Callable[..., object], args: tuple[Any, ...]) -> None:
+    """What a process that `begin` made does. parent: the process that asked."""
+    end_with_parent(parent)
+    take_environment(environment)
+    if name and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
+    share_server()
+    try:
+        work(*args)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+def take_environment(variables: dict[str, str]) -> None:
+    """Give a process that was forked by a server the environment of the one that asked for it, in place of the server's."""
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def share_server() -> None:
+    """Have this process's own be forked from the server that it came from itself, as the documentation of `ensure_running` says they are; it
+    looks for a child of this process, finds none, and would start another server."""
+    global _serving
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_address is not None:
+        server.ensure_running = lambda: None
+        _serving = True
+
+
+def serving() -> bool:
+    """Whether processes that begin with torch imported are to be had."""
+    return _serving
+
+
+def _answer(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Send (True, the function's result), or (False, what it raised with its traceback in words)."""
-    end_with_parent(os.getppid())  # the server, which lives on for as long as one of its processes does
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C ends is the process that asked, and it ends this one
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if "huggingface_hub" in sys.modules:  # which has read it already
+        importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE = True
     try:
         found = (True, function(*args))
     except Exception as error:

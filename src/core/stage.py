@@ -29,10 +29,6 @@ from src.settings.verbs import Verb
 ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
-PARENT = "BOARDWALK_PARENT"
-"""environment variable: the process that this one is to end with, where that started it as a stage of a road"""
-
-
 @dataclass(frozen=True)
 class Run:
     """The folder <outputs>/<run> and what is finished in it. dry: nothing is written, caches included."""
@@ -202,8 +198,6 @@ def guarded(work: Callable[[], int]) -> int:
     """Exit code of `work`, with errors a user can mend printed instead of raised. A worker process ends with the one that started it."""
     if launcher := os.environ.get("BOARDWALK_WORKER"):
         end_with_parent(int(launcher))
-    if parent := os.environ.pop(PARENT, None):
-        end_with_parent(int(parent))
     try:
         with interrupted_by_signals():
             check_environment()

@@ -2,9 +2,9 @@
 
 import contextlib
 import os
+import runpy
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from src.core import artifact, room, stage
 from src.core.errors import BadData, GateFailed, Moved, Unfinished, UserError, WrongKind
 from src.core.files import read_json
 from src.core.log import duration, out, say, size, table
-from src.core.processes import Interrupted
+from src.core.processes import Interrupted, begin
 from src.core.room import Needs
 from src.models.folder import locate_config
 from src.pipeline import recipe
@@ -220,16 +220,34 @@ def walk(ahead: Sequence[Leg]) -> int:
 
 
 def start(verb: str, argv: Sequence[str]) -> int:
-    """Exit code of a verb, run in a process that ends with this one, however this one ends."""
-    process = subprocess.Popen([sys.executable, "-m", f"src.{verb}", *argv], env=os.environ | {stage.PARENT: str(os.getpid())})
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt as stop:
-            # A terminal's Ctrl-C has gone to the stage too; another signal has not. Both let it write its checkpoint.
-            process.send_signal(stop.number if isinstance(stop, Interrupted) else signal.SIGCONT)
-            process.wait()
-            raise
+    """Exit code of a verb, run in a process that ends with this one, however this one ends. All but the data are made by processes that begin with torch
+    imported."""
+    process = begin(as_typed, verb, list(argv), waits=verb != "data", name=verb)
+    try:
+        process.join()
+    except KeyboardInterrupt as stop:
+        # A terminal's Ctrl-C has gone to the stage too; another signal has not. Both let it write its checkpoint.
+        if isinstance(stop, Interrupted) and process.is_alive():
+            os.kill(process.pid, stop.number)
+        process.join()
+        raise
+    return -signal.SIGKILL if process.exitcode == SERVER_KILLED else process.exitcode or 0
+
+
+SERVER_KILLED = 255
+"""multiprocessing's code of a process whose server has ended, and it with that"""
+
+
+def as_typed(verb: str, argv: list[str]) -> None:
+    """`python -m src.VERB ARGV`, in this process."""
+    sys.argv = [verb, *argv]
+    if verb in NO_STAGE:
+        runpy.run_module(f"src.{verb}", run_name="__main__", alter_sys=True)
+    stage.main(recipe.stage_of(verb))  # not by runpy, whose module its own processes could not import
+
+
+NO_STAGE = ("pipeline", "summary", "report")
+"""verbs that this one begins beside the stages"""
 
 
 def ended(verb: str, code: int) -> int:

@@ -1,12 +1,15 @@
 """How many processes, where: torchrun from Python, so that a user's error keeps its exit code and prints once."""
 
+import importlib
 import logging
 import os
 import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
+from src.core import processes, stage
 from src.core.log import say, warn
 from src.settings.training import Launch
 
@@ -35,6 +38,21 @@ def around(verb: str, argv: list[str], launch: Launch, *, zero_stage: int) -> in
     if "WORLD_SIZE" in os.environ or (world_size(launch) == 1 and not zero_stage):
         return None
     return torchrun(f"src.{verb}", argv, launch)
+
+
+def work(environment: dict[str, str], module: str, argv: list[str]) -> None:
+    """What a worker that was forked does: `python -m module argv`. environment: the launcher's."""
+    import torch
+
+    processes.take_environment(environment | {name: value for name, value in os.environ.items() if name not in environment})
+    processes.share_server()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which it has read where it was imported
+    sys.argv = [module, *argv]
+    try:
+        stage.main(importlib.import_module(module).STAGE)
+    except Exception:  # a bug, which torch would keep to itself
+        traceback.print_exc()
+        sys.exit(1)
 
 
 def torchrun(module: str, argv: list[str], launch: Launch) -> int:
@@ -67,7 +85,11 @@ def torchrun(module: str, argv: list[str], launch: Launch) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", module, *argv)
+            if processes.serving() and not gpu_count():  # a stage of a road: its workers need not import torch again
+                config.start_method = "forkserver"
+                elastic_launch(config, work)(dict(os.environ), module, argv)
+            else:
+                elastic_launch(config, sys.executable)("-m", module, *argv)
         except SignalException as stopped:
             say("interrupted; the same command goes on, from the last checkpoint where there is one")
             return 128 + stopped.sigval
