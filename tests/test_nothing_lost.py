@@ -221,22 +221,25 @@ def test_a_worker_that_begins_after_its_launcher_was_killed_ends_too():
 
 ASKS = """
 import os, time
-from src.core.processes import fresh
-fresh(time.sleep, 60)
+from src.core.processes import begin, fresh
+if __name__ == "__main__":
+    {}
 """
 
 
-def test_what_works_for_a_process_ends_with_it():
-    """The process of a proof or of a quantization, and the server it is forked from, which Python keeps for as long as that lives."""
-    asking = psutil.Popen([sys.executable, "-c", ASKS], cwd=ROOT)
+@pytest.mark.parametrize("asks, count", [("fresh(time.sleep, 60)", 1), ("begin(fresh, time.sleep, 60).join()", 2)])
+def test_what_works_for_a_process_ends_with_it(asks, count):
+    """The process of a proof or of a quantization, that of a stage with its own, and the one server they are forked from, which Python keeps for as long
+    as they live."""
+    asking = psutil.Popen([sys.executable, "-c", ASKS.format(asks)], cwd=ROOT)
     by_generation: list[list[psutil.Process]] = [[], []]
     for _ in range(600):
         by_generation = [asking.children(), [each for child in asking.children() for each in child.children()]]
-        if by_generation[1]:
+        if len(by_generation[1]) == count:
             break
         time.sleep(0.1)
     family = [*by_generation[0], *by_generation[1]]
-    assert by_generation[1], "the server has forked nothing"
+    assert len(by_generation[1]) == count and len(family) == count + 2, "of one server, beside Python's tracker of resources"
     asking.kill()
     assert psutil.wait_procs(family, timeout=10)[1] == [], "nothing is left"
     asking.wait()
@@ -274,6 +277,19 @@ def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(numbe
     assert 3 <= step < 30 and (checkpoint / "whole").read_text() == ways[-1].partition("=")[2]
     code, said = to_its_end(argv)
     assert code == 0 and f"goes on from step {step}" in said and open_artifact(tmp_path / "default" / "finetune")
+
+
+def test_what_a_job_is_sent_is_heard_once_and_a_person_asking_twice_twice(monkeypatch):
+    monkeypatch.setattr(checkpoints.Stop, "ONCE", 0.2)
+    with checkpoints.Stop() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        assert stop.number == signal.SIGTERM
+        time.sleep(0.3)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
 
 
 ASKED_WHILE_IT_SPEAKS = """

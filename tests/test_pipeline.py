@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
-from conftest import FEW, ROOT, helps, refused
+from conftest import FEW, ROOT, helps, refused, to_its_end, write_model
 
-from src.core import artifact, stage
+from src.core import artifact
 from src.core.errors import ConfigError, GateFailed, MissingInput, Moved
 from src.pipeline import recipe, run, sweep
 
@@ -175,14 +177,62 @@ def test_a_report_that_does_not_keep_to_its_gate_is_not_passed_over(monkeypatch,
     assert done.returncode == 17 and started == ["evaluate"] and "KL is 0.2" in done.stdout and "gate=none" in done.stderr
 
 
-def test_a_stage_ends_with_the_road_that_started_it():
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    code = "import os; from src.core import stage; print(stage.guarded(lambda: os.write(1, b'worked') and 0))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, stage.PARENT: str(gone.pid)}, capture_output=True)
-    assert done.returncode == 1 and not done.stdout
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, stage.PARENT: str(os.getpid())}, capture_output=True)
-    assert done.stdout == b"worked0\n"
+# ---- its processes
+
+
+def killed(verb, argv):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def writes_its_environment(verb, argv):
+    Path(argv[0]).write_text(os.environ["ASKED_WITH"])
+    sys.exit(7)
+
+
+def test_a_stage_has_the_environment_of_who_begins_it_and_its_code_comes_back(monkeypatch, tmp_path):
+    """Also where the server it is forked from was begun with another."""
+    said = []
+    for given in ("one", "two"):
+        monkeypatch.setenv("ASKED_WITH", given)
+        monkeypatch.setattr(run, "as_typed", writes_its_environment)
+        assert run.start("evaluate", [str(tmp_path / given)]) == 7
+        said.append((tmp_path / given).read_text())
+    assert said == ["one", "two"]
+    monkeypatch.setattr(run, "as_typed", killed)
+    assert run.start("evaluate", []) == -signal.SIGKILL
+
+
+def walking(argv: list[str], to: str) -> psutil.Popen:
+    """A road under way, leader of a group of processes as a shell's or a job's are, that has come so far."""
+    road = psutil.Popen([sys.executable, "-m", "src.pipeline", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert any(to in line for line in road.stderr), "it ended before"
+    return road
+
+
+def test_however_a_road_ends_the_same_command_learns_what_another_start_does(eighty, tmp_path):
+    """Two workers under DeepSpeed, forked for a stage of a road; asked to end as a job's processes all are, then killed, the road goes on to the bytes of
+    a training that was started by itself."""
+    model = write_model(tmp_path / "model")
+    own = [f"source={eighty}", f"model.path={model}", "deepspeed=zero2", "launch.nproc_per_node=2", "tuner=lora", "train.log_steps=1"]
+    own += ["train.max_steps=40", "train.checkpoint_steps=10", "train.eval_steps=1000", "train.samples=0", "max_loss_change=1"]
+    argv = [written(tmp_path, " ".join(["finetune", *own])), f"outputs={tmp_path}", "run=road"]
+    road = walking(argv, "  step 3/")
+    os.killpg(road.pid, signal.SIGTERM)
+    said = road.communicate(timeout=60)[1]
+    assert road.returncode == 128 + signal.SIGTERM and "stops after this step, with a checkpoint" in said, said
+    (checkpoint,) = (tmp_path / "road" / "finetune.partial" / "checkpoints").glob("checkpoint-*")
+    road = walking(argv, f"goes on from step {checkpoint.name.split('-')[1]}")
+    assert any("  step 11/" in line for line in road.stderr)
+    family = road.children(recursive=True)
+    road.kill()
+    assert len(family) > 3 and psutil.wait_procs(family, timeout=10)[1] == [], "nothing is left"
+    road.communicate()
+    done = subprocess.run([sys.executable, "-m", "src.pipeline", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "goes on from step 10" in done.stderr, done.stderr
+    code, said = to_its_end([f"outputs={tmp_path}", "run=alone", *own])
+    assert code == 0, said
+    one, other = ((tmp_path / name / "finetune" / "adapter_model.safetensors").read_bytes() for name in ("road", "alone"))
+    assert one == other
 
 
 @pytest.mark.slow

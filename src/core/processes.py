@@ -143,27 +143,37 @@ def _killed() -> NoMemory:
 def _begun(parent: int, environment: dict[str, str], name: str | None, work: Callable[..., object], args: tuple[Any, ...]) -> None:
     """What a process that `begin` made does. parent: the process that asked."""
     end_with_parent(parent)
-    take_environment(environment)
+    forked(environment)
     if name and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
-    share_server()
     try:
         work(*args)
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out
 
 
-def take_environment(variables: dict[str, str]) -> None:
-    """Give a process that was forked by a server the environment of the one that asked for it, in place of the server's."""
-    os.environ.clear()
-    os.environ.update(variables)
+_ignored: list[int] = []
 
 
-def share_server() -> None:
-    """Have this process's own be forked from the server that it came from itself, as the documentation of `ensure_running` says they are; it
-    looks for a child of this process, finds none, and would start another server."""
+def outlive_signals() -> None:
+    """For the server: what is sent to all processes of a terminal or a job is for those that work, which would be killed with it before a checkpoint."""
+    _ignored[:] = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in _ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def forked(environment: dict[str, str]) -> None:
+    """Make a process that a server has forked as one that who asked for it had started. environment: of that one.
+
+    Its own processes are forked from the same server, as the documentation of multiprocessing's `ensure_running` says they are; it looks for a child of
+    this process, finds none, and would start another server.
+    """
     global _serving
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    os.environ.clear()
+    os.environ.update(environment)
+    for number in _ignored:
+        signal.signal(number, signal.SIG_DFL)
+    server: Any = forkserver._forkserver
     if server._forkserver_address is not None:
         server.ensure_running = lambda: None
         _serving = True
@@ -179,7 +189,8 @@ def _answer(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) ->
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C ends is the process that asked, and it ends this one
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "huggingface_hub" in sys.modules:  # which has read it already
-        importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE = True
+        constants: Any = importlib.import_module("huggingface_hub.constants")
+        constants.HF_HUB_OFFLINE = True
     try:
         found = (True, function(*args))
     except Exception as error:

@@ -2,8 +2,9 @@
 
 import gc
 
-from src.core.processes import import_quietly
+from src.core.processes import import_quietly, outlive_signals
 
+outlive_signals()
 import_quietly(
     "torch",
     "transformers.modeling_utils",

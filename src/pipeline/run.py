@@ -227,7 +227,7 @@ def start(verb: str, argv: Sequence[str]) -> int:
         process.join()
     except KeyboardInterrupt as stop:
         # A terminal's Ctrl-C has gone to the stage too; another signal has not. Both let it write its checkpoint.
-        if isinstance(stop, Interrupted) and process.is_alive():
+        if isinstance(stop, Interrupted) and process.is_alive() and process.pid:
             os.kill(process.pid, stop.number)
         process.join()
         raise

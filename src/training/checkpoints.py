@@ -43,13 +43,17 @@ def agreed(values: list[int], device) -> list[int]:
 
 
 class Stop:
-    """Within the block SIGINT, SIGTERM and SIGHUP ask for an end after the step that is under way; a second one ends it at once.
+    """Within the block SIGINT, SIGTERM and SIGHUP ask for an end after the step that is under way; a second one ends it at once. Those that come
+    within ONCE are one: what is sent to all processes of a job is handed on to them too by those that started them.
 
     number: of the signal that asked; 0: none did.
     """
 
+    ONCE = 0.5
+    """seconds"""
+
     def __init__(self):
-        self.number, self._before = 0, {}
+        self.number, self._asked, self._before = 0, 0.0, {}
 
     def __enter__(self) -> Self:
         with contextlib.suppress(ValueError):  # signals are the main thread's
@@ -64,9 +68,11 @@ class Stop:
             signal.signal(number, before)
 
     def _ask(self, number: int, frame) -> None:
-        if self.number:
+        if self.number and time.monotonic() - self._asked > self.ONCE:
             raise Interrupted(number)
-        self.number = number
+        if self.number:
+            return
+        self.number, self._asked = number, time.monotonic()
         # By another thread: this one may be saying something, and Python's buffer takes no words between those of one thread.
         threading.Thread(target=say, args=("stops after this step, with a checkpoint; asked again, at once",)).start()
 

@@ -40,19 +40,18 @@ def around(verb: str, argv: list[str], launch: Launch, *, zero_stage: int) -> in
     return torchrun(f"src.{verb}", argv, launch)
 
 
-def work(environment: dict[str, str], module: str, argv: list[str]) -> None:
-    """What a worker that was forked does: `python -m module argv`. environment: the launcher's."""
+def work(module: str, argv: list[str]) -> None:
+    """What a worker that was forked does: `python -m module argv`."""
     import torch
 
-    processes.take_environment(environment | {name: value for name, value in os.environ.items() if name not in environment})
-    processes.share_server()
+    os.setsid()  # a terminal's Ctrl-C reaches the launcher alone, which hands it on: heard twice, it asks for the end at once
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which it has read where it was imported
     sys.argv = [module, *argv]
     try:
         stage.main(importlib.import_module(module).STAGE)
     except Exception:  # a bug, which torch would keep to itself
         traceback.print_exc()
-        sys.exit(1)
+        raise
 
 
 def torchrun(module: str, argv: list[str], launch: Launch) -> int:
@@ -86,8 +85,8 @@ def torchrun(module: str, argv: list[str], launch: Launch) -> int:
         )
         try:
             if processes.serving() and not gpu_count():  # a stage of a road: its workers need not import torch again
-                config.start_method = "forkserver"
-                elastic_launch(config, work)(dict(os.environ), module, argv)
+                config.start_method = "fork"
+                elastic_launch(config, work)(module, argv)
             else:
                 elastic_launch(config, sys.executable)("-m", module, *argv)
         except SignalException as stopped:
