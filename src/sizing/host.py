@@ -385,11 +385,19 @@ def quantize(shape: ModelShape, how: AnyQuantizer, calibration: Calibration, spl
         work = {**own, "layer in fp32": 4 * layer.params, "Hessians and weights of one input": group, **hidden, **waiting}
         start = {**own, "embedding": stored_width(source) * shape.embedding, **hidden}
         head = {**start, "output layer, and what it becomes": (stored_width(source) + 4) * shape.head if with_head else 0}
-        return Needs(largest(work, start, head, {"this process": PYTHON, **proof(source)}), exact * sum_bytes + 2 * result)
+        proven = {"this process": PYTHON, **proof(source)}
+        summed = [{**own, **exact_sum(shape)}] if exact else []
+        return Needs(largest(work, start, head, *summed, proven), exact * sum_bytes + 2 * result)
 
     fewer = {f"calibration.rows={n}": of(n, exact=exact) for n in (128, 64, 32) if n < calibration.rows}
     as_stored = {"weights=stored": of(calibration.rows, exact=False)} if exact else {}
     return replace(of(calibration.rows, exact=exact), ways=[fewer, as_stored])
+
+
+def exact_sum(shape: ModelShape) -> dict[str, float]:
+    """Part of the fp32 sum of an adapter and its base, tensor by tensor: the embedding, widened as a whole, or a matrix with its product."""
+    matrix = max(m.size for layer in shape.stack for m in layer.matrices)
+    return {"the largest tensor, stored and in fp32": max((stored_width(shape) + 4) * shape.embedding, 12.0 * matrix)}
 
 
 def _group(matrices: list[Matrix]) -> int:
@@ -423,6 +431,8 @@ def deploy(shape: ModelShape, target: Target, *, exact: bool = False) -> Needs:
     else:
         disk = 4 * shape.embedding
         parts = {**own, "a block of the embedding table": 64 * MB}
+    if exact:
+        parts = largest(dict(parts), {**own, **exact_sum(shape)})
     ways = [{"weights=stored": deploy(shape, target)}] if exact else []
     return Needs(parts, disk + (stored(start) if exact else 0), ways=ways)
 
