@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -191,13 +192,24 @@ def test_each_way_out_that_is_printed_is_one(verb, given, call, command, machine
     assert shown, "none makes a difference here"
 
 
+def quantizing(shape, *, exact: bool) -> Needs:
+    calibration = Calibration(rows=64, max_length=512, seed=0, text=None, text_share=0.25)
+    return host.quantize(shape, compose("quantize", [], QuantizeVerb).quantizer, calibration, host.Conversations(64, 100), exact=exact)
+
+
 def test_a_disk_too_small_for_the_exact_sum():
-    needs = host.quantize(
-        read_shape(CHAT), compose("quantize", [], QuantizeVerb).quantizer, Calibration(rows=64, max_length=512, seed=0, text=None, text_share=0.25), host.Conversations(64, 100), exact=True
-    )
+    needs = quantizing(read_shape(CHAT), exact=True)
     with pytest.raises(NoRoom) as error:
         room.check(needs, Room(GB, 0, int(needs.disk) - 1, ROOT))
     assert "weights=stored" in error.value.fix
+
+
+def test_the_exact_sum_widens_the_embedding_as_a_whole():
+    """Which is the most that quantizing a model of few layers and many tokens takes."""
+    shape = replace(read_shape(CHAT), vocab=1_000_000, dtype="bfloat16")
+    rest = quantizing(replace(shape, vocab=1024), exact=True).memory
+    assert quantizing(shape, exact=True).memory >= 6 * shape.embedding
+    assert quantizing(shape, exact=True).memory - quantizing(shape, exact=False).memory > 3 * shape.embedding > rest / 2
 
 
 def test_a_teacher_is_counted_where_it_takes_more_to_be_asked_than_the_student_to_be_trained(call, command, machine, monkeypatch):
