@@ -25,12 +25,12 @@ from src.sizing import budget
 from src.sizing.shape import Layer, Matrix, ModelShape
 
 MB = 1e6
-PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 280 * MB, 40 * MB, 400 * MB, 380 * MB
-"""bytes of a process after its imports: settings and records alone; core.processes' server with torch and transformers; what a process forked from it
-adds; torch, transformers and peft, and what a first pass leaves behind; the same with transformers' Trainer"""
+PYTHON, SERVER, PROOF, EVALUATE, TRAINER = 30 * MB, 170 * MB, 40 * MB, 400 * MB, 380 * MB
+"""bytes of a process after its imports: settings and records alone; core.processes' server with torch and transformers, as far as a process forked from
+it does not share them; what that adds; torch, transformers and peft, and what a first pass leaves behind; the same with transformers' Trainer"""
 GGUF_RUN = 300 * MB
 """bytes of llama.cpp's process beside the file: its library, the context, logits"""
-LAUNCHER, DEEPSPEED, BITSANDBYTES, PICTURE = 180 * MB, 60 * MB, 100 * MB, 70 * MB
+LAUNCHER, DEEPSPEED, BITSANDBYTES, GPTQMODEL, PICTURE = 180 * MB, 60 * MB, 100 * MB, 255 * MB, 70 * MB
 """what torchrun's process takes, and what these libraries (PICTURE: matplotlib) add to one that uses them"""
 SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 """matrices of a layer that have the same input"""
@@ -363,7 +363,7 @@ def preview(shape: ModelShape, evaluation: Evaluation, split: Conversations) -> 
 
 def quantize(shape: ModelShape, how: AnyQuantizer, calibration: Calibration, split: Conversations, *, exact: bool = False) -> Needs:
     """A layer in fp32, the calibration rows' hidden states, and of the matrices that share an input one group at a time; an output layer of its own as it is
-    stored, and what 4 and 8 bits change of it; then the proof.
+    stored, and what 4 and 8 bits change of it; then the first layer by the kernels that will run it, and the proof.
 
     A group takes its Hessian, sorted and factored in place, and beside it what one of its matrices becomes, as integers and as weights, with two copies of
     the outputs that are rounded together; passes wait within the layer (models/gptq_layers.py). exact: the sum of adapter and base is written in fp32 first.
@@ -385,9 +385,11 @@ def quantize(shape: ModelShape, how: AnyQuantizer, calibration: Calibration, spl
         work = {**own, "layer in fp32": 4 * layer.params, "Hessians and weights of one input": group, **hidden, **waiting}
         start = {**own, "embedding": stored_width(source) * shape.embedding, **hidden}
         head = {**start, "output layer, and what it becomes": (stored_width(source) + 4) * shape.head if with_head else 0}
+        checked = {"this process": PYTHON, "libraries": SERVER + PROOF + GPTQMODEL, "embedding in fp32": 4 * shape.embedding}
+        checked |= {"first layer, by their kernels and by ours": 8 * layer.params}
         proven = {"this process": PYTHON, **proof(source)}
         summed = [{**own, **exact_sum(shape)}] if exact else []
-        return Needs(largest(work, start, head, *summed, proven), exact * sum_bytes + 2 * result)
+        return Needs(largest(work, start, head, *summed, checked, proven), exact * sum_bytes + 2 * result)
 
     fewer = {f"calibration.rows={n}": of(n, exact=exact) for n in (128, 64, 32) if n < calibration.rows}
     as_stored = {"weights=stored": of(calibration.rows, exact=False)} if exact else {}
