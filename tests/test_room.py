@@ -173,7 +173,7 @@ def calib(tmp_path_factory):
     ],
 )
 def test_each_way_out_that_is_printed_is_one(verb, given, call, command, machine, monkeypatch, calib):
-    for constant in ("PYTHON", "SERVER", "PROOF", "EVALUATE", "TRAINER", "LAUNCHER", "DEEPSPEED", "BITSANDBYTES"):
+    for constant in ("PYTHON", "SERVER", "PROOF", "EVALUATE", "TRAINER", "LAUNCHER", "DEEPSPEED", "BITSANDBYTES", "GPTQMODEL"):
         monkeypatch.setattr(host, constant, 0)
     monkeypatch.setattr(host, "by_layer", lambda *given, **more: {})  # on a tiny model these are all there is
     seen, check = [], room.check
