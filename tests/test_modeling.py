@@ -209,6 +209,20 @@ def test_importing_a_quantizer_leaves_the_hub_s_cache_where_it_is(tmp_path):
     assert done.stdout.split()[-1].startswith(str(tmp_path))
 
 
+def test_what_is_forked_may_still_use_a_gpu():
+    """What the server imports asks whether there is one; by CUDA itself, no process forked from it could use it."""
+    said = """
+import torch
+asked = []
+torch.cuda.is_available = lambda: asked.append("nvml" if torch.cuda._nvml_based_avail() else "cuda") or True
+torch.cuda._lazy_init = lambda: asked.append("cuda")
+import src.models.ready
+print(*set(asked))
+"""
+    done = subprocess.run([sys.executable, "-c", said], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["nvml"], done.stdout + done.stderr
+
+
 def test_who_does_not_wait_for_the_libraries_begins_without_them():
     said = """
 from src.core import processes

@@ -185,12 +185,16 @@ def killed(verb, argv):
 
 
 def writes_its_environment(verb, argv):
+    forked = "transformers" in sys.modules
+    assert forked == (os.environ["CUDA_VISIBLE_DEVICES"] == "")
     Path(argv[0]).write_text(os.environ["ASKED_WITH"])
     sys.exit(7)
 
 
-def test_a_stage_has_the_environment_of_who_begins_it_and_its_code_comes_back(monkeypatch, tmp_path):
-    """Also where the server it is forked from was begun with another."""
+@pytest.mark.parametrize("gpus", ["", "0"])
+def test_a_stage_has_the_environment_of_who_begins_it_and_its_code_comes_back(gpus, monkeypatch, tmp_path):
+    """Also where the server it is forked from was begun with another; and with a GPU, where none is forked."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     said = []
     for given in ("one", "two"):
         monkeypatch.setenv("ASKED_WITH", given)

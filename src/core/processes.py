@@ -96,20 +96,21 @@ _serving = False
 """whether the server that `begin` has its processes forked from has been started"""
 
 
-def begin(work: Callable[..., object], *args: Any, waits: bool = True, name: str | None = None) -> BaseProcess:
+def begin(work: Callable[..., object], *args: Any, waits: bool = True, forks: bool = True, name: str | None = None) -> BaseProcess:
     """A new process that does `work`, a module-level function, with this one's environment, and ends with this one, however this one ends.
 
     It is forked from a server that has imported torch and transformers and done nothing else, as are the processes that it begins itself. waits: for
-    that import, which the first process begins; without it that one imports for itself what it needs, meanwhile. name: by which `ps` and a traceback
-    show it. Raises NoMemory where the server was killed.
+    that import, which the first process begins; without it that one imports for itself what it needs, meanwhile. forks: without it the process begins as a
+    new interpreter. name: by which `ps` and a traceback show it. Raises NoMemory where the server was killed.
     """
     global _serving
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["src.models.ready"])
-    if not waits and not _serving:
-        forkserver.ensure_running()
+    if not forks or not (waits or _serving):
         context = multiprocessing.get_context("spawn")
-    _serving = True
+    if forks and not _serving:
+        forkserver.ensure_running()
+        _serving = True
     process: BaseProcess = context.Process(target=_begun, args=(os.getpid(), dict(os.environ), name, work, args), name=name)
     try:
         process.start()

@@ -1,10 +1,13 @@
 """The libraries of a model's proof, imported once by the server that `core.processes.begin` has its processes forked from."""
 
 import gc
+import os
 
 from src.core.processes import import_quietly, outlive_signals
 
 outlive_signals()
+# torchao asks at its import whether there is a GPU, and a process that has asked CUDA itself cannot be forked for one that uses it.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 import_quietly(
     "torch",
     "transformers.modeling_utils",

@@ -220,9 +220,9 @@ def walk(ahead: Sequence[Leg]) -> int:
 
 
 def start(verb: str, argv: Sequence[str]) -> int:
-    """Exit code of a verb, run in a process that ends with this one, however this one ends. All but the data are made by processes that begin with torch
-    imported."""
-    process = begin(as_typed, verb, list(argv), waits=verb != "data", name=verb)
+    """Exit code of a verb, run in a process that ends with this one, however this one ends. Without GPUs, all but the data are made by processes that
+    begin with torch imported; CUDA's are new interpreters, for it does not survive a fork."""
+    process = begin(as_typed, verb, list(argv), waits=verb != "data", forks=not launch.gpu_count(), name=verb)
     try:
         process.join()
     except KeyboardInterrupt as stop:
