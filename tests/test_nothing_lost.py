@@ -288,7 +288,7 @@ def test_what_a_job_is_sent_is_heard_once_and_a_person_asking_twice_twice(monkey
         assert stop.number == signal.SIGTERM
         time.sleep(0.3)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
 
 
