@@ -279,14 +279,13 @@ def test_a_run_that_is_asked_to_end_makes_a_checkpoint_and_goes_on_from_it(numbe
     assert code == 0 and f"goes on from step {step}" in said and open_artifact(tmp_path / "default" / "finetune")
 
 
-def test_what_a_job_is_sent_is_heard_once_and_a_person_asking_twice_twice(monkeypatch):
-    monkeypatch.setattr(checkpoints.Stop, "ONCE", 0.2)
+def test_what_a_job_is_sent_is_heard_once_and_a_person_asking_twice_twice():
     with checkpoints.Stop() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
         assert stop.number == signal.SIGTERM
-        time.sleep(0.3)
+        time.sleep(checkpoints.Stop.ONCE + 0.2)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
