@@ -1,6 +1,7 @@
 """Boardwalk: walk a language model from conversations to a board. Every verb is `python -m src.<verb>`; see README.md."""
 
 import importlib.util
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,13 @@ __version__ = "0.11.0"
 
 ROOT = Path(__file__).resolve().parent.parent
 """the project: configs/, assets/, src/"""
+
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    try:
+        os.fstat(number)
+    except OSError:  # closed by who started this: the next file opened would get its number, and what libraries write to it
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        setattr(sys, name, open(number, "w" if number else "r", closefd=False))
 
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # `python -m src.<verb>` is still importing: Ctrl-C ends it without a traceback. Where the verb begins, core/processes hears it again.

@@ -25,6 +25,25 @@ def test_whoever_reads_may_stop_reading(finished, unbuffered):
     assert done.returncode in (0, 141) and not done.stderr
 
 
+OPEN = """
+import os, src
+file = open(os.devnull)
+assert file.fileno() > 2
+print("said")
+print(src.sys.stdout.fileno(), [os.readlink(f"/proc/self/fd/{n}") for n in range(3)].count(os.devnull), file=src.sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+def test_a_stream_that_is_closed_gives_its_number_to_no_file(closed, tmp_path):
+    """What libraries write to it would be written into that."""
+    done = shell(f'"$@" </dev/zero {closed}', "-c", OPEN)
+    assert done.returncode == 0 and done.stderr.split() == ["1", str(closed.count("&"))], done.stderr
+    rest = ["-m", "src.data", f"outputs={tmp_path}", f"data.path={ROOT / 'assets' / 'conversations.json'}"]
+    assert shell(f'"$@" {closed}', *rest).returncode == 0
+    assert shell('"$@" <&- >&- 2>&-', *rest, "run=b").returncode == 0 and (tmp_path / "b" / "data").is_dir()
+
+
 @helps("core/stage.py", "unset {}")
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
 def test_a_rank_that_is_no_number(call, name, monkeypatch):
@@ -32,6 +51,16 @@ def test_a_rank_that_is_no_number(call, name, monkeypatch):
     refused(call("data"), ConfigError, f"{name}=abc in the environment is no number", f"unset {name}")
     monkeypatch.delenv(name)
     assert call("data", "dry_run=true").returncode == 0
+
+
+@helps("training/launch.py", "unset OMP_NUM_THREADS")
+def test_threads_that_are_a_list(call, eighty, monkeypatch):
+    """OpenMP knows one, accelerate fails at it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
+    argv = ["finetune", f"source={eighty}", f"model.path={CHAT}", "launch.nproc_per_node=2"]
+    refused(call(*argv), ConfigError, "OMP_NUM_THREADS=2,1", "unset OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert call(*argv, "dry_run=true").returncode == 0
 
 
 def test_help_without_docstrings():

@@ -223,6 +223,22 @@ print(*set(asked))
     assert done.stdout.split() == ["nvml"], done.stdout + done.stderr
 
 
+def test_a_process_begins_where_python_s_own_are_started_otherwise():
+    """As in the workers of joblib, which a sweep may have."""
+    said = """
+import multiprocessing
+from multiprocessing import context
+from src.core import processes
+
+if __name__ == "__main__":
+    context._concrete_contexts["loky"] = multiprocessing.get_context("spawn")
+    multiprocessing.set_start_method("loky", force=True)
+    print(processes.fresh(len, [1, 2, 3], waits=False), processes.fresh(len, [1, 2]), type(multiprocessing.get_context()).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", said], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["3", "2", "SpawnContext"], done.stderr
+
+
 def test_who_does_not_wait_for_the_libraries_begins_without_them():
     said = """
 from src.core import processes

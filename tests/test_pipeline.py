@@ -227,7 +227,12 @@ def test_however_a_road_ends_the_same_command_learns_what_another_start_does(eig
     (checkpoint,) = (tmp_path / "road" / "finetune.partial" / "checkpoints").glob("checkpoint-*")
     road = walking(argv, f"goes on from step {checkpoint.name.split('-')[1]}")
     assert any("  step 11/" in line for line in road.stderr)
+    next(p for p in road.children(recursive=True) if p.name() == "finetune" and p.parent().name() == "finetune").kill()
+    said = road.communicate(timeout=60)[1]
+    assert road.returncode == 128 + signal.SIGKILL and "was killed by signal 9" in said and ".py" not in said, said
+    road = walking(argv, "  step 12/")
     family = road.children(recursive=True)
+    assert sum(process.name() == "finetune" for process in family) == 3, "the stage and its workers, by the name that ps shows"
     road.kill()
     assert len(family) > 3 and psutil.wait_procs(family, timeout=10)[1] == [], "nothing is left"
     road.communicate()

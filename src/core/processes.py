@@ -113,10 +113,25 @@ def begin(work: Callable[..., object], *args: Any, waits: bool = True, forks: bo
         _serving = True
     process: BaseProcess = context.Process(target=_begun, args=(os.getpid(), dict(os.environ), name, work, args), name=name)
     try:
-        process.start()
+        with _start_method_of_python():
+            process.start()
     except (EOFError, ConnectionError):
         raise _killed() from None
     return process
+
+
+@contextlib.contextmanager
+def _start_method_of_python() -> Iterator[None]:
+    """A new process takes over the default of the one that starts it, and does not know joblib's."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    if before is None or before in multiprocessing.get_all_start_methods():
+        yield
+        return
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def fresh(function: Callable[..., T], *args: Any, waits: bool = True) -> T:

@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 from src.core import processes, stage
+from src.core.errors import ConfigError
 from src.core.log import say, warn
 from src.settings.training import Launch
 
@@ -40,12 +41,13 @@ def around(verb: str, argv: list[str], launch: Launch, *, zero_stage: int) -> in
     return torchrun(f"src.{verb}", argv, launch)
 
 
-def work(module: str, argv: list[str]) -> None:
-    """What a worker that was forked does: `python -m module argv`."""
+def work(module: str, argv: list[str], threads: int | None) -> None:
+    """What a worker that was forked does: `python -m module argv`. threads: None for what the environment said before torch was imported."""
     import torch
 
     os.setsid()  # a terminal's Ctrl-C reaches the launcher alone, which hands it on: heard twice, it asks for the end at once
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which it has read where it was imported
+    if threads:
+        torch.set_num_threads(threads)
     sys.argv = [module, *argv]
     try:
         stage.main(importlib.import_module(module).STAGE)
@@ -62,14 +64,18 @@ def torchrun(module: str, argv: list[str], launch: Launch) -> int:
 
     # A worker says itself why it failed; the agent's own account of it adds nothing.
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
     one_machine = launch.nnodes == 1
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder) / "status"
         # Threads of all processes together should not outnumber the cores; torchrun's own default is one each.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // per_node(launch))))
+        if (asked := os.environ.get("OMP_NUM_THREADS")) and not asked.isdecimal():  # OpenMP takes a list, accelerate does not
+            raise ConfigError(f"OMP_NUM_THREADS={asked} in the environment is no number", fix="unset OMP_NUM_THREADS")
+        threads = None if asked else max(1, (os.cpu_count() or 1) // per_node(launch))
+        if threads:
+            os.environ["OMP_NUM_THREADS"] = str(threads)
         os.environ.update(BOARDWALK_WORKER=str(os.getpid()), BOARDWALK_STATUS=str(status))
         config = LaunchConfig(
             min_nodes=launch.nnodes,
@@ -86,7 +92,7 @@ def torchrun(module: str, argv: list[str], launch: Launch) -> int:
         try:
             if processes.serving() and not gpu_count():  # a stage of a road: its workers need not import torch again
                 config.start_method = "fork"
-                elastic_launch(config, work)(module, argv)
+                elastic_launch(config, work)(module, argv, threads)
             else:
                 elastic_launch(config, sys.executable)("-m", module, *argv)
         except SignalException as stopped:
