@@ -16,7 +16,7 @@ import pytest
 from conftest import FEW, ROOT, helps, refused, to_its_end, write_model
 
 from src.core import artifact
-from src.core.errors import ConfigError, GateFailed, MissingInput, Moved
+from src.core.errors import Busy, ConfigError, GateFailed, MissingInput, Moved
 from src.pipeline import recipe, run, sweep
 
 
@@ -242,6 +242,18 @@ def test_however_a_road_ends_the_same_command_learns_what_another_start_does(eig
     assert code == 0, said
     one, other = ((tmp_path / name / "finetune" / "adapter_model.safetensors").read_bytes() for name in ("road", "alone"))
     assert one == other
+
+
+def test_a_worker_s_user_error_is_said_once_with_its_code(eighty, tmp_path):
+    """The first of two workers finds the folder in use, and the launcher ends the other."""
+    own = [f"source={eighty}", f"model.path={write_model(tmp_path / 'model')}", "deepspeed=zero2", "launch.nproc_per_node=2"]
+    (tmp_path / "r").mkdir()
+    with artifact.held(tmp_path / "r" / ".finetune.lock", tmp_path / "r" / "finetune"):
+        argv = [written(tmp_path, " ".join(["finetune", *own])), f"outputs={tmp_path}", "run=r"]
+        done = subprocess.run([sys.executable, "-m", "src.pipeline", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == Busy.exit_code and done.stderr.count("already running: ") == 1 and "Traceback" not in done.stderr, (
+            done.stderr
+        )
 
 
 @pytest.mark.slow

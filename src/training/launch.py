@@ -46,6 +46,8 @@ def work(module: str, argv: list[str], threads: int | None) -> None:
     import torch
 
     os.setsid()  # a terminal's Ctrl-C reaches the launcher alone, which hands it on: heard twice, it asks for the end at once
+    for number in heard():
+        signal.signal(number, signal.SIG_DFL)  # not the launcher's handler
     if threads:
         torch.set_num_threads(threads)
     sys.argv = [module, *argv]
@@ -54,6 +56,13 @@ def work(module: str, argv: list[str], threads: int | None) -> None:
     except Exception:  # a bug, which torch would keep to itself
         traceback.print_exc()
         raise
+
+
+def heard() -> list[signal.Signals]:
+    """The signals that end a launcher, but for those that are ignored, as nohup has it."""
+    return [
+        number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(number) != signal.SIG_IGN
+    ]
 
 
 def torchrun(module: str, argv: list[str], launch: Launch) -> int:
@@ -88,6 +97,7 @@ def torchrun(module: str, argv: list[str], launch: Launch) -> int:
             max_restarts=0,
             start_method="spawn",
             logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle=",".join(number.name for number in heard()),
         )
         try:
             if processes.serving() and not gpu_count():  # a stage of a road: its workers need not import torch again
